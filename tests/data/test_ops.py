@@ -1,0 +1,148 @@
+"""Decoding of every kind of image and every kind of damage; resizing, cropping and the [-1, 1] range by their properties."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unclip_jax.data import ops
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def photo():
+    """uint8 (48, 64, 3) with structure at every scale."""
+    y, x = np.mgrid[:48, :64]
+    image = np.stack([x * 4, y * 5, 128 + 100 * np.sin(x / 3) * np.cos(y / 4)], axis=2)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_decode_exactly(photo, kind):
+    data = encode(Image.fromarray(photo), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    decoded = ops.decode_image(data)
+    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded, photo)
+    assert ops.image_size(data) == (64, 48)
+
+
+def test_jpeg_cmyk_and_grey(photo):
+    image = Image.fromarray(photo)
+    assert np.abs(ops.decode_image(encode(image, "JPEG", quality=95)).astype(int) - photo).mean() < 4
+    assert np.abs(ops.decode_image(encode(image.convert("CMYK"), "JPEG", quality=95)).astype(int) - photo).mean() < 6
+    grey = ops.decode_image(encode(image.convert("L"), "PNG"))
+    np.testing.assert_array_equal(grey, np.repeat(np.asarray(image.convert("L"))[:, :, None], 3, axis=2))
+
+
+def test_transparency_is_composited_on_white():
+    pixels = np.zeros((2, 2, 4), np.uint8)
+    pixels[0, 1] = [255, 0, 0, 255]
+    pixels[1, 0] = [0, 0, 0, 128]
+    expected = np.array([[[255, 255, 255], [255, 0, 0]], [[127, 127, 127], [255, 255, 255]]])
+    image = Image.fromarray(pixels)
+    for data in (encode(image, "PNG"), encode(image, "WEBP", lossless=True), pixels):
+        assert np.abs(ops.decode_image(data).astype(int) - expected).max() <= 1
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    assert ops.decode_image(encode(palette, "PNG")).tolist() == [[[10, 20, 30], [40, 50, 60]]]
+    assert ops.decode_image(encode(palette, "PNG", transparency=0)).tolist() == [[[255, 255, 255], [40, 50, 60]]]
+    grey = Image.new("LA", (1, 1), (0, 0))
+    assert ops.decode_image(encode(grey, "PNG")).tolist() == [[[255, 255, 255]]]
+
+
+def test_sixteen_bits_are_scaled():
+    deep = np.array([[0, 257, 32896, 65535]], np.uint16)
+    expected = np.repeat(np.array([[0, 1, 128, 255]], np.uint8)[:, :, None], 3, axis=2)
+    np.testing.assert_array_equal(ops.decode_image(encode(Image.fromarray(deep), "PNG")), expected)
+    np.testing.assert_array_equal(ops.decode_image(deep), expected)
+    np.testing.assert_array_equal(ops.decode_image(np.array([[True, False]])), [[[255] * 3, [0] * 3]])
+
+
+def test_exif_orientation_is_applied(photo):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    np.testing.assert_array_equal(ops.decode_image(encode(Image.fromarray(photo), "PNG", exif=exif)), np.rot90(photo, -1))
+
+
+def test_bad_images_are_one_line_errors(photo, monkeypatch):
+    jpeg, png = encode(Image.fromarray(photo), "JPEG"), encode(Image.fromarray(photo), "PNG")
+    cases = {
+        "empty": b"",
+        "truncated": jpeg[: len(jpeg) * 3 // 4],
+        "decode": png[: len(png) // 2],
+        "not an image": b"<html>404</html>" * 20,
+        "floating-point": encode(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"),
+        "float32": np.ones((2, 2, 3), np.float32),
+        "shape": np.zeros((2, 2, 2), np.uint8),
+        "known format": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+    }
+    for words, data in cases.items():
+        with pytest.raises(ValueError, match=words) as error:
+            ops.decode_image(data)
+        assert "\n" not in str(error.value) and "0x" not in str(error.value)
+    monkeypatch.setattr(ops, "MAX_PIXELS", 1000)
+    with pytest.raises(ValueError, match="64x48 is more than 1000 pixels"):
+        ops.decode_image(png)
+    with pytest.raises(ValueError, match="more than 1000 pixels"):
+        ops.decode_image(photo)
+
+
+def test_every_truncation_is_an_error_or_an_image(photo):
+    """No cut of a file may raise anything but ValueError, which is what the pipeline counts."""
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF"):
+        data = encode(Image.fromarray(photo), kind)
+        for cut in range(0, len(data), max(1, len(data) // 25)):
+            try:
+                assert ops.decode_image(data[:cut]).shape[2] == 3
+            except ValueError as error:
+                assert str(error).startswith("cannot decode image")
+
+
+def test_resize_is_antialiased(photo):
+    area = photo.reshape(12, 4, 16, 4, 3).mean(axis=(1, 3))
+    assert np.abs(ops.resize(photo, (12, 16), "box") - area).max() <= 1  # 8-bit resizes round after each axis
+    np.testing.assert_allclose(ops.resize(photo.astype(np.float32), (12, 16), "box"), area, atol=1e-3)
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255  # the finest pattern: a resize without antialiasing returns 0 or 255
+    for method in ops.METHODS:
+        assert np.abs(ops.resize(stripes, 16, method)[:, 2:-2].astype(int) - 127).max() <= 2
+        constant = np.full((30, 40, 3), 0.25, np.float32)
+        np.testing.assert_allclose(ops.resize(constant, (7, 9), method), 0.25, atol=1e-6)
+    assert ops.resize(photo, (48, 64)) is photo
+    with pytest.raises(ValueError, match="bicubic, box, lanczos, bilinear"):
+        ops.resize(photo, 8, "nearest")
+    with pytest.raises(ValueError, match="at least 1"):
+        ops.resize(photo, 0)
+
+
+def test_crops(photo):
+    square = ops.center_crop_square(photo)
+    np.testing.assert_array_equal(square, photo[:, 8:56])
+    rng = np.random.default_rng(0)
+    tall = np.arange(100)[:, None, None] * np.ones((1, 10, 3), np.int64)
+    tops = {int(ops.random_crop_square(tall, rng)[0, 0, 0]) for _ in range(2000)}
+    assert tops == set(range(91))  # both ends are reached
+    corners = {tuple(ops.random_crop(np.indices((5, 4)).transpose(1, 2, 0), 3, rng)[0, 0]) for _ in range(300)}
+    assert corners == {(top, left) for top in range(3) for left in range(2)}
+    with pytest.raises(ValueError, match="out of an image of 64x48"):
+        ops.random_crop(photo, 49, rng)
+    assert ops.resize_then_crop(photo, 24).shape == ops.resize_then_crop(photo, 24, rng).shape == (24, 24, 3)
+    np.testing.assert_array_equal(ops.resize_then_crop(photo, 24, method="box"), ops.resize(square, 24, "box"))
+    assert ops.resize_then_crop(np.zeros((2, 50_000, 3), np.uint8), 64).shape == (64, 64, 3)
+
+
+def test_float_round_trip():
+    values = np.arange(256, dtype=np.uint8)
+    floats = ops.to_float(values)
+    assert floats.dtype == np.float32 and floats.min() == -1 and floats.max() == 1
+    np.testing.assert_array_equal(ops.to_uint8(floats), values)
+    np.testing.assert_array_equal(ops.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+    with pytest.raises(ValueError, match="float32"):
+        ops.to_float(floats)

@@ -1,0 +1,1 @@
+"""What is kept on disk: training checkpoints (Orbax) and release bundles (safetensors)."""

@@ -1,0 +1,220 @@
+"""Release bundles: a folder with one subfolder per part (`config.json` + `model.safetensors`) and `bundle.json`.
+
+`bundle.json` lists the parts with their hashes, the embedding space, the tokenizer, the samplers' defaults and the provenance.
+Tensors are named by their path in the parameter tree ("unet/conv_in/kernel"), one per layer, float16 on disk and float32 in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from unclip_jax.checkpoint.store import folder as checkpoint_folder
+from unclip_jax.checkpoint.store import load_run, params_hash
+
+FORMAT_VERSION = 1
+SHIPPED = Path(__file__).resolve().parent.parent / "bundles"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network: `config` (JSON: kind, model keyword arguments, clip hash, ...) and `params` (tree of float32 NumPy arrays)."""
+
+    config: dict
+    params: Any
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A set of networks that belong together.
+
+    parts: by name (`clip`, `prior`, `decoder`, `upsampler_<px>`); tokenizer: its configuration; sampling: default options per part;
+    provenance: how it was made; path: where it was read; cache: compiled programs of this bundle, filled as it is used.
+    """
+
+    parts: dict[str, Part]
+    tokenizer: dict
+    sampling: dict
+    provenance: dict = field(default_factory=dict)
+    path: str = ""
+    cache: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def part(self, name: str) -> Part:
+        """The named part.
+
+        Raises:
+          KeyError: naming the part, the bundle and what it has.
+        """
+        if name not in self.parts:
+            raise KeyError(f"the bundle {self.path or '(unsaved)'} has no part {name!r}; it has {', '.join(self.parts)}")
+        return self.parts[name]
+
+
+def bundle_path(name_or_path: str | os.PathLike) -> Path:
+    """A shipped bundle's folder by name (`emoji`), or the folder itself.
+
+    Raises:
+      FileNotFoundError: when there is no bundle there.
+    """
+    path = Path(name_or_path).expanduser()
+    if not path.exists() and (SHIPPED / str(name_or_path)).is_dir():
+        path = SHIPPED / str(name_or_path)
+    if not (path / "bundle.json").is_file():
+        shipped = sorted(p.parent.name for p in SHIPPED.glob("*/bundle.json"))
+        raise FileNotFoundError(f"{name_or_path} is not a bundle (no bundle.json); give a bundle's folder or one of: {', '.join(shipped)}")
+    return path
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; the bundle is incomplete") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy the bundle again") from error
+
+
+def read_part(path: Path, expected_hash: str | None = None) -> Part:
+    """Reads one part's folder; nothing from the files is executed.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file that is missing, damaged, or not the one its bundle was made with.
+    """
+    config = _read_json(path / "config.json")
+    weights = path / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights} is missing; the bundle is incomplete")
+    try:
+        flat = load_file(weights)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{weights} cannot be read as safetensors ({error}); copy the bundle again") from error
+    params = traverse_util.unflatten_dict({tuple(k.split("/")): v for k, v in flat.items()})
+    if expected_hash is not None and params_hash(params) != expected_hash:
+        raise ValueError(f"{weights} is not the network that bundle.json describes (hash differs); copy the bundle again")
+    return Part(config, jax.tree.map(lambda x: np.asarray(x, np.float32), params))
+
+
+def check_same_clip(parts: dict[str, Part]) -> None:
+    """Every part that works on CLIP embeddings must have been trained with the bundle's own CLIP.
+
+    Raises:
+      ValueError: naming both.
+    """
+    clip = params_hash(parts["clip"].params) if "clip" in parts else None
+    for name, part in parts.items():
+        made_with = part.config.get("clip")
+        if clip and made_with and made_with != clip:
+            raise ValueError(
+                f"part {name!r} was trained in the embedding space of CLIP {made_with}, but the clip part is {clip}; "
+                "combine parts trained with the same CLIP"
+            )
+
+
+def load_bundle(name_or_path: str | os.PathLike) -> Bundle:
+    """Reads a release bundle.
+
+    Args:
+      name_or_path: `"emoji"`, the one shipped with the package, or a folder.
+
+    Raises:
+      FileNotFoundError, ValueError: when it is missing, incomplete, damaged, or made of parts that do not belong together.
+    """
+    path = bundle_path(name_or_path)
+    top = _read_json(path / "bundle.json")
+    if top.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path}/bundle.json has format version {top.get('format_version')}; this version reads {FORMAT_VERSION}")
+    parts = {name: read_part(path / name, info["hash"]) for name, info in top["parts"].items()}
+    check_same_clip(parts)
+    return Bundle(parts, top["tokenizer"], top["sampling"], top.get("provenance", {}), str(path))
+
+
+def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16) -> Path:
+    """Writes a bundle; it appears whole or not at all, and replaces an older bundle at the same place.
+
+    Raises:
+      ValueError: when parts do not belong together, or `path` is a folder that is not a bundle.
+    """
+    path = Path(path).expanduser()
+    if path.exists() and not (path / "bundle.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not a bundle; choose another folder")
+    check_same_clip(bundle.parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        listing = {}
+        for name, part in bundle.parts.items():
+            (temporary / name).mkdir()
+            flat = traverse_util.flatten_dict(part.params, sep="/")
+            save_file({k: np.ascontiguousarray(np.asarray(v, dtype)) for k, v in flat.items()}, temporary / name / "model.safetensors")
+            _write_json(temporary / name / "config.json", part.config)
+            listing[name] = {"hash": params_hash(part.params), "parameters": int(sum(np.size(v) for v in flat.values()))}
+        top = {
+            "format_version": FORMAT_VERSION,
+            "parts": listing,
+            "tokenizer": bundle.tokenizer,
+            "sampling": bundle.sampling,
+            "provenance": bundle.provenance,
+        }
+        _write_json(temporary / "bundle.json", top)
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def update_bundle_json(path: str | os.PathLike, **changes: dict) -> None:
+    """Merges keys into the `provenance` of a bundle on disk, in place."""
+    file = Path(path) / "bundle.json"
+    top = _read_json(file)
+    top["provenance"].update(changes)
+    temporary = file.with_suffix(".json.tmp")
+    _write_json(temporary, top)
+    temporary.replace(file)
+
+
+def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
+    """One part of a bundle, or the newest averaged weights of a training run.
+
+    Args:
+      path: a bundle (name or folder), or a run's folder.
+      name: of the part; a run must have trained it.
+
+    Returns:
+      The part, and the run's meta ({"tokenizer", "sampling", "provenance"}) or the same of the bundle.
+
+    Raises:
+      FileNotFoundError, ValueError, KeyError: one line each.
+    """
+    if checkpoint_folder(path).is_dir():
+        meta, params, step = load_run(path)
+        if meta["name"] != name:
+            raise ValueError(f"{path} is a run of {meta['name']!r}, not of {name!r}")
+        meta["provenance"]["step"] = step
+        return Part(meta["part"], params), meta
+    try:
+        path = bundle_path(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} holds neither checkpoints nor a bundle; train {name!r} first, or name another folder") from None
+    top = _read_json(path / "bundle.json")
+    if name not in top["parts"]:
+        raise KeyError(f"the bundle {path} has no part {name!r}; it has {', '.join(top['parts'])}")
+    meta = {"tokenizer": top["tokenizer"], "sampling": top["sampling"].get(name, {}), "provenance": top["provenance"]}
+    return read_part(path / name, top["parts"][name]["hash"]), meta

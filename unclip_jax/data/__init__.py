@@ -1,0 +1,1 @@
+"""Datasets, tokenisation and input pipelines: TensorFlow and NumPy only."""

@@ -1,0 +1,1 @@
+"""Diffusion mathematics on arrays: schedules, the forward process, losses, samplers and guidance."""

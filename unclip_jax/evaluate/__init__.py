@@ -1,0 +1,1 @@
+"""Figures of merit, as functions of embeddings and images."""

@@ -1,0 +1,237 @@
+"""Guided sampling of one stage at a time: prior, decoder, upsampler. Pure and jittable; train and sampling both stand on it.
+
+Each function takes the model, its parameters, conditioning and options, and returns arrays. Guidance runs the conditional and the
+unconditional half as one batch of 2B rows. The unconditional half has the empty caption (start and end tokens kept), and in the
+decoder the learned null embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.diffusion.embedding_space import EmbeddingSpace, denormalize
+from unclip_jax.diffusion.guidance import Denoise, make_denoiser
+from unclip_jax.diffusion.samplers import ddim, ddpm
+from unclip_jax.diffusion.schedule import Schedule, make_schedule, strided_steps
+from unclip_jax.models.clip import CLIP
+from unclip_jax.models.layers import Dtype
+from unclip_jax.models.prior_diffusion import DiffusionPrior
+from unclip_jax.models.unet import Decoder, Upsampler
+
+MODELS = {"clip": CLIP, "prior_diffusion": DiffusionPrior, "decoder": Decoder, "upsampler": Upsampler}
+
+
+class TextConditioning(NamedTuple):
+    """A batch of captions as the frozen CLIP sees them: embed (B, D) raw, states (B, L, W), mask (B, L) bool."""
+
+    embed: jax.Array
+    states: jax.Array
+    mask: jax.Array
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How one stage is sampled.
+
+    steps: number of steps, 1 to T; sampler: `ddpm` or `ddim`; eta: DDIM's; variance: DDPM's (`small`, `large`, `learned`);
+    guidance_scale: 1 is the conditional model; clip: bound on |x0| in the stage's own units, None for none.
+    """
+
+    steps: int
+    sampler: str = "ddpm"
+    eta: float = 0.0
+    variance: str = "small"
+    guidance_scale: float = 1.0
+    clip: float | None = 1.0
+
+
+def options_from(config: dict, **overrides: Any) -> SamplingOptions:
+    """Options of a stage's `sampling` settings, with the overrides that are not None.
+
+    Raises:
+      ValueError: on an unknown setting.
+    """
+    unknown = set(config) | set(overrides)
+    unknown -= set(SamplingOptions.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"unknown sampling option {', '.join(sorted(unknown))}; known: {', '.join(SamplingOptions.__dataclass_fields__)}")
+    return replace(SamplingOptions(**config), **{k: v for k, v in overrides.items() if v is not None})
+
+
+def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> nn.Module:
+    """The linen module a part's configuration describes. `hooks`: remat, gather.
+
+    Raises:
+      ValueError: on an unknown kind; TypeError on an unknown model option.
+    """
+    kind = part_config["kind"]
+    if kind not in MODELS:
+        raise ValueError(f"unknown kind of network {kind!r}; known: {', '.join(MODELS)}")
+    return MODELS[kind](**part_config["model"], dtype=dtype, **hooks)
+
+
+def part_schedule(part_config: dict) -> Schedule:
+    """The noise schedule a part was trained with."""
+    return make_schedule(part_config["diffusion"]["schedule"], part_config["diffusion"]["num_steps"])
+
+
+def part_space(part_config: dict) -> EmbeddingSpace:
+    """The embedding space a prior works in."""
+    space = dict(part_config["embedding_space"])
+    for key in ("mean", "std"):
+        if space.get(key) is not None:
+            space[key] = np.asarray(space[key], np.float32)
+    return EmbeddingSpace(**space)
+
+
+def encode_text(model: CLIP, params: Any, tokens: jax.Array, mask: jax.Array) -> TextConditioning:
+    """tokens (B, L) int32 and mask (B, L) bool -> what the frozen CLIP's text tower says of them."""
+    features = model.apply({"params": params}, tokens, method="encode_text")
+    return TextConditioning(features.embed, features.states, mask)
+
+
+def select_text(keep: jax.Array, text: TextConditioning, empty: TextConditioning) -> TextConditioning:
+    """The caption's conditioning where keep (B,) is True, the empty caption's (1 row) elsewhere."""
+    pick = lambda a, b: jnp.where(keep.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)  # noqa: E731
+    return TextConditioning(*(pick(a, b) for a, b in zip(text, empty)))
+
+
+def _with_empty(text: TextConditioning, empty: TextConditioning) -> TextConditioning:
+    return TextConditioning(*(jnp.concatenate([a, jnp.broadcast_to(b, a.shape)]) for a, b in zip(text, empty)))
+
+
+def _sample(denoise: Denoise, x: jax.Array, schedule: Schedule, rng: jax.Array, options: SamplingOptions) -> jax.Array:
+    steps = strided_steps(schedule.num_steps, options.steps)
+    if options.sampler == "ddpm":
+        return ddpm(denoise, x, schedule, steps, rng, variance=options.variance)
+    if options.sampler == "ddim":
+        return ddim(denoise, x, schedule, steps, rng, eta=options.eta)
+    raise ValueError(f"unknown sampler {options.sampler!r}; choose ddpm or ddim")
+
+
+def sample_prior(
+    model: DiffusionPrior,
+    params: Any,
+    config: dict,
+    text: TextConditioning,
+    empty: TextConditioning,
+    rng: jax.Array,
+    options: SamplingOptions,
+) -> jax.Array:
+    """Draws image embeddings for captions (unCLIP section 2.2).
+
+    Args:
+      model, params, config: the prior and its part configuration.
+      text: of the captions; empty: of the empty caption, one row.
+      rng: key.
+      options: `clip` is in units of the prior's normalised space.
+
+    Returns:
+      (B, D) float32 raw image embeddings.
+    """
+    schedule = part_schedule(config)
+    guided = options.guidance_scale != 1.0
+    both = _with_empty(text, empty) if guided else text
+
+    def network(z, t):
+        return model.apply({"params": params}, z, t, text_embed=both.embed, text_states=both.states, text_mask=both.mask)
+
+    denoise = make_denoiser(
+        network,
+        schedule,
+        prediction=config["diffusion"]["prediction"],
+        guidance_scale=options.guidance_scale if guided else None,
+        clip=options.clip,
+    )
+    rng_x, rng_steps = jax.random.split(rng)
+    x = jax.random.normal(rng_x, text.embed.shape, jnp.float32)
+    return denormalize(part_space(config), _sample(denoise, x, schedule, rng_steps, options))
+
+
+def decoder_denoiser(
+    model: Decoder,
+    params: Any,
+    config: dict,
+    z_image: jax.Array,
+    text: TextConditioning,
+    empty: TextConditioning,
+    options: SamplingOptions,
+) -> Denoise:
+    """The decoder as a denoiser of (B, H, W, 3), conditioned on raw z_image (B, D) and captions, guided by options.guidance_scale."""
+    b = z_image.shape[0]
+    guided = options.guidance_scale != 1.0
+    both = _with_empty(text, empty) if guided else text
+    z = jnp.concatenate([z_image, z_image]) if guided else z_image
+    drop = jnp.arange(z.shape[0]) >= b
+
+    def network(x, t):
+        return model.apply(
+            {"params": params},
+            x,
+            t,
+            image_embed=z,
+            drop_image=drop,
+            text_embed=both.embed,
+            text_states=both.states,
+            text_mask=both.mask,
+        )
+
+    return make_denoiser(
+        network,
+        part_schedule(config),
+        prediction=config["diffusion"]["prediction"],
+        guidance_scale=options.guidance_scale if guided else None,
+        clip=options.clip,
+    )
+
+
+def sample_decoder(
+    model: Decoder,
+    params: Any,
+    config: dict,
+    z_image: jax.Array,
+    text: TextConditioning,
+    empty: TextConditioning,
+    rng: jax.Array,
+    options: SamplingOptions,
+) -> jax.Array:
+    """Draws images for embeddings (unCLIP section 2.1).
+
+    Args:
+      z_image: (B, D) raw image embeddings.
+      text, empty: as in `sample_prior`.
+
+    Returns:
+      (B, H, W, 3) float32 in [-1, 1], H = W = the decoder's image size.
+    """
+    denoise = decoder_denoiser(model, params, config, z_image, text, empty, options)
+    size = config["model"]["unet"]["image_size"]
+    rng_x, rng_steps = jax.random.split(rng)
+    x = jax.random.normal(rng_x, (z_image.shape[0], size, size, 3), jnp.float32)
+    return jnp.clip(_sample(denoise, x, part_schedule(config), rng_steps, options), -1, 1)
+
+
+def sample_upsampler(
+    model: Upsampler, params: Any, config: dict, low_res: jax.Array, rng: jax.Array, options: SamplingOptions
+) -> jax.Array:
+    """Enlarges images (B, h, w, 3) in [-1, 1] by the upsampler's factor; no guidance (unCLIP section 2.1).
+
+    Returns:
+      (B, H, W, 3) float32 in [-1, 1].
+    """
+    factor = config["factor"]
+    b, h, w, c = low_res.shape
+
+    def network(x, t):
+        return model.apply({"params": params}, x, t, low_res=low_res)
+
+    denoise = make_denoiser(network, part_schedule(config), prediction=config["diffusion"]["prediction"], clip=options.clip)
+    rng_x, rng_steps = jax.random.split(rng)
+    x = jax.random.normal(rng_x, (b, h * factor, w * factor, c), jnp.float32)
+    return jnp.clip(_sample(denoise, x, part_schedule(config), rng_steps, options), -1, 1)

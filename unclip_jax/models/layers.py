@@ -1,0 +1,121 @@
+"""Layers shared by the transformers and the U-Net: attention, time embedding, normalisation, activations, the gather hook.
+
+Shape letters: B batch, L tokens, W width, K heads, C channels. Softmax and normalisation statistics are float32 whatever the
+compute dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = Any
+Gather = Callable[[Any], Any]
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x), the GELU approximation that OpenAI's CLIP was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, x * Phi(x)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Scaled dot-product attention.
+
+    Args:
+      q: (B, Lq, K, D) queries.
+      k: (B, Lk, K, D) keys.
+      v: (B, Lk, K, D) values.
+      mask: bool, broadcastable to (B, K, Lq, Lk); True where attention is allowed. Every row must allow something: a row with
+        nothing allowed becomes the plain mean of the values.
+
+    Returns:
+      (B, Lq, K, D) in the dtype of `v`.
+    """
+    logits = jnp.einsum("bqkd,bpkd->bkqp", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask, logits, -1e9)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkqp,bpkd->bqkd", weights, v)
+
+
+def timestep_embedding(t: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoidal features of the time step: cosines, then sines, of t * max_period^(-i / half).
+
+    Args:
+      t: (B,) time steps, integer or fractional, in [0, T).
+      width: number of features, even.
+      max_period: the longest period, in steps.
+
+    Returns:
+      (B, width) float32 in [-1, 1].
+    """
+    half = width // 2
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimeMLP(nn.Module):
+    """Sinusoid -> Dense -> SiLU -> Dense: the time embedding of the prior and of the U-Net.
+
+    Attributes:
+      features: width of the sinusoid.
+      width: width of the result.
+    """
+
+    features: int
+    width: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, t: jax.Array) -> jax.Array:
+        """(B,) time steps -> (B, width)."""
+        x = timestep_embedding(t, self.features).astype(self.dtype)
+        x = nn.Dense(self.width, dtype=self.dtype, name="fc1")(x)
+        return nn.Dense(self.width, dtype=self.dtype, name="fc2")(nn.silu(x))
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis with gain and bias, epsilon 1e-5, statistics in float32."""
+
+    epsilon: float = 1e-5
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., W) -> (..., W)."""
+        return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm")(x)
+
+
+def hooked(block: type[nn.Module], gather: Gather | None, remat: bool, static_argnums: tuple[int, ...] = ()) -> type[nn.Module]:
+    """Wraps a block class in the two hooks that act at block boundaries.
+
+    Args:
+      block: the linen class.
+      gather: called on the block's parameter tree just before use (identity when None). It lets the caller gather sharded
+        parameters block by block while the model itself knows no mesh.
+      remat: recompute the block's activations in the backward pass instead of keeping them. The gathered parameters are inside
+        the recomputed region, so they are gathered again rather than kept.
+      static_argnums: positions (self is 0) of `__call__` arguments that are Python values.
+
+    Returns:
+      A class with the same attributes, call signature and parameter names.
+    """
+    if gather is not None:
+        block = nn.map_variables(block, "params", trans_in_fn=gather, init=True, mutable=True)
+    if remat:
+        block = nn.remat(block, static_argnums=static_argnums, prevent_cse=True)
+    return block

@@ -1,0 +1,325 @@
+"""The ADM / GLIDE U-Net and its two uses: the CLIP-conditioned decoder and the unconditional upsampler (unCLIP section 2.1).
+
+Each level has `res_blocks` residual blocks, followed by one that halves the resolution; the way up mirrors it with one block more
+per level, every block taking a skip connection. Residual blocks are ADM's (Dhariwal and Nichol 2021, appendix; papers' "scale-shift"):
+
+    h = conv(resample(silu(norm(x))));  h = norm(h) * (1 + scale(t)) + shift(t);  out = resample(x) + zero_conv(dropout(silu(h)))
+
+Attention concatenates projected context tokens (text states and CLIP tokens) to the keys and values of self-attention, as GLIDE
+does. Output layers start at zero: a fresh U-Net returns exactly zero, and its equal-channel blocks are identities. Resampling is
+average pooling on the way down and nearest neighbour on the way up, applied to both branches.
+
+The topology is that of the public Karlo decoder and super-resolution networks.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.models.layers import Dtype, Gather, LayerNorm, TimeMLP, attend, hooked
+
+ZEROS = nn.initializers.zeros_init()
+
+
+def downsample(x: jax.Array) -> jax.Array:
+    """(B, H, W, C) -> (B, H/2, W/2, C) by 2x2 average pooling."""
+    return nn.avg_pool(x, (2, 2), strides=(2, 2))
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """(B, H, W, C) -> (B, 2H, 2W, C), nearest neighbour."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+RESAMPLE = {None: lambda x: x, "down": downsample, "up": upsample}
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation, epsilon 1e-5, statistics in float32, the groups counted by the U-Net (32 in the papers)."""
+
+    groups: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, ..., C) -> same shape."""
+        return nn.GroupNorm(num_groups=self.groups, epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm")(x)
+
+
+class ResBlock(nn.Module):
+    """ADM's residual block. `resample` is None, "down" or "up"."""
+
+    channels: int
+    groups: int = 32
+    resample: str | None = None
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool = True) -> jax.Array:
+        """x (B, H, W, C_in), emb (B, E) -> (B, H', W', channels)."""
+        resample = RESAMPLE[self.resample]
+        conv = lambda name, init=nn.initializers.lecun_normal(): nn.Conv(  # noqa: E731
+            self.channels, (3, 3), padding=1, dtype=self.dtype, kernel_init=init, name=name
+        )
+        h = conv("conv1")(resample(nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))))
+        scale, shift = jnp.split(nn.Dense(2 * self.channels, dtype=self.dtype, name="time")(nn.silu(emb))[:, None, None], 2, axis=-1)
+        h = GroupNorm(self.groups, self.dtype, name="norm2")(h) * (1 + scale) + shift
+        h = conv("conv2", ZEROS)(nn.Dropout(self.dropout, deterministic=deterministic)(nn.silu(h)))
+        x = resample(x)
+        if x.shape[-1] != self.channels:
+            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="skip")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over positions, with context tokens put before the keys and values."""
+
+    head_channels: int
+    groups: int = 32
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None, context_mask: jax.Array | None) -> jax.Array:
+        """x (B, H, W, C), context (B, N, Dc) or None, context_mask (B, N) bool or None -> (B, H, W, C)."""
+        b, h, w, c = x.shape
+        if c % self.head_channels:
+            raise ValueError(f"{c} channels are not a multiple of head_channels {self.head_channels}")
+        heads = (c // self.head_channels, self.head_channels)
+        dense = lambda name: nn.DenseGeneral(heads, dtype=self.dtype, name=name)  # noqa: E731
+        y = GroupNorm(self.groups, self.dtype, name="norm")(x).reshape(b, h * w, c)
+        q, k, v = dense("query")(y), dense("key")(y), dense("value")(y)
+        mask = None
+        if context is not None:
+            k = jnp.concatenate([dense("context_key")(context), k], axis=1)
+            v = jnp.concatenate([dense("context_value")(context), v], axis=1)
+            if context_mask is not None:
+                mask = jnp.pad(context_mask.astype(bool), ((0, 0), (0, h * w)), constant_values=True)[:, None, None, :]
+        out = nn.DenseGeneral(c, axis=(-2, -1), dtype=self.dtype, kernel_init=ZEROS, name="out")(attend(q, k, v, mask))
+        return x + out.reshape(b, h, w, c)
+
+
+class UNet(nn.Module):
+    """The network shared by decoder and upsamplers.
+
+    Attributes:
+      image_size: side of the images it is trained on; `attention_resolutions` are counted from it. Networks without attention
+        may be applied at any size that halves evenly.
+      out_channels: 3, or 6 with learned variance.
+      channels: base width; level i has channels * channel_mult[i].
+      channel_mult: one factor per level.
+      res_blocks: residual blocks per level.
+      attention_resolutions: sides at which every block is followed by attention, e.g. (32, 16, 8).
+      middle_attention: attention between the two middle blocks.
+      head_channels: channels per attention head.
+      groups: groups of the group normalisation; every level's width must be a multiple.
+      dropout: inside the residual blocks, in [0, 1).
+      remat: recompute blocks in the backward pass.
+      gather: hook on each block's parameters.
+    """
+
+    image_size: int
+    out_channels: int
+    channels: int
+    channel_mult: tuple[int, ...]
+    res_blocks: int
+    attention_resolutions: tuple[int, ...] = ()
+    middle_attention: bool = True
+    head_channels: int = 64
+    groups: int = 32
+    dropout: float = 0.0
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+    gather: Gather | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        *,
+        cond: jax.Array | None = None,
+        context: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Runs the U-Net.
+
+        Args:
+          x: (B, H, W, C_in) noised image, with a low-resolution image concatenated for an upsampler.
+          t: (B,) time steps in [0, T).
+          cond: (B, 4 * channels) added to the time embedding.
+          context: (B, N, Dc) tokens for the attention.
+          context_mask: (B, N) bool, True where a token may be attended to.
+          deterministic: False switches dropout on (needs the `dropout` RNG).
+
+        Returns:
+          (B, H, W, out_channels) float32.
+
+        Raises:
+          ValueError: when the sides do not halve evenly at every level.
+        """
+        levels = len(self.channel_mult)
+        if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
+            raise ValueError(f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, got {x.shape[1:3]}")
+        res_class = hooked(ResBlock, self.gather, self.remat, static_argnums=(3,))
+        attention_class = hooked(AttentionBlock, self.gather, self.remat)
+        emb = TimeMLP(self.channels, 4 * self.channels, self.dtype, name="time")(t)
+        if cond is not None:
+            emb = emb + cond.astype(self.dtype)
+        if context is not None:
+            context = context.astype(self.dtype)
+
+        def res(x, name, channels, resample=None):
+            block = res_class(channels, self.groups, resample, self.dropout, self.dtype, name=name)
+            return block(x, emb, deterministic)
+
+        def attention(x, name):
+            return attention_class(self.head_channels, self.groups, self.dtype, name=name)(x, context, context_mask)
+
+        attends = [self.image_size // 2**level in self.attention_resolutions for level in range(levels)]
+        h = nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
+        skips = [h]
+        for level, mult in enumerate(self.channel_mult):
+            for i in range(self.res_blocks):
+                h = res(h, f"down_{level}_res_{i}", self.channels * mult)
+                if attends[level]:
+                    h = attention(h, f"down_{level}_attn_{i}")
+                skips.append(h)
+            if level < levels - 1:
+                h = res(h, f"down_{level}_pool", self.channels * mult, "down")
+                skips.append(h)
+
+        h = res(h, "middle_res_0", h.shape[-1])
+        if self.middle_attention:
+            h = attention(h, "middle_attn")
+        h = res(h, "middle_res_1", h.shape[-1])
+
+        for level, mult in reversed(list(enumerate(self.channel_mult))):
+            for i in range(self.res_blocks + 1):
+                h = res(jnp.concatenate([h, skips.pop()], axis=-1), f"up_{level}_res_{i}", self.channels * mult)
+                if attends[level]:
+                    h = attention(h, f"up_{level}_attn_{i}")
+            if level > 0:
+                h = res(h, f"up_{level}_expand", self.channels * mult, "up")
+
+        h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_out")(h))
+        return nn.Conv(self.out_channels, (3, 3), padding=1, dtype=self.dtype, kernel_init=ZEROS, name="conv_out")(h).astype(jnp.float32)
+
+
+class ClipConditioning(nn.Module):
+    """What CLIP says, made into a vector for the time embedding and tokens for the attention (unCLIP section 2.1).
+
+    z_i is projected and added to the time embedding, and projected to `clip_tokens` extra tokens that stand before the text
+    states; where `use_text_embed`, z_t is projected and added to the time embedding too (Karlo). A dropped z_i is a learned
+    null embedding. The token projection is laid out as (B, Dc, tokens), then transposed, as in the public weights.
+    """
+
+    cond_dim: int
+    context_dim: int
+    clip_tokens: int = 4
+    use_text_embed: bool = True
+    use_text_states: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        image_embed: jax.Array,
+        drop_image: jax.Array,
+        text_embed: jax.Array | None,
+        text_states: jax.Array | None,
+        text_mask: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """image_embed (B, D), drop_image (B,) bool, text_embed (B, D), text_states (B, L, W), text_mask (B, L) bool
+        -> cond (B, cond_dim), context (B, N, context_dim), context_mask (B, N) bool."""
+        b, d = image_embed.shape
+        null = self.param("null_image_embed", nn.initializers.zeros_init(), (d,))
+        z = jnp.where(drop_image[:, None], null, image_embed).astype(self.dtype)
+        cond = nn.Dense(self.cond_dim, dtype=self.dtype, name="image_embed_cond")(z)
+        tokens = nn.Dense(self.clip_tokens * self.context_dim, dtype=self.dtype, name="image_embed_tokens")(z)
+        context = tokens.reshape(b, self.context_dim, self.clip_tokens).transpose(0, 2, 1)
+        mask = jnp.ones((b, self.clip_tokens), bool)
+        if self.use_text_embed:
+            cond = cond + nn.Dense(self.cond_dim, dtype=self.dtype, name="text_embed_cond")(text_embed.astype(self.dtype))
+        if self.use_text_states:
+            text = nn.Dense(self.context_dim, dtype=self.dtype, name="text_states_in")(text_states.astype(self.dtype))
+            text = LayerNorm(dtype=self.dtype, name="text_states_norm")(text)
+            context = jnp.concatenate([context, text], axis=1)
+            mask = jnp.concatenate([mask, text_mask.astype(bool)], axis=1)
+        return cond, context, mask
+
+
+class Decoder(nn.Module):
+    """P(x | z_i, y): the U-Net conditioned on CLIP (unCLIP section 2.1).
+
+    Attributes:
+      unet: keyword arguments of `UNet`.
+      conditioning: keyword arguments of `ClipConditioning` but for cond_dim (context_dim, clip_tokens, ...).
+    """
+
+    unet: dict
+    conditioning: dict
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+    gather: Gather | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        *,
+        image_embed: jax.Array,
+        drop_image: jax.Array,
+        text_embed: jax.Array | None = None,
+        text_states: jax.Array | None = None,
+        text_mask: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Predicts the noise (and the variance fraction).
+
+        Args:
+          x: (B, H, W, 3) noised image.
+          t: (B,) time steps in [0, T).
+          image_embed: (B, D) raw CLIP image embedding.
+          drop_image: (B,) bool, True where the learned null embedding takes its place.
+          text_embed: (B, D) raw CLIP text embedding, when the conditioning uses it.
+          text_states: (B, L, W), text_mask: (B, L) bool, when the conditioning uses them.
+          deterministic: False switches dropout on.
+
+        Returns:
+          (B, H, W, 3 or 6) float32.
+        """
+        cond, context, mask = ClipConditioning(
+            cond_dim=4 * self.unet["channels"], dtype=self.dtype, name="conditioning", **self.conditioning
+        )(image_embed, drop_image, text_embed, text_states, text_mask)
+        return UNet(**self.unet, remat=self.remat, dtype=self.dtype, gather=self.gather, name="unet")(
+            x, t, cond=cond, context=context, context_mask=mask, deterministic=deterministic
+        )
+
+
+class Upsampler(nn.Module):
+    """P(x | low_res): the U-Net on the noised image and the enlarged low-resolution image, concatenated (unCLIP section 2.1).
+
+    Attributes:
+      unet: keyword arguments of `UNet`; the papers' upsamplers have no attention.
+      resize: `cubic` (Karlo) or `linear` (GLIDE), how the low-resolution image is enlarged.
+    """
+
+    unet: dict
+    resize: str = "cubic"
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+    gather: Gather | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, *, low_res: jax.Array, deterministic: bool = True) -> jax.Array:
+        """x (B, H, W, 3) noised, t (B,), low_res (B, h, w, 3) in [-1, 1] -> (B, H, W, 3 or 6) float32."""
+        enlarged = jax.image.resize(low_res, (*x.shape[:3], low_res.shape[-1]), self.resize)
+        return UNet(**self.unet, remat=self.remat, dtype=self.dtype, gather=self.gather, name="unet")(
+            jnp.concatenate([x, enlarged.astype(x.dtype)], axis=-1), t, deterministic=deterministic
+        )

@@ -1,0 +1,124 @@
+"""Meshes, partition rules, and the way of a host's batch onto the mesh.
+
+The mesh has three axes: `data` (replicated parameters), `fsdp` (parameters sharded, gathered before use) and `tensor` (width
+sharded). A batch is split over `data` and `fsdp`. Parameters follow an ordered table of (path regex, PartitionSpec) per model; what no
+row matches is sharded by the generic FSDP rule: the largest dimension that the axis divides.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+FSDP_MIN_SIZE = 2**14  # smaller leaves are replicated: gathering them costs more than keeping them
+
+Rules = Sequence[tuple[str, P]]
+
+# Megatron's split: first projections by output, second ones by input. Paths are "a/b/c" of the parameter tree.
+TENSOR_RULES: Rules = (
+    (r"(query|key|value|context_key|context_value)/kernel$", P("fsdp", "tensor", None)),
+    (r"(query|key|value|context_key|context_value)/bias$", P("tensor", None)),
+    (r"attn.*/out/kernel$", P("tensor", None, "fsdp")),
+    (r"block_\d+/fc1/kernel$", P("fsdp", "tensor")),
+    (r"block_\d+/fc1/bias$", P("tensor")),
+    (r"block_\d+/fc2/kernel$", P("tensor", "fsdp")),
+)
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all of them) with axes `data, fsdp, tensor`.
+
+    Args:
+      shape: size of each axis; absent axes are 1, but for `data`, which by default takes what is left. One axis may be -1.
+
+    Raises:
+      ValueError: on an unknown axis, more than one -1, or sizes whose product is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": -1, "fsdp": 1, "tensor": 1}
+    unknown = set(shape or {}) - set(AXES)
+    if unknown:
+        raise ValueError(f"unknown mesh axis {', '.join(sorted(unknown))}; the axes are {', '.join(AXES)}")
+    sizes.update(shape or {})
+    free = [a for a in AXES if sizes[a] == -1]
+    known = math.prod(sizes[a] for a in AXES if sizes[a] != -1)
+    if len(free) > 1 or known < 1 or (free and len(devices) % known) or (not free and known != len(devices)):
+        wanted = " x ".join(f"{a}={sizes[a]}" for a in AXES)
+        raise ValueError(f"a mesh of {wanted} does not fit {len(devices)} devices; the sizes must multiply to {len(devices)}")
+    if free:
+        sizes[free[0]] = len(devices) // known
+    return Mesh(np.asarray(devices).reshape([sizes[a] for a in AXES]), AXES)
+
+
+def path_name(path: tuple) -> str:
+    """A jax key path as "a/b/c"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def _fits(spec: P, shape: tuple[int, ...], mesh: Mesh) -> bool:
+    if len(spec) > len(shape):
+        return False
+    for size, axes in zip(shape, spec):
+        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+        if size % math.prod(mesh.shape[a] for a in names):
+            return False
+    return True
+
+
+def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = TENSOR_RULES) -> P:
+    """The PartitionSpec of one leaf: the first rule whose regex is found in its path and that divides its shape, else generic FSDP."""
+    if mesh.shape["tensor"] > 1:
+        for pattern, spec in rules:
+            if re.search(pattern, name) and _fits(spec, shape, mesh):
+                return spec
+    fsdp = mesh.shape["fsdp"]
+    if fsdp > 1 and math.prod(shape) >= FSDP_MIN_SIZE:
+        for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
+            if shape[axis] % fsdp == 0:
+                return P(*("fsdp" if i == axis else None for i in range(len(shape))))
+    return P()
+
+
+def infer_shardings(tree: Any, mesh: Mesh, rules: Rules = TENSOR_RULES) -> Any:
+    """NamedShardings for a tree of arrays or shapes. Optimizer moments have their parameter's path as a suffix and follow it."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, leaf_spec(path_name(path), tuple(leaf.shape), mesh, rules)), tree
+    )
+
+
+def make_gather(mesh: Mesh):
+    """The models' `gather` hook for this mesh: parameters sharded over `fsdp` alone are gathered block by block before use.
+
+    None when there is nothing to gather, or when `tensor` is in use (the partitioner then places the collectives).
+    """
+    if mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
+        return None
+    replicated = NamedSharding(mesh, P())
+    return lambda params: jax.lax.with_sharding_constraint(params, replicated)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays, the same on every host -> arrays replicated over the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows of a batch -> global arrays split over `data` and `fsdp`: an explicit transfer.
+
+    Raises:
+      ValueError: when the rows do not divide over the devices.
+    """
+    sharding = NamedSharding(mesh, BATCH)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = len(next(iter(batch.values()))) * jax.process_count()
+    if rows % ways:
+        raise ValueError(f"a batch of {rows} does not divide over data x fsdp = {ways} devices; change batch_size or the mesh")
+    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for name, value in batch.items()}

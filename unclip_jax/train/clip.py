@@ -1,0 +1,151 @@
+"""CLIP: contrastive training of image and text towers (Radford et al. 2021; unCLIP appendix C).
+
+The loss is the symmetric cross entropy over the global batch: every image against every caption, whatever the mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.checkpoint.store import CheckpointStore
+from unclip_jax.data import ops, pipeline, sources
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.evaluate.retrieval import retrieval_at_1
+from unclip_jax.models.clip import CLIP, MAX_LOGIT_SCALE
+from unclip_jax.sharding import make_gather, make_mesh, shard_batch
+from unclip_jax.train import common
+from unclip_jax.train.optim import make_optimizer, updates_applied
+from unclip_jax.train.state import apply_gradients, create_state
+
+
+# ---------------------------------------------------------------------------------------------------------------------- example
+def make_example(record, rng, *, tokenizer, size: int, crop_scale: float = 1.0, training: bool = True) -> dict[str, np.ndarray]:
+    """One row: `clip_image` (size, size, 3) in [-1, 1], `clip_tokens` (L,), `clip_token_mask` (L,).
+
+    In training a random square crop of at least `crop_scale` of the shorter side and a random caption; else the centre and the first.
+    """
+    image = ops.decode_image(record.image)
+    if training:
+        side = int(round(min(image.shape[:2]) * rng.uniform(crop_scale, 1.0)))
+        image = ops.resize(ops.random_crop(image, side, rng), size)
+        caption = pipeline.choose_caption(record, rng)
+    else:
+        image = ops.resize_then_crop(image, size)
+        caption = record.captions[0]
+    tokens, mask = tokenizer([caption])
+    return {"clip_image": ops.to_float(image), "clip_tokens": tokens[0], "clip_token_mask": mask[0]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- loss
+def contrastive_loss(image: jax.Array, text: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Symmetric cross entropy of unit embeddings (B, D) at logit scale (); returns the loss and the image-to-text accuracy."""
+    logits = scale * jnp.einsum("id,jd->ij", image, text, precision="highest")
+    own = jnp.diagonal(logits)
+    loss = 0.5 * jnp.mean(jax.nn.logsumexp(logits, axis=0) - own) + 0.5 * jnp.mean(jax.nn.logsumexp(logits, axis=1) - own)
+    return loss, jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(len(logits)))
+
+
+def loss_fn(params, rng, batch, *, model: CLIP):
+    """Loss () and metrics of a global batch. CLIP's training is free of randomness but for the data."""
+    del rng
+    image, text, scale = model.apply({"params": params}, batch["clip_image"], batch["clip_tokens"])
+    loss, accuracy = contrastive_loss(image, text, scale)
+    return loss, {"accuracy": accuracy, "logit_scale": scale}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- training
+def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
+    """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
+
+    Args:
+      config: see `configs/emoji/clip.py`.
+      workdir: the run's folder; a run found there is resumed.
+      init_from: a bundle or run whose weights a new run starts from.
+    """
+    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    mesh = make_mesh(config.mesh)
+    tokenizer = ClipTokenizer(**config.tokenizer)
+    source = sources.make_source(config.data.train)
+    evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
+    example = functools.partial(
+        make_example, tokenizer=tokenizer, size=config.model.image.image_size, crop_scale=config.data.crop_scale
+    )
+
+    # ------------------------------------------------------------------------------------------------------------------ model and optimizer
+    dtype = common.compute_dtype(config.dtype)
+    model_config = common.config_json(config.model)
+    model_config["text"] |= {"vocab_size": tokenizer.vocab_size, "length": tokenizer.length}
+    model = CLIP(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
+    tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
+
+    def init(key):
+        size = config.model.image.image_size
+        return model.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros((1, tokenizer.length), jnp.int32))["params"]
+
+    state, shardings = create_state(init, tx, config.seed, mesh)
+
+    # ------------------------------------------------------------------------------------------------------------------ update step
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def update(state, batch):
+        grad_fn = jax.value_and_grad(functools.partial(loss_fn, model=model), has_aux=True)
+        (loss, metrics), grads = grad_fn(state.params, None, batch)
+        rate = learning_rate(updates_applied(state.opt_state))
+        state, update_metrics = apply_gradients(state, grads, tx, config.ema_decay)
+        # The clamp of the temperature (section 2.5) is kept in the parameter itself, so that it can come back from the bound.
+        clamp = lambda params: params | {"logit_scale": jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)}  # noqa: E731
+        state = state.replace(params=clamp(state.params), ema_params=clamp(state.ema_params))
+        return state, {"loss": loss, "learning_rate": rate, **metrics, **update_metrics}
+
+    # ------------------------------------------------------------------------------------------------------------------ restore
+    store = CheckpointStore(workdir, config.keep)
+    meta = {
+        "name": "clip",
+        "part": {"kind": "clip", "model": model_config},
+        "tokenizer": tokenizer.config(),
+        "sampling": {},
+        "config": common.config_json(config),
+        "provenance": common.new_provenance(source.checksum),
+    }
+    state, meta, start = common.restore_or_init(store, state, shardings, meta, init_from)
+
+    # ------------------------------------------------------------------------------------------------------------------ evaluators
+    encode = jax.jit(lambda params, batch: model.apply({"params": params}, batch["clip_image"], batch["clip_tokens"])[:2])
+
+    def evaluate(state) -> dict[str, float]:
+        figures = {}
+        for name, held_out in evaluations.items():
+            rows = []
+            example_eval = functools.partial(example, training=False)
+            for batch, valid in pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows):
+                image, text = encode(state.ema_params, shard_batch(common.host_rows(batch), mesh))
+                rows.append((common.crossed(image)[:valid], common.crossed(text)[:valid]))
+            image, text = (np.concatenate(column) for column in zip(*rows))
+            figures[f"{name}_retrieval_at_1"] = retrieval_at_1(image, text, config.eval.candidates)
+        return figures
+
+    # ------------------------------------------------------------------------------------------------------------------ loop
+    logger = common.Logger(
+        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="clip"
+    )
+    batches = common.batches(config, source, example, start)
+    figures: dict[str, float] = {}
+    with common.stop_signals() as stop:
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = update(state, shard_batch(next(batches), mesh))
+            logger.step(step, metrics)
+            if common.due(step, config.checkpoint_every, config.steps) or stop:
+                with logger.paused():
+                    store.save(step, state, common.with_time(meta, logger))
+            if stop:
+                break
+            if common.due(step, config.eval_every, config.steps):
+                with logger.paused():
+                    figures = evaluate(state)
+                    logger.record(step, figures)
+                    common.say(f"clip step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+    common.finish(store, batches, logger, stop)
+    return figures

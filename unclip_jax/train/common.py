@@ -1,0 +1,291 @@
+"""What training stages share and what is not the method: run folders, logging, progress, clean stops."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from unclip_jax.checkpoint.bundle import load_part
+from unclip_jax.checkpoint.store import CheckpointStore
+from unclip_jax.data import pipeline
+from unclip_jax.data.sources import Source
+from unclip_jax.sharding import path_name
+from unclip_jax.train.state import TrainState
+
+log = logging.getLogger("unclip_jax")
+
+
+def compute_dtype(name: str) -> Any:
+    """`auto` (bfloat16 on accelerators, float32 on CPU), `float32` or `bfloat16`.
+
+    Raises:
+      ValueError: on another name.
+    """
+    choices = {"auto": jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if name not in choices:
+        raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(choices)}")
+    return choices[name]
+
+
+def resolve(path: str, workdir: str | os.PathLike) -> str:
+    """A path from a config: relative ones (./x, ../x) are relative to the run's folder, all others stand as given."""
+    return str((Path(workdir) / path).resolve()) if path.startswith((".", "..")) else path
+
+
+def hardware() -> str:
+    """The machine in words: "2 x cpu (x86_64)" or "1 x NVIDIA H200"."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    return f"{len(devices)} x {kind}" + (f", {os.cpu_count()} cores, {platform.machine()}" if kind == "cpu" else "")
+
+
+def new_provenance(data_checksum: str) -> dict:
+    """Where and when a run started; the wall time is added as it goes."""
+    return {
+        "hardware": hardware(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "data_checksum": data_checksum,
+        "jax": jax.__version__,
+        "commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        here = Path(__file__).resolve().parent
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def config_json(config: ConfigDict) -> dict:
+    """A config as plain JSON values."""
+    return json.loads(config.to_json_best_effort())
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done `every` steps (0: never) is done after `step` steps; always at the end."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+class Logger:
+    """Metrics of a run: `metrics.jsonl`, TensorBoard (`tb/`), and a progress bar or plain lines on standard error.
+
+    Args:
+      workdir: the run's folder.
+      start, total: first step and number of steps.
+      batch_size: examples a step, for the rate.
+      every: steps between two records.
+      name: of the stage, on the progress bar.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, start: int, total: int, batch_size: int, every: int, name: str):
+        self.start, self.total, self.batch_size, self.every, self.name = start, total, batch_size, every, name
+        self.main = jax.process_index() == 0
+        self.file = self.events = self.bar = None
+        self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+        self.made = self.clock = time.perf_counter()
+        self.clock_step = start
+        if not self.main:
+            return
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        self.file = open(Path(workdir) / "metrics.jsonl", "a", encoding="utf-8")
+        try:
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+            self.events = EventFileWriter(str(Path(workdir) / "tb"))
+        except ImportError:
+            log.warning("tensorboard is not installed; metrics go to metrics.jsonl alone")
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of the step just dispatched (`step` counts from 1); fetches them only when a record is due."""
+        self.pending.append((step, metrics))
+        if self.bar is not None:
+            self.bar.update(1)
+        if not due(step, self.every, self.total):
+            return
+        values = jax.device_get([m for _, m in self.pending])
+        self.pending.clear()
+        now = time.perf_counter()
+        seconds = (now - self.clock) / max(step - self.clock_step, 1)
+        self.clock, self.clock_step = now, step
+        record = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
+        record |= {"step_time": seconds, "examples_per_second": self.batch_size / seconds}
+        self.record(step, record)
+        words = f"loss {record['loss']:.4f}  {record['examples_per_second']:.1f} examples/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(words)
+        elif self.main:
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - step)))
+            log.info("%s step %d/%d  %s  left %s", self.name, step, self.total, words, left)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what is done inside (evaluation, samples, checkpoints) out of the step time."""
+        started = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - started
+
+    def seconds(self) -> float:
+        """Wall time since the logger was made."""
+        return time.perf_counter() - self.made
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes values (floats) under their names, once to each file."""
+        if not self.main:
+            return
+        self.file.write(json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in values.items()}}) + "\n")
+        self.file.flush()
+        if self.events is not None:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            summary = Summary(value=[Summary.Value(tag=f"{self.name}/{k}", simple_value=v) for k, v in values.items()])
+            self.events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        for thing in (self.bar, self.file, self.events):
+            if thing is not None:
+                thing.close()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yields a list that is empty until SIGTERM or SIGINT arrives: the loop then saves and leaves. A second one acts at once."""
+    received: list[int] = []
+    before = {}
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, before[number])
+        log.info("stopping after this step: saving a checkpoint")
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: signals stay with whoever runs us
+        pass
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    """A line for the person who watches, from the first host alone; it does not tear a progress bar."""
+    if jax.process_index() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def with_time(meta: dict, logger: Logger) -> dict:
+    """The run's meta with the time spent so far, over all its restarts."""
+    provenance = meta["provenance"]
+    return {**meta, "provenance": {**provenance, "seconds": round(provenance["seconds"] + logger.seconds(), 1)}}
+
+
+def restore_or_init(
+    store: CheckpointStore, state: TrainState, shardings: Any, meta: dict, init_from: str | None
+) -> tuple[TrainState, dict, int]:
+    """The run's newest checkpoint if it has one; else fresh weights, or those of `init_from` (a bundle or another run).
+
+    Returns:
+      state, meta (a resumed run keeps its own provenance and embedding statistics), and the number of steps already done.
+
+    Raises:
+      ValueError: when the weights found are of another model, or a resumed run was made with another frozen CLIP.
+    """
+    step = store.latest()
+    if step is not None:
+        old = store.meta(step)
+        if old["part"].get("clip") != meta["part"].get("clip"):
+            raise ValueError(
+                f"this run was trained with CLIP {old['part'].get('clip')}, but {meta['part'].get('clip')} is given now; "
+                "use another workdir, or the same CLIP"
+            )
+        say(f"{meta['name']}: going on from step {step}")
+        return store.restore(step, state, shardings), {**meta, "provenance": old["provenance"]}, step
+    if init_from is not None:
+        part, old = load_part(init_from, meta["name"])
+        theirs = {k: np.shape(v) for k, v in _leaves(part.params)}
+        ours = {k: v.shape for k, v in _leaves(state.params)}
+        if theirs != ours:
+            differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
+            raise ValueError(f"{init_from} holds another {meta['name']} than this configuration ({len(differing)} differ: {differing[0]}, ...)")
+        say(f"{meta['name']}: starting from the weights of {init_from}")
+        state = state.replace(
+            params=jax.device_put(part.params, shardings.params), ema_params=jax.device_put(part.params, shardings.ema_params)
+        )
+        meta = {**meta, "provenance": {**meta["provenance"], "initialised_from": old["provenance"]}}
+    return state, meta, 0
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def batches(config: ConfigDict, source: Source, make_example: pipeline.MakeExample, start: int) -> pipeline.TrainBatches:
+    """This host's training batches from step `start` on, as `config.data` says."""
+    backend = config.data.backend
+    if backend == "auto":
+        backend = "tf" if importlib.util.find_spec("tensorflow") else "numpy"
+    return pipeline.train_batches(
+        source,
+        make_example,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start,
+        num_steps=config.steps - start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        backend=backend,
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+
+
+def host_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """This host's slice of a batch that every host holds whole (evaluation)."""
+    count, index = jax.process_count(), jax.process_index()
+    return {k: v.reshape(count, len(v) // count, *v.shape[1:])[index] for k, v in batch.items()}
+
+
+def finish(store: CheckpointStore, data: pipeline.TrainBatches, logger: Logger, stop: list[int]) -> None:
+    """Closes everything; leaves with status 130 if a signal stopped the run, its work saved."""
+    store.close()
+    data.close()
+    logger.close()
+    if stop:
+        say("stopped; the same command goes on from here")
+        raise SystemExit(130)
+
+
+def crossed(array: jax.Array) -> np.ndarray:
+    """A global array's value on every host (gathered where hosts hold pieces)."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(jax.device_get(array))
