@@ -110,7 +110,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         "config": common.config_json(config),
         "provenance": common.new_provenance(source.checksum),
     }
-    state, meta, start = common.restore_or_init(store, state, shardings, meta, init_from)
+    state, meta, start, _ = common.restore_or_init(store, state, shardings, meta, init_from)
 
     # ------------------------------------------------------------------------------------------------------------------ evaluators
     encode = jax.jit(lambda params, batch: model.apply({"params": params}, batch["clip_image"], batch["clip_tokens"])[:2])

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from unclip_jax.checkpoint.bundle import load_part
-from unclip_jax.checkpoint.store import CheckpointStore
+from unclip_jax.checkpoint.store import CheckpointStore, params_hash
 from unclip_jax.data import pipeline
 from unclip_jax.data.sources import Source
-from unclip_jax.sharding import path_name
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.generate import TextConditioning, build_model, encode_text
+from unclip_jax.grid import save_grid, to_uint8
+from unclip_jax.models.clip import CLIP
+from unclip_jax.sharding import Mesh, infer_shardings, path_name
 from unclip_jax.train.state import TrainState
 
 log = logging.getLogger("unclip_jax")
@@ -209,11 +214,12 @@ def with_time(meta: dict, logger: Logger) -> dict:
 
 def restore_or_init(
     store: CheckpointStore, state: TrainState, shardings: Any, meta: dict, init_from: str | None
-) -> tuple[TrainState, dict, int]:
+) -> tuple[TrainState, dict, int, dict]:
     """The run's newest checkpoint if it has one; else fresh weights, or those of `init_from` (a bundle or another run).
 
     Returns:
-      state, meta (a resumed run keeps its own provenance and embedding statistics), and the number of steps already done.
+      state, meta (a resumed run keeps its own provenance), the number of steps already done, and the part configuration that came
+      with the weights ({} for fresh ones).
 
     Raises:
       ValueError: when the weights found are of another model, or a resumed run was made with another frozen CLIP.
@@ -227,7 +233,8 @@ def restore_or_init(
                 "use another workdir, or the same CLIP"
             )
         say(f"{meta['name']}: going on from step {step}")
-        return store.restore(step, state, shardings), {**meta, "provenance": old["provenance"]}, step
+        return store.restore(step, state, shardings), {**meta, "provenance": old["provenance"]}, step, old["part"]
+    old_part: dict = {}
     if init_from is not None:
         part, old = load_part(init_from, meta["name"])
         theirs = {k: np.shape(v) for k, v in _leaves(part.params)}
@@ -240,7 +247,65 @@ def restore_or_init(
             params=jax.device_put(part.params, shardings.params), ema_params=jax.device_put(part.params, shardings.ema_params)
         )
         meta = {**meta, "provenance": {**meta["provenance"], "initialised_from": old["provenance"]}}
-    return state, meta, 0
+        old_part = part.config
+    return state, meta, 0, old_part
+
+
+@dataclass(frozen=True)
+class FrozenClip:
+    """The CLIP under a stage. `params` are a step argument, never closed over; `hash` names its embedding space."""
+
+    model: CLIP
+    params: Any
+    hash: str
+    tokenizer: ClipTokenizer
+    image_size: int
+    embed_dim: int
+    empty: dict[str, np.ndarray]  # the empty caption: clip_tokens (1, L), clip_token_mask (1, L)
+
+    def text(self, params: Any, tokens: jax.Array, mask: jax.Array) -> TextConditioning:
+        """Captions, tokens and mask (B, L) -> conditioning; no gradient."""
+        return jax.lax.stop_gradient(encode_text(self.model, params, tokens, mask))
+
+    def image(self, params: Any, image: jax.Array) -> jax.Array:
+        """(B, Hc, Wc, 3) in [-1, 1] -> raw z_i (B, D); no gradient."""
+        return jax.lax.stop_gradient(self.model.apply({"params": params}, image, method="encode_image"))
+
+
+def frozen_clip(path: str, workdir: str | os.PathLike, mesh: Mesh, dtype: Any) -> FrozenClip:
+    """Loads the CLIP of a run or a bundle onto the mesh.
+
+    Args:
+      path: a bundle, a run's folder, or a path relative to this run's folder ("../clip").
+
+    Raises:
+      FileNotFoundError, ValueError, KeyError: one line naming what is missing.
+    """
+    part, meta = load_part(resolve(path, workdir), "clip")
+    model = build_model(part.config, dtype)
+    tokenizer = ClipTokenizer.from_config(meta["tokenizer"])
+    tokens, mask = tokenizer.empty()
+    return FrozenClip(
+        model=model,
+        params=jax.device_put(part.params, infer_shardings(part.params, mesh)),
+        hash=params_hash(part.params),
+        tokenizer=tokenizer,
+        image_size=model.image["image_size"],
+        embed_dim=model.embed_dim,
+        empty={"clip_tokens": tokens[None], "clip_token_mask": mask[None]},
+    )
+
+
+def text_arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch's caption as the arguments of `FrozenClip.text`."""
+    return {"tokens": batch["clip_tokens"], "mask": batch["clip_token_mask"]}
+
+
+def save_samples(workdir: str | os.PathLike, step: int, images: jax.Array, captions: list[str], valid: int) -> None:
+    """Writes `samples/<step>.png`, a labelled grid of float images in [-1, 1], on the first host; every host must call it."""
+    images = crossed(images)[:valid]
+    if jax.process_index() == 0:
+        save_grid(Path(workdir) / "samples" / f"{step:07d}.png", to_uint8(images), captions[:valid], cell=128)
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:

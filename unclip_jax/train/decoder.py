@@ -1,0 +1,182 @@
+"""The decoder: images from CLIP image embeddings and captions (unCLIP section 2.1).
+
+A GLIDE U-Net predicts the noise and its variance. The CLIP embedding is replaced by a learned null embedding, and the caption by the
+empty one, independently, for classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.checkpoint.store import CheckpointStore
+from unclip_jax.data import ops, pipeline, sources
+from unclip_jax.diffusion.losses import sample_noised, simple_loss, split_variance, training_tables, variational_bits
+from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.generate import options_from, sample_decoder, select_text
+from unclip_jax.models.unet import Decoder
+from unclip_jax.sharding import make_gather, make_mesh, shard_batch
+from unclip_jax.train import common
+from unclip_jax.train.optim import make_optimizer, updates_applied
+from unclip_jax.train.state import apply_gradients, create_state, step_rng
+
+
+# ---------------------------------------------------------------------------------------------------------------------- example
+def make_example(record, rng, *, tokenizer, size, clip_size, crop_scale=1.0, training=True) -> dict[str, np.ndarray]:
+    """One row: `image` (size, size, 3) and `clip_image` (clip_size, clip_size, 3) of the same crop, in [-1, 1]; `clip_tokens` and
+    `clip_token_mask` (L,) of one of its captions. Not in training: the centre, and the first caption."""
+    image = ops.decode_image(record.image)
+    if training:
+        image = ops.random_crop(image, int(round(min(image.shape[:2]) * rng.uniform(crop_scale, 1.0))), rng)
+        caption = pipeline.choose_caption(record, rng)
+    else:
+        image = ops.center_crop_square(image)
+        caption = record.captions[0]
+    tokens, mask = tokenizer([caption])
+    return {
+        "image": ops.to_float(ops.resize(image, size)),
+        "clip_image": ops.to_float(ops.resize(image, clip_size)),
+        "clip_tokens": tokens[0],
+        "clip_token_mask": mask[0],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------- loss
+def loss_fn(params, rng, batch, *, frozen, clip, model, tables, diffusion, drop_embedding, drop_text):
+    """Loss () and metrics of a global batch; `frozen` holds the CLIP's parameters."""
+    rng_embedding, rng_text, rng_noise, rng_dropout = jax.random.split(rng, 4)
+    x0 = batch["image"]
+    z_image = clip.image(frozen["clip"], batch["clip_image"])
+    text = clip.text(frozen["clip"], batch["clip_tokens"], batch["clip_token_mask"])
+    empty = clip.text(frozen["clip"], **common.text_arguments(clip.empty))
+    text = select_text(jax.random.uniform(rng_text, (len(x0),)) >= drop_text, text, empty)
+    drop_image = jax.random.uniform(rng_embedding, (len(x0),)) < drop_embedding
+
+    t, eps, x_t = sample_noised(rng_noise, x0, tables)
+    out = model.apply(
+        {"params": params}, x_t, t, image_embed=z_image, drop_image=drop_image,
+        text_embed=text.embed, text_states=text.states, text_mask=text.mask,
+        deterministic=False, rngs={"dropout": rng_dropout},
+    )  # fmt: skip
+    out, v_frac = split_variance(out, x0.shape[-1])
+    simple = jnp.mean(simple_loss(out, x0, eps, t, tables, diffusion["prediction"]))
+    if v_frac is None:
+        return simple, {}
+    bits = jnp.mean(variational_bits(out, v_frac, x0, x_t, t, tables))
+    return simple + diffusion["vb_weight"] * diffusion["num_steps"] * bits, {"simple": simple, "vb_bits": bits}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- training
+def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
+    """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
+
+    Args:
+      config: see `configs/emoji/decoder.py`.
+      workdir: the run's folder; a run found there is resumed.
+      init_from: a bundle or run whose weights a new run starts from.
+    """
+    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    mesh = make_mesh(config.mesh)
+    dtype = common.compute_dtype(config.dtype)
+    clip = common.frozen_clip(config.clip, workdir, mesh, dtype)
+    source = sources.make_source(config.data.train)
+    held_out = sources.make_source(config.data.eval)
+    size = config.model.unet.image_size
+    example = functools.partial(
+        make_example, tokenizer=clip.tokenizer, size=size, clip_size=clip.image_size, crop_scale=config.data.crop_scale
+    )
+
+    # ------------------------------------------------------------------------------------------------------------------ model and optimizer
+    model_config = common.config_json(config.model)
+    model = Decoder(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
+    diffusion = common.config_json(config.diffusion)
+    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
+    tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
+
+    def init(key):
+        embed, length = jnp.zeros((1, clip.embed_dim)), clip.tokenizer.length
+        return model.init(
+            key, jnp.zeros((1, size, size, 3)), jnp.zeros(1), image_embed=embed, drop_image=jnp.zeros(1, bool), text_embed=embed,
+            text_states=jnp.zeros((1, length, clip.model.text["width"])), text_mask=jnp.ones((1, length), bool),
+        )["params"]  # fmt: skip
+
+    state, shardings = create_state(init, tx, config.seed, mesh)
+
+    # ------------------------------------------------------------------------------------------------------------------ restore
+    store = CheckpointStore(workdir, config.keep)
+    meta = {
+        "name": "decoder",
+        "part": {"kind": "decoder", "model": model_config, "diffusion": diffusion, "clip": clip.hash},
+        "tokenizer": clip.tokenizer.config(),
+        "sampling": common.config_json(config.sampling),
+        "config": common.config_json(config),
+        "provenance": common.new_provenance(source.checksum),
+    }
+    state, meta, start, _ = common.restore_or_init(store, state, shardings, meta, init_from)
+
+    # ------------------------------------------------------------------------------------------------------------------ update step
+    frozen = {"clip": clip.params}
+    loss_of = functools.partial(
+        loss_fn, clip=clip, model=model, tables=tables, diffusion=diffusion,
+        drop_embedding=config.drop_embedding, drop_text=config.drop_text,
+    )  # fmt: skip
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def update(state, frozen, batch):
+        rng = step_rng(config.seed, state.step)
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, rng, batch, frozen=frozen)
+        rate = learning_rate(updates_applied(state.opt_state))
+        state, update_metrics = apply_gradients(state, grads, tx, config.ema_decay)
+        return state, {"loss": loss, "learning_rate": rate, **metrics, **update_metrics}
+
+    # ------------------------------------------------------------------------------------------------------------------ evaluators
+    options = options_from(config.sampling)
+    captions = [held_out.read(i).captions[0] for i in range(min(config.eval.samples, len(held_out)))]
+
+    @jax.jit
+    def draw(params, frozen, batch, rng):
+        text = clip.text(frozen["clip"], batch["clip_tokens"], batch["clip_token_mask"])
+        empty = clip.text(frozen["clip"], **common.text_arguments(clip.empty))
+        z_image = clip.image(frozen["clip"], batch["clip_image"])
+        return sample_decoder(model, params, meta["part"], z_image, text, empty, rng, options)
+
+    @jax.jit
+    def held_out_loss(params, frozen, batch, rng):
+        return loss_of(params, rng, batch, frozen=frozen)[0]
+
+    def evaluate(state, step) -> dict[str, float]:
+        example_eval = functools.partial(example, training=False)
+        losses = []
+        for i, (batch, _) in enumerate(pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows)):
+            arrays = shard_batch(common.host_rows(batch), mesh)
+            losses.append(held_out_loss(state.ema_params, frozen, arrays, step_rng(config.seed, i)))
+        batch, valid = next(pipeline.eval_batches(held_out, example_eval, config.eval.samples))
+        images = draw(state.ema_params, frozen, shard_batch(common.host_rows(batch), mesh), step_rng(config.seed, step))
+        common.save_samples(workdir, step, images, captions, valid)
+        return {"eval_loss": float(np.mean(jax.device_get(losses)))}
+
+    # ------------------------------------------------------------------------------------------------------------------ loop
+    logger = common.Logger(
+        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="decoder"
+    )
+    batches = common.batches(config, source, example, start)
+    figures: dict[str, float] = {}
+    with common.stop_signals() as stop:
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = update(state, frozen, shard_batch(next(batches), mesh))
+            logger.step(step, metrics)
+            if common.due(step, config.checkpoint_every, config.steps) or stop:
+                with logger.paused():
+                    store.save(step, state, common.with_time(meta, logger))
+            if stop:
+                break
+            if common.due(step, config.eval_every, config.steps):
+                with logger.paused():
+                    figures = evaluate(state, step)
+                    logger.record(step, figures)
+                    common.say(f"decoder step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+    common.finish(store, batches, logger, stop)
+    return figures

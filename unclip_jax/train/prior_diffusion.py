@@ -1,0 +1,183 @@
+"""The diffusion prior: CLIP image embeddings from captions (unCLIP section 2.2).
+
+A causal transformer sees the caption, its CLIP text embedding, the time step and the noised image embedding, and predicts the clean
+one: L = E |f(z^(t), t, y) - z_i|^2. Captions are dropped for classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.checkpoint.store import CheckpointStore
+from unclip_jax.data import pipeline, sources
+from unclip_jax.diffusion.embedding_space import normalize
+from unclip_jax.diffusion.losses import sample_noised, simple_loss, training_tables
+from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
+from unclip_jax.generate import options_from, part_space, sample_prior, select_text
+from unclip_jax.models.prior_diffusion import DiffusionPrior
+from unclip_jax.sharding import make_gather, make_mesh, shard_batch
+from unclip_jax.train import common
+from unclip_jax.train.clip import make_example  # the same row: an image and a caption as CLIP sees them
+from unclip_jax.train.optim import make_optimizer, updates_applied
+from unclip_jax.train.state import apply_gradients, create_state, step_rng
+
+
+# ---------------------------------------------------------------------------------------------------------------------- statistics
+def embedding_statistics(clip: common.FrozenClip, config, source, example, mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (D,) of the raw image embeddings of the first training batches, on the host in float64."""
+    encode = jax.jit(clip.image)
+    rows = []
+    batches = pipeline.train_batches(
+        source,
+        example,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_steps=config.statistics_batches,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        backend="numpy",
+    )
+    for batch in batches:
+        rows.append(common.crossed(encode(clip.params, shard_batch(batch, mesh)["clip_image"])))
+    z = np.concatenate(rows).astype(np.float64)
+    return z.mean(axis=0), np.maximum(z.std(axis=0), 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- loss
+def loss_fn(params, rng, batch, *, frozen, clip, model, space, tables, prediction, drop_text):
+    """Loss () and metrics of a global batch; `frozen` holds the CLIP's parameters."""
+    rng_drop, rng_noise, rng_dropout = jax.random.split(rng, 3)
+    z = normalize(space, clip.image(frozen["clip"], batch["clip_image"]))
+    text = clip.text(frozen["clip"], batch["clip_tokens"], batch["clip_token_mask"])
+    empty = clip.text(frozen["clip"], **common.text_arguments(clip.empty))
+    text = select_text(jax.random.uniform(rng_drop, (len(z),)) >= drop_text, text, empty)
+
+    t, eps, z_t = sample_noised(rng_noise, z, tables)
+    out = model.apply(
+        {"params": params}, z_t, t, text_embed=text.embed, text_states=text.states, text_mask=text.mask,
+        deterministic=False, rngs={"dropout": rng_dropout},
+    )  # fmt: skip
+    return jnp.mean(simple_loss(out, z, eps, t, tables, prediction)), {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- training
+def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
+    """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
+
+    Args:
+      config: see `configs/emoji/prior_diffusion.py`.
+      workdir: the run's folder; a run found there is resumed.
+      init_from: a bundle or run whose weights a new run starts from.
+    """
+    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    mesh = make_mesh(config.mesh)
+    dtype = common.compute_dtype(config.dtype)
+    clip = common.frozen_clip(config.clip, workdir, mesh, dtype)
+    source = sources.make_source(config.data.train)
+    evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
+    example = functools.partial(
+        make_example, tokenizer=clip.tokenizer, size=clip.image_size, crop_scale=config.data.crop_scale
+    )
+
+    # ------------------------------------------------------------------------------------------------------------------ model and optimizer
+    model_config = common.config_json(config.model) | {"embed_dim": clip.embed_dim, "length": clip.tokenizer.length}
+    model = DiffusionPrior(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
+    diffusion = common.config_json(config.diffusion)
+    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
+    tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
+
+    def init(key):
+        text = {"text_embed": jnp.zeros((1, clip.embed_dim)), "text_mask": jnp.ones((1, clip.tokenizer.length), bool)}
+        states = jnp.zeros((1, clip.tokenizer.length, clip.model.text["width"]))
+        return model.init(key, jnp.zeros((1, clip.embed_dim)), jnp.zeros(1), text_states=states, **text)["params"]
+
+    state, shardings = create_state(init, tx, config.seed, mesh)
+
+    # ------------------------------------------------------------------------------------------------------------------ restore
+    store = CheckpointStore(workdir, config.keep)
+    meta = {
+        "name": "prior",
+        "part": {"kind": "prior_diffusion", "model": model_config, "diffusion": diffusion, "clip": clip.hash},
+        "tokenizer": clip.tokenizer.config(),
+        "sampling": common.config_json(config.sampling),
+        "config": common.config_json(config),
+        "provenance": common.new_provenance(source.checksum),
+    }
+    state, meta, start, old_part = common.restore_or_init(store, state, shardings, meta, init_from)
+    if "embedding_space" in old_part and old_part["clip"] == clip.hash:  # go on in the space the weights were made in
+        meta["part"]["embedding_space"] = old_part["embedding_space"]
+    else:
+        mean, std = embedding_statistics(clip, config, source, example, mesh)
+        space = {"kind": config.space.kind, "scale": config.space.scale, "mean": mean.tolist(), "std": std.tolist()}
+        meta["part"]["embedding_space"] = space
+    space = part_space(meta["part"])
+
+    # ------------------------------------------------------------------------------------------------------------------ update step
+    frozen = {"clip": clip.params}
+    loss_of = functools.partial(
+        loss_fn, clip=clip, model=model, space=space, tables=tables, prediction=diffusion["prediction"], drop_text=config.drop_text
+    )
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def update(state, frozen, batch):
+        rng = step_rng(config.seed, state.step)
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, rng, batch, frozen=frozen)
+        rate = learning_rate(updates_applied(state.opt_state))
+        state, update_metrics = apply_gradients(state, grads, tx, config.ema_decay)
+        return state, {"loss": loss, "learning_rate": rate, **metrics, **update_metrics}
+
+    # ------------------------------------------------------------------------------------------------------------------ evaluators
+    options = options_from(config.sampling)
+
+    @jax.jit
+    def predict(params, frozen, batch, rng):
+        text = clip.text(frozen["clip"], batch["clip_tokens"], batch["clip_token_mask"])
+        empty = clip.text(frozen["clip"], **common.text_arguments(clip.empty))
+        z_hat = sample_prior(model, params, meta["part"], text, empty, rng, options)
+        return z_hat, clip.image(frozen["clip"], batch["clip_image"]), text.embed
+
+    def evaluate(state) -> dict[str, float]:
+        figures = {}
+        for name, held_out in evaluations.items():
+            rows = []
+            example_eval = functools.partial(example, training=False)
+            for i, (batch, valid) in enumerate(pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows)):
+                arrays = shard_batch(common.host_rows(batch), mesh)
+                outs = predict(state.ema_params, frozen, arrays, step_rng(config.seed, i))
+                rows.append([common.crossed(out)[:valid] for out in outs])
+            z_hat, z_image, z_text = (np.concatenate(column) for column in zip(*rows))
+            figures |= {
+                f"{name}_cosine": mean_cosine(z_hat, z_image),
+                f"{name}_cosine_of_mean_embedding": mean_cosine(z_image, np.asarray(space.mean)),
+                f"{name}_cosine_of_text_embedding": mean_cosine(z_text, z_image),
+                f"{name}_retrieval_at_1": retrieval_at_1(z_hat, z_image, config.eval.candidates),
+            }
+        return figures
+
+    # ------------------------------------------------------------------------------------------------------------------ loop
+    logger = common.Logger(
+        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="prior"
+    )
+    batches = common.batches(config, source, example, start)
+    figures: dict[str, float] = {}
+    with common.stop_signals() as stop:
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = update(state, frozen, shard_batch(next(batches), mesh))
+            logger.step(step, metrics)
+            if common.due(step, config.checkpoint_every, config.steps) or stop:
+                with logger.paused():
+                    store.save(step, state, common.with_time(meta, logger))
+            if stop:
+                break
+            if common.due(step, config.eval_every, config.steps):
+                with logger.paused():
+                    figures = evaluate(state)
+                    logger.record(step, figures)
+                    common.say(f"prior step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+    common.finish(store, batches, logger, stop)
+    return figures

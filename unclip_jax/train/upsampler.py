@@ -1,0 +1,157 @@
+"""The upsampler: large images from small ones (unCLIP section 2.1).
+
+An unconditional U-Net without attention predicts the noise of the large image, given the small one. It learns on random crops, from
+small images degraded by a Gaussian blur (kernel 3, sigma 0.6), and is applied to whole images.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.checkpoint.store import CheckpointStore
+from unclip_jax.data import ops, pipeline, sources
+from unclip_jax.data.degrade import low_resolution
+from unclip_jax.diffusion.losses import sample_noised, simple_loss, split_variance, training_tables, variational_bits
+from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.generate import options_from, sample_upsampler
+from unclip_jax.models.unet import Upsampler
+from unclip_jax.sharding import make_gather, make_mesh, shard_batch
+from unclip_jax.train import common
+from unclip_jax.train.optim import make_optimizer, updates_applied
+from unclip_jax.train.state import apply_gradients, create_state, step_rng
+
+
+# ---------------------------------------------------------------------------------------------------------------------- example
+def make_example(record, rng, *, size, crop_size, factor, blur_prob, training=True) -> dict[str, np.ndarray]:
+    """One row: `image` (crop_size, crop_size, 3) and `low_res` (crop_size / factor, ..., 3), in [-1, 1].
+
+    In training a random crop of the image resized to `size`, its small version blurred with probability `blur_prob`; else the whole
+    image and a clean reduction.
+    """
+    image = ops.to_float(ops.resize_then_crop(ops.decode_image(record.image), size, rng if training else None))
+    if training:
+        image = ops.random_crop(image, crop_size, rng)
+    return {
+        "image": image,
+        "low_res": low_resolution(image, image.shape[0] // factor, rng, blur_prob=blur_prob if training else 0.0),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------- loss
+def loss_fn(params, rng, batch, *, model, tables, diffusion):
+    """Loss () and metrics of a global batch."""
+    rng_noise, rng_dropout = jax.random.split(rng)
+    x0 = batch["image"]
+
+    t, eps, x_t = sample_noised(rng_noise, x0, tables)
+    out = model.apply(
+        {"params": params}, x_t, t, low_res=batch["low_res"], deterministic=False, rngs={"dropout": rng_dropout},
+    )  # fmt: skip
+    out, v_frac = split_variance(out, x0.shape[-1])
+    simple = jnp.mean(simple_loss(out, x0, eps, t, tables, diffusion["prediction"]))
+    if v_frac is None:
+        return simple, {}
+    bits = jnp.mean(variational_bits(out, v_frac, x0, x_t, t, tables))
+    return simple + diffusion["vb_weight"] * diffusion["num_steps"] * bits, {"simple": simple, "vb_bits": bits}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- training
+def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
+    """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
+
+    Args:
+      config: see `configs/emoji/upsampler.py`.
+      workdir: the run's folder; a run found there is resumed.
+      init_from: a bundle or run whose weights a new run starts from.
+    """
+    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    mesh = make_mesh(config.mesh)
+    dtype = common.compute_dtype(config.dtype)
+    source = sources.make_source(config.data.train)
+    held_out = sources.make_source(config.data.eval)
+    size, factor = config.model.unet.image_size, config.factor
+    if size % factor or config.data.crop_size % factor:
+        raise ValueError(f"image_size {size} and crop_size {config.data.crop_size} must be multiples of the factor {factor}")
+    example = functools.partial(
+        make_example, size=size, crop_size=config.data.crop_size, factor=factor, blur_prob=config.data.blur_prob
+    )
+
+    # ------------------------------------------------------------------------------------------------------------------ model and optimizer
+    model_config = common.config_json(config.model)
+    model = Upsampler(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
+    diffusion = common.config_json(config.diffusion)
+    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
+    tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
+
+    def init(key):
+        small = jnp.zeros((1, size // factor, size // factor, 3))
+        return model.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros(1), low_res=small)["params"]
+
+    state, shardings = create_state(init, tx, config.seed, mesh)
+
+    # ------------------------------------------------------------------------------------------------------------------ restore
+    store = CheckpointStore(workdir, config.keep)
+    meta = {
+        "name": f"upsampler_{size}",
+        "part": {"kind": "upsampler", "model": model_config, "diffusion": diffusion, "factor": factor},
+        "sampling": common.config_json(config.sampling),
+        "config": common.config_json(config),
+        "provenance": common.new_provenance(source.checksum),
+    }
+    state, meta, start, _ = common.restore_or_init(store, state, shardings, meta, init_from)
+
+    # ------------------------------------------------------------------------------------------------------------------ update step
+    loss_of = functools.partial(loss_fn, model=model, tables=tables, diffusion=diffusion)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def update(state, batch):
+        rng = step_rng(config.seed, state.step)
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, rng, batch)
+        rate = learning_rate(updates_applied(state.opt_state))
+        state, update_metrics = apply_gradients(state, grads, tx, config.ema_decay)
+        return state, {"loss": loss, "learning_rate": rate, **metrics, **update_metrics}
+
+    # ------------------------------------------------------------------------------------------------------------------ evaluators
+    options = options_from(config.sampling)
+    captions = [held_out.read(i).captions[0] for i in range(min(config.eval.samples, len(held_out)))]
+
+    draw = jax.jit(lambda params, batch, rng: sample_upsampler(model, params, meta["part"], batch["low_res"], rng, options))
+    held_out_loss = jax.jit(lambda params, batch, rng: loss_of(params, rng, batch)[0])
+
+    def evaluate(state, step) -> dict[str, float]:
+        example_eval = functools.partial(example, training=False)
+        losses = []
+        for i, (batch, _) in enumerate(pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows)):
+            arrays = shard_batch(common.host_rows(batch), mesh)
+            losses.append(held_out_loss(state.ema_params, arrays, step_rng(config.seed, i)))
+        batch, valid = next(pipeline.eval_batches(held_out, example_eval, config.eval.samples))
+        images = draw(state.ema_params, shard_batch(common.host_rows(batch), mesh), step_rng(config.seed, step))
+        common.save_samples(workdir, step, images, captions, valid)
+        return {"eval_loss": float(np.mean(jax.device_get(losses)))}
+
+    # ------------------------------------------------------------------------------------------------------------------ loop
+    logger = common.Logger(
+        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name=meta["name"]
+    )
+    batches = common.batches(config, source, example, start)
+    figures: dict[str, float] = {}
+    with common.stop_signals() as stop:
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = update(state, shard_batch(next(batches), mesh))
+            logger.step(step, metrics)
+            if common.due(step, config.checkpoint_every, config.steps) or stop:
+                with logger.paused():
+                    store.save(step, state, common.with_time(meta, logger))
+            if stop:
+                break
+            if common.due(step, config.eval_every, config.steps):
+                with logger.paused():
+                    figures = evaluate(state, step)
+                    logger.record(step, figures)
+                    common.say(f"{meta['name']} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+    common.finish(store, batches, logger, stop)
+    return figures
