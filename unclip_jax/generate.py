@@ -17,6 +17,7 @@ import numpy as np
 
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace, denormalize
 from unclip_jax.diffusion.guidance import Denoise, make_denoiser
+from unclip_jax.diffusion.process import fold_in, standard_normal
 from unclip_jax.diffusion.samplers import ddim, ddpm
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, strided_steps
 from unclip_jax.models.clip import CLIP
@@ -62,6 +63,11 @@ def options_from(config: dict, **overrides: Any) -> SamplingOptions:
     if unknown:
         raise ValueError(f"unknown sampling option {', '.join(sorted(unknown))}; known: {', '.join(SamplingOptions.__dataclass_fields__)}")
     return replace(SamplingOptions(**config), **{k: v for k, v in overrides.items() if v is not None})
+
+
+def is_guided(options: SamplingOptions) -> bool:
+    """Whether guidance costs its second half: not at the Python number 1, where it is the conditional model. A traced scale does."""
+    return not (isinstance(options.guidance_scale, (int, float)) and options.guidance_scale == 1)
 
 
 def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> nn.Module:
@@ -129,14 +135,14 @@ def sample_prior(
     Args:
       model, params, config: the prior and its part configuration.
       text: of the captions; empty: of the empty caption, one row.
-      rng: key.
+      rng: one key, or (B,) keys, one per row.
       options: `clip` is in units of the prior's normalised space.
 
     Returns:
       (B, D) float32 raw image embeddings.
     """
     schedule = part_schedule(config)
-    guided = options.guidance_scale != 1.0
+    guided = is_guided(options)
     both = _with_empty(text, empty) if guided else text
 
     def network(z, t):
@@ -149,9 +155,8 @@ def sample_prior(
         guidance_scale=options.guidance_scale if guided else None,
         clip=options.clip,
     )
-    rng_x, rng_steps = jax.random.split(rng)
-    x = jax.random.normal(rng_x, text.embed.shape, jnp.float32)
-    return denormalize(part_space(config), _sample(denoise, x, schedule, rng_steps, options))
+    x = standard_normal(fold_in(rng, 0), text.embed.shape)
+    return denormalize(part_space(config), _sample(denoise, x, schedule, fold_in(rng, 1), options))
 
 
 def decoder_denoiser(
@@ -165,7 +170,7 @@ def decoder_denoiser(
 ) -> Denoise:
     """The decoder as a denoiser of (B, H, W, 3), conditioned on raw z_image (B, D) and captions, guided by options.guidance_scale."""
     b = z_image.shape[0]
-    guided = options.guidance_scale != 1.0
+    guided = is_guided(options)
     both = _with_empty(text, empty) if guided else text
     z = jnp.concatenate([z_image, z_image]) if guided else z_image
     drop = jnp.arange(z.shape[0]) >= b
@@ -212,9 +217,8 @@ def sample_decoder(
     """
     denoise = decoder_denoiser(model, params, config, z_image, text, empty, options)
     size = config["model"]["unet"]["image_size"]
-    rng_x, rng_steps = jax.random.split(rng)
-    x = jax.random.normal(rng_x, (z_image.shape[0], size, size, 3), jnp.float32)
-    return jnp.clip(_sample(denoise, x, part_schedule(config), rng_steps, options), -1, 1)
+    x = standard_normal(fold_in(rng, 0), (z_image.shape[0], size, size, 3))
+    return jnp.clip(_sample(denoise, x, part_schedule(config), fold_in(rng, 1), options), -1, 1)
 
 
 def sample_upsampler(
@@ -232,6 +236,5 @@ def sample_upsampler(
         return model.apply({"params": params}, x, t, low_res=low_res)
 
     denoise = make_denoiser(network, part_schedule(config), prediction=config["diffusion"]["prediction"], clip=options.clip)
-    rng_x, rng_steps = jax.random.split(rng)
-    x = jax.random.normal(rng_x, (b, h * factor, w * factor, c), jnp.float32)
-    return jnp.clip(_sample(denoise, x, part_schedule(config), rng_steps, options), -1, 1)
+    x = standard_normal(fold_in(rng, 0), (b, h * factor, w * factor, c))
+    return jnp.clip(_sample(denoise, x, part_schedule(config), fold_in(rng, 1), options), -1, 1)

@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stage = "decoder"
     config.clip = "../clip"
     config.seed = 0
-    config.steps = 4000
+    config.steps = 2800
     config.batch_size = 32
     config.dtype = "auto"
     config.remat = False
@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "image_size": 32,
             "out_channels": 6,
             "channels": 32,
-            "channel_mult": (1, 2, 3, 4),
+            "channel_mult": (1, 1, 3, 4),
             "res_blocks": 1,
             "attention_resolutions": (8, 4),
             "head_channels": 32,
@@ -63,7 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
     }
-    config.ema_decay = 0.998
+    config.ema_decay = 0.997
     config.sampling = {"steps": 32, "sampler": "ddpm", "variance": "learned", "guidance_scale": 2.5, "clip": 1.0}
     config.eval = {"batch_size": 32, "rows": 256, "samples": 16}
     config.log_every = 20

@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stage = "prior_diffusion"
     config.clip = "../clip"
     config.seed = 0
-    config.steps = 4000
+    config.steps = 800
     config.batch_size = 128
     config.dtype = "auto"
     config.remat = False
@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.drop_text = 0.1
     config.optimizer = {
         "learning_rate": 1e-3,
-        "warmup_steps": 200,
+        "warmup_steps": 100,
         "schedule": "cosine",
         "b1": 0.9,
         "b2": 0.96,
@@ -50,7 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "weight_decay": 6e-2,
         "clip_norm": 1.0,
     }
-    config.ema_decay = 0.998
+    config.ema_decay = 0.99
     config.sampling = {"steps": 32, "sampler": "ddpm", "variance": "small", "guidance_scale": 2.0, "clip": 5.0}
     config.eval = {"batch_size": 100, "rows": 400, "candidates": 100}
     config.log_every = 20

@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.stage = "upsampler"
     config.seed = 0
-    config.steps = 2500
+    config.steps = 800
     config.batch_size = 32
     config.dtype = "auto"
     config.remat = False
@@ -54,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "eps", "vb_weight": 0.0}
     config.optimizer = {
         "learning_rate": 1e-3,
-        "warmup_steps": 200,
+        "warmup_steps": 100,
         "schedule": "cosine",
         "b1": 0.9,
         "b2": 0.99,

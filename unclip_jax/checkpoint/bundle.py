@@ -180,7 +180,7 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def update_bundle_json(path: str | os.PathLike, **changes: dict) -> None:
+def update_provenance(path: str | os.PathLike, **changes: dict) -> None:
     """Merges keys into the `provenance` of a bundle on disk, in place."""
     file = Path(path) / "bundle.json"
     top = _read_json(file)

@@ -31,6 +31,22 @@ def expand(coefficient: jax.Array, like: jax.Array) -> jax.Array:
     return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
 
 
+def standard_normal(rng: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """Standard normal noise of `shape` (B, ...).
+
+    Args:
+      rng: one key for the whole batch, or (B,) keys, one per row: a row's noise is then the same whatever batch it is drawn in.
+    """
+    if rng.ndim == 0:
+        return jax.random.normal(rng, shape, dtype)
+    return jax.vmap(lambda key: jax.random.normal(key, shape[1:], dtype))(rng)
+
+
+def fold_in(rng: jax.Array, data: jax.Array | int) -> jax.Array:
+    """`jax.random.fold_in` for one key or for (B,) keys."""
+    return jax.random.fold_in(rng, data) if rng.ndim == 0 else jax.vmap(lambda key: jax.random.fold_in(key, data))(rng)
+
+
 def add_noise(x0: jax.Array, eps: jax.Array, abar: jax.Array) -> jax.Array:
     """x_t of shape (B, ...) from x0, eps (B, ...) and abar () or (B,)."""
     abar = expand(abar, x0)

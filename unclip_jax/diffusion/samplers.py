@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.diffusion.guidance import Denoise
-from unclip_jax.diffusion.process import learned_log_variance, posterior
+from unclip_jax.diffusion.process import fold_in, learned_log_variance, posterior, standard_normal
 from unclip_jax.diffusion.schedule import CLEAN, Schedule
 
 VARIANCES = ("small", "large", "learned")
@@ -44,7 +44,7 @@ def ddpm(
       x: (B, ...) a standard normal draw, the sample at the first step.
       schedule: of T steps.
       steps: descending steps, see `schedule.strided_steps`.
-      rng: key of the noise.
+      rng: key of the noise, or (B,) keys, one per row.
       variance: `small` (posterior), `large` (forward step) or `learned` (between them by the denoiser's v_frac).
 
     Returns:
@@ -58,10 +58,10 @@ def ddpm(
     t, r = transitions(steps)
     post = posterior(schedule, t, r)
     columns = (post.x0_coef, post.x_t_coef, post.log_variance_small, post.log_variance_large)
-    xs = (jnp.asarray(t), jnp.asarray(r != CLEAN, x.dtype), *(jnp.asarray(c, x.dtype) for c in columns), jax.random.split(rng, len(t)))
+    xs = (jnp.asarray(t), jnp.asarray(r != CLEAN, x.dtype), *(jnp.asarray(c, x.dtype) for c in columns), jnp.arange(len(t)))
 
     def body(x, step):
-        t, noisy, x0_coef, x_t_coef, small, large, key = step
+        t, noisy, x0_coef, x_t_coef, small, large, i = step
         out = denoise(x, t)
         if variance == "learned":
             if out.v_frac is None:
@@ -69,7 +69,7 @@ def ddpm(
             log_variance = learned_log_variance(out.v_frac, small, large)
         else:
             log_variance = small if variance == "small" else large
-        z = jax.random.normal(key, x.shape, x.dtype)
+        z = standard_normal(fold_in(rng, i), x.shape, x.dtype)
         return x0_coef * out.x0 + x_t_coef * x + noisy * jnp.exp(0.5 * log_variance) * z, None
 
     return jax.lax.scan(body, x, xs)[0]
@@ -82,7 +82,7 @@ def ddim(
 
     Args:
       denoise, x, schedule, steps: as in `ddpm`.
-      rng: key of the noise; may be None when eta is 0.
+      rng: as in `ddpm`; may be None when eta is 0.
       eta: 0 for the deterministic map, 1 for the variance of ancestral sampling; in [0, 1].
 
     Returns:
@@ -99,15 +99,14 @@ def ddim(
     abar_t, abar_r = schedule.abar(t), schedule.abar(r)
     sigma = eta * np.sqrt((1 - abar_r) / (1 - abar_t) * (1 - abar_t / abar_r))
     columns = (np.sqrt(abar_r), np.sqrt(np.maximum(1 - abar_r - sigma**2, 0)), sigma)
-    keys = jax.random.split(jax.random.key(0) if rng is None else rng, len(t))
-    xs = (jnp.asarray(t), *(jnp.asarray(c, x.dtype) for c in columns), keys)
+    xs = (jnp.asarray(t), *(jnp.asarray(c, x.dtype) for c in columns), jnp.arange(len(t)))
 
     def body(x, step):
-        t, x0_coef, eps_coef, sigma, key = step
+        t, x0_coef, eps_coef, sigma, i = step
         out = denoise(x, t)
         x = x0_coef * out.x0 + eps_coef * out.eps
         if eta > 0:
-            x = x + sigma * jax.random.normal(key, x.shape, x.dtype)
+            x = x + sigma * standard_normal(fold_in(rng, i), x.shape, x.dtype)
         return x, None
 
     return jax.lax.scan(body, x, xs)[0]

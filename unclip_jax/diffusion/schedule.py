@@ -2,7 +2,7 @@
 
 A schedule is a list of betas b_0..b_{T-1}; abar_t = prod_{i<=t} (1 - b_i), and x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps.
 
-cosine        abar(u) = cos^2((u + 0.008) / 1.008 * pi/2), b_i = 1 - abar((i+1)/T) / abar(i/T), at most 0.999 (Nichol and Dhariwal 2021, eq. 17)
+cosine        f(u) = cos^2((u + 0.008) / 1.008 * pi/2), b_i = 1 - f((i+1)/T) / f(i/T), at most 0.999 (Nichol and Dhariwal 2021, eq. 17)
 linear        b from 1e-4 to 0.02 at T = 1000, both scaled by 1000/T (Ho et al. 2020)
 scaled_linear b = linspace(sqrt(0.00085), sqrt(0.012))^2, scaled likewise (latent diffusion)
 

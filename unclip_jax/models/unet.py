@@ -62,10 +62,8 @@ class ResBlock(nn.Module):
     def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool = True) -> jax.Array:
         """x (B, H, W, C_in), emb (B, E) -> (B, H', W', channels)."""
         resample = RESAMPLE[self.resample]
-        conv = lambda name, init=nn.initializers.lecun_normal(): nn.Conv(  # noqa: E731
-            self.channels, (3, 3), padding=1, dtype=self.dtype, kernel_init=init, name=name
-        )
-        h = conv("conv1")(resample(nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))))
+        conv = lambda name, init: nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, kernel_init=init, name=name)
+        h = conv("conv1", nn.initializers.lecun_normal())(resample(nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))))
         scale, shift = jnp.split(nn.Dense(2 * self.channels, dtype=self.dtype, name="time")(nn.silu(emb))[:, None, None], 2, axis=-1)
         h = GroupNorm(self.groups, self.dtype, name="norm2")(h) * (1 + scale) + shift
         h = conv("conv2", ZEROS)(nn.Dropout(self.dropout, deterministic=deterministic)(nn.silu(h)))

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def new_provenance(data_checksum: str) -> dict:
     """Where and when a run started; the wall time is added as it goes."""
     return {
         "hardware": hardware(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": 0.0,
         "data_checksum": data_checksum,
         "jax": jax.__version__,
@@ -241,7 +241,9 @@ def restore_or_init(
         ours = {k: v.shape for k, v in _leaves(state.params)}
         if theirs != ours:
             differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
-            raise ValueError(f"{init_from} holds another {meta['name']} than this configuration ({len(differing)} differ: {differing[0]}, ...)")
+            raise ValueError(
+                f"{init_from} holds another {meta['name']} than this configuration: {len(differing)} parameters differ, {differing[0]} first"
+            )
         say(f"{meta['name']}: starting from the weights of {init_from}")
         state = state.replace(
             params=jax.device_put(part.params, shardings.params), ema_params=jax.device_put(part.params, shardings.ema_params)

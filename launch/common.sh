@@ -1,0 +1,39 @@
+# Shared by the launch scripts: finds a Python, makes or reuses .venv at the top of the repository. Sourced, not run.
+
+say() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do
+    if [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 &&
+      "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  say "no Python 3.11 to 3.13 with venv found; install one, or set PYTHON to it"
+  return 1
+}
+
+# ensure_venv ROOT WANT: installs the package with the extra WANT ("" for none) unless exactly that was done before.
+ensure_venv() {
+  local root=$1 want=$2 python stamp wanted
+  stamp="$root/.venv/.installed${want:+-$want}"
+  wanted=$(cat "$root/setup.py" "$root/launch/common.sh" | cksum)
+  if [ -x "$root/.venv/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    say "reusing $root/.venv"
+    return
+  fi
+  if [ ! -x "$root/.venv/bin/python" ]; then
+    python=$(find_python) || return 1
+    say "making $root/.venv with $("$python" --version)"
+    "$python" -m venv "$root/.venv"
+  fi
+  say "installing unclip_jax${want:+[$want]} (a few minutes, once)"
+  "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${want:+[$want]}"
+  if [ "$want" = test ]; then
+    # Only its tokenizer is used, as the reference; its own requirements would bring gigabytes.
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps open-clip-torch==3.3.0
+  fi
+  printf '%s' "$wanted" >"$stamp"
+}

@@ -1,0 +1,1 @@
+"""The `unclip` command: one thin file per verb. Nothing heavy is imported before a verb runs."""

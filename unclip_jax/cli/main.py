@@ -1,0 +1,55 @@
+"""`unclip VERB ...`: parses the command line and turns expected errors into one line and exit status 1."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+
+import unclip_jax
+
+# verb -> (module, what it does)
+VERBS = {
+    "train": ("unclip_jax.cli.train", "train one stage of the cascade"),
+    "bundle": ("unclip_jax.cli.bundle", "collect trained stages into a release bundle"),
+    "sample": ("unclip_jax.cli.sample", "draw pictures from captions"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; each verb's module adds its own arguments."""
+    parser = argparse.ArgumentParser(prog="unclip", description="unCLIP (DALL-E 2) in JAX: train, bundle, sample.")
+    parser.add_argument("--version", action="version", version=f"unclip_jax {unclip_jax.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (module, words) in VERBS.items():
+        verb = verbs.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+        importlib.import_module(module).add_arguments(verb)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, 1 for an error told in one line, 2 for a wrong command line, 130 when stopped."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("absl", "jax", "orbax", "tensorflow"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        importlib.import_module(VERBS[args.verb][0]).run(args)
+    except KeyboardInterrupt:
+        print("unclip: stopped", file=sys.stderr)
+        return 130
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
+        if os.environ.get("UNCLIP_DEBUG"):
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        line = " ".join(str(text).split())
+        print(f"unclip {args.verb}: error: {line[:500] or type(error).__name__} (UNCLIP_DEBUG=1 shows the traceback)", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""`unclip sample "caption" ... --out grid.png`: draws a labelled grid."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("captions", nargs="+", metavar="CAPTION", help="what to draw, one picture each")
+    parser.add_argument("--bundle", default="emoji", metavar="DIR", help="a bundle's folder, or the name of a shipped one (emoji)")
+    parser.add_argument("--out", default="grid.png", metavar="FILE", help="the picture (grid.png)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="pictures per caption (1)")
+    parser.add_argument("--guidance", type=float, metavar="S", help="the decoder's guidance scale")
+    parser.add_argument("--prior-guidance", type=float, metavar="S", help="the prior's guidance scale")
+    parser.add_argument("--steps", type=int, metavar="N", help="the decoder's sampling steps")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PART.OPTION=VALUE",
+        dest="assignments",
+        help="any sampling option, e.g. prior.steps=64",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the verb."""
+    from pathlib import Path
+
+    from unclip_jax.checkpoint.bundle import load_bundle
+    from unclip_jax.cli.options import part_options, progress_bar, use_compilation_cache
+    from unclip_jax.grid import save_grid
+    from unclip_jax.sampling.text_to_image import text_to_image
+
+    if args.samples < 1:
+        raise ValueError(f"--samples must be at least 1, got {args.samples}")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
+    if Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out} is a folder; name a file")
+    options = part_options(args.assignments)
+    for part, option, value in (
+        ("decoder", "guidance_scale", args.guidance),
+        ("decoder", "steps", args.steps),
+        ("prior", "guidance_scale", args.prior_guidance),
+    ):
+        if value is not None:
+            options.setdefault(part, {})[option] = value
+    use_compilation_cache()
+    bundle = load_bundle(args.bundle)
+    captions = [caption for caption in args.captions for _ in range(args.samples)]
+    images = text_to_image(bundle, captions, seed=args.seed, options=options, progress=progress_bar("sampling"))
+    columns = args.samples if args.samples > 1 else min(len(captions), 4)
+    print(save_grid(args.out, images, captions, columns=columns))

@@ -1,0 +1,100 @@
+"""`unclip train CONFIG --workdir DIR`: trains one stage, or goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+STAGES = {
+    "clip": "unclip_jax.train.clip",
+    "prior_diffusion": "unclip_jax.train.prior_diffusion",
+    "decoder": "unclip_jax.train.decoder",
+    "upsampler": "unclip_jax.train.upsampler",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("config", metavar="CONFIG", help="a configuration file, with :VARIANT if wanted, e.g. configs/emoji/clip.py:quick")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder; a run found there is resumed")
+    parser.add_argument("--init-from", metavar="BUNDLE", help="start from the weights of a bundle (or run) instead of fresh ones")
+    parser.add_argument("--clip", metavar="DIR", help="the frozen CLIP: a bundle or a run (default: the config's, ../clip)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="assignments",
+        help="override a setting, e.g. optimizer.learning_rate=3e-4",
+    )
+    parser.add_argument("--distributed", action="store_true", help="join the other hosts first (cloud TPU pods, SLURM)")
+
+
+def load_config(spec: str):
+    """Runs `get_config(variant)` of "path.py:variant".
+
+    Raises:
+      FileNotFoundError, ValueError: one line each.
+    """
+    path, _, variant = spec.partition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no configuration file {path}")
+    module_spec = importlib.util.spec_from_file_location("unclip_config", path)
+    if module_spec is None:
+        raise ValueError(f"{path} is not a Python configuration file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no get_config function")
+    return module.get_config(variant)
+
+
+def override(config, key: str, value: Any) -> None:
+    """Sets a dotted key that exists to a value of its type (int to float is fine).
+
+    Raises:
+      ValueError: on an unknown key (with the nearest known one) or another type.
+    """
+    *parents, last = key.split(".")
+    node = config
+    for name in [*parents, last]:
+        if not hasattr(node, "keys") or name not in node:
+            known = sorted(node.keys()) if hasattr(node, "keys") else []
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"))
+        parent, node = node, node[name]
+    if hasattr(node, "keys"):
+        raise ValueError(f"setting {key!r} is a group; set one of {', '.join(sorted(node.keys()))}")
+    if isinstance(node, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if node is not None and value is not None and type(node) is not type(value):
+        raise ValueError(f"setting {key!r} is a {type(node).__name__}, got {value!r}")
+    with config.unlocked():
+        parent[last] = value
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the verb."""
+    from unclip_jax.cli.options import parse_assignments, use_compilation_cache
+
+    config = load_config(args.config)
+    assignments = parse_assignments(args.assignments)
+    if args.clip is not None:
+        if "clip" not in config:
+            raise ValueError(f"the {config.stage} stage has no frozen CLIP; leave out --clip")
+        # As typed on the command line, a relative path is relative to the current folder.
+        assignments["clip"] = str(Path(args.clip).resolve()) if Path(args.clip).exists() else args.clip
+    for key, value in assignments.items():
+        override(config, key, value)
+    if config.stage not in STAGES:
+        raise ValueError(f"unknown stage {config.stage!r}; choose one of {', '.join(STAGES)}")
+    import jax
+
+    if args.distributed:
+        jax.distributed.initialize()
+    use_compilation_cache()
+    importlib.import_module(STAGES[config.stage]).train_and_evaluate(config, args.workdir, args.init_from)

@@ -1,0 +1,90 @@
+"""The figures of merit of a bundle, measured on held-out rows of the embedded emoji: never on training rows.
+
+Per split (`val`: unseen names; `compose`: unseen combinations of seen parts):
+retrieval        CLIP: is an image's own caption first among the group's? Chance is 1 / group.
+prior_cosine     cosine(z_hat, z_i) of the prior's embedding and the image's, beside two baselines: the mean training embedding, and z_t.
+caption_first    is a sample's own caption ranked first by CLIP among the group's? Chance is 1 / group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops, sources
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
+from unclip_jax.generate import build_model, part_space
+from unclip_jax.sampling.text_to_image import sample_stages
+
+SPLITS = ("val", "compose")
+
+
+def encode_images(bundle: Bundle, images: np.ndarray, batch_size: int = 50) -> np.ndarray:
+    """uint8 (N, H, W, 3) -> raw CLIP embeddings (N, D); images are resized to the tower's size."""
+    part = bundle.part("clip")
+    model, size = build_model(part.config), part.config["model"]["image"]["image_size"]
+    encode = jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode_image"))
+    rows = np.stack([ops.to_float(ops.resize(image, size)) for image in images])
+    padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % batch_size, axis=0)])
+    return np.concatenate([np.asarray(encode(part.params, x)) for x in np.split(padded, len(padded) // batch_size)])[: len(rows)]
+
+
+def encode_captions(bundle: Bundle, captions: list[str]) -> np.ndarray:
+    """Captions -> raw CLIP text embeddings (N, D)."""
+    part = bundle.part("clip")
+    model = build_model(part.config)
+    tokens, _ = ClipTokenizer.from_config(bundle.tokenizer)(captions)
+    return np.asarray(jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode_text").embed)(part.params, tokens))
+
+
+def measure(bundle: Bundle, *, rows: int = 100, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> dict:
+    """Measures everything above on the first `rows` rows of each split.
+
+    Args:
+      bundle: with clip, prior, decoder.
+      rows: a multiple of the group of 100 candidates; a smaller number is one group of that many.
+      seed: of the samples.
+      progress: called with (images done, images in all) of the current split.
+
+    Returns:
+      {"candidates", "chance", "rows", split: {"retrieval", "caption_first", "prior_cosine", "mean_embedding_cosine",
+      "text_embedding_cosine"}}, rounded to four digits.
+    """
+    group = min(rows, 100)
+    space = part_space(bundle.part("prior").config)
+    figures: dict = {"candidates": group, "chance": round(1 / group, 4), "rows": rows, "seed": seed}
+    for split in SPLITS:
+        source = sources.emoji(split)
+        records = [source.read(i) for i in range(min(rows, len(source)))]
+        captions = [r.captions[0] for r in records]
+        z_image = encode_images(bundle, np.stack([ops.center_crop_square(ops.decode_image(r.image)) for r in records]))
+        stages = sample_stages(bundle, captions, seed=seed, progress=progress)
+        z_sample = encode_images(bundle, np.asarray((stages.images[-1] + 1) * 127.5).round().clip(0, 255).astype(np.uint8))
+        figures[split] = {
+            "retrieval": retrieval_at_1(z_image, stages.z_text, group),
+            "caption_first": retrieval_at_1(z_sample, stages.z_text, group),
+            "prior_cosine": mean_cosine(stages.z_image, z_image),
+            "mean_embedding_cosine": mean_cosine(z_image, np.asarray(space.mean)),
+            "text_embedding_cosine": mean_cosine(stages.z_text, z_image),
+        }
+        figures[split] = {k: round(v, 4) for k, v in figures[split].items()}
+    return figures
+
+
+def describe(figures: dict) -> list[str]:
+    """The figures in lines for a person."""
+    lines = [f"{'held-out rows, ' + str(figures['rows']) + ' each':34}" + "".join(f"{s:>10}" for s in SPLITS) + f"{'chance':>10}"]
+    names = {
+        "retrieval": (f"own caption first of {figures['candidates']}, images", figures["chance"]),
+        "caption_first": (f"own caption first of {figures['candidates']}, samples", figures["chance"]),
+        "prior_cosine": ("prior cosine(z_hat, z_i)", None),
+        "mean_embedding_cosine": ("  baseline: mean embedding", None),
+        "text_embedding_cosine": ("  baseline: text embedding", None),
+    }
+    for key, (words, chance) in names.items():
+        lines.append(f"{words:34}" + "".join(f"{figures[s][key]:10.3f}" for s in SPLITS) + (f"{chance:10.3f}" if chance else ""))
+    return lines
