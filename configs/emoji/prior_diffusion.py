@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stage = "prior_diffusion"
     config.clip = "../clip"
     config.seed = 0
-    config.steps = 800
+    config.steps = 500
     config.batch_size = 128
     config.dtype = "auto"
     config.remat = False
@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.drop_text = 0.1
     config.optimizer = {
         "learning_rate": 1e-3,
-        "warmup_steps": 100,
+        "warmup_steps": 50,
         "schedule": "cosine",
         "b1": 0.9,
         "b2": 0.96,

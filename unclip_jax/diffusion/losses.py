@@ -62,10 +62,14 @@ def simple_loss(prediction: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Arr
 
     Returns:
       (B,) float32.
+
+    Raises:
+      ValueError: on an unknown kind.
     """
-    abar = jnp.asarray(tables.alphas_cumprod)[t]
-    target = {"eps": lambda: eps, "x0": lambda: x0, "v": lambda: velocity(x0, eps, abar)}[kind]()
-    return mean_per_example(jnp.square(prediction - target))
+    targets = {"eps": eps, "x0": x0, "v": velocity(x0, eps, jnp.asarray(tables.alphas_cumprod)[t])}
+    if kind not in targets:
+        raise ValueError(f"unknown prediction {kind!r}; choose one of {', '.join(targets)}")
+    return mean_per_example(jnp.square(prediction - targets[kind]))
 
 
 def normal_kl(mean1: jax.Array, log_var1: jax.Array, mean2: jax.Array, log_var2: jax.Array) -> jax.Array:
@@ -94,21 +98,22 @@ def discretised_nll(x: jax.Array, mean: jax.Array, log_var: jax.Array) -> jax.Ar
 
 
 def variational_bits(
-    eps_prediction: jax.Array, v_frac: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array, tables: DiffusionTables
+    prediction: jax.Array, v_frac: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array, tables: DiffusionTables, kind: str = "eps"
 ) -> jax.Array:
     """One term of the variational bound in bits per dimension, gradients through the variance only.
 
     Args:
-      eps_prediction: (B, ...) predicted noise (its gradient is stopped).
+      prediction: (B, ...) the model's output of the given kind (its gradient is stopped).
       v_frac: (B, ...) learned variance fraction.
       x0, x_t: (B, ...); x0 in [-1, 1].
       t: (B,).
+      kind: `eps`, `x0` or `v`.
 
     Returns:
       (B,) float32.
     """
     pick = lambda table: jnp.asarray(table)[t].reshape((-1,) + (1,) * (x0.ndim - 1))  # noqa: E731
-    pred_x0, _ = to_x0_eps(jax.lax.stop_gradient(eps_prediction), x_t, jnp.asarray(tables.alphas_cumprod)[t], "eps")
+    pred_x0, _ = to_x0_eps(jax.lax.stop_gradient(prediction), x_t, jnp.asarray(tables.alphas_cumprod)[t], kind)
     # As in sampling: an unclipped x0 at high noise is off by thousands and would swamp the term.
     pred_mean = pick(tables.x0_coef) * jnp.clip(pred_x0, -1, 1) + pick(tables.x_t_coef) * x_t
     true_mean = pick(tables.x0_coef) * x0 + pick(tables.x_t_coef) * x_t

@@ -117,11 +117,9 @@ def posterior(schedule: Schedule, t: np.ndarray, r: np.ndarray) -> Posterior:
     abar_t, abar_r = schedule.abar(t), schedule.abar(r)
     beta = 1 - abar_t / abar_r
     variance = beta * (1 - abar_r) / (1 - abar_t)
-    # The smallest positive posterior variance of this chain, or of the schedule itself, stands in where it is zero.
+    # The variance of the schedule's step 1 -> 0 stands in where it is zero.
     first = schedule.abar(np.array([0, 1]))
     floor = (1 - first[1] / first[0]) * (1 - first[0]) / (1 - first[1])
-    if t.ndim and np.any(r != CLEAN) and np.any(r == CLEAN):
-        floor = np.min(variance[r != CLEAN])
     return Posterior(
         x0_coef=np.sqrt(abar_r) * beta / (1 - abar_t),
         x_t_coef=np.sqrt(1 - beta) * (1 - abar_r) / (1 - abar_t),

@@ -5,6 +5,8 @@ per level, every block taking a skip connection. Residual blocks are ADM's (Dhar
 
     h = conv(resample(silu(norm(x))));  h = norm(h) * (1 + scale(t)) + shift(t);  out = resample(x) + zero_conv(dropout(silu(h)))
 
+Without `scale_shift` the time embedding is added before the norm instead: h = norm(h + shift(t)) (the older form; Karlo's upsamplers).
+
 Attention concatenates projected context tokens (text states and CLIP tokens) to the keys and values of self-attention, as GLIDE
 does. Output layers start at zero: a fresh U-Net returns exactly zero, and its equal-channel blocks are identities. Resampling is
 average pooling on the way down and nearest neighbour on the way up, applied to both branches.
@@ -50,12 +52,13 @@ class GroupNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """ADM's residual block. `resample` is None, "down" or "up"."""
+    """ADM's residual block. `resample` is None, "down" or "up"; `scale_shift` is how the time embedding enters (module docstring)."""
 
     channels: int
     groups: int = 32
     resample: str | None = None
     dropout: float = 0.0
+    scale_shift: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -64,8 +67,13 @@ class ResBlock(nn.Module):
         resample = RESAMPLE[self.resample]
         conv = lambda name, init: nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, kernel_init=init, name=name)
         h = conv("conv1", nn.initializers.lecun_normal())(resample(nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))))
-        scale, shift = jnp.split(nn.Dense(2 * self.channels, dtype=self.dtype, name="time")(nn.silu(emb))[:, None, None], 2, axis=-1)
-        h = GroupNorm(self.groups, self.dtype, name="norm2")(h) * (1 + scale) + shift
+        norm2 = GroupNorm(self.groups, self.dtype, name="norm2")
+        time = nn.Dense((1 + self.scale_shift) * self.channels, dtype=self.dtype, name="time")(nn.silu(emb))[:, None, None]
+        if self.scale_shift:
+            scale, shift = jnp.split(time, 2, axis=-1)
+            h = norm2(h) * (1 + scale) + shift
+        else:
+            h = norm2(h + time)
         h = conv("conv2", ZEROS)(nn.Dropout(self.dropout, deterministic=deterministic)(nn.silu(h)))
         x = resample(x)
         if x.shape[-1] != self.channels:
@@ -115,6 +123,7 @@ class UNet(nn.Module):
       head_channels: channels per attention head.
       groups: groups of the group normalisation; every level's width must be a multiple.
       dropout: inside the residual blocks, in [0, 1).
+      scale_shift: the time embedding scales and shifts after the norm; False adds it before (Karlo's upsamplers).
       remat: recompute blocks in the backward pass.
       gather: hook on each block's parameters.
     """
@@ -129,6 +138,7 @@ class UNet(nn.Module):
     head_channels: int = 64
     groups: int = 32
     dropout: float = 0.0
+    scale_shift: bool = True
     remat: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
@@ -172,7 +182,7 @@ class UNet(nn.Module):
             context = context.astype(self.dtype)
 
         def res(x, name, channels, resample=None):
-            block = res_class(channels, self.groups, resample, self.dropout, self.dtype, name=name)
+            block = res_class(channels, self.groups, resample, self.dropout, self.scale_shift, self.dtype, name=name)
             return block(x, emb, deterministic)
 
         def attention(x, name):

@@ -242,7 +242,7 @@ def restore_or_init(
         if theirs != ours:
             differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
             raise ValueError(
-                f"{init_from} holds another {meta['name']} than this configuration: {len(differing)} parameters differ, {differing[0]} first"
+                f"{init_from} holds another {meta['name']} than this configuration: {len(differing)} differ, {differing[0]} first"
             )
         say(f"{meta['name']}: starting from the weights of {init_from}")
         state = state.replace(
@@ -339,11 +339,17 @@ def host_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k: v.reshape(count, len(v) // count, *v.shape[1:])[index] for k, v in batch.items()}
 
 
-def finish(store: CheckpointStore, data: pipeline.TrainBatches, logger: Logger, stop: list[int]) -> None:
-    """Closes everything; leaves with status 130 if a signal stopped the run, its work saved."""
-    store.close()
-    data.close()
-    logger.close()
+@contextlib.contextmanager
+def closing(*things: Any) -> Iterator[None]:
+    """Closes all of them on the way out, whatever happened: a checkpoint being written is finished even if the loop failed."""
+    with contextlib.ExitStack() as stack:
+        for thing in things:
+            stack.callback(thing.close)
+        yield
+
+
+def leave_if_stopped(stop: list[int]) -> None:
+    """Leaves with status 130 if a signal stopped the run; its work is saved."""
     if stop:
         say("stopped; the same command goes on from here")
         raise SystemExit(130)

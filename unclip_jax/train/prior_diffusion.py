@@ -165,7 +165,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     )
     batches = common.batches(config, source, example, start)
     figures: dict[str, float] = {}
-    with common.stop_signals() as stop:
+    with common.closing(store, batches, logger), common.stop_signals() as stop:
         for step in range(start + 1, config.steps + 1):
             state, metrics = update(state, frozen, shard_batch(next(batches), mesh))
             logger.step(step, metrics)
@@ -179,5 +179,5 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
                     figures = evaluate(state)
                     logger.record(step, figures)
                     common.say(f"prior step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
-    common.finish(store, batches, logger, stop)
+    common.leave_if_stopped(stop)
     return figures

@@ -1,0 +1,169 @@
+"""Samplers against a Gaussian, for which the perfect denoiser is known.
+
+With x0 ~ N(MEAN, STD^2) per dimension, E[x0 | x_t] = MEAN + a STD^2 / (a^2 STD^2 + 1 - a^2) (x_t - a MEAN), a = sqrt(abar_t).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip_jax.diffusion.guidance import Denoised, make_denoiser
+from unclip_jax.diffusion.process import posterior
+from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, ddim, ddim_invert, ddpm, transitions
+from unclip_jax.diffusion.schedule import make_schedule, strided_steps
+
+MEAN, STD = np.array([0.3, -0.6, 0.0, 0.8]), np.array([0.5, 0.2, 1.0, 0.35])
+COSINE, LINEAR = make_schedule("cosine"), make_schedule("linear")
+N = 8_000
+
+
+def perfect(schedule, prediction, fraction=None):
+    """The perfect denoiser, unclipped; `fraction` (T, 4), if given, is its variance fraction at each step."""
+    table = jnp.asarray(schedule.alphas_cumprod, jnp.float32)
+
+    def model(x, t):
+        abar = table[t][:, None]
+        a, total = jnp.sqrt(abar), abar * STD**2 + 1 - abar
+        x0, eps = MEAN + a * STD**2 / total * (x - a * MEAN), jnp.sqrt(1 - abar) / total * (x - a * MEAN)
+        out = eps if prediction == "eps" else x0
+        return out if fraction is None else jnp.concatenate([out, 2 * jnp.asarray(fraction, jnp.float32)[t] - 1], axis=-1)
+
+    return make_denoiser(model, schedule, prediction=prediction)
+
+
+def noise(key, rows=N):
+    return jax.random.normal(jax.random.key(key), (rows, 4))
+
+
+def assert_gaussian(x):
+    """Mean and variance of x (N, 4) within four standard errors, and half a per cent for the finite number of steps."""
+    x = np.asarray(x)
+    np.testing.assert_array_less(np.abs(x.mean(0) - MEAN), 4 * STD / np.sqrt(len(x)) + 0.005 * STD)
+    np.testing.assert_array_less(np.abs(x.var(0) / STD**2 - 1), 4 * np.sqrt(2 / len(x)) + 0.005)
+
+
+def round_trip_error(schedule, prediction, count):
+    denoise, steps = perfect(schedule, prediction), strided_steps(1000, count)
+    x = MEAN + STD * noise(0, 512)
+    back = jax.jit(lambda x: ddim(denoise, ddim_invert(denoise, x, schedule, steps), schedule, steps))(x)
+    return float(jnp.sqrt(jnp.mean((back - x) ** 2)))
+
+
+@pytest.mark.parametrize("schedule, prediction, bound", [(COSINE, "eps", 0.01), (LINEAR, "x0", 0.015)])
+def test_inversion_round_trip_is_first_order(schedule, prediction, bound):
+    """DDIM undoes ddim_invert up to an error that halves as the steps double."""
+    errors = [round_trip_error(schedule, prediction, count) for count in (60, 120, 250)]
+    assert errors[-1] < bound
+    for coarse, fine in zip(errors, errors[1:]):
+        assert 1.6 < coarse / fine < 2.6, errors
+
+
+def test_inversion_reaches_the_noise():
+    """The latent of a Gaussian under the probability flow is its own standardised value."""
+    z = noise(0, 512)
+    latent = jax.jit(lambda x: ddim_invert(perfect(COSINE, "eps"), x, COSINE, strided_steps(1000, 500)))(MEAN + STD * z)
+    np.testing.assert_allclose(latent, z, atol=0.05)
+
+
+def test_ddim_samples_the_gaussian():
+    """Deterministic and ancestral."""
+    steps, key = strided_steps(1000, 500), jax.random.key(1)
+    sample = jax.jit(lambda x: [ddim(perfect(COSINE, "eps"), x, COSINE, steps, key, eta=eta) for eta in (0.0, 1.0)])
+    for out in sample(noise(2)):
+        assert_gaussian(out)
+
+
+def test_ddpm_samples_the_gaussian():
+    """With all steps either fixed variance is right."""
+    steps, key = strided_steps(1000, 1000), jax.random.key(1)
+    sample = jax.jit(lambda x: [ddpm(perfect(LINEAR, "x0"), x, LINEAR, steps, key, variance=v) for v in ("small", "large")])
+    for out in sample(noise(2)):
+        assert_gaussian(out)
+
+
+@pytest.mark.parametrize("count", [6, 40])
+def test_ddpm_with_the_exact_learned_variance_needs_few_steps(count):
+    """The true reverse step of a Gaussian is N(posterior mean at E[x0], posterior variance + c0^2 Var[x0 | x_t]), inside the learned
+    range as STD <= 1: with it the samples are exact at any number of steps."""
+    steps = strided_steps(1000, count)
+    t, r = transitions(steps)
+    post, abar = posterior(COSINE, t, r), COSINE.abar(t)
+    var_x0 = STD**2 * ((1 - abar) / (abar[:, None] * STD**2 + (1 - abar)[:, None]).T).T
+    exact = post.variance[:, None] + post.x0_coef[:, None] ** 2 * var_x0
+    small, large = post.log_variance_small[:, None], post.log_variance_large[:, None]
+    fraction = np.zeros((1000, 4))
+    fraction[t] = (np.log(exact) - small) / (large - small)
+    assert fraction[t[:-1]].min() > 0 and fraction[t[:-1]].max() < 1 + 1e-9
+    denoise = perfect(COSINE, "x0", fraction)
+    assert_gaussian(jax.jit(lambda x: ddpm(denoise, x, COSINE, steps, jax.random.key(1), variance="learned"))(noise(2)))
+
+
+def stopped(denoise, step):
+    """The denoiser, but at `step` it answers with what it sees: a chain that ends there returns its state before the last move."""
+    return lambda x, t: denoise(x, t)._replace(x0=jnp.where(t == step, x, denoise(x, t).x0))
+
+
+def test_limits_of_the_learned_range():
+    """A fraction of 0 is the posterior's variance, of 1 the forward step's; the two differ."""
+    x, steps = noise(3, 64), np.array([700, 400, 100])
+
+    @jax.jit
+    def run(v):
+        denoise = stopped(lambda x, t: Denoised(0.5 * x, x, jnp.full_like(x, v)), 100)
+        return [ddpm(denoise, x, COSINE, steps, jax.random.key(4), variance=variance) for variance in ("learned", "small", "large")]
+
+    low, small, large = run(0.0)
+    np.testing.assert_allclose(low, small, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run(1.0)[0], large, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(small, large, rtol=1e-2)
+
+
+def test_no_noise_at_the_last_step():
+    """A single step returns the denoiser's x0 itself, whatever the sampler and its variance."""
+    x, step = noise(5, 8), np.array([600])
+    denoise = perfect(COSINE, "x0", np.full((1000, 4), 0.5))
+
+    @jax.jit
+    def run(x, key):
+        ancestral = [ddpm(denoise, x, COSINE, step, key, variance=variance) for variance in VARIANCES]
+        return [*ancestral, ddim(denoise, x, COSINE, step, key, eta=1.0), ddim(denoise, x, COSINE, step)]
+
+    for out in run(x, jax.random.key(6)):
+        np.testing.assert_allclose(out, denoise(x, jnp.array(600)).x0, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("sampler, options", [("ddpm", {}), ("ddim", {"eta": 0.7})])
+def test_a_row_with_its_own_key_does_not_see_the_batch(sampler, options):
+    """Row 3 of a batch of 5 is what it is alone; and the noise does differ from row to row and from key to key."""
+    denoise, steps = perfect(COSINE, "eps"), strided_steps(1000, 8)
+    sample = jax.jit(lambda x, keys: SAMPLERS[sampler](denoise, x, COSINE, steps, keys, **options))
+    x = jnp.broadcast_to(noise(7, 1), (5, 4))
+    keys = jax.random.split(jax.random.key(8), 5)
+    batch = sample(x, keys)
+    np.testing.assert_allclose(batch[3:4], sample(x[:1], keys[3:4]), rtol=1e-5, atol=1e-6)
+    assert np.all(np.std(batch, axis=0) > 0.01)
+
+
+def test_every_eta_keeps_the_variance_of_a_step():
+    """sigma^2 and the coefficient of eps share 1 - abar_r: with x0 = 0 and eps standard normal, every eta gives N(0, 1 - abar_r)."""
+    denoise, steps = stopped(lambda x, t: Denoised(jnp.zeros_like(x), x, None), 300), np.array([999, 300])
+    run = jax.jit(lambda x: [ddim(denoise, x, COSINE, steps, jax.random.key(10), eta=eta) for eta in (0.0, 0.5, 1.0)])
+    for out in run(noise(9)):
+        np.testing.assert_allclose(np.var(out), 1 - COSINE.alphas_cumprod[300], rtol=0.04)
+
+
+def test_bad_arguments():
+    """Each error names the argument and the choices."""
+    denoise, x, key = perfect(COSINE, "eps"), noise(0, 2), jax.random.key(0)
+    with pytest.raises(ValueError, match=f"'tiny'.*{', '.join(VARIANCES)}"):
+        ddpm(denoise, x, COSINE, np.array([5, 2]), key, variance="tiny")
+    with pytest.raises(ValueError, match="needs a network that predicts it"):
+        ddpm(denoise, x, COSINE, np.array([5, 2]), key, variance="learned")
+    with pytest.raises(ValueError, match=r"\[0, 1\], got 1.5"):
+        ddim(denoise, x, COSINE, np.array([5, 2]), key, eta=1.5)
+    with pytest.raises(ValueError, match="random key"):
+        ddim(denoise, x, COSINE, np.array([5, 2]), eta=0.5)
+    for steps in ([], [3, 3], [1, 5], [5, -1], [[5, 2]]):
+        with pytest.raises(ValueError, match="strictly descending"):
+            ddim(denoise, x, COSINE, np.array(steps, int))

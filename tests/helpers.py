@@ -1,0 +1,44 @@
+"""Parameter trees for tests: counted and filled without compiling an initialiser."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def struct(*shape, dtype=jnp.float32):
+    """A shape in the place of an array."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def param_shapes(model, *args, **kwargs):
+    """The parameters of a model as shapes: nothing is computed, so the size does not matter."""
+    return jax.eval_shape(lambda a, k: model.init(jax.random.key(0), *a, **k), args, kwargs)["params"]
+
+
+def param_count(params) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def randomize(params, seed: int = 0, scale: float = 0.1):
+    """The tree with normal noise in its all-zero leaves (zero-initialised outputs and biases), which would hide what they multiply."""
+    rng = np.random.default_rng(seed)
+    noise = lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(np.float32)
+    return jax.tree.map(lambda leaf: noise(leaf) if not np.any(leaf) else leaf, jax.device_get(params))
+
+
+def random_params(model, *args, seed: int = 0, **kwargs):
+    """Parameters of the model's shapes with no leaf zero: kernels scaled by their inputs, gains about one, the rest small."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        name, noise = path[-1].key, rng.normal(size=leaf.shape)
+        if name == "kernel":
+            noise *= math.prod(leaf.shape[:-1] if len(leaf.shape) != 3 else leaf.shape[:1]) ** -0.5
+        else:
+            noise = (name == "scale") + 0.2 * noise
+        return np.asarray(noise, np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, param_shapes(model, *args, **kwargs))

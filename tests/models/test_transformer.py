@@ -1,0 +1,82 @@
+"""The transformer stack: initialisation, causality, dropout, hooks and published size."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import param_count, param_shapes, random_params, struct
+from unclip_jax.models.transformer import Attention, Transformer, causal_mask
+
+L, W = 6, 16
+TINY = dict(layers=2, heads=2, mlp_ratio=2.0)
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """Inputs (2, L, W) and parameters."""
+    x = jax.random.normal(jax.random.key(0), (2, L, W))
+    return x, random_params(Transformer(**TINY), x)
+
+
+@functools.cache
+def apply(**options):
+    model = Transformer(**TINY, **options)
+    return jax.jit(lambda params, x: model.apply({"params": params}, x, causal_mask(L)))
+
+
+def test_causality(setup):
+    """A change at position 3 leaves positions 0..2 as they were, to the bit, and changes 3..5."""
+    x, params = setup
+    before, after = apply()(params, x), apply()(params, x.at[:, 3].multiply(-1.0))
+    np.testing.assert_array_equal(before[:, :3], after[:, :3])
+    assert np.all(np.abs(before - after)[:, 3:].max(-1) > 1e-3)
+
+
+def test_causal_mask():
+    """Position i sees 0..i."""
+    np.testing.assert_array_equal(causal_mask(4)[0, 0], np.tril(np.ones((4, 4), bool)))
+
+
+def test_hooks_change_nothing(setup):
+    """remat and an identity gather give the same answer from the same parameter names."""
+    x, params = setup
+    plain = apply()(params, x)
+    gather = lambda tree: jax.tree.map(lambda leaf: leaf * 1.0, tree)
+    for options in ({"remat": True}, {"gather": gather, "remat": True}):
+        assert jax.tree.structure(param_shapes(Transformer(**TINY, **options), struct(2, L, W))) == jax.tree.structure(params)
+        np.testing.assert_allclose(apply(**options)(params, x), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_only_when_not_deterministic(setup):
+    """Deterministic calls need no key and ignore the rate; others differ from key to key."""
+    x, params = setup
+    model = Transformer(**TINY, dropout=0.5)
+    np.testing.assert_array_equal(apply(dropout=0.5)(params, x), apply()(params, x))
+    noisy = jax.jit(lambda key: model.apply({"params": params}, x, None, False, rngs={"dropout": key}))
+    assert not np.allclose(noisy(jax.random.key(0)), noisy(jax.random.key(1)))
+
+
+def test_initialisation_is_clips():
+    """Standard deviations of Radford et al. 2021: W^-1/2, residual projections further by (2 layers)^-1/2, first MLP (2 W)^-1/2."""
+    width, layers = 128, 2
+    block = Transformer(layers=layers, heads=2).init(jax.random.key(0), jnp.zeros((1, 2, width)))["params"]["block_1"]
+    std = lambda *path: np.std(functools.reduce(lambda tree, key: tree[key], path, block)["kernel"])
+    for name in ("query", "key", "value"):
+        np.testing.assert_allclose(std("attn", name), width**-0.5, rtol=0.03)
+    np.testing.assert_allclose(std("attn", "out"), (width * 2 * layers) ** -0.5, rtol=0.03)
+    np.testing.assert_allclose(std("fc2"), (width * 2 * layers) ** -0.5, rtol=0.03)
+    np.testing.assert_allclose(std("fc1"), (2 * width) ** -0.5, rtol=0.03)
+
+
+def test_heads_must_divide_the_width():
+    """The message gives both."""
+    with pytest.raises(ValueError, match="16 is not a multiple of heads 3"):
+        jax.eval_shape(lambda: Attention(3, 1.0).init(jax.random.key(0), jnp.zeros((1, 2, 16)), None))
+
+
+def test_size_of_the_papers_blocks():
+    """24 blocks of width 2048."""
+    assert param_count(param_shapes(Transformer(layers=24, heads=32), struct(1, 4, 2048))) == 1_208_598_528

@@ -1,0 +1,93 @@
+"""The cascade from a bundle: shapes, determinism, guidance, compilations, and bad input."""
+
+import jax
+import numpy as np
+import pytest
+
+import unclip_jax
+from unclip_jax.sampling import text_to_image as module
+from unclip_jax.sampling.figures import describe, measure
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle):
+    return unclip_jax.load_bundle(tiny_bundle)
+
+
+def test_pictures(bundle):
+    images = unclip_jax.text_to_image(bundle, ["a red fox", "a blue heart", ""], seed=0)
+    assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8
+    assert images.std() > 0
+    assert not np.array_equal(images[0], images[1])
+
+
+def test_same_seed_same_picture_whatever_the_batch(bundle):
+    """Position and seed decide the noise; the rest of the batch does not."""
+    alone = unclip_jax.text_to_image(bundle, "a red fox", seed=5)
+    among = unclip_jax.text_to_image(bundle, ["a red fox", "a 3d emoji of a pizza", "x" * 10_000], seed=5)
+    assert np.abs(alone[0].astype(int) - among[0]).max() <= 1
+    other = unclip_jax.text_to_image(bundle, "a red fox", seed=6)
+    assert np.abs(alone[0].astype(int) - other[0]).max() > 1
+
+
+def test_a_fixed_number_of_compilations(bundle, monkeypatch):
+    """Calls of 1 to 16 captions, other captions, seeds and guidance scales use at most one program per power of two."""
+    monkeypatch.setattr(module, "MAX_BATCH", 4)
+    traced = []
+    original = module.encode_text
+    monkeypatch.setattr(module, "encode_text", lambda *args: traced.append(1) or original(*args))
+    bundle.cache.clear()
+    for count in (1, 2, 3, 4, 5, 9):
+        for scale in (2.0, 3.5):
+            unclip_jax.text_to_image(bundle, ["a fox"] * count, seed=count, options={"decoder": {"guidance_scale": scale}})
+    assert len(traced) == 2 * 3  # captions and the empty caption, for batches of 1, 2 and 4
+
+
+def test_guidance_scale_one_is_the_conditional_model(bundle):
+    """The program without guidance and the guided one at scale 1 agree."""
+    plain = module.sample_stages(bundle, ["a fox"], options={"prior": {"guidance_scale": 1}, "decoder": {"guidance_scale": 1}})
+    almost = {"guidance_scale": np.float32(1.0)}
+    guided = module.sample_stages(bundle, ["a fox"], options={"prior": almost, "decoder": almost})
+    np.testing.assert_allclose(plain.z_image, guided.z_image, atol=1e-3)
+    np.testing.assert_allclose(plain.images[0], guided.images[0], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("captions", "options", "message"),
+    [
+        ([], None, "no captions"),
+        (["x"], {"decoder": {"steps": 0}}, "steps must be between 1 and 1000, got 0"),
+        (["x"], {"decoder": {"stepz": 3}}, "unknown sampling option stepz"),
+        (["x"], {"decodr": {"steps": 3}}, "unknown part decodr"),
+        (["x"], {"decoder": {"guidance_scale": float("nan")}}, "finite"),
+        (["x"], {"decoder": {"sampler": "magic"}}, "unknown sampler 'magic'"),
+    ],
+)
+def test_bad_input_is_one_line(bundle, captions, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        unclip_jax.text_to_image(bundle, captions, options=options)
+    assert "\n" not in str(error.value)
+
+
+def test_figures(bundle):
+    """Fractions in [0, 1], cosines in [-1, 1], for both splits, and a table for a person."""
+    figures = measure(bundle, rows=8)
+    assert figures["chance"] == 0.125
+    for split in ("val", "compose"):
+        assert 0 <= figures[split]["retrieval"] <= 1 and 0 <= figures[split]["caption_first"] <= 1
+        assert -1 <= figures[split]["prior_cosine"] <= 1
+    assert len(describe(figures)) == 6
+
+
+def test_shipped_bundle_is_sound():
+    """Its parts belong together, it is at most 32 MB, and it says how it was made and what it reaches."""
+    from unclip_jax.checkpoint.bundle import bundle_path
+
+    path = bundle_path("emoji")
+    assert sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) <= 32e6
+    shipped = unclip_jax.load_bundle("emoji")
+    assert set(shipped.parts) == {"clip", "prior", "decoder", "upsampler_64"}
+    for name, run in shipped.provenance["training"].items():
+        assert run["seconds"] > 0 and run["step"] > 0 and run["hardware"] and run["data_checksum"], name
+    assert shipped.provenance["figures"]["compose"]["retrieval"] > 0.5
+    assert jax.tree.leaves(shipped.parts["decoder"].params)[0].dtype == np.float32
