@@ -1,35 +1,43 @@
-"""Eight host devices on the CPU, before anything imports jax, so that the sharded path is the only path; tiny runs shared by all tests."""
+"""Tests run on the CPU with eight host devices, so that the sharded path is the only path."""
 
 import os
-import sys
-from pathlib import Path
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Compiling dominates the suite: cheap code generation, and each program compiled once, by whichever worker comes first.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+    _CACHE = tempfile.TemporaryDirectory(prefix="unclip-tests-")
+    os.environ["UNCLIP_CACHE"] = _CACHE.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_CACHE.name, "xla")
 
-import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-
-@pytest.fixture(scope="session")
-def tiny_runs(tmp_path_factory):
-    """A folder with one short run of every stage, named as parts."""
-    from tests.runs import STAGES, tiny_config
-
-    root = tmp_path_factory.mktemp("runs")
-    for name, (stage, _) in STAGES.items():
-        stage.train_and_evaluate(tiny_config(name, ROOT), str(root / name))
-    return root
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_runs, tmp_path_factory):
-    """The bundle of those runs."""
+def tiny_run(tmp_path_factory):
+    """name -> the folder of a tiny trained run of that stage (clip, prior, decoder, upsampler_16), made when first asked for."""
+    from tests.runs import train_tiny
+
+    runs = tmp_path_factory.mktemp("runs")
+
+    def run(name):
+        if name not in ("clip", "upsampler_16"):
+            run("clip")
+        if not (runs / name).exists():
+            train_tiny(name, runs / name)
+        return runs / name
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory):
+    """A bundle folder of tiny networks at random, none of their layers zero."""
+    from tests.runs import random_bundle
     from unclip_jax.checkpoint.bundle import save_bundle
-    from unclip_jax.cli.bundle import collect
 
-    return save_bundle(collect(tiny_runs), tmp_path_factory.mktemp("bundle") / "tiny")
+    return save_bundle(random_bundle(), tmp_path_factory.mktemp("bundle") / "tiny")

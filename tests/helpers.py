@@ -7,6 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def fast_key(seed: int = 0):
+    """A random key whose generator compiles in a fraction of the default's time: for initialisers and dropout."""
+    return jax.random.key(seed, impl="unsafe_rbg")
+
+
 def struct(*shape, dtype=jnp.float32):
     """A shape in the place of an array."""
     return jax.ShapeDtypeStruct(shape, dtype)

@@ -1,24 +1,34 @@
-"""Tiny training runs for tests: the emoji recipes' `:tiny` variants, run in this process."""
+"""Tiny training runs and bundles for tests: the emoji recipes' `:tiny` variants, in this process."""
 
 import json
 import os
 import signal
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle, Part
+from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.cli.train import load_config, override
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.generate import build_model
 from unclip_jax.train import clip, common, decoder, prior_diffusion, upsampler
 
+ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
     "clip": (clip, "configs/emoji/clip.py:tiny"),
     "prior": (prior_diffusion, "configs/emoji/prior_diffusion.py:tiny"),
     "decoder": (decoder, "configs/emoji/decoder.py:tiny"),
     "upsampler_16": (upsampler, "configs/emoji/upsampler.py:tiny"),
 }
-STEPS = 24
+STEPS = 12
 
 
-def tiny_config(name, root, **changes):
+def tiny_config(name, **changes):
     """The stage's tiny configuration, long enough to see a loss fall; `changes` use __ for dots."""
-    config = load_config(str(root / STAGES[name][1]))
+    config = load_config(str(ROOT / STAGES[name][1]))
     settings = {
         "steps": STEPS,
         "eval_every": STEPS,
@@ -31,6 +41,51 @@ def tiny_config(name, root, **changes):
     for key, value in {**settings, **{k.replace("__", "."): v for k, v in changes.items()}}.items():
         override(config, key, value)
     return config
+
+
+def train_tiny(name, workdir, init_from=None, **changes):
+    """Trains the stage in `workdir`; the frozen CLIP is the run `clip` beside it unless changed."""
+    return STAGES[name][0].train_and_evaluate(tiny_config(name, **changes), str(workdir), init_from)
+
+
+def random_bundle():
+    """All four parts of the tiny recipes with random parameters."""
+    rng = np.random.default_rng(0)
+    configs = {name: tiny_config(name) for name in STAGES}
+    tokenizer = ClipTokenizer(**configs["clip"].tokenizer)
+    dim, width, length = configs["clip"].model.embed_dim, configs["clip"].model.text.width, tokenizer.length
+    plain = lambda value: json.loads(value.to_json_best_effort())
+    text = {"text_embed": jnp.zeros((1, dim)), "text_states": jnp.zeros((1, length, width)), "text_mask": jnp.ones((1, length), bool)}
+    inputs = {
+        "clip": ((jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, length), int)), {}),
+        "prior": ((jnp.zeros((1, dim)), jnp.zeros(1)), text),
+        "decoder": ((jnp.zeros((1, 8, 8, 3)), jnp.zeros(1)), {"image_embed": jnp.zeros((1, dim)), "drop_image": jnp.zeros(1, bool), **text}),
+        "upsampler_16": ((jnp.zeros((1, 16, 16, 3)), jnp.zeros(1)), {"low_res": jnp.zeros((1, 8, 8, 3))}),
+    }
+    described = {
+        "clip": {"kind": "clip"},
+        "prior": {"kind": "prior_diffusion", "embedding_space": {"kind": "whitened", "mean": [0.1] * dim, "std": [1.5] * dim}},
+        "decoder": {"kind": "decoder"},
+        "upsampler_16": {"kind": "upsampler", "factor": configs["upsampler_16"].factor},
+    }
+    parts = {}
+    for name, config in configs.items():
+        part = described[name] | {"model": plain(config.model)}
+        if name == "clip":
+            part["model"]["text"] |= {"vocab_size": tokenizer.vocab_size, "length": length}
+        else:
+            part["diffusion"] = plain(config.diffusion)
+        if name == "prior":
+            part["model"] |= {"embed_dim": dim, "length": length}
+        if name in ("prior", "decoder"):
+            part["clip"] = params_hash(parts["clip"].params)
+        args, kwargs = inputs[name]
+        model = build_model(part)
+        shapes = jax.eval_shape(lambda key, m=model, a=args, k=kwargs: m.init(key, *a, **k), jax.random.key(0))["params"]
+        scale = lambda x: np.prod(x.shape[:-1]) ** -0.5 if x.ndim > 1 else 1.0
+        parts[name] = Part(part, jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape) * scale(x)), shapes))
+    sampling = {name: plain(config.sampling) for name, config in configs.items() if name != "clip"}
+    return Bundle(parts, tokenizer.config(), sampling, {"note": "random"})
 
 
 def losses(workdir):

@@ -42,7 +42,8 @@ def test_help_is_fast_and_light():
 
 def test_sample_draws_a_grid(tiny_bundle, tmp_path, capsys):
     out = tmp_path / "new" / "grid.png"
-    assert main(["sample", "a red fox", "a blue heart", "--bundle", str(tiny_bundle), "--out", str(out), "--seed", "3", "--samples", "2"]) == 0
+    args = ["a red fox", "a blue heart", "--bundle", str(tiny_bundle), "--out", str(out), "--seed", "3", "--samples", "2"]
+    assert main(["sample", *args]) == 0
     assert str(out) in capsys.readouterr().out
     image = np.asarray(Image.open(out))
     assert image.ndim == 3 and image.std() > 10

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import param_count, param_shapes, random_params, struct
+from tests.helpers import fast_key, param_count, param_shapes, random_params, struct
 from unclip_jax.models.clip import CLIP, MEAN, STD, unit
 
 VOCAB, LENGTH, SIZE, D = 60, 7, 16, 8
@@ -45,7 +45,7 @@ def test_pooling_at_the_end_token(params):
 def test_logit_scale_starts_at_its_value_and_is_clamped(params):
     """exp(ln(1/0.07)) at first, never above 100; embeddings have norm one."""
     call = jax.jit(lambda params: MODEL.apply({"params": params}, jnp.zeros((2, SIZE, SIZE, 3)), TOKENS))
-    fresh = jax.jit(lambda key: MODEL.init(key, jnp.zeros((1, SIZE, SIZE, 3)), TOKENS)["params"]["logit_scale"])(jax.random.key(0))
+    fresh = jax.jit(lambda key: MODEL.init(key, jnp.zeros((1, SIZE, SIZE, 3)), TOKENS)["params"]["logit_scale"])(fast_key())
     image, text, scale = call(params | {"logit_scale": fresh})
     np.testing.assert_allclose(scale, 1 / 0.07, rtol=1e-5)
     np.testing.assert_allclose([np.linalg.norm(image, axis=-1), np.linalg.norm(text, axis=-1)], 1, rtol=1e-5)

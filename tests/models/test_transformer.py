@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import param_count, param_shapes, random_params, struct
+from tests.helpers import fast_key, param_count, param_shapes, random_params, struct
 from unclip_jax.models.transformer import Attention, Transformer, causal_mask
 
 L, W = 6, 16
@@ -56,13 +56,13 @@ def test_dropout_only_when_not_deterministic(setup):
     model = Transformer(**TINY, dropout=0.5)
     np.testing.assert_array_equal(apply(dropout=0.5)(params, x), apply()(params, x))
     noisy = jax.jit(lambda key: model.apply({"params": params}, x, None, False, rngs={"dropout": key}))
-    assert not np.allclose(noisy(jax.random.key(0)), noisy(jax.random.key(1)))
+    assert not np.allclose(noisy(fast_key(0)), noisy(fast_key(1)))
 
 
 def test_initialisation_is_clips():
     """Standard deviations of Radford et al. 2021: W^-1/2, residual projections further by (2 layers)^-1/2, first MLP (2 W)^-1/2."""
     width, layers = 128, 2
-    block = Transformer(layers=layers, heads=2).init(jax.random.key(0), jnp.zeros((1, 2, width)))["params"]["block_1"]
+    block = Transformer(layers=layers, heads=2).init(fast_key(), jnp.zeros((1, 2, width)))["params"]["block_1"]
     std = lambda *path: np.std(functools.reduce(lambda tree, key: tree[key], path, block)["kernel"])
     for name in ("query", "key", "value"):
         np.testing.assert_allclose(std("attn", name), width**-0.5, rtol=0.03)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import param_count, param_shapes, random_params, randomize, struct
+from tests.helpers import fast_key, param_count, param_shapes, random_params, randomize, struct
 from unclip_jax.models import unet
 from unclip_jax.models.unet import AttentionBlock, ClipConditioning, Decoder, ResBlock, UNet, Upsampler
 
@@ -123,7 +123,7 @@ def test_resampling():
 
 def test_fresh_network_is_zero_and_its_blocks_are_identities():
     """Zero-initialised outputs; once those are filled, neither holds."""
-    key, cond = jax.random.key(0, impl="rbg"), conditioning()
+    key, cond = fast_key(), conditioning()
     out, variables = jax.jit(lambda key: DECODER.init_with_output(key, X, TIME, **cond))(key)
     np.testing.assert_array_equal(out, 0)
     assert np.any(decode(randomize(variables["params"]), X, TIME, cond))
@@ -223,7 +223,7 @@ def plain_unet():
 def test_hooks_change_nothing(plain_unet):
     """remat and a gather that is called on every block: the same parameter names, the same answer."""
     p, call = plain_unet
-    plain, calls = call()(p, X, jax.random.key(0)), []
+    plain, calls = call()(p, X, fast_key()), []
 
     def gather(tree):
         calls.append(tree)
@@ -232,7 +232,7 @@ def test_hooks_change_nothing(plain_unet):
     options = {"remat": True, "gather": gather}
     assert jax.tree.structure(param_shapes(UNet(**UNET, **options), X, TIME)) == jax.tree.structure(p)
     calls.clear()
-    np.testing.assert_allclose(call(**options)(p, X, jax.random.key(0)), plain, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(call(**options)(p, X, fast_key()), plain, rtol=1e-4, atol=1e-5)
     assert len(calls) == sum("res" in n or "attn" in n or "pool" in n or "expand" in n for n in p)
 
 
@@ -240,9 +240,9 @@ def test_dropout_only_when_not_deterministic(plain_unet):
     """With a rate, calls differ from key to key, unless deterministic, when no key is needed."""
     p, call = plain_unet
     noisy = call(dropout=0.5)
-    assert not np.allclose(noisy(p, X, jax.random.key(0)), noisy(p, X, jax.random.key(1)))
+    assert not np.allclose(noisy(p, X, fast_key(0)), noisy(p, X, fast_key(1)))
     quiet = jax.jit(lambda p: UNet(**UNET, dropout=0.5).apply({"params": p}, X, TIME))
-    np.testing.assert_allclose(quiet(p), call()(p, X, jax.random.key(0)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(quiet(p), call()(p, X, fast_key()), rtol=1e-4, atol=1e-5)
 
 
 def test_upsampler_at_other_sizes():
