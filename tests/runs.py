@@ -59,7 +59,7 @@ def random_bundle():
     inputs = {
         "clip": ((jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, length), int)), {}),
         "prior": ((jnp.zeros((1, dim)), jnp.zeros(1)), text),
-        "decoder": ((jnp.zeros((1, 8, 8, 3)), jnp.zeros(1)), {"image_embed": jnp.zeros((1, dim)), "drop_image": jnp.zeros(1, bool), **text}),
+        "decoder": ((jnp.zeros((1, 8, 8, 3)), jnp.zeros(1)), {"image_embed": text["text_embed"], "drop_image": jnp.zeros(1, bool), **text}),
         "upsampler_16": ((jnp.zeros((1, 16, 16, 3)), jnp.zeros(1)), {"low_res": jnp.zeros((1, 8, 8, 3))}),
     }
     described = {
@@ -68,6 +68,7 @@ def random_bundle():
         "decoder": {"kind": "decoder"},
         "upsampler_16": {"kind": "upsampler", "factor": configs["upsampler_16"].factor},
     }
+    draw = lambda x: np.float32(rng.normal(size=x.shape) * (np.prod(x.shape[:-1]) ** -0.5 if x.ndim > 1 else 1.0))
     parts = {}
     for name, config in configs.items():
         part = described[name] | {"model": plain(config.model)}
@@ -82,8 +83,7 @@ def random_bundle():
         args, kwargs = inputs[name]
         model = build_model(part)
         shapes = jax.eval_shape(lambda key, m=model, a=args, k=kwargs: m.init(key, *a, **k), jax.random.key(0))["params"]
-        scale = lambda x: np.prod(x.shape[:-1]) ** -0.5 if x.ndim > 1 else 1.0
-        parts[name] = Part(part, jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape) * scale(x)), shapes))
+        parts[name] = Part(part, jax.tree.map(draw, shapes))
     sampling = {name: plain(config.sampling) for name, config in configs.items() if name != "clip"}
     return Bundle(parts, tokenizer.config(), sampling, {"note": "random"})
 

@@ -51,7 +51,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     sizes.update(shape or {})
     free = [a for a in AXES if sizes[a] == -1]
     known = math.prod(sizes[a] for a in AXES if sizes[a] != -1)
-    if len(free) > 1 or any(s < 1 and s != -1 for s in sizes.values()) or (free and len(devices) % known) or (not free and known != len(devices)):
+    bad = len(free) > 1 or any(s < 1 and s != -1 for s in sizes.values())
+    if bad or (free and len(devices) % known) or (not free and known != len(devices)):
         wanted = " x ".join(f"{a}={sizes[a]}" for a in AXES)
         raise ValueError(f"a mesh of {wanted} does not fit {len(devices)} devices; the sizes must multiply to {len(devices)}")
     if free:

@@ -4,7 +4,7 @@ simple   mean over the sample of |prediction - target|^2
 hybrid   simple + weight * T * L_vb, where L_vb (in bits per dimension) is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), or at t = 0
          the negative log-likelihood of the discretised image. The mean inside L_vb is stopped, so that only the variance learns from it.
 
-The paper's weight is 0.001 with L_vb summed over the T steps; as one step is drawn, its estimate is T * L_vb, hence T / 1000 at weight 0.001.
+The paper's weight is 0.001 with L_vb summed over the T steps; as one step is drawn, its estimate is T * L_vb: T / 1000 at weight 0.001.
 """
 
 from __future__ import annotations
