@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stage = "decoder"
     config.clip = "../clip"
     config.seed = 0
-    config.steps = 1800
+    config.steps = 2000
     config.batch_size = 32
     config.dtype = "auto"
     config.remat = False
@@ -40,8 +40,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "unet": {
             "image_size": 32,
             "out_channels": 6,
-            "channels": 32,
-            "channel_mult": (1, 1, 3, 4),
+            "channels": 16,
+            "channel_mult": (1, 2, 4, 8),
             "res_blocks": 1,
             "attention_resolutions": (8, 4),
             "head_channels": 32,

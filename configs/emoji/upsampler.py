@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.stage = "upsampler"
     config.seed = 0
-    config.steps = 800
+    config.steps = 700
     config.batch_size = 32
     config.dtype = "auto"
     config.remat = False
@@ -41,8 +41,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "unet": {
             "image_size": 64,
             "out_channels": 3,
-            "channels": 24,
-            "channel_mult": (1, 2, 3),
+            "channels": 16,
+            "channel_mult": (1, 2, 4),
             "res_blocks": 1,
             "attention_resolutions": (),
             "middle_attention": False,

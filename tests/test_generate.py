@@ -1,0 +1,202 @@
+"""Sampling of one stage: shapes, ranges, determinism, guidance limits, options, and what the unconditional half may see."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import random_params
+from unclip_jax import generate
+from unclip_jax.generate import SamplingOptions, TextConditioning, options_from, sample_decoder, sample_prior, sample_upsampler
+
+B, D, L, W, SIZE = 2, 6, 4, 8, 8
+UNET = dict(image_size=SIZE, channels=8, channel_mult=(1,), res_blocks=1, head_channels=4, groups=4)
+DIFFUSION = {"schedule": "cosine", "num_steps": 100}
+PRIOR = {
+    "kind": "prior_diffusion",
+    "model": dict(embed_dim=D, length=L, width=16, layers=1, heads=2),
+    "diffusion": DIFFUSION | {"prediction": "x0"},
+    "embedding_space": {"kind": "whitened", "mean": np.full(D, 5.0), "std": np.full(D, 2.0)},
+}
+DECODER = {
+    "kind": "decoder",
+    "model": dict(unet=UNET | dict(out_channels=6), conditioning=dict(context_dim=8)),
+    "diffusion": DIFFUSION | {"prediction": "eps"},
+}
+UPSAMPLER = {
+    "kind": "upsampler",
+    "factor": 2,
+    "model": dict(unet=UNET | dict(out_channels=3, middle_attention=False)),
+    "diffusion": DIFFUSION | {"prediction": "v"},
+}
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+TEXT = TextConditioning(normal(0, B, D), normal(1, B, L, W), jnp.ones((B, L), bool).at[0, 2:].set(False))
+EMPTY = TextConditioning(normal(2, 1, D), normal(3, 1, L, W), jnp.arange(L)[None] < 2)
+Z = normal(4, B, D)
+LOW = jnp.tanh(normal(5, B, SIZE // 2, SIZE // 2, 3))
+KEYS = jax.random.split(jax.random.key(0), B)
+T = jnp.zeros(B)
+
+
+@pytest.fixture(scope="module")
+def prior():
+    """sample(params, text, keys, scale, guided) compiled once per `guided`, and parameters."""
+    model = generate.build_model(PRIOR)
+    params = random_params(model, Z, T, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
+
+    def sample(text, keys, scale):
+        return sample_prior(model, params, PRIOR, text, EMPTY, keys, SamplingOptions(4, guidance_scale=scale, clip=3.0))
+
+    return jax.jit(sample), jax.jit(lambda text, keys: sample(text, keys, 1))
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """As `prior`, with z_image: the traced scale and the scale 1."""
+    model = generate.build_model(DECODER)
+    x = jnp.zeros((B, SIZE, SIZE, 3))
+    text = dict(text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
+    params = random_params(model, x, T, image_embed=Z, drop_image=jnp.zeros(B, bool), **text)
+    options = SamplingOptions(3, variance="learned")
+
+    def sample(z, text, keys, scale):
+        return sample_decoder(model, params, DECODER, z, text, EMPTY, keys, dataclasses.replace(options, guidance_scale=scale))
+
+    return jax.jit(sample), jax.jit(lambda z, text, keys: sample(z, text, keys, 1.0))
+
+
+def one(i, text=TEXT):
+    """The i-th caption alone."""
+    return TextConditioning(*(a[i : i + 1] for a in text))
+
+
+def test_prior(prior):
+    """Raw embeddings of the caption batch's shape, in the range of the clipped, whitened space; the key decides, row by row."""
+    guided, _ = prior
+    z = guided(TEXT, KEYS, 2.0)
+    assert z.shape == (B, D) and z.dtype == jnp.float32
+    assert np.all(np.abs((z - 5.0) / 2.0) <= 3.0 + 1e-5)
+    assert np.abs(z - 5).max() > 0.5
+    np.testing.assert_array_equal(z, guided(TEXT, KEYS, 2.0))
+    np.testing.assert_allclose(z[1:], guided(one(1), KEYS[1:], 2.0), rtol=1e-4, atol=1e-4)
+    other = guided(TEXT, KEYS[::-1], 2.0)
+    assert np.all(np.abs(z - other).max(-1) > 1e-3)
+
+
+def test_prior_guidance_limits(prior):
+    """Scale 1 without the second half equals a traced scale of 1.0; scale 0 does not see the caption."""
+    guided, plain = prior
+    np.testing.assert_allclose(plain(TEXT, KEYS), guided(TEXT, KEYS, 1.0), rtol=1e-4, atol=1e-4)
+    assert not np.allclose(plain(TEXT, KEYS), guided(TEXT, KEYS, 3.0), atol=1e-2)
+    swapped = TextConditioning(*(a[::-1] for a in TEXT))
+    np.testing.assert_allclose(guided(TEXT, KEYS, 0.0), guided(swapped, KEYS, 0.0), rtol=1e-5)
+    assert not np.allclose(guided(TEXT, KEYS, 1.0), guided(swapped, KEYS, 1.0), atol=1e-2)
+
+
+def test_decoder(decoder):
+    """Images of the decoder's size in [-1, 1]; the same key gives the same image, in any batch."""
+    guided, _ = decoder
+    images = guided(Z, TEXT, KEYS, 2.0)
+    assert images.shape == (B, SIZE, SIZE, 3) and images.dtype == jnp.float32
+    assert np.all(np.abs(images) <= 1) and np.std(images) > 0.05
+    np.testing.assert_array_equal(images, guided(Z, TEXT, KEYS, 2.0))
+    np.testing.assert_allclose(images[1:], guided(Z[1:], one(1), KEYS[1:], 2.0), rtol=1e-3, atol=1e-3)
+    assert not np.allclose(images, guided(Z, TEXT, KEYS[::-1], 2.0), atol=1e-2)
+
+
+def test_decoder_guidance_limits(decoder):
+    """Scale 1 equals the path without guidance; scale 0 sees neither caption nor z_image, except in the variance, which is the
+    conditional half's."""
+    guided, plain = decoder
+    np.testing.assert_allclose(plain(Z, TEXT, KEYS), guided(Z, TEXT, KEYS, 1.0), rtol=1e-3, atol=1e-3)
+    model = generate.build_model(DECODER)
+    text = dict(text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
+    x = normal(6, B, SIZE, SIZE, 3)
+    params = random_params(model, x, T, image_embed=Z, drop_image=jnp.zeros(B, bool), **text)
+
+    @jax.jit
+    def denoise(z, text, scale):
+        options = SamplingOptions(1, guidance_scale=scale, clip=None)
+        return generate.decoder_denoiser(model, params, DECODER, z, text, EMPTY, options)(x, jnp.array(50))
+
+    swapped = TextConditioning(*(a[::-1] for a in TEXT))
+    base, other = denoise(Z, TEXT, 0.0), denoise(-Z, swapped, 0.0)
+    np.testing.assert_allclose(base.eps, other.eps, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(base.v_frac, other.v_frac, atol=1e-3)
+    dropped = model.apply(
+        {"params": params}, x, jnp.full(B, 50), image_embed=Z, drop_image=jnp.ones(B, bool),
+        text_embed=EMPTY.embed.repeat(B, 0), text_states=EMPTY.states.repeat(B, 0), text_mask=EMPTY.mask.repeat(B, 0),
+    )  # fmt: skip
+    np.testing.assert_allclose(base.eps, dropped[..., :3], rtol=1e-4, atol=1e-4)
+
+
+def test_upsampler():
+    """Twice the size, in [-1, 1], DDIM without noise: the starting noise is the key's, and the low-resolution image matters."""
+    model = generate.build_model(UPSAMPLER)
+    params = random_params(model, jnp.zeros((B, SIZE, SIZE, 3)), T, low_res=LOW)
+    sample = jax.jit(lambda low, key: sample_upsampler(model, params, UPSAMPLER, low, key, SamplingOptions(3, sampler="ddim")))
+    images = sample(LOW, KEYS)
+    assert images.shape == (B, SIZE, SIZE, 3) and np.all(np.abs(images) <= 1)
+    np.testing.assert_array_equal(images, sample(LOW, KEYS))
+    assert not np.allclose(images, sample(-LOW, KEYS), atol=1e-2)
+    assert not np.allclose(images, sample(LOW, KEYS[::-1]), atol=1e-2)
+
+
+def test_options():
+    """Overrides that are None leave the setting; a typo in either place is named; unknown samplers are too."""
+    options = options_from({"steps": 25, "guidance_scale": 4.0}, steps=None, guidance_scale=2.0)
+    assert (options.steps, options.guidance_scale, options.sampler) == (25, 2.0, "ddpm")
+    with pytest.raises(ValueError, match="unknown sampling option stepz; known: steps, sampler"):
+        options_from({"stepz": 25})
+    with pytest.raises(ValueError, match="unknown sampling option scale"):
+        options_from({"steps": 25}, scale=2.0)
+    with pytest.raises(ValueError, match="'euler'; choose ddpm or ddim"):
+        model = generate.build_model(UPSAMPLER)
+        sample_upsampler(model, {}, UPSAMPLER, LOW, KEYS, SamplingOptions(2, sampler="euler"))
+
+
+def test_guidance_costs_nothing_at_one():
+    """Only the Python number 1 switches the second half off."""
+    guided = lambda scale: generate.is_guided(SamplingOptions(1, guidance_scale=scale))
+    assert not guided(1) and not guided(1.0)
+    assert guided(0.0) and guided(1.5) and guided(jnp.array(1.0))
+
+
+def test_parts():
+    """A part's configuration gives its model, schedule and space; an unknown kind or model option is an error."""
+    assert generate.part_schedule(PRIOR).num_steps == 100
+    space = generate.part_space(PRIOR)
+    assert space.kind == "whitened" and space.mean.dtype == np.float32
+    assert PRIOR["embedding_space"]["mean"].dtype == np.float64  # the configuration is not written to
+    with pytest.raises(ValueError, match="unknown kind of network 'gan'"):
+        generate.build_model({"kind": "gan", "model": {}})
+    with pytest.raises(TypeError, match="widht"):
+        generate.build_model({"kind": "prior_diffusion", "model": PRIOR["model"] | {"widht": 3}})
+
+
+def test_select_text():
+    """The caption where kept, the empty caption elsewhere, mask included."""
+    chosen = generate.select_text(jnp.array([True, False]), TEXT, EMPTY)
+    for ours, text, empty in zip(chosen, TEXT, EMPTY):
+        np.testing.assert_array_equal(ours[0], text[0])
+        np.testing.assert_array_equal(ours[1], empty[0])
+
+
+def test_encode_text_is_the_towers():
+    """The conditioning is the text tower's embedding and states, beside the mask it was given."""
+    tower = dict(vocab_size=20, length=L, width=W, layers=1, heads=2)
+    config = {"embed_dim": D, "image": dict(image_size=4, patch_size=2, width=8, layers=1, heads=2), "text": tower}
+    clip = generate.build_model({"kind": "clip", "model": config})
+    tokens = jnp.array([[18, 5, 19, 0], [18, 19, 0, 0]])
+    params = random_params(clip, jnp.zeros((2, 4, 4, 3)), tokens)
+    text = jax.jit(lambda params: generate.encode_text(clip, params, tokens, tokens > 0))(params)
+    assert text.embed.shape == (2, D) and text.states.shape == (2, L, W)
+    np.testing.assert_array_equal(text.mask, tokens > 0)
+    np.testing.assert_allclose(text.embed[0], text.states[0, 2] @ params["text_tower"]["projection"]["kernel"], rtol=1e-4, atol=1e-5)
