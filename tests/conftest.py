@@ -4,6 +4,9 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA's CPU client has as many threads as cores or devices, and collectives block theirs: with independent ones under way in one program
+# eight devices on eight threads can deadlock. NPROC sets the number of threads.
+os.environ["NPROC"] = "64"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # Compiling dominates the suite: cheap code generation, and each program compiled once, by whichever worker comes first.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

@@ -56,9 +56,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint_every = 250
     config.keep = 2
     if variant == "quick":
-        config.steps = 700
-        config.optimizer.warmup_steps = 50
-        config.ema_decay = 0.98
+        config.checkpoint_every = 40
+        config.steps = 220
+        config.optimizer.warmup_steps = 30
+        config.ema_decay = 0.95
+        config.eval_every = 220
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

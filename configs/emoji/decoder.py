@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stage = "decoder"
     config.clip = "../clip"
     config.seed = 0
-    config.steps = 2000
+    config.steps = 1400
     config.batch_size = 32
     config.dtype = "auto"
     config.remat = False
@@ -71,9 +71,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint_every = 250
     config.keep = 2
     if variant == "quick":
-        config.steps = 700
-        config.optimizer.warmup_steps = 50
-        config.ema_decay = 0.99
+        config.checkpoint_every = 40
+        config.steps = 200
+        config.optimizer.warmup_steps = 30
+        config.ema_decay = 0.97
+        config.sampling.steps = 16
+        config.eval_every = 200
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

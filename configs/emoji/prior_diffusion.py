@@ -58,9 +58,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint_every = 250
     config.keep = 2
     if variant == "quick":
-        config.steps = 1000
-        config.optimizer.warmup_steps = 50
-        config.ema_decay = 0.99
+        config.checkpoint_every = 40
+        config.steps = 120
+        config.optimizer.warmup_steps = 20
+        config.ema_decay = 0.95
+        config.sampling.steps = 16
+        config.eval_every = 120
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.stage = "upsampler"
     config.seed = 0
-    config.steps = 700
+    config.steps = 300
     config.batch_size = 32
     config.dtype = "auto"
     config.remat = False
@@ -70,9 +70,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint_every = 250
     config.keep = 2
     if variant == "quick":
-        config.steps = 400
-        config.optimizer.warmup_steps = 50
-        config.ema_decay = 0.98
+        config.checkpoint_every = 40
+        config.steps = 80
+        config.optimizer.warmup_steps = 20
+        config.ema_decay = 0.95
+        config.sampling.steps = 6
+        config.eval_every = 80
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

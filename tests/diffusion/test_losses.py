@@ -113,6 +113,8 @@ def test_variational_bits_learns_the_variance_alone(batch, bits, kind):
     (_, per_row), (by_prediction, by_fraction) = bits(prediction, jnp.full(x0.shape, 0.4), x0, x_t, t, kind)
     np.testing.assert_array_equal(by_prediction, 0)
     assert np.all(np.isfinite(per_row)) and np.all(np.isfinite(by_fraction))
+    (_, perfect), _ = bits(target(kind, x0, eps, t), jnp.zeros(x0.shape), x0, x_t, t, kind)
+    np.testing.assert_allclose(perfect[1:6], 0, atol=2e-3)
     # At the noisy end the forward and the posterior variance meet, and the fraction stops mattering.
     assert np.all(np.asarray(by_fraction)[:5] != 0)
 

@@ -15,7 +15,7 @@ from unclip_jax.diffusion.schedule import make_schedule, strided_steps
 
 MEAN, STD = np.array([0.3, -0.6, 0.0, 0.8]), np.array([0.5, 0.2, 1.0, 0.35])
 COSINE, LINEAR = make_schedule("cosine"), make_schedule("linear")
-N = 8_000
+N = 5_000
 
 
 def perfect(schedule, prediction, fraction=None):
@@ -150,7 +150,7 @@ def test_every_eta_keeps_the_variance_of_a_step():
     denoise, steps = stopped(lambda x, t: Denoised(jnp.zeros_like(x), x, None), 300), np.array([999, 300])
     run = jax.jit(lambda x: [ddim(denoise, x, COSINE, steps, jax.random.key(10), eta=eta) for eta in (0.0, 0.5, 1.0)])
     for out in run(noise(9)):
-        np.testing.assert_allclose(np.var(out), 1 - COSINE.alphas_cumprod[300], rtol=0.04)
+        np.testing.assert_allclose(np.var(out), 1 - COSINE.alphas_cumprod[300], rtol=0.05)
 
 
 def test_bad_arguments():

@@ -1,6 +1,5 @@
 """The U-Net, the decoder's conditioning and the upsampler: blocks against their formulas, what may matter, hooks, published sizes."""
 
-import functools
 import math
 
 import jax
@@ -123,7 +122,7 @@ def test_resampling():
 
 def test_fresh_network_is_zero_and_its_blocks_are_identities():
     """Zero-initialised outputs; once those are filled, neither holds."""
-    model = UNet(**UNET | {"channel_mult": (1,), "attention_resolutions": (SIZE,)})
+    model = UNet(**UNET | {"channel_mult": (1,), "attention_resolutions": ()})
     out, variables = jax.jit(lambda key: model.init_with_output(key, X, TIME, context=normal(6, B, 3, 12)))(fast_key())
     np.testing.assert_array_equal(out, 0)
     fresh, filled = variables["params"], randomize(variables["params"])
@@ -206,42 +205,31 @@ def test_conditioning_on_the_image_embedding_alone():
 
 
 # ---------------------------------------------------------------------------------------------------------------------- execution
-@pytest.fixture(scope="module")
-def plain_unet():
-    """Parameters and answer of the U-Net on its own, and a jitted call with other options."""
-    model = UNet(**UNET)
-    p = random_params(model, X, TIME)
-
-    @functools.cache
-    def call(**options):
-        return jax.jit(lambda p, x, key: UNet(**UNET | options).apply({"params": p}, x, TIME, deterministic=False, rngs={"dropout": key}))
-
-    return p, call
-
-
-def test_hooks_change_nothing(plain_unet):
+def test_hooks_change_nothing():
     """remat and a gather that is called on every block: the same parameter names, the same answer."""
-    p, call = plain_unet
-    plain, calls = call()(p, X, fast_key()), []
+    p, calls = random_params(UNet(**UNET), X, TIME), []
 
     def gather(tree):
         calls.append(tree)
         return jax.tree.map(lambda leaf: leaf * 1.0, tree)
 
-    options = {"remat": True, "gather": gather}
-    assert jax.tree.structure(param_shapes(UNet(**UNET, **options), X, TIME)) == jax.tree.structure(p)
+    plain, hooked = UNet(**UNET), UNet(**UNET, remat=True, gather=gather)
+    assert jax.tree.structure(param_shapes(hooked, X, TIME)) == jax.tree.structure(p)
     calls.clear()
-    np.testing.assert_allclose(call(**options)(p, X, fast_key()), plain, rtol=1e-4, atol=1e-5)
+    one, other = jax.jit(lambda p: [model.apply({"params": p}, X, TIME) for model in (plain, hooked)])(p)
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     assert len(calls) == sum("res" in n or "attn" in n or "pool" in n or "expand" in n for n in p)
 
 
-def test_dropout_only_when_not_deterministic(plain_unet):
+def test_dropout_only_when_not_deterministic():
     """With a rate, calls differ from key to key, unless deterministic, when no key is needed."""
-    p, call = plain_unet
-    noisy = call(dropout=0.5)
-    assert not np.allclose(noisy(p, X, fast_key(0)), noisy(p, X, fast_key(1)))
-    quiet = jax.jit(lambda p: UNet(**UNET, dropout=0.5).apply({"params": p}, X, TIME))
-    np.testing.assert_allclose(quiet(p), call()(p, X, fast_key()), rtol=1e-4, atol=1e-5)
+    small = UNET | {"channel_mult": (1,), "attention_resolutions": (), "middle_attention": False}
+    p = random_params(UNet(**small), X, TIME)
+    dropping = UNet(**small, dropout=0.5)
+    noisy = jax.jit(lambda key: dropping.apply({"params": p}, X, TIME, deterministic=False, rngs={"dropout": key}))
+    assert not np.allclose(noisy(fast_key(0)), noisy(fast_key(1)))
+    quiet, plain = jax.jit(lambda p: [model.apply({"params": p}, X, TIME) for model in (dropping, UNet(**small))])(p)
+    np.testing.assert_allclose(quiet, plain, rtol=1e-5)
 
 
 def test_upsampler_at_other_sizes():
