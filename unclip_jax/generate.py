@@ -70,6 +70,18 @@ def is_guided(options: SamplingOptions) -> bool:
     return not (isinstance(options.guidance_scale, (int, float)) and options.guidance_scale == 1)
 
 
+def compute_dtype(name: str) -> Any:
+    """`auto` (bfloat16 on accelerators, float32 on CPU), `float32` or `bfloat16`.
+
+    Raises:
+      ValueError: on another name.
+    """
+    choices = {"auto": jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if name not in choices:
+        raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(choices)}")
+    return choices[name]
+
+
 def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> nn.Module:
     """The linen module a part's configuration describes. `hooks`: remat, gather.
 

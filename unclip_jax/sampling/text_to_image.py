@@ -21,6 +21,7 @@ from unclip_jax.diffusion.process import fold_in
 from unclip_jax.generate import (
     SamplingOptions,
     build_model,
+    compute_dtype,
     encode_text,
     is_guided,
     options_from,
@@ -84,7 +85,7 @@ def _compiled(bundle: Bundle, options: dict[str, SamplingOptions]) -> tuple[Call
 
 
 def _cascade(bundle: Bundle, options: dict[str, SamplingOptions]) -> Callable:
-    models = {name: build_model(part.config) for name, part in bundle.parts.items()}
+    models = {name: build_model(part.config, compute_dtype("auto")) for name, part in bundle.parts.items()}
     configs = {name: part.config for name, part in bundle.parts.items()}
 
     def run(params, scales, tokens, mask, empty_tokens, empty_mask, seed, positions):

@@ -15,6 +15,7 @@ from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.data import ops, pipeline, sources
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.evaluate.retrieval import retrieval_at_1
+from unclip_jax.generate import compute_dtype
 from unclip_jax.models.clip import CLIP, MAX_LOGIT_SCALE
 from unclip_jax.sharding import make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
@@ -76,7 +77,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     )
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
-    dtype = common.compute_dtype(config.dtype)
+    dtype = compute_dtype(config.dtype)
     model_config = common.config_json(config.model)
     model_config["text"] |= {"vocab_size": tokenizer.vocab_size, "length": tokenizer.length}
     model = CLIP(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -36,18 +35,6 @@ from unclip_jax.sharding import Mesh, infer_shardings, path_name
 from unclip_jax.train.state import TrainState
 
 log = logging.getLogger("unclip_jax")
-
-
-def compute_dtype(name: str) -> Any:
-    """`auto` (bfloat16 on accelerators, float32 on CPU), `float32` or `bfloat16`.
-
-    Raises:
-      ValueError: on another name.
-    """
-    choices = {"auto": jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if name not in choices:
-        raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(choices)}")
-    return choices[name]
 
 
 def resolve(path: str, workdir: str | os.PathLike) -> str:
@@ -114,7 +101,11 @@ class Logger:
         if not self.main:
             return
         Path(workdir).mkdir(parents=True, exist_ok=True)
-        self.file = open(Path(workdir) / "metrics.jsonl", "a", encoding="utf-8")
+        path = Path(workdir) / "metrics.jsonl"
+        if path.exists():  # a run that was cut off after its last checkpoint did these steps in vain: they come again
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start), encoding="utf-8")
+        self.file = open(path, "a", encoding="utf-8")
         try:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 

@@ -18,7 +18,7 @@ from unclip_jax.diffusion.embedding_space import normalize
 from unclip_jax.diffusion.losses import sample_noised, simple_loss, training_tables
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.generate import options_from, part_space, sample_prior, select_text
+from unclip_jax.generate import compute_dtype, options_from, part_space, sample_prior, select_text
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.sharding import make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
@@ -76,7 +76,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
-    dtype = common.compute_dtype(config.dtype)
+    dtype = compute_dtype(config.dtype)
     clip = common.frozen_clip(config.clip, workdir, mesh, dtype)
     source = sources.make_source(config.data.train)
     evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}

@@ -17,7 +17,7 @@ from unclip_jax.data import ops, pipeline, sources
 from unclip_jax.data.degrade import low_resolution
 from unclip_jax.diffusion.losses import sample_noised, simple_loss, split_variance, training_tables, variational_bits
 from unclip_jax.diffusion.schedule import make_schedule
-from unclip_jax.generate import options_from, sample_upsampler
+from unclip_jax.generate import compute_dtype, options_from, sample_upsampler
 from unclip_jax.models.unet import Upsampler
 from unclip_jax.sharding import make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
@@ -70,7 +70,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
-    dtype = common.compute_dtype(config.dtype)
+    dtype = compute_dtype(config.dtype)
     source = sources.make_source(config.data.train)
     held_out = sources.make_source(config.data.eval)
     size, factor = config.model.unet.image_size, config.factor
