@@ -65,7 +65,7 @@ def loss_fn(params, rng, batch, *, frozen, clip, model, tables, diffusion, drop_
     simple = jnp.mean(simple_loss(out, x0, eps, t, tables, diffusion["prediction"]))
     if v_frac is None:
         return simple, {}
-    bits = jnp.mean(variational_bits(out, v_frac, x0, x_t, t, tables))
+    bits = jnp.mean(variational_bits(out, v_frac, x0, x_t, t, tables, diffusion["prediction"]))
     return simple + diffusion["vb_weight"] * diffusion["num_steps"] * bits, {"simple": simple, "vb_bits": bits}
 
 
