@@ -64,7 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "clip_norm": 1.0,
     }
     config.ema_decay = 0.997
-    config.sampling = {"steps": 32, "sampler": "ddpm", "variance": "learned", "guidance_scale": 2.5, "clip": 1.0}
+    config.sampling = {"steps": 32, "sampler": "ddpm", "variance": "small", "guidance_scale": 2.5, "clip": 1.0}
     config.eval = {"batch_size": 32, "rows": 256, "samples": 16}
     config.log_every = 20
     config.eval_every = 500
