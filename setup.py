@@ -30,6 +30,7 @@ setup(
         "ftfy>=6.1,<7",
         "tensorflow>=2.20,<2.22",
         "tensorflow-datasets>=4.9.9,<5",
+        "importlib_resources>=6,<8",  # tensorflow-datasets imports it and does not ask for it
         "tensorboard>=2.20,<3",
         "numpy>=2,<3",
         "pillow>=11,<14",

@@ -166,7 +166,7 @@ def test_endless_iteration_and_close(backend):
         deadline = time.time() + 5
         while threading.active_count() > before and time.time() < deadline:
             time.sleep(0.01)
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
     assert take(0) == []
 
 
