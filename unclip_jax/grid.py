@@ -61,8 +61,3 @@ def save_grid(path: str | os.PathLike, images: np.ndarray, captions: Sequence[st
     draw_grid(images, captions, **options).save(temporary, format="PNG")
     temporary.replace(path)
     return path
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Float images in [-1, 1] (clipped) -> uint8."""
-    return np.clip(np.round((np.asarray(images, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)

@@ -15,7 +15,6 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops, sources
-from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
 from unclip_jax.generate import build_model, part_space
 from unclip_jax.sampling.text_to_image import sample_stages
@@ -31,14 +30,6 @@ def encode_images(bundle: Bundle, images: np.ndarray, batch_size: int = 50) -> n
     rows = np.stack([ops.to_float(ops.resize(image, size)) for image in images])
     padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % batch_size, axis=0)])
     return np.concatenate([np.asarray(encode(part.params, x)) for x in np.split(padded, len(padded) // batch_size)])[: len(rows)]
-
-
-def encode_captions(bundle: Bundle, captions: list[str]) -> np.ndarray:
-    """Captions -> raw CLIP text embeddings (N, D)."""
-    part = bundle.part("clip")
-    model = build_model(part.config)
-    tokens, _ = ClipTokenizer.from_config(bundle.tokenizer)(captions)
-    return np.asarray(jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode_text").embed)(part.params, tokens))
 
 
 def measure(bundle: Bundle, *, rows: int = 100, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> dict:
@@ -63,7 +54,7 @@ def measure(bundle: Bundle, *, rows: int = 100, seed: int = 0, progress: Callabl
         captions = [r.captions[0] for r in records]
         z_image = encode_images(bundle, np.stack([ops.center_crop_square(ops.decode_image(r.image)) for r in records]))
         stages = sample_stages(bundle, captions, seed=seed, progress=progress)
-        z_sample = encode_images(bundle, np.asarray((stages.images[-1] + 1) * 127.5).round().clip(0, 255).astype(np.uint8))
+        z_sample = encode_images(bundle, ops.to_uint8(stages.images[-1]))
         figures[split] = {
             "retrieval": retrieval_at_1(z_image, stages.z_text, group),
             "caption_first": retrieval_at_1(z_sample, stages.z_text, group),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.generate import (
@@ -30,7 +31,6 @@ from unclip_jax.generate import (
     sample_prior,
     sample_upsampler,
 )
-from unclip_jax.grid import to_uint8
 
 MAX_BATCH = 16
 
@@ -178,4 +178,4 @@ def text_to_image(
       ValueError, KeyError: as in `sample_stages`.
     """
     captions = [captions] if isinstance(captions, str) else captions
-    return to_uint8(sample_stages(bundle, captions, seed=seed, options=options, progress=progress).images[-1])
+    return ops.to_uint8(sample_stages(bundle, captions, seed=seed, options=options, progress=progress).images[-1])

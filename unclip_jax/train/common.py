@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from unclip_jax.checkpoint.bundle import load_part
 from unclip_jax.checkpoint.store import CheckpointStore, params_hash
-from unclip_jax.data import pipeline
+from unclip_jax.data import ops, pipeline
 from unclip_jax.data.sources import Source
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.generate import TextConditioning, build_model, encode_text
-from unclip_jax.grid import save_grid, to_uint8
+from unclip_jax.grid import save_grid
 from unclip_jax.models.clip import CLIP
 from unclip_jax.sharding import Mesh, infer_shardings, path_name
 from unclip_jax.train.state import TrainState
@@ -39,7 +39,7 @@ log = logging.getLogger("unclip_jax")
 
 def resolve(path: str, workdir: str | os.PathLike) -> str:
     """A path from a config: relative ones (./x, ../x) are relative to the run's folder, all others stand as given."""
-    return str((Path(workdir) / path).resolve()) if path.startswith((".", "..")) else path
+    return str((Path(workdir) / path).resolve()) if path.startswith(".") else path
 
 
 def hardware() -> str:
@@ -298,7 +298,7 @@ def save_samples(workdir: str | os.PathLike, step: int, images: jax.Array, capti
     """Writes `samples/<step>.png`, a labelled grid of float images in [-1, 1], on the first host; every host must call it."""
     images = crossed(images)[:valid]
     if jax.process_index() == 0:
-        save_grid(Path(workdir) / "samples" / f"{step:07d}.png", to_uint8(images), captions[:valid], cell=128)
+        save_grid(Path(workdir) / "samples" / f"{step:07d}.png", ops.to_uint8(images), captions[:valid], cell=128)
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
