@@ -151,16 +151,38 @@ def test_upsampler():
 
 
 def test_options():
-    """Overrides that are None leave the setting; a typo in either place is named; unknown samplers are too."""
-    options = options_from({"steps": 25, "guidance_scale": 4.0}, steps=None, guidance_scale=2.0)
-    assert (options.steps, options.guidance_scale, options.sampler) == (25, 2.0, "ddpm")
+    """Overrides win, None among them; lists become tuples (options are keys); a typo in either place is named; unknown samplers are too."""
+    options = options_from({"steps": 25, "guidance_scale": 4.0, "guidance_interval": [0.1, 0.9]}, clip=None, guidance_scale=2.0)
+    assert (options.steps, options.guidance_scale, options.sampler, options.clip) == (25, 2.0, "ddpm", None)
+    assert options.guidance_interval == (0.1, 0.9) and hash(options)
     with pytest.raises(ValueError, match="unknown sampling option stepz; known: steps, sampler"):
         options_from({"stepz": 25})
     with pytest.raises(ValueError, match="unknown sampling option scale"):
         options_from({"steps": 25}, scale=2.0)
-    with pytest.raises(ValueError, match="'euler'; choose ddpm or ddim"):
+    with pytest.raises(ValueError, match="'euler'; choose one of ddpm, ddim, dpmpp_2m"):
         model = generate.build_model(UPSAMPLER)
         sample_upsampler(model, {}, UPSAMPLER, LOW, KEYS, SamplingOptions(2, sampler="euler"))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"steps": 0}, "between 1 and 1000"),
+        ({"steps": "slow27"}, "'slow27'"),
+        ({"sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"variance": "medium"}, "unknown variance 'medium'"),
+        ({"eta": 2.0}, "eta must be in"),
+        ({"guidance_scale": float("inf")}, "finite"),
+        ({"guidance_schedule": "steep"}, "unknown guidance schedule"),
+        ({"clip": 0.0}, "clip must be positive"),
+        ({"threshold": 99.5, "clip": None}, "needs a clip"),
+    ],
+)
+def test_options_out_of_range(settings, message):
+    """Found before anything is compiled."""
+    with pytest.raises(ValueError, match=message):
+        generate.check_options(SamplingOptions(**{"steps": 4, **settings}), 1000)
+    generate.check_options(SamplingOptions(4), 1000)
 
 
 def test_guidance_costs_nothing_at_one():

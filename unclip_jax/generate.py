@@ -7,7 +7,8 @@ decoder the learned null embedding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace, denormalize
-from unclip_jax.diffusion.guidance import Denoise, make_denoiser
+from unclip_jax.diffusion.guidance import Denoise, Guidance, check_threshold, make_denoiser
 from unclip_jax.diffusion.process import fold_in, standard_normal
-from unclip_jax.diffusion.samplers import ddim, ddpm
-from unclip_jax.diffusion.schedule import Schedule, make_schedule, strided_steps
+from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES
+from unclip_jax.diffusion.schedule import Schedule, make_schedule, time_steps
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.layers import Dtype
 from unclip_jax.models.prior_diffusion import DiffusionPrior
@@ -40,20 +41,26 @@ class TextConditioning(NamedTuple):
 class SamplingOptions:
     """How one stage is sampled.
 
-    steps: number of steps, 1 to T; sampler: `ddpm` or `ddim`; eta: DDIM's; variance: DDPM's (`small`, `large`, `learned`);
-    guidance_scale: 1 is the conditional model; clip: bound on |x0| in the stage's own units, None for none.
+    steps: what `schedule.time_steps` takes: a number, "10,10,3,2,2", "fast27", a tuple of time steps; sampler: one of `SAMPLERS`;
+    eta: DDIM's; variance: DDPM's (`small`, `large`, `learned`, `analytic`); guidance_scale: 1 is the conditional model;
+    guidance_schedule, guidance_interval, guidance_rescale: see `guidance.Guidance`; clip: bound on |x0| in the stage's own units, None
+    for none; threshold: percentile of dynamic thresholding, None for plain clipping.
     """
 
-    steps: int
+    steps: int | str | tuple[int, ...]
     sampler: str = "ddpm"
     eta: float = 0.0
     variance: str = "small"
     guidance_scale: float = 1.0
+    guidance_schedule: str = "constant"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
     clip: float | None = 1.0
+    threshold: float | None = None
 
 
 def options_from(config: dict, **overrides: Any) -> SamplingOptions:
-    """Options of a stage's `sampling` settings, with the overrides that are not None.
+    """Options of a stage's `sampling` settings, with overrides.
 
     Raises:
       ValueError: on an unknown setting.
@@ -62,7 +69,25 @@ def options_from(config: dict, **overrides: Any) -> SamplingOptions:
     unknown -= set(SamplingOptions.__dataclass_fields__)
     if unknown:
         raise ValueError(f"unknown sampling option {', '.join(sorted(unknown))}; known: {', '.join(SamplingOptions.__dataclass_fields__)}")
-    return replace(SamplingOptions(**config), **{k: v for k, v in overrides.items() if v is not None})
+    chosen = {**config, **overrides}
+    return SamplingOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
+
+
+def check_options(options: SamplingOptions, num_steps: int) -> None:
+    """Raises ValueError where an option is out of range for a network of `num_steps` time steps, before anything is compiled."""
+    time_steps(num_steps, options.steps)
+    if options.sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    if options.variance not in VARIANCES:
+        raise ValueError(f"unknown variance {options.variance!r}; choose one of {', '.join(VARIANCES)}")
+    if not 0 <= options.eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], got {options.eta}")
+    if not np.isfinite(options.guidance_scale):
+        raise ValueError(f"the guidance scale must be a finite number, got {options.guidance_scale}")
+    _guidance(options).check()
+    if options.clip is not None and not options.clip > 0:
+        raise ValueError(f"clip must be positive or None, got {options.clip}")
+    check_threshold(options.threshold, options.clip)
 
 
 def is_guided(options: SamplingOptions) -> bool:
@@ -124,13 +149,32 @@ def _with_empty(text: TextConditioning, empty: TextConditioning) -> TextConditio
     return TextConditioning(*(jnp.concatenate([a, jnp.broadcast_to(b, a.shape)]) for a, b in zip(text, empty)))
 
 
-def _sample(denoise: Denoise, x: jax.Array, schedule: Schedule, rng: jax.Array, options: SamplingOptions) -> jax.Array:
-    steps = strided_steps(schedule.num_steps, options.steps)
+def _guidance(options: SamplingOptions) -> Guidance:
+    return Guidance(options.guidance_scale, options.guidance_schedule, options.guidance_interval, options.guidance_rescale)
+
+
+def _denoiser(network: Callable[[jax.Array, jax.Array], jax.Array], config: dict, options: SamplingOptions, guided: bool) -> Denoise:
+    return make_denoiser(
+        network,
+        part_schedule(config),
+        prediction=config["diffusion"]["prediction"],
+        guidance=_guidance(options) if guided else None,
+        clip=options.clip,
+        threshold=options.threshold,
+    )
+
+
+def _sample(denoise: Denoise, x: jax.Array, config: dict, rng: jax.Array, options: SamplingOptions) -> jax.Array:
+    schedule = part_schedule(config)
+    steps = time_steps(schedule.num_steps, options.steps)
+    if options.sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    settings = {}
     if options.sampler == "ddpm":
-        return ddpm(denoise, x, schedule, steps, rng, variance=options.variance)
-    if options.sampler == "ddim":
-        return ddim(denoise, x, schedule, steps, rng, eta=options.eta)
-    raise ValueError(f"unknown sampler {options.sampler!r}; choose ddpm or ddim")
+        settings = {"variance": options.variance, "x0_error": config.get("x0_error")}
+    elif options.sampler == "ddim":
+        settings = {"eta": options.eta}
+    return SAMPLERS[options.sampler](denoise, x, schedule, steps, rng, **settings)
 
 
 def sample_prior(
@@ -153,22 +197,14 @@ def sample_prior(
     Returns:
       (B, D) float32 raw image embeddings.
     """
-    schedule = part_schedule(config)
     guided = is_guided(options)
     both = _with_empty(text, empty) if guided else text
 
     def network(z, t):
         return model.apply({"params": params}, z, t, text_embed=both.embed, text_states=both.states, text_mask=both.mask)
 
-    denoise = make_denoiser(
-        network,
-        schedule,
-        prediction=config["diffusion"]["prediction"],
-        guidance_scale=options.guidance_scale if guided else None,
-        clip=options.clip,
-    )
     x = standard_normal(fold_in(rng, 0), text.embed.shape)
-    return denormalize(part_space(config), _sample(denoise, x, schedule, fold_in(rng, 1), options))
+    return denormalize(part_space(config), _sample(_denoiser(network, config, options, guided), x, config, fold_in(rng, 1), options))
 
 
 def decoder_denoiser(
@@ -199,13 +235,7 @@ def decoder_denoiser(
             text_mask=both.mask,
         )
 
-    return make_denoiser(
-        network,
-        part_schedule(config),
-        prediction=config["diffusion"]["prediction"],
-        guidance_scale=options.guidance_scale if guided else None,
-        clip=options.clip,
-    )
+    return _denoiser(network, config, options, guided)
 
 
 def sample_decoder(
@@ -230,7 +260,7 @@ def sample_decoder(
     denoise = decoder_denoiser(model, params, config, z_image, text, empty, options)
     size = config["model"]["unet"]["image_size"]
     x = standard_normal(fold_in(rng, 0), (z_image.shape[0], size, size, 3))
-    return jnp.clip(_sample(denoise, x, part_schedule(config), fold_in(rng, 1), options), -1, 1)
+    return jnp.clip(_sample(denoise, x, config, fold_in(rng, 1), options), -1, 1)
 
 
 def sample_upsampler(
@@ -247,6 +277,5 @@ def sample_upsampler(
     def network(x, t):
         return model.apply({"params": params}, x, t, low_res=low_res)
 
-    denoise = make_denoiser(network, part_schedule(config), prediction=config["diffusion"]["prediction"], clip=options.clip)
     x = standard_normal(fold_in(rng, 0), (b, h * factor, w * factor, c))
-    return jnp.clip(_sample(denoise, x, part_schedule(config), fold_in(rng, 1), options), -1, 1)
+    return jnp.clip(_sample(_denoiser(network, config, options, False), x, config, fold_in(rng, 1), options), -1, 1)

@@ -10,7 +10,7 @@ import pytest
 
 from unclip_jax.diffusion.guidance import Denoised, make_denoiser
 from unclip_jax.diffusion.process import posterior
-from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, ddim, ddim_invert, ddpm, transitions
+from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, ddim, ddim_invert, ddpm, dpmpp_2m, transitions
 from unclip_jax.diffusion.schedule import make_schedule, strided_steps
 
 MEAN, STD = np.array([0.3, -0.6, 0.0, 0.8]), np.array([0.5, 0.2, 1.0, 0.35])
@@ -126,7 +126,7 @@ def test_no_noise_at_the_last_step():
 
     @jax.jit
     def run(x, key):
-        ancestral = [ddpm(denoise, x, COSINE, step, key, variance=variance) for variance in VARIANCES]
+        ancestral = [ddpm(denoise, x, COSINE, step, key, variance=variance, x0_error=np.ones(1000)) for variance in VARIANCES]
         return [*ancestral, ddim(denoise, x, COSINE, step, key, eta=1.0), ddim(denoise, x, COSINE, step)]
 
     for out in run(x, jax.random.key(6)):
@@ -167,3 +167,64 @@ def test_bad_arguments():
     for steps in ([], [3, 3], [1, 5], [5, -1], [[5, 2]]):
         with pytest.raises(ValueError, match="strictly descending"):
             ddim(denoise, x, COSINE, np.array(steps, int))
+
+
+def isotropic(schedule, std):
+    """The perfect denoiser of N(0.3, std^2) in every dimension, and its mean squared error per step."""
+    table = schedule.alphas_cumprod
+
+    def model(x, t):
+        abar = jnp.asarray(table, jnp.float32)[t][:, None]
+        return 0.3 + jnp.sqrt(abar) * std**2 / (abar * std**2 + 1 - abar) * (x - jnp.sqrt(abar) * 0.3)
+
+    return make_denoiser(model, schedule, prediction="x0"), std**2 * (1 - table) / (table * std**2 + 1 - table)
+
+
+@pytest.mark.parametrize("std", [0.5, 3.0])
+def test_analytic_variance_needs_few_steps(std):
+    """With the denoiser's true errors six steps sample a Gaussian exactly, also one wider than the learned range allows; the posterior's
+    variance falls short of it."""
+    denoise, x0_error = isotropic(COSINE, std)
+    steps = strided_steps(1000, 6)
+    run = lambda x, **kw: ddpm(denoise, x, COSINE, steps, jax.random.key(1), **kw)
+    exact, small = jax.jit(lambda x: (run(x, variance="analytic", x0_error=x0_error), run(x)))(noise(5))
+    for value, off in ((np.asarray(exact), 0.0), (np.asarray(small), 0.1)):
+        error = abs(value.std() / std - 1)
+        assert (error < 3 / np.sqrt(2 * value.size) + 0.004) if not off else (error > off), error
+    np.testing.assert_allclose(np.mean(exact), 0.3, atol=4 * std / np.sqrt(exact.size))
+    with pytest.raises(ValueError, match="needs the network's measured errors"):
+        run(noise(5, 2), variance="analytic")
+
+
+def mixture(schedule):
+    """The perfect denoiser of two Gaussians at +-1 of unequal weight, per dimension."""
+    centres, weights, std = jnp.array([-1.0, 1.0]), jnp.array([0.3, 0.7]), 0.5
+    table = jnp.asarray(schedule.alphas_cumprod, jnp.float32)
+
+    def model(x, t):
+        abar = table[t][:, None, None]
+        a, total = jnp.sqrt(abar), abar * std**2 + 1 - abar
+        off = x[..., None] - a * centres
+        share = jax.nn.softmax(jnp.log(weights) - 0.5 * off**2 / total, axis=-1)
+        return jnp.sum(share * (centres + a * std**2 / total * off), axis=-1)
+
+    return make_denoiser(model, schedule, prediction="x0")
+
+
+@pytest.mark.parametrize("schedule", [COSINE, LINEAR])
+def test_second_order_is_nearer_the_answer(schedule):
+    """On a mixture, at equal steps, DPM-Solver++(2M) is nearer the 1,000-step answer than DDIM, and its error falls faster."""
+    denoise, x = mixture(schedule), noise(6, 512)
+    run = jax.jit(lambda x: [[s(denoise, x, schedule, strided_steps(1000, n)) for n in (16, 32)] for s in (ddim, dpmpp_2m)])
+    answer = jax.jit(lambda x: ddim(denoise, x, schedule, strided_steps(1000, 1000)))(x)
+    first, second = (np.array([np.sqrt(np.mean((y - answer) ** 2)) for y in ys]) for ys in run(x))
+    assert np.all(second < 0.5 * first), (first, second)
+    assert first[0] / first[1] < second[0] / second[1], (first, second)
+
+
+def test_one_and_two_steps_of_the_solver():
+    """A single step returns the denoiser's x0; the last of two is of first order, so it too returns the x0 at the last step."""
+    denoise, x = mixture(COSINE), noise(7, 8)
+    np.testing.assert_allclose(dpmpp_2m(denoise, x, COSINE, np.array([700])), denoise(x, jnp.array(700)).x0, rtol=1e-6)
+    middle = ddim(stopped(denoise, 200), x, COSINE, np.array([700, 200]))  # to first order the two are the same map
+    np.testing.assert_allclose(dpmpp_2m(denoise, x, COSINE, np.array([700, 200])), denoise(middle, jnp.array(200)).x0, rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from unclip_jax.diffusion.schedule import SCHEDULES, make_schedule, strided_steps
+from unclip_jax.diffusion.schedule import NAMED_STEPS, SCHEDULES, make_schedule, segment_steps, strided_steps, time_steps
 
 ANCHORS = {  # abar at 0, 499, 999 of T = 1000
     "cosine": (0.99995872, 0.49384359, 2.428767e-9),
@@ -65,3 +65,50 @@ def test_strided_steps_out_of_range(count):
     """Neither none nor more than there are."""
     with pytest.raises(ValueError, match=f"between 1 and 1000, got {count}"):
         strided_steps(1000, count)
+
+
+def test_segments():
+    """One segment is the plain stride; uneven divisions cover everything; GLIDE's list differs from its segments by its end."""
+    np.testing.assert_array_equal(segment_steps(1000, [64]), strided_steps(1000, 64))
+    np.testing.assert_array_equal(segment_steps(10, [4, 3, 3]), np.arange(10)[::-1])
+    np.testing.assert_array_equal(segment_steps(12, [1, 2, 1]), [8, 7, 4, 0])
+    segments, listed = time_steps(1000, "10,10,3,2,2"), time_steps(1000, "fast27")
+    assert len(segments) == len(listed) == 27 and (segments[0], listed[0]) == (999, 997)
+    np.testing.assert_array_equal(segments[1:], listed[1:])
+
+
+@pytest.mark.parametrize("steps", [1, 7, "7", "10,10,3,2,2", "ddim50", "ddim8", *NAMED_STEPS, (999, 500, 0), [3, 5, 900]])
+def test_every_way_to_say_steps(steps):
+    """Strictly descending and in range."""
+    t = time_steps(1000, steps)
+    assert np.all(np.diff(t) < 0) and t[0] <= 999 and t[-1] >= 0
+
+
+def test_ways_to_say_steps():
+    """A number, in digits or not, is a fractional stride; ddimN is an integer one; a sequence is itself, in descending order."""
+    np.testing.assert_array_equal(time_steps(1000, "50"), strided_steps(1000, 50))
+    np.testing.assert_array_equal(time_steps(1000, 50), strided_steps(1000, 50))
+    np.testing.assert_array_equal(time_steps(1000, "ddim50"), np.arange(0, 1000, 20)[::-1])
+    np.testing.assert_array_equal(time_steps(1000, (0, 7, 3)), [7, 3, 0])
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        (0, "between 1 and 100, got 0"),
+        (2.5, "whole number, text or a list, got 2.5"),
+        ("many", "'many': give a number, segments"),
+        ("ddim97", "no integer stride takes 97 of 100"),
+        ("fast27", "made for 1000 steps, not 100"),
+        ("60,2", "segment 1 of 2 has 50 steps; cannot take 60"),
+        ("0,2", "cannot take 0"),
+        ((), "at least one"),
+        ((5, 5), "distinct"),
+        ((100, 3), "between 0 and 99"),
+        ((-1, 3), "between 0 and 99"),
+    ],
+)
+def test_steps_that_cannot_be(steps, message):
+    """The message names the number and the range."""
+    with pytest.raises(ValueError, match=message):
+        time_steps(100, steps)

@@ -36,7 +36,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def part_options(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """["decoder.steps=50"] -> {"decoder": {"steps": 50}}.
+    """["decoder.steps=50"] -> {"decoder": {"steps": 50}}. Steps such as 10,10,3,2,2 stay text; a list has brackets.
 
     Raises:
       ValueError: on an item that is not PART.OPTION=VALUE.
@@ -46,6 +46,8 @@ def part_options(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
         part, dot, option = key.partition(".")
         if not dot:
             raise ValueError(f"{key!r} is not PART.OPTION, e.g. decoder.steps=50")
+        if option == "steps" and isinstance(value, tuple):
+            value = ",".join(map(str, value))
         options.setdefault(part, {})[option] = value
     return options
 

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="pictures per caption (1)")
     parser.add_argument("--guidance", type=float, metavar="S", help="the decoder's guidance scale")
     parser.add_argument("--prior-guidance", type=float, metavar="S", help="the prior's guidance scale")
-    parser.add_argument("--steps", type=int, metavar="N", help="the decoder's sampling steps")
+    parser.add_argument("--steps", metavar="N", help="the decoder's sampling steps: 50, or segments 10,10,3,2,2, or fast27")
     parser.add_argument(
         "--set",
         action="append",
@@ -40,10 +40,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
     if Path(args.out).is_dir():
         raise ValueError(f"--out {args.out} is a folder; name a file")
-    options = part_options(args.assignments)
+    options = part_options([*([f"decoder.steps={args.steps}"] if args.steps else []), *args.assignments])
     for part, option, value in (
         ("decoder", "guidance_scale", args.guidance),
-        ("decoder", "steps", args.steps),
         ("prior", "guidance_scale", args.prior_guidance),
     ):
         if value is not None:

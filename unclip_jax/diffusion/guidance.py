@@ -6,6 +6,15 @@ nothing else. Guidance combines the conditional and the unconditional prediction
     guided = uncond + scale * (cond - uncond)
 
 so that scale 1 is the conditional model and scale 0 the unconditional one. The variance always comes from the conditional half.
+
+The scale may change over time, with u = t / T from 1 (noise) to 0 (clean): 1 + (scale - 1) w(u), w = 1 (constant), 1 - u (linear) or
+(1 + cos(pi u)) / 2 (cosine), and may be confined to an interval of u (Kynkaanniemi et al. 2024). Two remedies for large scales:
+rescale phi (Lin et al. 2024, section 3.4) pulls the guided prediction's standard deviation back to the conditional one's,
+
+    guided <- guided (phi std(cond) / std(guided) + 1 - phi),
+
+and dynamic thresholding (Saharia et al. 2022, section 2.3) bounds x0 at s, the given percentile of its own |x0| if that is above the
+bound, and divides by s / bound.
 """
 
 from __future__ import annotations
@@ -38,13 +47,70 @@ def guide(cond: jax.Array, uncond: jax.Array, scale: jax.Array | float) -> jax.A
     return uncond + scale * (cond - uncond)
 
 
+GUIDANCE_SCHEDULES = {
+    "constant": jnp.ones_like,
+    "linear": lambda u: 1 - u,
+    "cosine": lambda u: 0.5 * (1 + jnp.cos(jnp.pi * u)),
+}
+
+
+class Guidance(NamedTuple):
+    """How the two halves are combined (module docstring).
+
+    scale: float or scalar array; schedule: one of `GUIDANCE_SCHEDULES`; interval: (low, high) in units of t / T, outside which the scale
+    is 1; rescale: phi in [0, 1].
+    """
+
+    scale: float | jax.Array
+    schedule: str = "constant"
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+
+    def check(self) -> None:
+        """Raises ValueError on an unknown schedule, an empty interval or a rescale outside [0, 1]."""
+        if self.schedule not in GUIDANCE_SCHEDULES:
+            raise ValueError(f"unknown guidance schedule {self.schedule!r}; choose one of {', '.join(GUIDANCE_SCHEDULES)}")
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"the guidance interval must be 0 <= low < high <= 1 in units of t / T, got {low}, {high}")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance rescale must be in [0, 1], got {self.rescale}")
+
+    def at(self, u: jax.Array) -> jax.Array:
+        """The scale at u = t / T."""
+        scale = 1 + (self.scale - 1) * GUIDANCE_SCHEDULES[self.schedule](u)
+        low, high = self.interval
+        return jnp.where((u >= low) & (u <= high), scale, 1.0)
+
+
+def rescaled(guided: jax.Array, cond: jax.Array, phi: float) -> jax.Array:
+    """The guided prediction (B, ...) with its standard deviation per row pulled back to the conditional one's by phi."""
+    axes = tuple(range(1, cond.ndim))
+    ratio = jnp.std(cond, axes, keepdims=True) / jnp.maximum(jnp.std(guided, axes, keepdims=True), 1e-8)
+    return guided * (phi * ratio + 1 - phi)
+
+
+def dynamic_threshold(x0: jax.Array, percentile: float, bound: float) -> jax.Array:
+    """x0 (B, ...) bounded at the percentile (0 to 100) of each row's |x0|, if that is above `bound`, and scaled back into the bound."""
+    flat = jnp.abs(x0).reshape(x0.shape[0], -1)
+    s = jnp.maximum(jnp.percentile(flat, percentile, axis=1), bound).reshape((-1,) + (1,) * (x0.ndim - 1))
+    return jnp.clip(x0, -s, s) * (bound / s)
+
+
+def check_threshold(percentile: float | None, clip: float | None) -> None:
+    """Raises ValueError on a percentile outside (0, 100], or one without a clip."""
+    if percentile is not None and (clip is None or not 0 < percentile <= 100):
+        raise ValueError(f"dynamic thresholding needs a clip and a percentile in (0, 100], got clip {clip}, percentile {percentile}")
+
+
 def make_denoiser(
     model: Callable[[jax.Array, jax.Array], jax.Array],
     schedule: Schedule,
     *,
     prediction: str,
-    guidance_scale: float | jax.Array | None = None,
+    guidance: Guidance | None = None,
     clip: float | None = None,
+    threshold: float | None = None,
 ) -> Denoise:
     """Makes a denoiser of a model.
 
@@ -53,27 +119,36 @@ def make_denoiser(
         With guidance it is called once on N = 2B rows: the first half must be conditional, the second unconditional.
       schedule: the schedule it was trained with.
       prediction: `eps`, `x0` or `v`.
-      guidance_scale: None for no guidance (half the work), else the scale.
+      guidance: None for no guidance (half the work).
       clip: bounds x0 to [-clip, clip] and recomputes eps from it; None leaves both alone.
+      threshold: percentile of dynamic thresholding, which then takes the place of plain clipping; needs `clip`.
 
     Returns:
       The denoiser.
+
+    Raises:
+      ValueError: on guidance settings out of range, a percentile outside (0, 100], or one without a clip.
     """
-    table = np.asarray(schedule.alphas_cumprod)
+    if guidance is not None:
+        guidance.check()
+    check_threshold(threshold, clip)
+    table, num_steps = np.asarray(schedule.alphas_cumprod), schedule.num_steps
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Denoised:
         abar = jnp.asarray(table, x_t.dtype)[t]
         b, channels = x_t.shape[0], x_t.shape[-1]
-        if guidance_scale is None:
+        if guidance is None:
             out, v_frac = split_variance(model(x_t, jnp.full((b,), t)), channels)
         else:
             both = model(jnp.concatenate([x_t, x_t]), jnp.full((2 * b,), t))
-            out, v_frac = split_variance(both, channels)
-            out = guide(out[:b], out[b:], guidance_scale)
+            both, v_frac = split_variance(both, channels)
+            out = guide(both[:b], both[b:], guidance.at(t / num_steps))
+            if guidance.rescale:
+                out = rescaled(out, both[:b], guidance.rescale)
             v_frac = None if v_frac is None else v_frac[:b]
         x0, eps = to_x0_eps(out, x_t, abar, prediction)
         if clip is not None:
-            x0 = jnp.clip(x0, -clip, clip)
+            x0 = jnp.clip(x0, -clip, clip) if threshold is None else dynamic_threshold(x0, threshold, clip)
             eps = eps_from_x0(x0, x_t, abar)
         return Denoised(x0, eps, v_frac)
 

@@ -91,9 +91,7 @@ def discretised_nll(x: jax.Array, mean: jax.Array, log_var: jax.Array) -> jax.Ar
     high = jnp.where(flip, -lower, upper)
     log_high, log_low = jax.scipy.stats.norm.logcdf(high), jax.scipy.stats.norm.logcdf(low)
     inside = log_high + jnp.log(-jnp.expm1(jnp.minimum(log_low - log_high, -1e-7)))
-    log_prob = jnp.where(
-        x < -0.999, jax.scipy.stats.norm.logcdf(upper), jnp.where(x > 0.999, jax.scipy.stats.norm.logcdf(-lower), inside)
-    )
+    log_prob = jnp.where(x < -0.999, jax.scipy.stats.norm.logcdf(upper), jnp.where(x > 0.999, jax.scipy.stats.norm.logcdf(-lower), inside))
     return -log_prob
 
 

@@ -3,7 +3,15 @@
 ddpm  ancestral sampling, x_r ~ N(c0 x0 + ct x_t, Sigma) with the posterior of `process` (Ho et al. 2020)
 ddim  x_r = sqrt(abar_r) x0 + sqrt(1 - abar_r - sigma^2) eps + sigma z,
       sigma = eta sqrt((1 - abar_r) / (1 - abar_t)) sqrt(1 - abar_t / abar_r)  (Song et al. 2021); eta 0 is deterministic
-ddim_invert  the same map run from data to noise at eta 0: x_n = sqrt(abar_n) x0 + sqrt(1 - abar_n) eps, x0 never clipped
+dpmpp_2m  DPM-Solver++(2M) (Lu et al. 2022), deterministic: with lambda = ln(sqrt(abar) / sqrt(1 - abar)), h = lambda_r - lambda_t, and h',
+      x0' those of the step before, x_r = sqrt((1 - abar_r) / (1 - abar_t)) x_t + sqrt(abar_r) (1 - e^-h) D,
+      D = x0 + min(h / h', 1) / 2 (x0 - x0'). First step and last (h is infinite, x_r = D) are of first order: D = x0. The bound of 1 is
+      ours: with steps even in t, h grows without end towards the clean sample, and the published h / h' extrapolates too far
+ddim_invert  ddim's map run from data to noise at eta 0: x_n = sqrt(abar_n) x0 + sqrt(1 - abar_n) eps, x0 never clipped
+
+The variance of ancestral sampling is that of the posterior (small), of the forward step (large), learned between them, or the
+analytic one (Bao et al. 2022): the reverse step of the data itself has variance posterior + c0^2 Var[x0 | x_t], and the mean of
+Var[x0 | x_t] is the squared error of the perfect denoiser. It is taken from a table of the network's errors, measured once.
 
 `steps` are descending integers in [0, T); the last one leads to the clean sample, where no noise is added. Coefficients are float64
 until they meet the samples. Samples may be (B, D) embeddings or (B, H, W, C) images.
@@ -19,7 +27,7 @@ from unclip_jax.diffusion.guidance import Denoise
 from unclip_jax.diffusion.process import fold_in, learned_log_variance, posterior, standard_normal
 from unclip_jax.diffusion.schedule import CLEAN, Schedule
 
-VARIANCES = ("small", "large", "learned")
+VARIANCES = ("small", "large", "learned", "analytic")
 
 
 def transitions(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +43,14 @@ def transitions(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ddpm(
-    denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.ndarray, rng: jax.Array, *, variance: str = "small"
+    denoise: Denoise,
+    x: jax.Array,
+    schedule: Schedule,
+    steps: np.ndarray,
+    rng: jax.Array,
+    *,
+    variance: str = "small",
+    x0_error: np.ndarray | None = None,
 ) -> jax.Array:
     """Ancestral sampling.
 
@@ -45,19 +60,25 @@ def ddpm(
       schedule: of T steps.
       steps: descending steps, see `schedule.strided_steps`.
       rng: key of the noise, or (B,) keys, one per row.
-      variance: `small` (posterior), `large` (forward step) or `learned` (between them by the denoiser's v_frac).
+      variance: `small` (posterior), `large` (forward step), `learned` (between them by the denoiser's v_frac) or `analytic`.
+      x0_error: (T,) mean squared error of x0 per time step and dimension, at most the data's variance; for `analytic`.
 
     Returns:
       (B, ...) samples.
 
     Raises:
-      ValueError: on an unknown variance, or `learned` with a denoiser that has none.
+      ValueError: on an unknown variance, `learned` with a denoiser that has none, or `analytic` without the table.
     """
     if variance not in VARIANCES:
         raise ValueError(f"unknown variance {variance!r}; choose one of {', '.join(VARIANCES)}")
     t, r = transitions(steps)
     post = posterior(schedule, t, r)
-    columns = (post.x0_coef, post.x_t_coef, post.log_variance_small, post.log_variance_large)
+    small = post.log_variance_small
+    if variance == "analytic":
+        if x0_error is None:
+            raise ValueError("variance 'analytic' needs the network's measured errors (x0_error), which this one lacks")
+        small = np.logaddexp(small, np.log(post.x0_coef**2 * np.maximum(np.asarray(x0_error, np.float64)[t], 1e-30)))
+    columns = (post.x0_coef, post.x_t_coef, small, post.log_variance_large)
     xs = (jnp.asarray(t), jnp.asarray(r != CLEAN, x.dtype), *(jnp.asarray(c, x.dtype) for c in columns), jnp.arange(len(t)))
 
     def body(x, step):
@@ -68,7 +89,7 @@ def ddpm(
                 raise ValueError("variance 'learned' needs a network that predicts it; use 'small' or 'large'")
             log_variance = learned_log_variance(out.v_frac, small, large)
         else:
-            log_variance = small if variance == "small" else large
+            log_variance = large if variance == "large" else small
         z = standard_normal(fold_in(rng, i), x.shape, x.dtype)
         return x0_coef * out.x0 + x_t_coef * x + noisy * jnp.exp(0.5 * log_variance) * z, None
 
@@ -112,6 +133,34 @@ def ddim(
     return jax.lax.scan(body, x, xs)[0]
 
 
+def dpmpp_2m(denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.ndarray, rng: jax.Array | None = None) -> jax.Array:
+    """DPM-Solver++(2M), second order in the steps, one evaluation each.
+
+    Args:
+      denoise, x, schedule, steps: as in `ddpm`.
+      rng: not used; it is there so that all samplers are called alike.
+
+    Returns:
+      (B, ...) samples.
+    """
+    t, r = transitions(steps)
+    abar_t, abar_r = schedule.abar(t), schedule.abar(r)
+    with np.errstate(divide="ignore"):
+        h = 0.5 * (np.log(abar_r) - np.log1p(-abar_r) - np.log(abar_t) + np.log1p(-abar_t))
+    extrapolate = np.zeros(len(t))
+    extrapolate[1:-1] = np.minimum(h[1:-1] / (2 * h[:-2]), 0.5)
+    columns = (np.sqrt((1 - abar_r) / (1 - abar_t)), np.sqrt(abar_r) * -np.expm1(-h), extrapolate)
+    xs = (jnp.asarray(t), *(jnp.asarray(c, x.dtype) for c in columns))
+
+    def body(carry, step):
+        x, before = carry
+        t, x_coef, d_coef, extrapolate = step
+        x0 = denoise(x, t).x0
+        return (x_coef * x + d_coef * (x0 + extrapolate * (x0 - before)), x0), None
+
+    return jax.lax.scan(body, (x, jnp.zeros_like(x)), xs)[0][0]
+
+
 def ddim_invert(denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.ndarray) -> jax.Array:
     """Runs DDIM backwards, from a clean sample to the noise that DDIM (eta 0) over the same steps turns back into it.
 
@@ -139,4 +188,4 @@ def ddim_invert(denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.nd
     return jax.lax.scan(body, x, xs)[0]
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m}

@@ -12,6 +12,8 @@ Steps are integers t in [0, T); the step after the last one (the clean sample) i
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,3 +92,78 @@ def strided_steps(num_steps: int, count: int) -> np.ndarray:
     if count == 1:
         return np.array([num_steps - 1])
     return np.round(np.arange(count) * (num_steps - 1) / (count - 1)).astype(np.int64)[::-1].copy()
+
+
+# GLIDE's hand-tuned steps of its upsampler, for T = 1000.
+NAMED_STEPS = {
+    "fast27": (
+        *(0, 22, 44, 66, 88, 111, 133, 155, 177, 199),
+        *(200, 222, 244, 266, 288, 311, 333, 355, 377, 399),
+        *(400, 500, 599, 600, 799, 800, 997),
+    ),
+}
+
+
+def segment_steps(num_steps: int, counts: Sequence[int]) -> np.ndarray:
+    """Cuts [0, T) into len(counts) parts, the clean end first, and spreads counts[i] steps evenly over part i (Nichol and Dhariwal 2021).
+
+    The parts have T // n steps, the first T % n of them one more; within a part both ends are taken (one step: its start).
+
+    Returns:
+      Descending int64 (sum(counts),).
+
+    Raises:
+      ValueError: when a part has fewer steps than asked for, or a count is below 1.
+    """
+    n, steps, start = len(counts), [], 0
+    for i, count in enumerate(counts):
+        size = num_steps // n + (i < num_steps % n)
+        if not 1 <= count <= size:
+            raise ValueError(f"segment {i + 1} of {n} has {size} steps; cannot take {count} of them")
+        steps.append(start + (strided_steps(size, count)[::-1] if count > 1 else np.array([0])))
+        start += size
+    return np.concatenate(steps)[::-1].copy()
+
+
+def integer_stride_steps(num_steps: int, count: int) -> np.ndarray:
+    """The `count` steps 0, k, 2k, ... below T for the integer stride k that gives exactly that many (Song et al. 2021); descending.
+
+    Raises:
+      ValueError: when no integer stride does.
+    """
+    for stride in range(1, num_steps + 1):
+        if len(range(0, num_steps, stride)) == count:
+            return np.arange(0, num_steps, stride)[::-1].copy()
+    raise ValueError(f"no integer stride takes {count} of {num_steps} steps; give the number alone for a fractional stride")
+
+
+def time_steps(num_steps: int, steps: int | str | Sequence[int]) -> np.ndarray:
+    """The time steps of a sampler, descending int64.
+
+    Args:
+      num_steps: T.
+      steps: a number: that many, evenly spread (`strided_steps`); "ddim25": so many at an integer stride; "10,10,3,2,2": segments
+        (`segment_steps`); "fast27": a list known by name (`NAMED_STEPS`, T = 1000); a sequence: these time steps.
+
+    Raises:
+      ValueError: on a number out of range, an unknown name, or time steps outside [0, T) or given twice.
+    """
+    if isinstance(steps, str):
+        if steps in NAMED_STEPS:
+            if num_steps != 1000:
+                raise ValueError(f"the steps {steps} are made for 1000 steps, not {num_steps}")
+            return np.array(NAMED_STEPS[steps])[::-1].copy()
+        if match := re.fullmatch(r"ddim(\d+)", steps):
+            return integer_stride_steps(num_steps, int(match[1]))
+        if re.fullmatch(r"\d+(,\d+)*", steps):
+            counts = [int(c) for c in steps.split(",")]
+            return segment_steps(num_steps, counts) if len(counts) > 1 else strided_steps(num_steps, counts[0])
+        raise ValueError(f"sampling steps {steps!r}: give a number, segments such as 10,10,3,2,2, ddim25, or {', '.join(NAMED_STEPS)}")
+    if isinstance(steps, Sequence):
+        listed = np.unique(np.asarray(steps, np.int64))[::-1].copy() if len(steps) else np.zeros(0, np.int64)
+        if len(listed) != len(steps) or len(listed) == 0 or listed[0] >= num_steps or listed[-1] < 0:
+            raise ValueError(f"listed sampling steps must be distinct, at least one, and between 0 and {num_steps - 1}")
+        return listed
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
+        raise ValueError(f"sampling steps must be a whole number, text or a list, got {steps!r}")
+    return strided_steps(num_steps, int(steps))

@@ -22,6 +22,7 @@ from unclip_jax.diffusion.process import fold_in
 from unclip_jax.generate import (
     SamplingOptions,
     build_model,
+    check_options,
     compute_dtype,
     encode_text,
     is_guided,
@@ -62,11 +63,10 @@ def stage_options(bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | N
     options = {}
     for name in names:
         chosen = options_from(bundle.sampling.get(name, {}), **(overrides or {}).get(name, {}))
-        most = part_schedule(bundle.part(name).config).num_steps
-        if not 1 <= chosen.steps <= most:
-            raise ValueError(f"{name}: sampling steps must be between 1 and {most}, got {chosen.steps}")
-        if not np.isfinite(chosen.guidance_scale):
-            raise ValueError(f"{name}: the guidance scale must be a finite number, got {chosen.guidance_scale}")
+        try:
+            check_options(chosen, part_schedule(bundle.part(name).config).num_steps)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         options[name] = chosen
     return options
 
