@@ -19,7 +19,7 @@ import numpy as np
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace, denormalize
 from unclip_jax.diffusion.guidance import Denoise, Guidance, check_threshold, make_denoiser
 from unclip_jax.diffusion.process import fold_in, standard_normal
-from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES
+from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, ddim_invert, repaint
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, time_steps
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.layers import Dtype
@@ -247,20 +247,85 @@ def sample_decoder(
     empty: TextConditioning,
     rng: jax.Array,
     options: SamplingOptions,
+    x_T: jax.Array | None = None,
 ) -> jax.Array:
     """Draws images for embeddings (unCLIP section 2.1).
 
     Args:
       z_image: (B, D) raw image embeddings.
       text, empty: as in `sample_prior`.
+      x_T: (B, H, W, 3) the noise to start from; drawn when None.
 
     Returns:
       (B, H, W, 3) float32 in [-1, 1], H = W = the decoder's image size.
     """
     denoise = decoder_denoiser(model, params, config, z_image, text, empty, options)
     size = config["model"]["unet"]["image_size"]
-    x = standard_normal(fold_in(rng, 0), (z_image.shape[0], size, size, 3))
+    x = standard_normal(fold_in(rng, 0), (z_image.shape[0], size, size, 3)) if x_T is None else x_T
     return jnp.clip(_sample(denoise, x, config, fold_in(rng, 1), options), -1, 1)
+
+
+def invert_decoder(
+    model: Decoder,
+    params: Any,
+    config: dict,
+    image: jax.Array,
+    z_image: jax.Array,
+    text: TextConditioning,
+    empty: TextConditioning,
+    options: SamplingOptions,
+) -> jax.Array:
+    """The noise x_T from which DDIM with the same options at eta 0 draws the image again (unCLIP section 3).
+
+    Args:
+      image: (B, H, W, 3) in [-1, 1], of the decoder's size.
+      z_image: (B, D) its raw embedding.
+      text, empty, options: as in `sample_decoder`; x0 is never clipped here, so `options.clip` must be None.
+
+    Returns:
+      (B, H, W, 3) float32.
+
+    Raises:
+      ValueError: when the options clip.
+    """
+    if options.clip is not None:
+        raise ValueError("DDIM inversion needs clip None: what clipping cuts off cannot be found again")
+    schedule = part_schedule(config)
+    denoise = decoder_denoiser(model, params, config, z_image, text, empty, options)
+    return ddim_invert(denoise, image, schedule, time_steps(schedule.num_steps, options.steps))
+
+
+def inpaint_decoder(
+    model: Decoder,
+    params: Any,
+    config: dict,
+    image: jax.Array,
+    known: jax.Array,
+    z_image: jax.Array,
+    text: TextConditioning,
+    empty: TextConditioning,
+    rng: jax.Array,
+    options: SamplingOptions,
+    resamples: int,
+) -> jax.Array:
+    """Draws the unknown part of images with any decoder, without training for it (`samplers.repaint`).
+
+    Args:
+      image: (B, H, W, 3) in [-1, 1], of the decoder's size.
+      known: (B, H, W, 1) bool, True where the image is kept.
+      z_image, text, empty, rng: as in `sample_decoder`.
+      options: steps, guidance and clip; the sampler is ancestral with the posterior's variance.
+      resamples: passes per step, at least 1.
+
+    Returns:
+      (B, H, W, 3) float32 in [-1, 1]; equal to `image` where known.
+    """
+    schedule = part_schedule(config)
+    denoise = decoder_denoiser(model, params, config, z_image, text, empty, options)
+    x = standard_normal(fold_in(rng, 0), image.shape)
+    steps = time_steps(schedule.num_steps, options.steps)
+    out = repaint(denoise, x, schedule, steps, fold_in(rng, 1), image=image, known=known, resamples=resamples)
+    return jnp.clip(out, -1, 1)
 
 
 def sample_upsampler(

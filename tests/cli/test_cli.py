@@ -1,5 +1,6 @@
 """The `unclip` command: fast help, real work on tiny runs, and one line with a non-zero status on bad input."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -76,6 +77,72 @@ def test_bad_input_is_one_line(args, message, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert list(tmp_path.rglob("*.png")) == [] and not (tmp_path / "b").exists()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Paths of two pictures, a mask of the first one's size, and a file that is no picture."""
+    rng = np.random.default_rng(0)
+    for name, size in (("a", 24), ("b", 30), ("mask", 24)):
+        Image.fromarray(rng.integers(0, 255, (size, size, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("args", "cells"),
+    [
+        (["vary", "a.png", "--count", "2"], 3),
+        (["interpolate", "a.png", "b.png", "--count", "2"], 4),
+        (["edit", "a.png", "--to", "a blue heart", "--count", "2"], 3),
+        (["inpaint", "a.png", "mask.png", "a red fox", "--count", "1", "--resamples", "1"], 3),
+    ],
+)
+def test_verbs_that_start_from_a_picture(args, cells, tiny_bundle, pictures, monkeypatch, capsys):
+    """Each draws a labelled grid of the expected number of cells."""
+    monkeypatch.chdir(pictures)
+    assert main([*args, "--bundle", str(tiny_bundle), "--steps", "2", "--out", "new/grid.png"]) == 0
+    assert "new/grid.png" in capsys.readouterr().out
+    image = np.asarray(Image.open("new/grid.png"))
+    assert image.shape[1] == 8 + cells * 168 and image.std() > 10
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["vary", "nowhere.png"], "no picture nowhere.png"),
+        (["vary", "text.png"], "text.png: cannot decode image"),
+        (["vary", "a.png", "--steps", "0"], "steps must be between 1 and 1000, got 0"),
+        (["vary", "a.png", "--steps", "fast28"], "'fast28'"),
+        (["vary", "a.png", "--eta", "2"], "eta must be in"),
+        (["vary", "a.png", "--count", "0"], "at least 1, got 0"),
+        (["vary", "a.png", "--out", "."], "is a folder"),
+        (["vary", "a.png", "--bundle", "nowhere"], "nowhere is not a bundle"),
+        (["interpolate", "a.png", "text.png"], "text.png: cannot decode image"),
+        (["edit", "a.png", "--to", ""], "same to CLIP"),
+        (["edit", "a.png", "--to", "x", "--theta", "0"], "max_theta must be in"),
+        (["inpaint", "a.png", "b.png", "x"], "b.png is 30x30, but a.png is 24x24"),
+        (["inpaint", "a.png", "mask.png", "x", "--resamples", "0"], "resamples must be at least 1"),
+    ],
+)
+def test_bad_pictures_are_one_line(args, message, tiny_bundle, pictures, monkeypatch, capsys):
+    monkeypatch.chdir(pictures)
+    assert main([*args, *([] if "--bundle" in args else ["--bundle", str(tiny_bundle)])]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+    assert not (pictures / "grid.png").exists()
+
+
+def test_a_missing_part_is_named(tiny_bundle, pictures, monkeypatch, capsys):
+    """A bundle without a decoder can vary nothing."""
+    import unclip_jax
+
+    monkeypatch.chdir(pictures)
+    bundle = unclip_jax.load_bundle(tiny_bundle)
+    parts = {name: part for name, part in bundle.parts.items() if name != "decoder"}
+    unclip_jax.save_bundle(dataclasses.replace(bundle, parts=parts, sampling={}), pictures / "less")
+    assert main(["vary", "a.png", "--bundle", "less"]) == 1
+    assert "has no part 'decoder'; it has clip, prior, upsampler_16" in capsys.readouterr().err
 
 
 def test_a_wrong_command_line_is_status_2():

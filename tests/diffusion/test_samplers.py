@@ -10,7 +10,7 @@ import pytest
 
 from unclip_jax.diffusion.guidance import Denoised, make_denoiser
 from unclip_jax.diffusion.process import posterior
-from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, ddim, ddim_invert, ddpm, dpmpp_2m, transitions
+from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, ddim, ddim_invert, ddpm, dpmpp_2m, repaint, transitions
 from unclip_jax.diffusion.schedule import make_schedule, strided_steps
 
 MEAN, STD = np.array([0.3, -0.6, 0.0, 0.8]), np.array([0.5, 0.2, 1.0, 0.35])
@@ -228,3 +228,35 @@ def test_one_and_two_steps_of_the_solver():
     np.testing.assert_allclose(dpmpp_2m(denoise, x, COSINE, np.array([700])), denoise(x, jnp.array(700)).x0, rtol=1e-6)
     middle = ddim(stopped(denoise, 200), x, COSINE, np.array([700, 200]))  # to first order the two are the same map
     np.testing.assert_allclose(dpmpp_2m(denoise, x, COSINE, np.array([700, 200])), denoise(middle, jnp.array(200)).x0, rtol=1e-4, atol=1e-5)
+
+
+def test_repaint_draws_from_the_conditional():
+    """Of two correlated Gaussian values one is known. It comes back exactly; repeating the steps brings mean and spread of the other near
+    those of the conditional distribution, where a single pass stays far from them."""
+    rho, value, steps = 0.9, 1.5, strided_steps(1000, 60)
+    cov = np.array([[1.0, rho], [rho, 1.0]])
+    table, eye = jnp.asarray(COSINE.alphas_cumprod, jnp.float32), jnp.eye(2)
+
+    def model(x, t):
+        abar = table[t][:, None, None]
+        return jnp.einsum("bij,bj->bi", jnp.sqrt(abar) * cov @ jnp.linalg.inv(abar * cov + (1 - abar) * eye), x)
+
+    denoise = make_denoiser(model, COSINE, prediction="x0")
+    image, known = jnp.array([[value, 0.0]]), jnp.array([[True, False]])
+
+    @jax.jit
+    def draw(x):
+        run = lambda n: repaint(denoise, x, COSINE, steps, jax.random.key(3), image=image, known=known, resamples=n)
+        return run(1), run(12)
+
+    once, often = (np.asarray(out) for out in draw(jax.random.normal(jax.random.key(4), (2000, 2))))
+    for out in (once, often):
+        np.testing.assert_array_equal(out[:, 0], np.float32(value))
+    off = [abs(out[:, 1].mean() - rho * value) for out in (once, often)]
+    assert off[1] < 0.08 < 0.25 < off[0], off
+    assert abs(often[:, 1].std() / np.sqrt(1 - rho**2) - 1) < 0.15
+    np.testing.assert_array_equal(
+        repaint(denoise, image, COSINE, np.array([500, 200]), jax.random.key(0), image=image, known=known | True, resamples=3), image
+    )
+    with pytest.raises(ValueError, match="resamples must be at least 1"):
+        repaint(denoise, image, COSINE, steps, jax.random.key(0), image=image, known=known, resamples=0)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import unclip_jax
+from unclip_jax.sampling import programs
 from unclip_jax.sampling import text_to_image as module
 from unclip_jax.sampling.figures import describe, measure
 
@@ -32,10 +33,10 @@ def test_same_seed_same_picture_whatever_the_batch(bundle):
 
 def test_a_fixed_number_of_compilations(bundle, monkeypatch):
     """Calls of 1 to 16 captions, other captions, seeds and guidance scales use at most one program per power of two."""
-    monkeypatch.setattr(module, "MAX_BATCH", 4)
+    monkeypatch.setattr(programs, "MAX_BATCH", 4)
     traced = []
-    original = module.encode_text
-    monkeypatch.setattr(module, "encode_text", lambda *args: traced.append(1) or original(*args))
+    original = programs.encode_text
+    monkeypatch.setattr(programs, "encode_text", lambda *args: traced.append(1) or original(*args))
     bundle.cache.clear()
     for count in (1, 2, 3, 4, 5, 9):
         for scale in (2.0, 3.5):

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     from unclip_jax.checkpoint.bundle import load_bundle, save_bundle, update_provenance
     from unclip_jax.cli.options import part_options, progress_bar, use_compilation_cache
-    from unclip_jax.sampling import figures, text_to_image
+    from unclip_jax.sampling import figures, programs
 
     if args.rows < 0 or args.rows == 1:
         raise ValueError(f"--rows must be 0 or at least 2, got {args.rows}")
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     bundle = collect(Path(args.runs))
     for part, options in part_options(args.sampling).items():
         bundle.sampling.setdefault(part, {}).update(options)
-    text_to_image.stage_options(bundle)
+    programs.stage_options(bundle)
     path = save_bundle(bundle, args.out)
     size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
     print(f"{path}: {', '.join(bundle.parts)}; {size / 2**20:.1f} MiB")

@@ -15,12 +15,16 @@ VERBS = {
     "train": ("unclip_jax.cli.train", "train one stage of the cascade"),
     "bundle": ("unclip_jax.cli.bundle", "collect trained stages into a release bundle"),
     "sample": ("unclip_jax.cli.sample", "draw pictures from captions"),
+    "vary": ("unclip_jax.cli.vary", "draw variations of a picture"),
+    "interpolate": ("unclip_jax.cli.interpolate", "draw the way from one picture to another"),
+    "edit": ("unclip_jax.cli.edit", "change a picture in the direction from one caption to another"),
+    "inpaint": ("unclip_jax.cli.inpaint", "draw part of a picture anew"),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs; each verb's module adds its own arguments."""
-    parser = argparse.ArgumentParser(prog="unclip", description="unCLIP (DALL-E 2) in JAX: train, bundle, sample.")
+    parser = argparse.ArgumentParser(prog="unclip", description="unCLIP (DALL-E 2) in JAX.")
     parser.add_argument("--version", action="version", version=f"unclip_jax {unclip_jax.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (module, words) in VERBS.items():

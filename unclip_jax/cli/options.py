@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,81 @@ def progress_bar(words: str) -> Callable[[int, int], None]:
             bar.refresh()
 
     return show
+
+
+def parse_steps(text: str | None) -> int | str | tuple[int, ...] | None:
+    """What `--steps` says: "50" -> 50, "10,10,3,2,2" and names stay text, "[999, 500, 0]" -> (999, 500, 0); None stays None."""
+    if text is None:
+        return None
+    return part_options([f"decoder.steps={text}"])["decoder"]["steps"]
+
+
+def check_seed(seed: int) -> int:
+    """The seed. Raises ValueError unless it fits 32 bits."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
+    return seed
+
+
+def check_out(path: str) -> str:
+    """The name of a picture to write. Raises ValueError when it is a folder."""
+    if Path(path).is_dir():
+        raise ValueError(f"--out {path} is a folder; name a file")
+    return path
+
+
+def read_image(path: str):
+    """A picture from a file, uint8 (H, W, 3).
+
+    Raises:
+      ValueError, OSError: one line naming the file.
+    """
+    from unclip_jax.data import ops
+
+    try:
+        return ops.decode_image(Path(path).expanduser().read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no picture {path}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def add_image_arguments(parser: argparse.ArgumentParser, *, count: int, guidance: float | None = 1.0, steps: str | None = "50") -> None:
+    """The arguments that all verbs which start from a picture share; `guidance` and `steps` None leave them to the bundle."""
+    said = lambda value: "the bundle's" if value is None else f"{value:g}" if isinstance(value, float) else value  # noqa: E731
+    parser.add_argument("--bundle", default="emoji", metavar="DIR", help="a bundle's folder, or the name of a shipped one (emoji)")
+    parser.add_argument("--out", default="grid.png", metavar="FILE", help="the picture (grid.png)")
+    parser.add_argument("--count", type=int, default=count, metavar="N", help=f"how many to draw ({count})")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
+    parser.add_argument("--steps", default=steps, metavar="N", help=f"the decoder's sampling steps ({said(steps)})")
+    parser.add_argument("--guidance", type=float, default=guidance, metavar="S", help=f"the decoder's guidance scale ({said(guidance)})")
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """What a verb that starts from a picture works with: `bundle`, parsed `steps`, `progress`, and `save(images, labels)`."""
+
+    bundle: Any
+    steps: int | str | tuple[int, ...] | None
+    progress: Callable[[int, int], None]
+    out: str
+
+    def save(self, images, labels: Sequence[str]) -> None:
+        """Writes the labelled grid and prints its path."""
+        from unclip_jax.grid import save_grid
+
+        print(save_grid(self.out, images, labels, columns=min(len(images), 9)))
+
+
+def image_task(args: argparse.Namespace) -> ImageTask:
+    """Checks the shared arguments and loads the bundle.
+
+    Raises:
+      ValueError, KeyError, OSError: one line each.
+    """
+    from unclip_jax.checkpoint.bundle import load_bundle
+
+    check_seed(args.seed)
+    out = check_out(args.out)
+    use_compilation_cache()
+    return ImageTask(load_bundle(args.bundle), parse_steps(args.steps), progress_bar("sampling"), out)

@@ -27,19 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    from pathlib import Path
-
     from unclip_jax.checkpoint.bundle import load_bundle
-    from unclip_jax.cli.options import part_options, progress_bar, use_compilation_cache
+    from unclip_jax.cli.options import check_out, check_seed, part_options, progress_bar, use_compilation_cache
     from unclip_jax.grid import save_grid
     from unclip_jax.sampling.text_to_image import text_to_image
 
     if args.samples < 1:
         raise ValueError(f"--samples must be at least 1, got {args.samples}")
-    if not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed must be between 0 and {2**32 - 1}, got {args.seed}")
-    if Path(args.out).is_dir():
-        raise ValueError(f"--out {args.out} is a folder; name a file")
+    check_seed(args.seed)
+    check_out(args.out)
     options = part_options([*([f"decoder.steps={args.steps}"] if args.steps else []), *args.assignments])
     for part, option, value in (
         ("decoder", "guidance_scale", args.guidance),

@@ -8,6 +8,7 @@ dpmpp_2m  DPM-Solver++(2M) (Lu et al. 2022), deterministic: with lambda = ln(sqr
       D = x0 + min(h / h', 1) / 2 (x0 - x0'). First step and last (h is infinite, x_r = D) are of first order: D = x0. The bound of 1 is
       ours: with steps even in t, h grows without end towards the clean sample, and the published h / h' extrapolates too far
 ddim_invert  ddim's map run from data to noise at eta 0: x_n = sqrt(abar_n) x0 + sqrt(1 - abar_n) eps, x0 never clipped
+repaint  ancestral sampling of the unknown part of an image (Lugmayr et al. 2022)
 
 The variance of ancestral sampling is that of the posterior (small), of the forward step (large), learned between them, or the
 analytic one (Bao et al. 2022): the reverse step of the data itself has variance posterior + c0^2 Var[x0 | x_t], and the mean of
@@ -184,6 +185,59 @@ def ddim_invert(denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.nd
     def body(x, step):
         t, scale, eps_coef = step
         return scale * x + eps_coef * denoise(x, t).eps, None
+
+    return jax.lax.scan(body, x, xs)[0]
+
+
+def repaint(
+    denoise: Denoise,
+    x: jax.Array,
+    schedule: Schedule,
+    steps: np.ndarray,
+    rng: jax.Array,
+    *,
+    image: jax.Array,
+    known: jax.Array,
+    resamples: int = 5,
+) -> jax.Array:
+    """Fills the unknown part of an image by ancestral sampling, with any network (RePaint, Lugmayr et al. 2022).
+
+    After every step the known part is replaced by the image noised to that step. As the step could not see what it now stands beside,
+    the sample is noised back and the step repeated, `resamples` times in all.
+
+    Args:
+      denoise, x, schedule, steps, rng: as in `ddpm`.
+      image: (B, ...) the clean image; only its known part matters.
+      known: bool, broadcastable to the image; True where the image is kept.
+      resamples: passes per step, at least 1.
+
+    Returns:
+      (B, ...) samples, exactly the image where known.
+
+    Raises:
+      ValueError: when resamples is below 1.
+    """
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    t, r = transitions(steps)
+    # Every step `resamples` times; all but the last pass of a step go back. The step to the clean sample is made once.
+    again = np.where(np.arange(len(t)) < len(t) - 1, resamples, 1)
+    last = np.concatenate([np.arange(n) == n - 1 for n in again])
+    t, r = np.repeat(t, again), np.repeat(r, again)
+    post, abar_t, abar_r = posterior(schedule, t, r), schedule.abar(t), schedule.abar(r)
+    columns = (
+        *(post.x0_coef, post.x_t_coef, np.sqrt(post.variance)),
+        *(np.sqrt(abar_r), np.sqrt(1 - abar_r)),
+        *(np.where(last, 1.0, np.sqrt(abar_t / abar_r)), np.where(last, 0.0, np.sqrt(1 - abar_t / abar_r))),
+    )
+    xs = (jnp.asarray(t), *(jnp.asarray(c, x.dtype) for c in columns), jnp.arange(len(t)))
+
+    def body(x, step):
+        t, x0_coef, x_t_coef, sigma, signal, noise, back, back_noise, i = step
+        z = [standard_normal(fold_in(rng, 3 * i + k), x.shape, x.dtype) for k in range(3)]
+        drawn = x0_coef * denoise(x, t).x0 + x_t_coef * x + sigma * z[0]
+        x = jnp.where(known, signal * image + noise * z[1], drawn)
+        return back * x + back_noise * z[2], None
 
     return jax.lax.scan(body, x, xs)[0]
 

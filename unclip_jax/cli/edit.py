@@ -1,0 +1,34 @@
+"""`unclip edit IMAGE --from "..." --to "..."`: a text diff."""
+
+from __future__ import annotations
+
+import argparse
+
+from unclip_jax.cli.options import add_image_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("image", metavar="IMAGE", help="the picture to change")
+    parser.add_argument("--from", dest="source", default="", metavar="CAPTION", help='what it shows (""; "a photo" works too)')
+    parser.add_argument("--to", dest="target", required=True, metavar="CAPTION", help="what it shall show")
+    parser.add_argument("--theta", type=float, default=0.5, metavar="T", help="how far to turn at most, in (0, 1] (0.5)")
+    add_image_arguments(parser, count=7)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the verb."""
+    import numpy as np
+
+    from unclip_jax.cli.options import image_task, read_image
+    from unclip_jax.sampling import latents
+    from unclip_jax.sampling.text_diff import text_diff
+
+    task = image_task(args)
+    image = read_image(args.image)
+    drawn = text_diff(
+        task.bundle, image, args.source, args.target, count=args.count, max_theta=args.theta, steps=task.steps,
+        guidance_scale=args.guidance, seed=args.seed, progress=task.progress,
+    )  # fmt: skip
+    labels = ["input", *[f"theta {theta:.2f}" for theta in np.linspace(0, args.theta, args.count)]]
+    task.save(np.concatenate([latents.square([image], drawn.shape[1]), drawn]), labels)

@@ -1,0 +1,36 @@
+"""`unclip interpolate A B --out grid.png`: the way from one image to another."""
+
+from __future__ import annotations
+
+import argparse
+
+from unclip_jax.cli.options import add_image_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("first", metavar="A", help="the picture at the start")
+    parser.add_argument("second", metavar="B", help="the picture at the end")
+    parser.add_argument(
+        "--noise", default="slerp", choices=("slerp", "fixed"), help="x_T: turned from A's to B's, or one random draw throughout (slerp)"
+    )
+    add_image_arguments(parser, count=8)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the verb."""
+    import numpy as np
+
+    from unclip_jax.cli.options import image_task, read_image
+    from unclip_jax.sampling import latents
+    from unclip_jax.sampling.interpolation import interpolate
+
+    task = image_task(args)
+    ends = [read_image(args.first), read_image(args.second)]
+    drawn = interpolate(
+        task.bundle, *ends, count=args.count, noise=args.noise, steps=task.steps, guidance_scale=args.guidance, seed=args.seed,
+        progress=task.progress,
+    )  # fmt: skip
+    shown = latents.square(ends, drawn.shape[1])
+    labels = ["A", *[f"theta {theta:.2f}" for theta in np.linspace(0, 1, args.count)], "B"]
+    task.save(np.concatenate([shown[:1], drawn, shown[1:]]), labels)

@@ -1,0 +1,105 @@
+"""Inpainting: the part of an image that is not kept is drawn anew for a caption (GLIDE section 4, used by unCLIP's decoder).
+
+Training-free: any decoder, by RePaint (`samplers.repaint`). The prior draws z_i for the caption; the decoder fills the unknown part
+around the known one; the kept pixels of the input are put back into the enlarged picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
+from unclip_jax.diffusion.process import fold_in
+from unclip_jax.generate import inpaint_decoder, sample_prior, sample_upsampler
+from unclip_jax.sampling import latents, programs
+
+RESAMPLES = 5
+
+
+def inpaint(
+    bundle: Bundle,
+    image: np.ndarray,
+    mask: np.ndarray,
+    caption: str,
+    *,
+    count: int = 4,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Draws the unknown part of an image.
+
+    Args:
+      bundle: with clip, prior, decoder, and any number of upsamplers.
+      image: uint8 (H, W, 3).
+      mask: bool (H, W), True where the image is kept.
+      caption: of the whole picture.
+      count: pictures to draw.
+      resamples: passes per step; more fit the drawn part better to the kept one, at their cost.
+      seed: non-negative integer.
+      options: overrides of the bundle's sampling defaults per part; the decoder's sampler is ancestral whatever they say.
+      progress: called with (images done, images in all).
+
+    Returns:
+      uint8 (count, S, S, 3), S the largest size; the centred square of the image, resized to it, stands unchanged where the mask keeps it.
+
+    Raises:
+      ValueError: when the mask is not boolean or of another size than the image, or options are out of range; KeyError when the bundle
+        lacks a part.
+    """
+    image, mask = np.asarray(image), np.asarray(mask)
+    if mask.dtype != np.bool_ or mask.shape != image.shape[:2]:
+        raise ValueError(f"the mask must be boolean and of the image's size {image.shape[:2]}, got {mask.dtype} {mask.shape}")
+    if count < 1:
+        raise ValueError(f"the number of pictures must be at least 1, got {count}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    for name in ("clip", "prior", "decoder"):
+        bundle.part(name)
+    static, scales = programs.split_scales(programs.stage_options(bundle, options))
+    small = bundle.part("decoder").config["model"]["unet"]["image_size"]
+    target = ops.to_float(latents.square([image], small))
+    known = _shrink(mask, small)[None]
+
+    def make():
+        models, configs = programs.models_of(bundle), {name: part.config for name, part in bundle.parts.items()}
+
+        def run(params, scales, tokens, text_mask, empty, target, known, seed, positions):
+            chosen = {name: programs.with_scale(static[name], scales[name]) for name in static}
+            keys = programs.row_keys(seed, positions)
+            text, nothing = programs.both_texts(models["clip"], params["clip"], tokens, text_mask, *empty)
+            z_image = sample_prior(models["prior"], params["prior"], configs["prior"], text, nothing, fold_in(keys, 0), chosen["prior"])
+            drawn = inpaint_decoder(
+                models["decoder"], params["decoder"], configs["decoder"], target, known, z_image, text, nothing, fold_in(keys, 1),
+                chosen["decoder"], resamples,
+            )  # fmt: skip
+            for i, name in enumerate(programs.upsampler_names(bundle)):
+                drawn = sample_upsampler(models[name], params[name], configs[name], drawn, fold_in(keys, 2 + i), static[name])
+            return drawn
+
+        return run
+
+    run, params = programs.program(bundle, ("inpaint", resamples, *static.items()), make), programs.device_params(bundle)
+    tokens, text_mask = programs.tokenizer(bundle)([caption])
+    empty = [a[None] for a in programs.tokenizer(bundle).empty()]
+
+    def batch(rows):
+        repeat = lambda a: np.repeat(a, len(rows), axis=0)  # noqa: E731
+        arrays = (repeat(tokens), repeat(text_mask), empty, repeat(target), repeat(known))
+        return run(params, scales, *arrays, np.uint32(seed), rows.astype(np.uint32))
+
+    drawn = ops.to_uint8(programs.in_batches(batch, count, progress))
+    size = drawn.shape[1]
+    return np.where(_shrink(mask, size), latents.square([image], size), drawn)
+
+
+def _shrink(mask: np.ndarray, size: int) -> np.ndarray:
+    """bool (H, W) -> (size, size, 1) of its centred square: kept where all of what falls into the pixel is."""
+    square = ops.center_crop_square(np.repeat(mask[..., None], 3, axis=2).astype(np.float32))
+    method = "box" if size <= square.shape[0] else "bilinear"
+    return ops.resize(square, size, method)[..., :1] > 1 - 1e-4

@@ -1,0 +1,238 @@
+"""An image as the pair (z_i, x_T), and back (unCLIP section 3).
+
+z_i is CLIP's embedding: what the image shows. x_T is the noise that the decoder, conditioned on z_i, turns into this very image: the
+rest. It is found by running DDIM backwards. Everything the paper does to images changes one or both and decodes.
+
+The decoder is run at guidance scale 1 and without clipping unless asked otherwise, as inversion undoes neither well. Captions are empty
+unless given. Images are cut to their centred square and resized to the networks' sizes; the upsamplers enlarge what the decoder drew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
+from unclip_jax.diffusion.process import fold_in, standard_normal
+from unclip_jax.generate import SamplingOptions, invert_decoder, sample_decoder, sample_upsampler
+from unclip_jax.sampling import programs
+
+STEPS = 50
+
+
+class Latents(NamedTuple):
+    """z_image (N, D) raw CLIP embeddings; x_T (N, h, w, 3), the decoder's noise. NumPy."""
+
+    z_image: np.ndarray
+    x_T: np.ndarray
+
+
+def slerp(a: np.ndarray, b: np.ndarray, theta: np.ndarray | float) -> np.ndarray:
+    """Spherical interpolation of flattened rows: the direction turns evenly from a's to b's, the norm runs linearly.
+
+    Args:
+      a, b: (N, ...) rows, none of them zero; opposite directions have no arc between them and are an error.
+      theta: () or (N,) in [0, 1]; 0 gives a, 1 gives b.
+
+    Returns:
+      (N, ...) float32.
+
+    Raises:
+      ValueError: on a zero row, or two opposite ones.
+    """
+    shape = np.broadcast_shapes(np.shape(a), np.shape(b))
+    a, b = (np.broadcast_to(np.asarray(v, np.float64), shape).reshape(shape[0], -1) for v in (a, b))
+    theta = np.broadcast_to(np.asarray(theta, np.float64), shape[:1])[:, None]
+    norm_a, norm_b = (np.linalg.norm(v, axis=1, keepdims=True) for v in (a, b))
+    if np.any(norm_a == 0) or np.any(norm_b == 0):
+        raise ValueError("slerp needs vectors that are not zero")
+    a, b = a / norm_a, b / norm_b
+    omega = np.arccos(np.clip(np.sum(a * b, axis=1, keepdims=True), -1, 1))
+    if np.any(omega > np.pi - 1e-6):
+        raise ValueError("slerp between opposite vectors is not defined")
+    near = omega < 1e-6  # sin(omega) vanishes; the chord is the arc
+    safe = np.where(near, 1.0, np.sin(omega))
+    weight_a = np.where(near, 1 - theta, np.sin((1 - theta) * omega) / safe)
+    weight_b = np.where(near, theta, np.sin(theta * omega) / safe)
+    norm = (1 - theta) * norm_a + theta * norm_b
+    return (norm * (weight_a * a + weight_b * b)).reshape(shape).astype(np.float32)
+
+
+def square(images: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
+    """uint8 images (H, W, 3) of any sizes -> their centred squares at one size, uint8 (N, size, size, 3).
+
+    Raises:
+      ValueError: when there are none, or one is not uint8 (H, W, 3).
+    """
+    if len(images) == 0:
+        raise ValueError("no images: give at least one")
+    for image in images:
+        if np.ndim(image) != 3 or np.shape(image)[2] != 3 or np.asarray(image).dtype != np.uint8:
+            raise ValueError(f"images must be uint8 (H, W, 3), got {np.asarray(image).dtype} {np.shape(image)}")
+    return np.stack([ops.resize(ops.center_crop_square(np.asarray(image)), size) for image in images])
+
+
+def embed_images(bundle: Bundle, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    """uint8 images (H, W, 3) -> raw CLIP embeddings (N, D)."""
+    part = bundle.part("clip")
+    rows = ops.to_float(square(images, part.config["model"]["image"]["image_size"]))
+    model, params = programs.models_of(bundle)["clip"], programs.device_params(bundle)["clip"]
+    encode = programs.program(bundle, "embed_images", lambda: lambda params, x: model.apply({"params": params}, x, method="encode_image"))
+    return programs.in_batches(lambda index: encode(params, rows[index]), len(rows))
+
+
+def embed_captions(bundle: Bundle, captions: Sequence[str]) -> np.ndarray:
+    """Captions -> raw CLIP text embeddings (N, D)."""
+    tokens, mask = programs.tokenizer(bundle)(list(captions))
+    model, params = programs.models_of(bundle)["clip"], programs.device_params(bundle)["clip"]
+    encode = programs.program(
+        bundle, "embed_captions", lambda: lambda params, tokens: model.apply({"params": params}, tokens, method="encode_text").embed
+    )
+    return programs.in_batches(lambda index: encode(params, tokens[index]), len(tokens))
+
+
+def _options(bundle: Bundle, steps: Any, guidance_scale: float, eta: float = 0.0) -> SamplingOptions:
+    settings = {"steps": steps, "sampler": "ddim", "eta": eta, "guidance_scale": guidance_scale, "clip": None}
+    return programs.stage_options(bundle, {"decoder": settings})["decoder"]
+
+
+def _texts(bundle: Bundle, captions: Sequence[str] | None, count: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Tokens and masks of the captions (empty ones when None), and of the empty caption."""
+    tokenizer = programs.tokenizer(bundle)
+    tokens, mask = tokenizer([""] * count if captions is None else list(captions))
+    if len(tokens) != count:
+        raise ValueError(f"expected one caption per image, got {len(tokens)} and {count}")
+    return tokens, mask, [a[None] for a in tokenizer.empty()]
+
+
+def encode(
+    bundle: Bundle,
+    images: Sequence[np.ndarray] | np.ndarray,
+    *,
+    steps: int | str | tuple[int, ...] = STEPS,
+    guidance_scale: float = 1.0,
+    captions: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Latents:
+    """Finds (z_i, x_T) of images.
+
+    Args:
+      bundle: with clip and decoder.
+      images: uint8 (H, W, 3), any sizes.
+      steps: DDIM steps, see `schedule.time_steps`; the error of inverting and decoding halves as they double.
+      guidance_scale: of the decoder; decode with the same.
+      captions: one per image; empty ones when None.
+      progress: called with (images done, images in all).
+
+    Raises:
+      ValueError: on what is not an image, or options out of range; KeyError when the bundle lacks a part.
+    """
+    config = bundle.part("decoder").config
+    z_image = embed_images(bundle, images)
+    rows = ops.to_float(square(images, config["model"]["unet"]["image_size"]))
+    tokens, mask, empty = _texts(bundle, captions, len(rows))
+    static, scales = programs.split_scales({"decoder": _options(bundle, steps, guidance_scale)})
+
+    def make():
+        models = programs.models_of(bundle)
+
+        def run(params, scale, tokens, mask, empty, image, z):
+            text, nothing = programs.both_texts(models["clip"], params["clip"], tokens, mask, *empty)
+            options = programs.with_scale(static["decoder"], scale)
+            return invert_decoder(models["decoder"], params["decoder"], config, image, z, text, nothing, options)
+
+        return run
+
+    run, params = programs.program(bundle, ("invert", static["decoder"]), make), programs.device_params(bundle)
+    batch = lambda i: run(params, scales["decoder"], tokens[i], mask[i], empty, rows[i], z_image[i])  # noqa: E731
+    return Latents(z_image, programs.in_batches(batch, len(rows), progress))
+
+
+def decode(
+    bundle: Bundle,
+    z_image: np.ndarray,
+    x_T: np.ndarray | None = None,
+    *,
+    steps: int | str | tuple[int, ...] = STEPS,
+    eta: float = 0.0,
+    guidance_scale: float = 1.0,
+    captions: Sequence[str] | None = None,
+    seed: int = 0,
+    positions: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray]:
+    """Draws images from (z_i, x_T) with DDIM, and enlarges them.
+
+    Args:
+      bundle: with clip, decoder, and any number of upsamplers.
+      z_image: (N, D) raw embeddings.
+      x_T: (N, h, w, 3); drawn from the seed when None.
+      steps, guidance_scale, captions: as in `encode`.
+      eta: 0 decodes, up to 1 lets everything vary that z_i does not hold.
+      seed, positions: row i draws from (seed, positions[i]); its number when None. Equal positions get equal noise.
+      progress: called with (images done, images in all).
+
+    Returns:
+      One float32 array (N, H, W, 3) in [-1, 1] per size, the decoder's first.
+
+    Raises:
+      ValueError: on shapes that do not fit, or options out of range; KeyError when the bundle lacks a part.
+    """
+    size = bundle.part("decoder").config["model"]["unet"]["image_size"]
+    dim = bundle.part("clip").config["model"]["embed_dim"]
+    z_image, count = np.asarray(z_image, np.float32), len(z_image)
+    if count == 0 or z_image.shape != (count, dim):
+        raise ValueError(f"z_image must be (N, {dim}) with N at least 1, got {z_image.shape}")
+    if x_T is not None and np.shape(x_T) != (count, size, size, 3):
+        raise ValueError(f"x_T must be {(count, size, size, 3)}, got {np.shape(x_T)}")
+    positions = np.arange(count) if positions is None else np.asarray(positions)
+    tokens, mask, empty = _texts(bundle, captions, count)
+    names = programs.upsampler_names(bundle)
+    chosen = {"decoder": _options(bundle, steps, guidance_scale, eta)}
+    chosen |= {name: option for name, option in programs.stage_options(bundle).items() if name in names}
+    static, scales = programs.split_scales(chosen)
+    given = x_T is not None
+
+    def make():
+        models, configs = programs.models_of(bundle), {name: part.config for name, part in bundle.parts.items()}
+
+        def run(params, scale, tokens, mask, empty, z, x_T, seed, positions):
+            keys = programs.row_keys(seed, positions)
+            text, nothing = programs.both_texts(models["clip"], params["clip"], tokens, mask, *empty)
+            images = [
+                sample_decoder(
+                    models["decoder"], params["decoder"], configs["decoder"], z, text, nothing, fold_in(keys, 1),
+                    programs.with_scale(static["decoder"], scale), x_T,
+                )
+            ]  # fmt: skip
+            for i, name in enumerate(names):
+                images.append(sample_upsampler(models[name], params[name], configs[name], images[-1], fold_in(keys, 2 + i), static[name]))
+            return images
+
+        return run
+
+    run, params = programs.program(bundle, ("decode", given, *static.items()), make), programs.device_params(bundle)
+
+    def batch(i):
+        noise = jnp.asarray(x_T[i], jnp.float32) if given else None
+        return run(params, scales["decoder"], tokens[i], mask[i], empty, z_image[i], noise, np.uint32(seed), positions[i].astype(np.uint32))
+
+    return programs.in_batches(batch, count, progress)
+
+
+def one_noise(shape: tuple[int, ...], count: int, seed: int) -> np.ndarray:
+    """One random x_T of `shape` for all of `count` rows: (count, *shape) float32."""
+    noise = standard_normal(jax.random.fold_in(jax.random.key(seed), 0), (1, *shape))
+    return np.repeat(np.asarray(noise), count, axis=0)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], (N, ...) -> (N,); infinite where they are equal."""
+    error = np.mean(np.square(np.asarray(a, np.float64) - b).reshape(len(a), -1), axis=1)
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(4.0 / error)

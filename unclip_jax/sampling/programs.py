@@ -1,0 +1,135 @@
+"""What the functions of this package share: a bundle's parameters on the device, its compiled programs, and padded batches.
+
+Batches are padded to the next power of two, at most MAX_BATCH, so a bundle compiles a fixed, small number of programs however many
+calls follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.generate import (
+    SamplingOptions,
+    TextConditioning,
+    build_model,
+    check_options,
+    compute_dtype,
+    encode_text,
+    is_guided,
+    options_from,
+    part_schedule,
+)
+
+MAX_BATCH = 16
+
+
+def upsampler_names(bundle: Bundle) -> list[str]:
+    """The bundle's upsamplers in the order of their sizes."""
+    return sorted((n for n in bundle.parts if n.startswith("upsampler_")), key=lambda n: int(n.split("_")[1]))
+
+
+def stage_options(bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, SamplingOptions]:
+    """The bundle's sampling defaults with overrides per part, e.g. {"decoder": {"guidance_scale": 3.0, "steps": 50}}.
+
+    Raises:
+      ValueError: on an unknown part or option, or a value out of range.
+    """
+    names = [name for name in ("prior", "decoder") if name in bundle.parts] + upsampler_names(bundle)
+    unknown = set(overrides or {}) - set(names)
+    if unknown:
+        raise ValueError(f"unknown part {', '.join(sorted(unknown))} in the sampling options; this bundle samples {', '.join(names)}")
+    options = {}
+    for name in names:
+        chosen = options_from(bundle.sampling.get(name, {}), **(overrides or {}).get(name, {}))
+        try:
+            check_options(chosen, part_schedule(bundle.part(name).config).num_steps)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        options[name] = chosen
+    return options
+
+
+def device_params(bundle: Bundle) -> dict[str, Any]:
+    """All parts' parameters on the device, put there once."""
+    if "params" not in bundle.cache:
+        bundle.cache["params"] = jax.device_put({name: part.params for name, part in bundle.parts.items()})
+    return bundle.cache["params"]
+
+
+def tokenizer(bundle: Bundle) -> ClipTokenizer:
+    """The bundle's tokenizer, made once."""
+    if "tokenizer" not in bundle.cache:
+        bundle.cache["tokenizer"] = ClipTokenizer.from_config(bundle.tokenizer)
+    return bundle.cache["tokenizer"]
+
+
+def models_of(bundle: Bundle) -> dict[str, nn.Module]:
+    """Every part's module, in the compute dtype of this machine."""
+    return {name: build_model(part.config, compute_dtype("auto")) for name, part in bundle.parts.items()}
+
+
+def program(bundle: Bundle, key: Hashable, make: Callable[[], Callable]) -> Callable:
+    """The jitted function of `make()`, made once per bundle and key."""
+    if key not in bundle.cache:
+        bundle.cache[key] = jax.jit(make())
+    return bundle.cache[key]
+
+
+def split_scales(options: Mapping[str, SamplingOptions]) -> tuple[dict[str, SamplingOptions], dict[str, jax.Array]]:
+    """Options with the guidance scales taken out, to be part of a program's key, and the scales, to be its arguments.
+
+    Only whether there is guidance stays in the options (scale 0 or 1); `with_scale` joins the two again inside the program.
+    """
+    static = {n: dataclasses.replace(o, guidance_scale=0.0 if is_guided(o) else 1.0) for n, o in options.items()}
+    return static, {name: jnp.float32(o.guidance_scale) for name, o in options.items()}
+
+
+def with_scale(options: SamplingOptions, scale: jax.Array) -> SamplingOptions:
+    """Options out of `split_scales` with their (traced) scale, if they are guided."""
+    return dataclasses.replace(options, guidance_scale=scale) if is_guided(options) else options
+
+
+def row_keys(seed: jax.Array, positions: jax.Array) -> jax.Array:
+    """One key per row: what is drawn for (seed, position) does not depend on the rest of the batch."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(positions)
+
+
+def both_texts(
+    model: nn.Module, params: Any, tokens: jax.Array, mask: jax.Array, empty_tokens: jax.Array, empty_mask: jax.Array
+) -> tuple[TextConditioning, TextConditioning]:
+    """Captions (B, L) and the empty caption (1, L), as CLIP sees them."""
+    return encode_text(model, params, tokens, mask), encode_text(model, params, empty_tokens, empty_mask)
+
+
+def in_batches(
+    run: Callable[[np.ndarray], Any], count: int, progress: Callable[[int, int], None] | None = None, max_batch: int | None = None
+) -> Any:
+    """Calls `run(rows)` on padded batches of row indices and joins the results.
+
+    Args:
+      run: row indices (a power of two of them, the last one repeated as padding) -> tree of arrays with that leading axis.
+      count: number of rows, at least 1.
+      progress: called with (rows done, rows in all) after each batch.
+      max_batch: at most so many rows at once; MAX_BATCH when None.
+
+    Returns:
+      The tree as NumPy arrays of `count` rows.
+    """
+    pieces, size_most = [], max_batch or MAX_BATCH
+    for first in range(0, count, size_most):
+        rows = np.arange(first, min(first + size_most, count))
+        size = 1 << (len(rows) - 1).bit_length()
+        leaves, tree = jax.tree.flatten(run(np.concatenate([rows, np.full(size - len(rows), rows[-1])])))
+        pieces.append([np.asarray(a)[: len(rows)] for a in leaves])
+        if progress is not None:
+            progress(int(rows[-1]) + 1, count)
+    return jax.tree.unflatten(tree, [np.concatenate(column) for column in zip(*pieces)])

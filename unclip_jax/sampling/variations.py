@@ -1,0 +1,47 @@
+"""Variations of an image: the same z_i, decoded with DDIM noise (unCLIP section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
+from unclip_jax.sampling import latents
+
+
+def variations(
+    bundle: Bundle,
+    images: Sequence[np.ndarray] | np.ndarray,
+    *,
+    count: int = 8,
+    eta: float = 1.0,
+    steps: int | str | tuple[int, ...] = latents.STEPS,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Draws images that share what CLIP sees in the given ones.
+
+    Args:
+      bundle: with clip and decoder.
+      images: uint8 (H, W, 3), any sizes.
+      count: variations per image.
+      eta: 0 reconstructs the image; the larger, the more changes; at most 1.
+      steps, guidance_scale: of inversion and decoding.
+      seed: non-negative integer.
+      progress: called with (images done, images in all).
+
+    Returns:
+      uint8 (N, count, H, W, 3).
+
+    Raises:
+      ValueError: on what is not an image, or options out of range; KeyError when the bundle lacks a part.
+    """
+    if count < 1:
+        raise ValueError(f"the number of variations must be at least 1, got {count}")
+    code = latents.encode(bundle, images, steps=steps, guidance_scale=guidance_scale)
+    z_image, x_T = (np.repeat(a, count, axis=0) for a in code)
+    drawn = latents.decode(bundle, z_image, x_T, steps=steps, eta=eta, guidance_scale=guidance_scale, seed=seed, progress=progress)[-1]
+    return ops.to_uint8(drawn).reshape(len(code.z_image), count, *drawn.shape[1:])
