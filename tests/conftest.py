@@ -22,14 +22,14 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """name -> the folder of a tiny trained run of that stage (clip, prior, decoder, upsampler_16), made when first asked for."""
-    from tests.runs import train_tiny
+    """name -> the folder of a tiny trained run of that stage, made when first asked for, after those it starts from."""
+    from tests.runs import BESIDE, train_tiny
 
     runs = tmp_path_factory.mktemp("runs")
 
     def run(name):
-        if name not in ("clip", "upsampler_16"):
-            run("clip")
+        for other in BESIDE.get(name, ()):
+            run(other)
         if not (runs / name).exists():
             train_tiny(name, runs / name)
         return runs / name

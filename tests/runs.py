@@ -14,42 +14,49 @@ from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.cli.train import load_config, override
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.generate import build_model
-from unclip_jax.train import clip, common, decoder, prior_diffusion, upsampler
+from unclip_jax.train import clip, common, decoder, pca, prior_ar, prior_diffusion, upsampler
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
     "clip": (clip, "configs/emoji/clip.py:tiny"),
     "prior": (prior_diffusion, "configs/emoji/prior_diffusion.py:tiny"),
+    "prior_ar": (prior_ar, "configs/emoji/prior_ar.py:tiny"),
     "decoder": (decoder, "configs/emoji/decoder.py:tiny"),
     "upsampler_16": (upsampler, "configs/emoji/upsampler.py:tiny"),
 }
+CODEC = {"pca": (pca, "configs/emoji/pca.py:tiny")}  # fitted, not trained
+BESIDE = {"prior": ("clip",), "decoder": ("clip",), "pca": ("clip",), "prior_ar": ("clip", "pca")}  # runs that a stage starts from
 STEPS = 12
 
 
 def tiny_config(name, **changes):
     """The stage's tiny configuration, long enough to see a loss fall; `changes` use __ for dots."""
-    config = load_config(str(ROOT / STAGES[name][1]))
-    settings = {
-        "steps": STEPS,
-        "eval_every": STEPS,
-        "checkpoint_every": STEPS,
-        "data.backend": "numpy",
-        "optimizer.eps": 1e-6,
-        "optimizer.learning_rate": 3e-3,
-        "optimizer.warmup_steps": 2,
-    }
+    config = load_config(str(ROOT / (STAGES | CODEC)[name][1]))
+    settings = (
+        {"data.backend": "numpy"}
+        if name in CODEC
+        else {
+            "steps": STEPS,
+            "eval_every": STEPS,
+            "checkpoint_every": STEPS,
+            "data.backend": "numpy",
+            "optimizer.eps": 1e-6,
+            "optimizer.learning_rate": 3e-3,
+            "optimizer.warmup_steps": 2,
+        }
+    )
     for key, value in {**settings, **{k.replace("__", "."): v for k, v in changes.items()}}.items():
         override(config, key, value)
     return config
 
 
 def train_tiny(name, workdir, init_from=None, **changes):
-    """Trains the stage in `workdir`; the frozen CLIP is the run `clip` beside it unless changed."""
-    return STAGES[name][0].train_and_evaluate(tiny_config(name, **changes), str(workdir), init_from)
+    """Trains the stage in `workdir`; what it starts from are the runs beside it unless changed."""
+    return (STAGES | CODEC)[name][0].train_and_evaluate(tiny_config(name, **changes), str(workdir), init_from)
 
 
 def random_bundle():
-    """All four parts of the tiny recipes with random parameters."""
+    """All parts of the tiny recipes with random parameters; the codec's directions are orthogonal."""
     rng = np.random.default_rng(0)
     configs = {name: tiny_config(name) for name in STAGES}
     tokenizer = ClipTokenizer(**configs["clip"].tokenizer)
@@ -59,12 +66,14 @@ def random_bundle():
     inputs = {
         "clip": ((jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, length), int)), {}),
         "prior": ((jnp.zeros((1, dim)), jnp.zeros(1)), text),
+        "prior_ar": ((jnp.zeros((1, configs["prior_ar"].model.codes), int), jnp.zeros(1, int)), text),
         "decoder": ((jnp.zeros((1, 8, 8, 3)), jnp.zeros(1)), {"image_embed": text["text_embed"], "drop_image": jnp.zeros(1, bool), **text}),
         "upsampler_16": ((jnp.zeros((1, 16, 16, 3)), jnp.zeros(1)), {"low_res": jnp.zeros((1, 8, 8, 3))}),
     }
     described = {
         "clip": {"kind": "clip"},
         "prior": {"kind": "prior_diffusion", "embedding_space": {"kind": "whitened", "mean": [0.1] * dim, "std": [1.5] * dim}},
+        "prior_ar": {"kind": "prior_ar", "dot_edges": [-0.2, 0.0, 0.2]},
         "decoder": {"kind": "decoder"},
         "upsampler_16": {"kind": "upsampler", "factor": configs["upsampler_16"].factor},
     }
@@ -74,16 +83,25 @@ def random_bundle():
         part = described[name] | {"model": plain(config.model)}
         if name == "clip":
             part["model"]["text"] |= {"vocab_size": tokenizer.vocab_size, "length": length}
-        else:
+        elif name != "prior_ar":
             part["diffusion"] = plain(config.diffusion)
-        if name == "prior":
-            part["model"] |= {"embed_dim": dim, "length": length}
-        if name in ("prior", "decoder"):
+        if name in ("prior", "prior_ar"):
+            part["model"] |= {"length": length} | ({"embed_dim": dim} if name == "prior" else {})
+        if name in BESIDE:
             part["clip"] = params_hash(parts["clip"].params)
         args, kwargs = inputs[name]
         model = build_model(part)
         shapes = jax.eval_shape(lambda key, m=model, a=args, k=kwargs: m.init(key, *a, **k), jax.random.key(0))["params"]
         parts[name] = Part(part, jax.tree.map(draw, shapes))
+    codec = {
+        "mean": rng.normal(size=dim),
+        "components": np.linalg.qr(rng.normal(size=(dim, dim)))[0],
+        "eigenvalues": np.sort(rng.uniform(0.1, 2.0, dim))[::-1],
+        "low": rng.uniform(-3.0, -1.0, dim),
+        "high": rng.uniform(1.0, 3.0, dim),
+    }
+    config = {"kind": "pca", "embed_dim": dim, "dims": configs["prior_ar"].model.codes, "clip": parts["prior"].config["clip"]}
+    parts["pca"] = Part(config, {k: np.asarray(v, np.float32) for k, v in codec.items()})
     sampling = {name: plain(config.sampling) for name, config in configs.items() if name != "clip"}
     return Bundle(parts, tokenizer.config(), sampling, {"note": "random"})
 

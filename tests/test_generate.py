@@ -1,6 +1,7 @@
 """Sampling of one stage: shapes, ranges, determinism, guidance limits, options, and what the unconditional half may see."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,16 @@ import pytest
 
 from tests.helpers import random_params
 from unclip_jax import generate
-from unclip_jax.generate import SamplingOptions, TextConditioning, options_from, sample_decoder, sample_prior, sample_upsampler
+from unclip_jax.generate import (
+    CodeSamplingOptions,
+    SamplingOptions,
+    TextConditioning,
+    options_from,
+    sample_decoder,
+    sample_prior,
+    sample_upsampler,
+)
+from unclip_jax.models.prior_ar import Codec, cosine, project
 
 B, D, L, W, SIZE = 2, 6, 4, 8, 8
 UNET = dict(image_size=SIZE, channels=8, channel_mult=(1,), res_blocks=1, head_channels=4, groups=4)
@@ -174,15 +184,17 @@ def test_options():
         ({"eta": 2.0}, "eta must be in"),
         ({"guidance_scale": float("inf")}, "finite"),
         ({"guidance_schedule": "steep"}, "unknown guidance schedule"),
+        ({"candidates": 0}, "candidates must be at least 1"),
         ({"clip": 0.0}, "clip must be positive"),
         ({"threshold": 99.5, "clip": None}, "needs a clip"),
     ],
 )
 def test_options_out_of_range(settings, message):
     """Found before anything is compiled."""
+    config = {"diffusion": {"schedule": "cosine", "num_steps": 1000}}
     with pytest.raises(ValueError, match=message):
-        generate.check_options(SamplingOptions(**{"steps": 4, **settings}), 1000)
-    generate.check_options(SamplingOptions(4), 1000)
+        generate.check_options(SamplingOptions(**{"steps": 4, **settings}), config)
+    generate.check_options(SamplingOptions(4), config)
 
 
 def test_guidance_costs_nothing_at_one():
@@ -223,3 +235,118 @@ def test_encode_text_is_the_towers():
     assert text.embed.shape == (2, D) and text.states.shape == (2, L, W)
     np.testing.assert_array_equal(text.mask, tokens > 0)
     np.testing.assert_allclose(text.embed[0], text.states[0, 2] @ params["text_tower"]["projection"]["kernel"], rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- codes
+@pytest.fixture(scope="module")
+def codes():
+    """Sampling of a small autoregressive prior at random parameters: (text, keys, options, scale) -> z_image; and its codec."""
+    config = {
+        "kind": "prior_ar",
+        "model": {"codes": 4, "buckets": 9, "dot_bins": 4, "length": L, "width": 16, "layers": 2, "heads": 2},
+    }
+    model, rng = generate.build_model(config), np.random.default_rng(0)
+    args = (jnp.zeros((B, 4), int), jnp.zeros(B, int))
+    params = random_params(model, *args, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
+    params["logits_out"]["kernel"] *= 4.0
+    basis = np.linalg.qr(rng.normal(size=(D, D)))[0]
+    codec = Codec(*(np.asarray(a, np.float32) for a in (rng.normal(size=D), basis, np.ones(D), -np.ones(D), np.ones(D))))
+
+    @functools.partial(jax.jit, static_argnames="options")
+    def draw(text, keys, options, scale=None):
+        options = options if scale is None else dataclasses.replace(options, guidance_scale=scale)
+        return sample_prior(model, params, config, text, EMPTY, keys, options, codec)
+
+    return draw, codec, config
+
+
+def test_codes_are_bucket_centres(codes):
+    """What is drawn lies on the codec's grid; a row's own key decides it, in any batch; the caption matters."""
+    draw, codec, _ = codes
+    options = CodeSamplingOptions()
+    z = draw(TEXT, KEYS, options)
+    assert z.shape == (B, D) and z.dtype == jnp.float32
+    y = np.asarray(project(codec, z, D))
+    np.testing.assert_allclose((y[:, :4] + 1) * 4.5 - 0.5, np.round((y[:, :4] + 1) * 4.5 - 0.5), atol=1e-3)
+    np.testing.assert_allclose(y[:, 4:], 0.0, atol=1e-5)  # components without a code are the mean's
+    np.testing.assert_allclose(draw(one(1), KEYS[1:], options), z[1:], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(draw(TEXT, KEYS[::-1], options), z, atol=1e-2)
+
+
+def test_code_guidance_limits(codes):
+    """Scale 1 is the conditional model, scale 0 does not see the caption."""
+    draw, _, _ = codes
+    options, other = CodeSamplingOptions(guidance_scale=0.5), TextConditioning(*(a[::-1] for a in TEXT))
+    np.testing.assert_allclose(draw(TEXT, KEYS, options, 1.0), draw(TEXT, KEYS, CodeSamplingOptions()), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(draw(TEXT, KEYS, options, 0.0), draw(other, KEYS, options, 0.0), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(draw(TEXT, KEYS, options, 1.0), draw(other, KEYS, options, 1.0), atol=1e-2)
+
+
+def test_code_temperature_and_top_k(codes):
+    """Temperature 0, top-k 1 and a vanishing temperature all take the likeliest code, so that only the dot product is left to chance."""
+    draw, _, _ = codes
+    last = 0.99  # only the highest bin
+    greedy = draw(TEXT, KEYS, CodeSamplingOptions(temperature=0.0, dot_quantile=last))
+    for options in (CodeSamplingOptions(top_k=1, dot_quantile=last), CodeSamplingOptions(temperature=1e-4, dot_quantile=last)):
+        np.testing.assert_allclose(draw(TEXT, KEYS, options), greedy, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        draw(TEXT, KEYS[::-1], CodeSamplingOptions(temperature=0.0, dot_quantile=last)), greedy, rtol=1e-4, atol=1e-5
+    )
+    assert not np.allclose(draw(TEXT, KEYS, CodeSamplingOptions(temperature=5.0, dot_quantile=last)), greedy, atol=1e-2)
+
+
+def test_the_dot_product_comes_from_the_top(codes):
+    """At quantile 0.5 of four bins, bins 2 and 3 alone are drawn, each about half of the time."""
+    draw, _, config = codes
+    seen = []
+
+    class Spy(type(generate.build_model(config))):
+        def prefill(self, dot, **text):
+            jax.debug.callback(lambda d: seen.extend(np.asarray(d).tolist()), dot)
+            return super().prefill(dot, **text)
+
+    model = Spy(**config["model"])
+    many = TextConditioning(*(jnp.repeat(a, 100, 0) for a in TEXT))
+    args = (jnp.zeros((B, 4), int), jnp.zeros(B, int))
+    params = random_params(model, *args, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
+    sample_prior(model, params, config, many, EMPTY, jax.random.key(0), CodeSamplingOptions(), codes[1])
+    jax.effects_barrier()
+    assert len(seen) == 200 and set(seen) == {2, 3} and 70 < seen.count(2) < 130
+
+
+@pytest.mark.parametrize("kind", ["codes", "diffusion"])
+def test_candidates(kind, codes, request):
+    """Of several candidates per caption the one nearest to the caption is kept, with either prior."""
+    if kind == "codes":
+        draw = lambda text, keys, count: codes[0](text, keys, CodeSamplingOptions(candidates=count))
+    else:
+        model = generate.build_model(PRIOR)
+        params = random_params(model, Z, T, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
+        draw = lambda text, keys, count: sample_prior(
+            model, params, PRIOR, text, EMPTY, keys, SamplingOptions(3, clip=3.0, candidates=count)
+        )
+    best = draw(TEXT, KEYS, 4)
+    every = jnp.stack([draw(TEXT, jax.vmap(lambda k, j=j: jax.random.split(k, 4)[j])(KEYS), 1) for j in range(4)])
+    scores = cosine(every, TEXT.embed)
+    np.testing.assert_allclose(cosine(best, TEXT.embed), scores.max(0), rtol=1e-3, atol=1e-4)
+    assert np.all(scores.max(0) > scores.min(0) + 1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"temperature": -1.0}, "temperature must be 0 or a positive number"),
+        ({"top_k": 0}, "top_k must be between 1 and 9"),
+        ({"top_k": 10}, "top_k must be between 1 and 9"),
+        ({"dot_quantile": 1.0}, "dot_quantile must be in"),
+        ({"candidates": 0}, "candidates must be at least 1"),
+        ({"guidance_scale": float("nan")}, "finite"),
+    ],
+)
+def test_code_options_out_of_range(codes, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate.check_options(CodeSamplingOptions(**settings), codes[2])
+    with pytest.raises(ValueError, match="unknown sampling option steps; known: guidance_scale, temperature"):
+        options_from({"steps": 3}, "prior_ar")
+    with pytest.raises(ValueError, match="needs the codec of the pca part"):
+        sample_prior(None, {}, codes[2], TEXT, EMPTY, KEYS, CodeSamplingOptions())

@@ -17,16 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace, denormalize
-from unclip_jax.diffusion.guidance import Denoise, Guidance, check_threshold, make_denoiser
+from unclip_jax.diffusion.guidance import Denoise, Guidance, check_threshold, guide, make_denoiser
 from unclip_jax.diffusion.process import fold_in, standard_normal
 from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, ddim_invert, repaint
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, time_steps
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.layers import Dtype
+from unclip_jax.models.prior_ar import ARPrior, Codec, cosine, dequantize, unproject
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.unet import Decoder, Upsampler
 
-MODELS = {"clip": CLIP, "prior_diffusion": DiffusionPrior, "decoder": Decoder, "upsampler": Upsampler}
+MODELS = {"clip": CLIP, "prior_diffusion": DiffusionPrior, "prior_ar": ARPrior, "decoder": Decoder, "upsampler": Upsampler}
 
 
 class TextConditioning(NamedTuple):
@@ -44,7 +45,8 @@ class SamplingOptions:
     steps: what `schedule.time_steps` takes: a number, "10,10,3,2,2", "fast27", a tuple of time steps; sampler: one of `SAMPLERS`;
     eta: DDIM's; variance: DDPM's (`small`, `large`, `learned`, `analytic`); guidance_scale: 1 is the conditional model;
     guidance_schedule, guidance_interval, guidance_rescale: see `guidance.Guidance`; clip: bound on |x0| in the stage's own units, None
-    for none; threshold: percentile of dynamic thresholding, None for plain clipping.
+    for none; threshold: percentile of dynamic thresholding, None for plain clipping; candidates: samples a prior draws per caption, of
+    which the one with the largest z_i.z_t is kept (the paper: 2).
     """
 
     steps: int | str | tuple[int, ...]
@@ -57,40 +59,71 @@ class SamplingOptions:
     guidance_rescale: float = 0.0
     clip: float | None = 1.0
     threshold: float | None = None
+    candidates: int = 1
 
 
-def options_from(config: dict, **overrides: Any) -> SamplingOptions:
-    """Options of a stage's `sampling` settings, with overrides.
+@dataclass(frozen=True)
+class CodeSamplingOptions:
+    """How the autoregressive prior is sampled.
+
+    guidance_scale: 1 is the conditional model; temperature: divides the logits, 0 takes the likeliest code; top_k: draws among the k
+    likeliest codes, None among all; dot_quantile: the dot-product token is drawn from the bins above this quantile of its distribution
+    over the training data (the paper: 0.5); candidates: as in `SamplingOptions`.
+    """
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    dot_quantile: float = 0.5
+    candidates: int = 1
+
+
+Options = SamplingOptions | CodeSamplingOptions
+
+
+def options_from(config: dict, kind: str = "", **overrides: Any) -> Options:
+    """Options of a stage's `sampling` settings, with overrides; `kind` is the part's.
 
     Raises:
       ValueError: on an unknown setting.
     """
+    options = CodeSamplingOptions if kind == "prior_ar" else SamplingOptions
     unknown = set(config) | set(overrides)
-    unknown -= set(SamplingOptions.__dataclass_fields__)
+    unknown -= set(options.__dataclass_fields__)
     if unknown:
-        raise ValueError(f"unknown sampling option {', '.join(sorted(unknown))}; known: {', '.join(SamplingOptions.__dataclass_fields__)}")
+        raise ValueError(f"unknown sampling option {', '.join(sorted(unknown))}; known: {', '.join(options.__dataclass_fields__)}")
     chosen = {**config, **overrides}
-    return SamplingOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
+    return options(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
 
 
-def check_options(options: SamplingOptions, num_steps: int) -> None:
-    """Raises ValueError where an option is out of range for a network of `num_steps` time steps, before anything is compiled."""
-    time_steps(num_steps, options.steps)
+def check_options(options: Options, part_config: dict) -> None:
+    """Raises ValueError where an option is out of range for the part, before anything is compiled."""
+    if not np.isfinite(options.guidance_scale):
+        raise ValueError(f"the guidance scale must be a finite number, got {options.guidance_scale}")
+    if not 1 <= options.candidates:
+        raise ValueError(f"candidates must be at least 1, got {options.candidates}")
+    if isinstance(options, CodeSamplingOptions):
+        if not 0 <= options.temperature < np.inf:
+            raise ValueError(f"temperature must be 0 or a positive number, got {options.temperature}")
+        if options.top_k is not None and not 1 <= options.top_k <= part_config["model"]["buckets"]:
+            raise ValueError(f"top_k must be between 1 and {part_config['model']['buckets']}, got {options.top_k}")
+        if not 0 <= options.dot_quantile < 1:
+            raise ValueError(f"dot_quantile must be in [0, 1), got {options.dot_quantile}")
+        return
+    time_steps(part_schedule(part_config).num_steps, options.steps)
     if options.sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
     if options.variance not in VARIANCES:
         raise ValueError(f"unknown variance {options.variance!r}; choose one of {', '.join(VARIANCES)}")
     if not 0 <= options.eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {options.eta}")
-    if not np.isfinite(options.guidance_scale):
-        raise ValueError(f"the guidance scale must be a finite number, got {options.guidance_scale}")
     _guidance(options).check()
     if options.clip is not None and not options.clip > 0:
         raise ValueError(f"clip must be positive or None, got {options.clip}")
     check_threshold(options.threshold, options.clip)
 
 
-def is_guided(options: SamplingOptions) -> bool:
+def is_guided(options: Options) -> bool:
     """Whether guidance costs its second half: not at the Python number 1, where it is the conditional model. A traced scale does."""
     return not (isinstance(options.guidance_scale, (int, float)) and options.guidance_scale == 1)
 
@@ -178,6 +211,48 @@ def _sample(denoise: Denoise, x: jax.Array, config: dict, rng: jax.Array, option
 
 
 def sample_prior(
+    model: DiffusionPrior | ARPrior,
+    params: Any,
+    config: dict,
+    text: TextConditioning,
+    empty: TextConditioning,
+    rng: jax.Array,
+    options: Options,
+    codec: Codec | None = None,
+) -> jax.Array:
+    """Draws image embeddings for captions with either prior (unCLIP section 2.2).
+
+    Args:
+      model, params, config: the prior and its part configuration.
+      text: of the captions; empty: of the empty caption, one row.
+      rng: one key, or (B,) keys, one per row.
+      options: of the prior's kind; `clip` is in units of the diffusion prior's normalised space.
+      codec: the autoregressive prior's.
+
+    Returns:
+      (B, D) float32 raw image embeddings.
+
+    Raises:
+      ValueError: when the autoregressive prior is given no codec.
+    """
+    if config["kind"] == "prior_ar" and codec is None:
+        raise ValueError("the autoregressive prior needs the codec of the pca part")
+
+    def draw(text, rng):
+        if config["kind"] == "prior_ar":
+            return _sample_codes(model, params, config, codec, text, empty, rng, options)
+        return _sample_embedding(model, params, config, text, empty, rng, options)
+
+    b, count = text.embed.shape[0], options.candidates
+    if count == 1:
+        return draw(text, rng)
+    many = TextConditioning(*(jnp.repeat(a, count, axis=0) for a in text))
+    z = draw(many, rng if rng.ndim == 0 else jax.vmap(lambda key: jax.random.split(key, count))(rng).reshape(-1))
+    best = jnp.argmax(cosine(z, many.embed).reshape(b, count), axis=1)
+    return z.reshape(b, count, -1)[jnp.arange(b), best]
+
+
+def _sample_embedding(
     model: DiffusionPrior,
     params: Any,
     config: dict,
@@ -186,17 +261,6 @@ def sample_prior(
     rng: jax.Array,
     options: SamplingOptions,
 ) -> jax.Array:
-    """Draws image embeddings for captions (unCLIP section 2.2).
-
-    Args:
-      model, params, config: the prior and its part configuration.
-      text: of the captions; empty: of the empty caption, one row.
-      rng: one key, or (B,) keys, one per row.
-      options: `clip` is in units of the prior's normalised space.
-
-    Returns:
-      (B, D) float32 raw image embeddings.
-    """
     guided = is_guided(options)
     both = _with_empty(text, empty) if guided else text
 
@@ -207,21 +271,65 @@ def sample_prior(
     return denormalize(part_space(config), _sample(_denoiser(network, config, options, guided), x, config, fold_in(rng, 1), options))
 
 
+def _sample_codes(
+    model: ARPrior,
+    params: Any,
+    config: dict,
+    codec: Codec,
+    text: TextConditioning,
+    empty: TextConditioning,
+    rng: jax.Array,
+    options: CodeSamplingOptions,
+) -> jax.Array:
+    # One code after the other with cached keys and values; guidance runs both halves in one batch and mixes their logits.
+    b, guided = text.embed.shape[0], is_guided(options)
+    both = _with_empty(text, empty) if guided else text
+    twice = (lambda a: jnp.concatenate([a, a])) if guided else (lambda a: a)
+    keys = rng if rng.ndim else jax.random.split(rng, b)
+    lowest = int(np.floor(options.dot_quantile * model.dot_bins))
+    dot = jax.vmap(lambda key: jax.random.randint(key, (), lowest, model.dot_bins))(fold_in(keys, 0))
+
+    def pick(logits, n):
+        if guided:
+            logits = guide(logits[:b], logits[b:], options.guidance_scale)
+        if options.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if options.top_k is not None:
+            logits = jnp.where(logits < jax.lax.top_k(logits, options.top_k)[0][:, -1:], -jnp.inf, logits)
+        draw = jax.vmap(jax.random.categorical)(fold_in(fold_in(keys, 1), n), logits / options.temperature)
+        return draw.astype(jnp.int32)
+
+    conditioning = {"text_embed": both.embed, "text_states": both.states, "text_mask": both.mask}
+    logits, caches = model.apply({"params": params}, twice(dot), **conditioning, method="prefill")
+    first = pick(logits, 0)
+
+    def body(carry, n):
+        code, caches = carry
+        logits, caches = model.apply({"params": params}, twice(code), n, caches, text_mask=both.mask, method="extend")
+        code = pick(logits, n + 1)
+        return (code, caches), code
+
+    _, rest = jax.lax.scan(body, (first, caches), jnp.arange(model.codes - 1))
+    codes = jnp.concatenate([first[:, None], rest.T], axis=1)
+    return unproject(codec, dequantize(codec, codes, model.buckets))
+
+
 def decoder_denoiser(
     model: Decoder,
     params: Any,
     config: dict,
-    z_image: jax.Array,
+    z_image: jax.Array | None,
     text: TextConditioning,
     empty: TextConditioning,
     options: SamplingOptions,
 ) -> Denoise:
-    """The decoder as a denoiser of (B, H, W, 3), conditioned on raw z_image (B, D) and captions, guided by options.guidance_scale."""
-    b = z_image.shape[0]
+    """The decoder as a denoiser of (B, H, W, 3), conditioned on raw z_image (B, D) (None: the learned null embedding) and captions, guided
+    by options.guidance_scale."""
+    b = text.embed.shape[0]
     guided = is_guided(options)
     both = _with_empty(text, empty) if guided else text
-    z = jnp.concatenate([z_image, z_image]) if guided else z_image
-    drop = jnp.arange(z.shape[0]) >= b
+    z = jnp.zeros_like(both.embed) if z_image is None else jnp.concatenate([z_image, z_image]) if guided else z_image
+    drop = jnp.full(z.shape[0], True) if z_image is None else jnp.arange(z.shape[0]) >= b
 
     def network(x, t):
         return model.apply(
@@ -242,7 +350,7 @@ def sample_decoder(
     model: Decoder,
     params: Any,
     config: dict,
-    z_image: jax.Array,
+    z_image: jax.Array | None,
     text: TextConditioning,
     empty: TextConditioning,
     rng: jax.Array,
@@ -252,7 +360,7 @@ def sample_decoder(
     """Draws images for embeddings (unCLIP section 2.1).
 
     Args:
-      z_image: (B, D) raw image embeddings.
+      z_image: (B, D) raw image embeddings; None: the null embedding, so that the caption alone says what to draw.
       text, empty: as in `sample_prior`.
       x_T: (B, H, W, 3) the noise to start from; drawn when None.
 
@@ -261,7 +369,7 @@ def sample_decoder(
     """
     denoise = decoder_denoiser(model, params, config, z_image, text, empty, options)
     size = config["model"]["unet"]["image_size"]
-    x = standard_normal(fold_in(rng, 0), (z_image.shape[0], size, size, 3)) if x_T is None else x_T
+    x = standard_normal(fold_in(rng, 0), (text.embed.shape[0], size, size, 3)) if x_T is None else x_T
     return jnp.clip(_sample(denoise, x, config, fold_in(rng, 1), options), -1, 1)
 
 

@@ -96,6 +96,7 @@ def pictures(tmp_path):
         (["interpolate", "a.png", "b.png", "--count", "2"], 4),
         (["edit", "a.png", "--to", "a blue heart", "--count", "2"], 3),
         (["inpaint", "a.png", "mask.png", "a red fox", "--count", "1", "--resamples", "1"], 3),
+        (["reconstruct", "a.png", "--dims", "3", "16"], 3),
     ],
 )
 def test_verbs_that_start_from_a_picture(args, cells, tiny_bundle, pictures, monkeypatch, capsys):
@@ -121,6 +122,7 @@ def test_verbs_that_start_from_a_picture(args, cells, tiny_bundle, pictures, mon
         (["interpolate", "a.png", "text.png"], "text.png: cannot decode image"),
         (["edit", "a.png", "--to", ""], "same to CLIP"),
         (["edit", "a.png", "--to", "x", "--theta", "0"], "max_theta must be in"),
+        (["reconstruct", "a.png", "--dims", "17"], "between 1 and 16, got 17"),
         (["inpaint", "a.png", "b.png", "x"], "b.png is 30x30, but a.png is 24x24"),
         (["inpaint", "a.png", "mask.png", "x", "--resamples", "0"], "resamples must be at least 1"),
     ],
@@ -134,15 +136,16 @@ def test_bad_pictures_are_one_line(args, message, tiny_bundle, pictures, monkeyp
 
 
 def test_a_missing_part_is_named(tiny_bundle, pictures, monkeypatch, capsys):
-    """A bundle without a decoder can vary nothing."""
+    """A bundle without a decoder can vary nothing, one without a codec has no autoregressive prior."""
     import unclip_jax
 
     monkeypatch.chdir(pictures)
     bundle = unclip_jax.load_bundle(tiny_bundle)
-    parts = {name: part for name, part in bundle.parts.items() if name != "decoder"}
-    unclip_jax.save_bundle(dataclasses.replace(bundle, parts=parts, sampling={}), pictures / "less")
-    assert main(["vary", "a.png", "--bundle", "less"]) == 1
-    assert "has no part 'decoder'; it has clip, prior, upsampler_16" in capsys.readouterr().err
+    for missing, args in (("decoder", ["vary", "a.png"]), ("pca", ["sample", "x", "--prior", "ar"]), ("pca", ["reconstruct", "a.png"])):
+        parts = {name: part for name, part in bundle.parts.items() if name != missing}
+        unclip_jax.save_bundle(dataclasses.replace(bundle, parts=parts), pictures / "less")
+        assert main([*args, "--bundle", "less"]) == 1
+        assert f"has no part '{missing}'; it has clip, " in capsys.readouterr().err
 
 
 def test_a_wrong_command_line_is_status_2():

@@ -68,7 +68,7 @@ def test_first_tokens_do_not_depend_on_the_noised_embedding(params):
     before, after = states(z, t), states(-z, t + 100)
     assert sorted(before) == ["block_0", "block_1"]
     for name in before:
-        a, b = before[name]["__call__"][0], after[name]["__call__"][0]
+        a, b = before[name]["__call__"][0][0], after[name]["__call__"][0][0]
         np.testing.assert_array_equal(a[:, : L + 1], b[:, : L + 1])
         assert np.all(np.abs(a - b)[:, L + 1 :].max(-1) > 1e-4)
 

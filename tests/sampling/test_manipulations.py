@@ -12,6 +12,7 @@ from unclip_jax.sampling import latents
 from unclip_jax.sampling.inpaint import inpaint
 from unclip_jax.sampling.interpolation import interpolate
 from unclip_jax.sampling.latents import psnr, slerp
+from unclip_jax.sampling.reconstruct import reconstruct, truncate
 from unclip_jax.sampling.text_diff import text_diff
 from unclip_jax.sampling.variations import variations
 
@@ -114,6 +115,8 @@ def test_psnr():
         (lambda b, i: interpolate(b, i[0], i[1], noise="none"), "unknown noise 'none'"),
         (lambda b, i: text_diff(b, i[0], "a", "b", max_theta=0.0), "max_theta must be in"),
         (lambda b, i: text_diff(b, i[0], "a fox", "A  fox"), "same to CLIP"),
+        (lambda b, i: reconstruct(b, i[0], dims=[0]), "between 1 and 16, got 0"),
+        (lambda b, i: reconstruct(b, i[0], dims=[17]), "between 1 and 16, got 17"),
         (lambda b, i: inpaint(b, i[0], np.ones((3, 3), bool), "x"), "of the image's size"),
         (lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2]), "x"), "must be boolean"),
         (lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2], bool), "x", resamples=0), "resamples must be at least 1"),
@@ -170,6 +173,19 @@ def test_text_diff(bundle, images):
     assert 0 <= way[0] < way[1] < way[2]
     back = text_diff(bundle, images[0], "a blue heart", "a red fox", count=3, max_theta=0.5, steps=STEPS)
     assert np.abs(back[2].astype(int) - drawn[2]).max() > 8
+
+
+def test_reconstruction(bundle, images):
+    """All components give the image's own z_i decoded from the noise; fewer come nearer the more there are."""
+    drawn, dims = reconstruct(bundle, images[0], steps=STEPS, seed=1)
+    assert dims == (16,) and drawn.shape == (1, 8, 8, 3)
+    z = latents.embed_images(bundle, images[:1])
+    noise = latents.one_noise((8, 8, 3), 1, 1)
+    own = ops.to_uint8(latents.decode(bundle, z, noise, steps=STEPS, seed=1)[-1])
+    assert np.abs(drawn.astype(int) - own).max() <= 1
+    np.testing.assert_allclose(truncate(bundle, z, 16), z, rtol=1e-3, atol=1e-3)
+    left = [np.linalg.norm(truncate(bundle, z, d) - z) for d in (1, 4, 8, 12, 16)]
+    assert all(a > b for a, b in zip(left, left[1:])) and left[-1] < 1e-3 * left[0]
 
 
 def test_inpainting(bundle, images):

@@ -53,6 +53,22 @@ def test_guidance_scale_one_is_the_conditional_model(bundle):
     np.testing.assert_allclose(plain.images[0], guided.images[0], atol=2e-3)
 
 
+def test_every_way_to_z_image(bundle):
+    """Both priors, the text embedding and the null embedding give different pictures; the stages say what z_i was."""
+    stages = {prior: module.sample_stages(bundle, ["a fox", "a heart"], prior=prior) for prior in programs.PRIORS}
+    np.testing.assert_array_equal(stages["none"].z_image, stages["none"].z_text)
+    assert not stages["null"].z_image.any()
+    pictures = [s.images[0] for s in stages.values()]
+    for i, first in enumerate(pictures):
+        assert first.shape == (2, 8, 8, 3)
+        assert all(np.abs(first - second).max() > 0.02 for second in pictures[i + 1 :])
+    codec = bundle.parts["pca"].params
+    codes = (stages["ar"].z_image - codec["mean"]) @ codec["components"].T
+    np.testing.assert_allclose(codes[:, 6:], 0.0, atol=1e-4)  # the prior has six codes
+    with pytest.raises(ValueError, match="unknown prior 'gan'; choose one of diffusion, ar"):
+        unclip_jax.text_to_image(bundle, "x", prior="gan")
+
+
 @pytest.mark.parametrize(
     ("captions", "options", "message"),
     [

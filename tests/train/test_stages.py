@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.runs import STAGES, STEPS, Repeating, Signalling, losses, train_tiny, wrap_batches
+from tests.runs import BESIDE, STAGES, STEPS, Repeating, Signalling, losses, train_tiny, wrap_batches
 from unclip_jax import sharding
 from unclip_jax.checkpoint.bundle import load_bundle
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.main import main
 
 # Tests of one stage share its run, so they go to one worker.
-GROUPS = {"clip": "stages_1", "decoder": "stages_1", "prior": "stages_2", "upsampler_16": "stages_2"}
+GROUPS = {"clip": "stages_1", "decoder": "stages_1", "prior": "stages_2", "prior_ar": "stages_2", "upsampler_16": "stages_2"}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(group)) for name, group in GROUPS.items()])
@@ -24,9 +24,9 @@ def name(request):
 
 @pytest.fixture
 def beside(tiny_run, name, tmp_path):
-    """A fresh run folder with the shared CLIP where the configuration looks for it."""
-    if name in ("prior", "decoder"):
-        (tmp_path / "clip").symlink_to(tiny_run("clip"))
+    """A fresh run folder with the shared runs where the configuration looks for them."""
+    for other in BESIDE.get(name, ()):
+        (tmp_path / other).symlink_to(tiny_run(other))
     return tmp_path / name
 
 
@@ -81,6 +81,54 @@ def test_stopped_and_resumed_equals_running_through(name, tiny_run, beside, monk
 
 
 @pytest.mark.xdist_group("stages_2")
+def test_codec_is_the_pca_of_the_training_embeddings(tiny_run, tmp_path):
+    """The components diagonalise the covariance of the very rows that were read, and the extremes hold all of them; a finished run is
+    left alone; the mesh does not matter."""
+    from unclip_jax.data import pipeline, sources
+    from unclip_jax.models.prior_ar import Codec, project
+    from unclip_jax.train import common
+    from unclip_jax.train.clip import make_example
+
+    workdir = tiny_run("pca")
+    meta, params, steps = load_run(workdir)
+    clip = common.frozen_clip(str(tiny_run("clip")), workdir, sharding.make_mesh(None, jax.devices()[:1]), np.float32)
+    assert meta["part"]["clip"] == clip.hash and steps == 2
+    example = lambda record, rng: make_example(record, rng, tokenizer=clip.tokenizer, size=clip.image_size, crop_scale=0.95)
+    source = sources.make_source(meta["config"]["data"]["train"])
+    rows = list(pipeline.train_batches(source, example, batch_size=16, seed=0, num_steps=2, backend="numpy"))
+    z = np.concatenate([jax.jit(clip.image)(clip.params, row["clip_image"]) for row in rows]).astype(np.float64)
+    np.testing.assert_allclose(params["mean"], z.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(params["components"] @ params["components"].T, np.eye(16), atol=1e-5)
+    covariance = params["components"] @ np.cov(z.T, bias=True) @ params["components"].T
+    np.testing.assert_allclose(covariance, np.diag(params["eigenvalues"]), atol=1e-4 * params["eigenvalues"][0])
+    assert np.all(np.diff(params["eigenvalues"]) <= 0)
+    y = np.asarray(project(Codec(**params), z, 16))
+    np.testing.assert_allclose(y.min(0), params["low"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(y.max(0), params["high"], rtol=1e-3, atol=1e-4)
+    before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
+    again = train_tiny("pca", workdir)
+    assert again["explained_variance"] == pytest.approx(sum(params["eigenvalues"][:6]) / sum(params["eigenvalues"]))
+    assert before == {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
+
+
+@pytest.mark.xdist_group("stages_2")
+def test_what_the_codec_refuses(tiny_run, tmp_path):
+    """Too few rows for a covariance, more components than there are, a start from weights; and a prior whose CLIP is another."""
+    (tmp_path / "clip").symlink_to(tiny_run("clip"))
+    with pytest.raises(ValueError, match="16 rows .* too few for the covariance of 16"):
+        train_tiny("pca", tmp_path / "pca", steps=1)
+    with pytest.raises(ValueError, match="between 1 and the embedding's 16, got 17"):
+        train_tiny("pca", tmp_path / "pca", dims=17)
+    with pytest.raises(ValueError, match="starts from nothing"):
+        train_tiny("pca", tmp_path / "pca", init_from="emoji")
+    (tmp_path / "pca").symlink_to(tiny_run("pca"))
+    with pytest.raises(ValueError, match="20 codes need as many dimensions"):
+        train_tiny("prior_ar", tmp_path / "prior_ar", model__codes=20)
+    with pytest.raises(ValueError, match="fitted in the embedding space of CLIP"):
+        train_tiny("prior_ar", tmp_path / "prior_ar", clip="emoji")
+
+
+@pytest.mark.xdist_group("stages_2")
 def test_init_from_a_run(tiny_run, tmp_path):
     """A new run may start from trained weights: its first loss is not a fresh network's."""
     source = tiny_run("upsampler_16")
@@ -96,7 +144,7 @@ def test_bundle_of_runs(tiny_run, tmp_path, capsys):
     assert main(["bundle", str(runs["clip"].parent), "--out", str(tmp_path / "b"), "--rows", "8", "--sampling", "decoder.steps=2"]) == 0
     assert "own caption first of 8" in capsys.readouterr().out
     bundle = load_bundle(tmp_path / "b")
-    assert set(bundle.parts) == set(STAGES) and bundle.sampling["decoder"]["steps"] == 2
+    assert set(bundle.parts) == {*STAGES, "pca"} and bundle.sampling["decoder"]["steps"] == 2
     assert bundle.provenance["figures"]["chance"] == 0.125 and bundle.provenance["training"]["prior"]["step"] == STEPS
     trained = load_run(runs["prior"])[1]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float16)), bundle.parts["prior"].params, trained)

@@ -156,7 +156,8 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
         for name, part in bundle.parts.items():
             (temporary / name).mkdir()
             flat = traverse_util.flatten_dict(part.params, sep="/")
-            save_file({k: np.asarray(v, dtype, order="C") for k, v in flat.items()}, temporary / name / "model.safetensors")
+            kept = np.float32 if part.config["kind"] == "pca" else dtype  # small, and its directions must stay orthogonal
+            save_file({k: np.asarray(v, kept, order="C") for k, v in flat.items()}, temporary / name / "model.safetensors")
             _write_json(temporary / name / "config.json", part.config)
             listing[name] = {"hash": params_hash(part.params), "parameters": int(sum(np.size(v) for v in flat.values()))}
         top = {

@@ -18,6 +18,7 @@ VERBS = {
     "vary": ("unclip_jax.cli.vary", "draw variations of a picture"),
     "interpolate": ("unclip_jax.cli.interpolate", "draw the way from one picture to another"),
     "edit": ("unclip_jax.cli.edit", "change a picture in the direction from one caption to another"),
+    "reconstruct": ("unclip_jax.cli.reconstruct", "draw a picture from more and more principal components of its embedding"),
     "inpaint": ("unclip_jax.cli.inpaint", "draw part of a picture anew"),
 }
 

@@ -120,12 +120,20 @@ def read_image(path: str):
         raise ValueError(f"{path}: {error}") from None
 
 
-def add_image_arguments(parser: argparse.ArgumentParser, *, count: int, guidance: float | None = 1.0, steps: str | None = "50") -> None:
-    """The arguments that all verbs which start from a picture share; `guidance` and `steps` None leave them to the bundle."""
+def add_image_arguments(
+    parser: argparse.ArgumentParser, *, count: int | None, guidance: float | None = 1.0, steps: str | None = "50"
+) -> None:
+    """The arguments shared by the verbs that start from a picture.
+
+    Args:
+      count: the default of `--count`; None: there is no such argument.
+      guidance, steps: defaults; None: the bundle's.
+    """
     said = lambda value: "the bundle's" if value is None else f"{value:g}" if isinstance(value, float) else value  # noqa: E731
     parser.add_argument("--bundle", default="emoji", metavar="DIR", help="a bundle's folder, or the name of a shipped one (emoji)")
     parser.add_argument("--out", default="grid.png", metavar="FILE", help="the picture (grid.png)")
-    parser.add_argument("--count", type=int, default=count, metavar="N", help=f"how many to draw ({count})")
+    if count is not None:
+        parser.add_argument("--count", type=int, default=count, metavar="N", help=f"how many to draw ({count})")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     parser.add_argument("--steps", default=steps, metavar="N", help=f"the decoder's sampling steps ({said(steps)})")
     parser.add_argument("--guidance", type=float, default=guidance, metavar="S", help=f"the decoder's guidance scale ({said(guidance)})")

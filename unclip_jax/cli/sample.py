@@ -12,6 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="grid.png", metavar="FILE", help="the picture (grid.png)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="pictures per caption (1)")
+    parser.add_argument(
+        "--prior",
+        default="diffusion",
+        choices=("diffusion", "ar", "none", "null"),
+        help="where z_i comes from: a prior; none: the text embedding in its place; null: the caption alone (diffusion)",
+    )
     parser.add_argument("--guidance", type=float, metavar="S", help="the decoder's guidance scale")
     parser.add_argument("--prior-guidance", type=float, metavar="S", help="the prior's guidance scale")
     parser.add_argument("--steps", metavar="N", help="the decoder's sampling steps: 50, or segments 10,10,3,2,2, or fast27")
@@ -39,13 +45,13 @@ def run(args: argparse.Namespace) -> None:
     options = part_options([*([f"decoder.steps={args.steps}"] if args.steps else []), *args.assignments])
     for part, option, value in (
         ("decoder", "guidance_scale", args.guidance),
-        ("prior", "guidance_scale", args.prior_guidance),
+        ("prior_ar" if args.prior == "ar" else "prior", "guidance_scale", args.prior_guidance),
     ):
         if value is not None:
             options.setdefault(part, {})[option] = value
     use_compilation_cache()
     bundle = load_bundle(args.bundle)
     captions = [caption for caption in args.captions for _ in range(args.samples)]
-    images = text_to_image(bundle, captions, seed=args.seed, options=options, progress=progress_bar("sampling"))
+    images = text_to_image(bundle, captions, seed=args.seed, prior=args.prior, options=options, progress=progress_bar("sampling"))
     columns = args.samples if args.samples > 1 else min(len(captions), 4)
     print(save_grid(args.out, images, captions, columns=columns))

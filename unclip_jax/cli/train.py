@@ -12,6 +12,8 @@ from typing import Any
 STAGES = {
     "clip": "unclip_jax.train.clip",
     "prior_diffusion": "unclip_jax.train.prior_diffusion",
+    "pca": "unclip_jax.train.pca",
+    "prior_ar": "unclip_jax.train.prior_ar",
     "decoder": "unclip_jax.train.decoder",
     "upsampler": "unclip_jax.train.upsampler",
 }

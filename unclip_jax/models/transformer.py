@@ -1,16 +1,27 @@
-"""The pre-norm transformer shared by CLIP's towers and by the diffusion prior.
+"""The pre-norm transformer shared by CLIP's towers and by both priors.
 
-x <- x + Attention(LN(x)); x <- x + MLP(LN(x)). Initialisation is CLIP's (Radford et al. 2021, section 2.4 and released code):
-attention W^-1/2, both residual projections W^-1/2 (2 layers)^-1/2, the MLP's first layer (2 W)^-1/2; biases zero.
+x <- x + Attention(LN(x)); x <- x + MLP(LN(x)). Keys and values of a context may stand before a block's own, as in GLIDE's attention, and
+those of earlier tokens may be kept in a cache, for sampling token by token. Initialisation is CLIP's (Radford et al. 2021, section 2.4
+and released code): attention W^-1/2, both residual projections W^-1/2 (2 layers)^-1/2, the MLP's first layer (2 W)^-1/2; biases zero.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.layers import ACTIVATIONS, Dtype, Gather, LayerNorm, attend, hooked
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of one layer, each (B, P, K, D)."""
+
+    keys: jax.Array
+    values: jax.Array
 
 
 class Attention(nn.Module):
@@ -26,8 +37,22 @@ class Attention(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """(B, L, W), bool mask broadcastable to (B, K, L, L) or None -> (B, L, W)."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        context: jax.Array | None = None,
+        cache: KeysValues | None = None,
+        index: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KeysValues]:
+        """(B, L, W) -> (B, L, W), and the keys and values it attended to.
+
+        Args:
+          mask: bool, broadcastable to (B, K, L, P) for P keys, or None.
+          context: (B, Lc, Wc) tokens whose keys and values stand before the sequence's own (P = Lc + L).
+          cache: keys and values of P slots, the context's and earlier tokens' among them: the sequence's own are written at slot `index`.
+            The context is then in it already and is not given again.
+        """
         width = x.shape[-1]
         if width % self.heads:
             raise ValueError(f"width {width} is not a multiple of heads {self.heads}")
@@ -37,10 +62,17 @@ class Attention(nn.Module):
             kernel_init=nn.initializers.normal(width**-0.5),
             name=name,
         )
-        out = attend(dense("query")(x), dense("key")(x), dense("value")(x), mask)
-        return nn.DenseGeneral(
-            width, axis=(-2, -1), dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="out"
-        )(out)
+        q, k, v = dense("query")(x), dense("key")(x), dense("value")(x)
+        if cache is not None:
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1) for old, new in zip(cache, (k, v)))
+        elif context is not None:
+            context = context.astype(self.dtype)
+            k = jnp.concatenate([dense("context_key")(context), k], axis=1)
+            v = jnp.concatenate([dense("context_value")(context), v], axis=1)
+        out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="out")(
+            attend(q, k, v, mask)
+        )
+        return out, KeysValues(k, v)
 
 
 class Block(nn.Module):
@@ -54,18 +86,27 @@ class Block(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None, deterministic: bool = True) -> jax.Array:
-        """(B, L, W) -> (B, L, W)."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        deterministic: bool = True,
+        context: jax.Array | None = None,
+        cache: KeysValues | None = None,
+        index: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KeysValues]:
+        """(B, L, W) -> (B, L, W), and the layer's keys and values; arguments as those of `Attention`."""
         width = x.shape[-1]
         out_std = width**-0.5 * (2 * self.layers) ** -0.5
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         h = LayerNorm(dtype=self.dtype, name="ln1")(x)
-        x = x + drop(Attention(self.heads, out_std, self.dtype, name="attn")(h, mask))
+        h, kept = Attention(self.heads, out_std, self.dtype, name="attn")(h, mask, context, cache, index)
+        x = x + drop(h)
         h = LayerNorm(dtype=self.dtype, name="ln2")(x)
         h = nn.Dense(int(width * self.mlp_ratio), dtype=self.dtype, kernel_init=nn.initializers.normal((2 * width) ** -0.5), name="fc1")(h)
         h = ACTIVATIONS[self.activation](h)
         h = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(out_std), name="fc2")(h)
-        return x + drop(h)
+        return x + drop(h), kept
 
 
 class Transformer(nn.Module):
@@ -90,12 +131,27 @@ class Transformer(nn.Module):
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, deterministic: bool = True, context: jax.Array | None = None
+    ) -> jax.Array:
+        """(B, L, W), bool mask broadcastable to (B, K, L, P) or None, context (B, Lc, Wc) or None -> (B, L, W); P = Lc + L keys."""
+        return self.run(x, mask, deterministic, context)[0]
+
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None, deterministic: bool = True) -> jax.Array:
-        """(B, L, W), bool mask broadcastable to (B, K, L, L) -> (B, L, W)."""
+    def run(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        deterministic: bool = True,
+        context: jax.Array | None = None,
+        caches: Sequence[KeysValues] | None = None,
+        index: jax.Array | int = 0,
+    ) -> tuple[jax.Array, list[KeysValues]]:
+        """As `__call__`, also returning every layer's keys and values, to be given as `caches` for the tokens that follow (`Attention`)."""
         block = hooked(Block, self.gather, self.remat, static_argnums=(3,))
+        kept = []
         for i in range(self.layers):
-            x = block(
+            x, layer = block(
                 heads=self.heads,
                 layers=self.layers,
                 mlp_ratio=self.mlp_ratio,
@@ -103,8 +159,9 @@ class Transformer(nn.Module):
                 dropout=self.dropout,
                 dtype=self.dtype,
                 name=f"block_{i}",
-            )(x, mask, deterministic)
-        return x
+            )(x, mask, deterministic, context, None if caches is None else caches[i], index)
+            kept.append(layer)
+        return x, kept
 
 
 def causal_mask(length: int) -> jax.Array:

@@ -10,35 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops, sources
 from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.generate import build_model, part_space
+from unclip_jax.generate import part_space
+from unclip_jax.sampling.latents import embed_images
 from unclip_jax.sampling.text_to_image import sample_stages
 
 SPLITS = ("val", "compose")
 
 
-def encode_images(bundle: Bundle, images: np.ndarray, batch_size: int = 50) -> np.ndarray:
-    """uint8 (N, H, W, 3) -> raw CLIP embeddings (N, D); images are resized to the tower's size."""
-    part = bundle.part("clip")
-    model, size = build_model(part.config), part.config["model"]["image"]["image_size"]
-    encode = jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode_image"))
-    rows = np.stack([ops.to_float(ops.resize(image, size)) for image in images])
-    padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % batch_size, axis=0)])
-    return np.concatenate([np.asarray(encode(part.params, x)) for x in np.split(padded, len(padded) // batch_size)])[: len(rows)]
-
-
-def measure(bundle: Bundle, *, rows: int = 100, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> dict:
+def measure(
+    bundle: Bundle, *, rows: int = 100, seed: int = 0, prior: str = "diffusion", progress: Callable[[int, int], None] | None = None
+) -> dict:
     """Measures everything above on the first `rows` rows of each split.
 
     Args:
       bundle: with clip, prior, decoder.
       rows: a multiple of the group of 100 candidates; a smaller number is one group of that many.
       seed: of the samples.
+      prior: as in `text_to_image`.
       progress: called with (images done, images in all) of the current split.
 
     Returns:
@@ -52,9 +45,9 @@ def measure(bundle: Bundle, *, rows: int = 100, seed: int = 0, progress: Callabl
         source = sources.emoji(split)
         records = [source.read(i) for i in range(min(rows, len(source)))]
         captions = [r.captions[0] for r in records]
-        z_image = encode_images(bundle, np.stack([ops.center_crop_square(ops.decode_image(r.image)) for r in records]))
-        stages = sample_stages(bundle, captions, seed=seed, progress=progress)
-        z_sample = encode_images(bundle, ops.to_uint8(stages.images[-1]))
+        z_image = embed_images(bundle, [ops.decode_image(r.image) for r in records])
+        stages = sample_stages(bundle, captions, seed=seed, prior=prior, progress=progress)
+        z_sample = embed_images(bundle, ops.to_uint8(stages.images[-1]))
         figures[split] = {
             "retrieval": retrieval_at_1(z_image, stages.z_text, group),
             "caption_first": retrieval_at_1(z_sample, stages.z_text, group),

@@ -14,7 +14,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
-from unclip_jax.generate import inpaint_decoder, sample_prior, sample_upsampler
+from unclip_jax.generate import inpaint_decoder, sample_upsampler
 from unclip_jax.sampling import latents, programs
 
 RESAMPLES = 5
@@ -29,19 +29,21 @@ def inpaint(
     count: int = 4,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    prior: str = "diffusion",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Draws the unknown part of an image.
 
     Args:
-      bundle: with clip, prior, decoder, and any number of upsamplers.
+      bundle: with clip, decoder, the prior chosen, and any number of upsamplers.
       image: uint8 (H, W, 3).
       mask: bool (H, W), True where the image is kept.
       caption: of the whole picture.
       count: pictures to draw.
       resamples: passes per step; more fit the drawn part better to the kept one, at their cost.
       seed: non-negative integer.
+      prior: as in `text_to_image`.
       options: overrides of the bundle's sampling defaults per part; the decoder's sampler is ancestral whatever they say.
       progress: called with (images done, images in all).
 
@@ -59,8 +61,9 @@ def inpaint(
         raise ValueError(f"the number of pictures must be at least 1, got {count}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    for name in ("clip", "prior", "decoder"):
+    for name in ("clip", "decoder"):
         bundle.part(name)
+    programs.check_prior(bundle, prior)
     static, scales = programs.split_scales(programs.stage_options(bundle, options))
     small = bundle.part("decoder").config["model"]["unet"]["image_size"]
     target = ops.to_float(latents.square([image], small))
@@ -73,7 +76,7 @@ def inpaint(
             chosen = {name: programs.with_scale(static[name], scales[name]) for name in static}
             keys = programs.row_keys(seed, positions)
             text, nothing = programs.both_texts(models["clip"], params["clip"], tokens, text_mask, *empty)
-            z_image = sample_prior(models["prior"], params["prior"], configs["prior"], text, nothing, fold_in(keys, 0), chosen["prior"])
+            z_image = programs.draw_z_image(prior, models, params, configs, text, nothing, fold_in(keys, 0), chosen)
             drawn = inpaint_decoder(
                 models["decoder"], params["decoder"], configs["decoder"], target, known, z_image, text, nothing, fold_in(keys, 1),
                 chosen["decoder"], resamples,
@@ -84,7 +87,7 @@ def inpaint(
 
         return run
 
-    run, params = programs.program(bundle, ("inpaint", resamples, *static.items()), make), programs.device_params(bundle)
+    run, params = programs.program(bundle, ("inpaint", prior, resamples, *static.items()), make), programs.device_params(bundle)
     tokens, text_mask = programs.tokenizer(bundle)([caption])
     empty = [a[None] for a in programs.tokenizer(bundle).empty()]
 

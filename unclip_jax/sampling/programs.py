@@ -18,7 +18,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.generate import (
-    SamplingOptions,
+    Options,
     TextConditioning,
     build_model,
     check_options,
@@ -26,8 +26,9 @@ from unclip_jax.generate import (
     encode_text,
     is_guided,
     options_from,
-    part_schedule,
+    sample_prior,
 )
+from unclip_jax.models.prior_ar import Codec
 
 MAX_BATCH = 16
 
@@ -37,21 +38,22 @@ def upsampler_names(bundle: Bundle) -> list[str]:
     return sorted((n for n in bundle.parts if n.startswith("upsampler_")), key=lambda n: int(n.split("_")[1]))
 
 
-def stage_options(bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, SamplingOptions]:
+def stage_options(bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Options]:
     """The bundle's sampling defaults with overrides per part, e.g. {"decoder": {"guidance_scale": 3.0, "steps": 50}}.
 
     Raises:
       ValueError: on an unknown part or option, or a value out of range.
     """
-    names = [name for name in ("prior", "decoder") if name in bundle.parts] + upsampler_names(bundle)
+    names = [name for name in ("prior", "prior_ar", "decoder") if name in bundle.parts] + upsampler_names(bundle)
     unknown = set(overrides or {}) - set(names)
     if unknown:
         raise ValueError(f"unknown part {', '.join(sorted(unknown))} in the sampling options; this bundle samples {', '.join(names)}")
     options = {}
     for name in names:
-        chosen = options_from(bundle.sampling.get(name, {}), **(overrides or {}).get(name, {}))
+        config = bundle.part(name).config
+        chosen = options_from(bundle.sampling.get(name, {}), config["kind"], **(overrides or {}).get(name, {}))
         try:
-            check_options(chosen, part_schedule(bundle.part(name).config).num_steps)
+            check_options(chosen, config)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         options[name] = chosen
@@ -73,8 +75,8 @@ def tokenizer(bundle: Bundle) -> ClipTokenizer:
 
 
 def models_of(bundle: Bundle) -> dict[str, nn.Module]:
-    """Every part's module, in the compute dtype of this machine."""
-    return {name: build_model(part.config, compute_dtype("auto")) for name, part in bundle.parts.items()}
+    """Every network's module, in the compute dtype of this machine."""
+    return {name: build_model(part.config, compute_dtype("auto")) for name, part in bundle.parts.items() if name != "pca"}
 
 
 def program(bundle: Bundle, key: Hashable, make: Callable[[], Callable]) -> Callable:
@@ -84,7 +86,7 @@ def program(bundle: Bundle, key: Hashable, make: Callable[[], Callable]) -> Call
     return bundle.cache[key]
 
 
-def split_scales(options: Mapping[str, SamplingOptions]) -> tuple[dict[str, SamplingOptions], dict[str, jax.Array]]:
+def split_scales(options: Mapping[str, Options]) -> tuple[dict[str, Options], dict[str, jax.Array]]:
     """Options with the guidance scales taken out, to be part of a program's key, and the scales, to be its arguments.
 
     Only whether there is guidance stays in the options (scale 0 or 1); `with_scale` joins the two again inside the program.
@@ -93,7 +95,7 @@ def split_scales(options: Mapping[str, SamplingOptions]) -> tuple[dict[str, Samp
     return static, {name: jnp.float32(o.guidance_scale) for name, o in options.items()}
 
 
-def with_scale(options: SamplingOptions, scale: jax.Array) -> SamplingOptions:
+def with_scale(options: Options, scale: jax.Array) -> Options:
     """Options out of `split_scales` with their (traced) scale, if they are guided."""
     return dataclasses.replace(options, guidance_scale=scale) if is_guided(options) else options
 
@@ -108,6 +110,37 @@ def both_texts(
 ) -> tuple[TextConditioning, TextConditioning]:
     """Captions (B, L) and the empty caption (1, L), as CLIP sees them."""
     return encode_text(model, params, tokens, mask), encode_text(model, params, empty_tokens, empty_mask)
+
+
+PRIORS = ("diffusion", "ar", "none", "null")
+
+
+def check_prior(bundle: Bundle, prior: str) -> None:
+    """Raises ValueError on an unknown way to z_i, KeyError when the bundle lacks its parts."""
+    if prior not in PRIORS:
+        raise ValueError(f"unknown prior {prior!r}; choose one of {', '.join(PRIORS)}")
+    for name in {"diffusion": ("prior",), "ar": ("prior_ar", "pca")}.get(prior, ()):
+        bundle.part(name)
+
+
+def draw_z_image(
+    prior: str,
+    models: Mapping[str, nn.Module],
+    params: Mapping[str, Any],
+    configs: Mapping[str, dict],
+    text: TextConditioning,
+    empty: TextConditioning,
+    keys: jax.Array,
+    options: Mapping[str, Options],
+) -> jax.Array | None:
+    """z_i (B, D) for captions, by one of PRIORS: either prior, the text embedding itself (`none`) or the null embedding (None)."""
+    if prior == "none":
+        return text.embed
+    if prior == "null":
+        return None
+    name = {"diffusion": "prior", "ar": "prior_ar"}[prior]
+    codec = Codec(**params["pca"]) if prior == "ar" else None
+    return sample_prior(models[name], params[name], configs[name], text, empty, keys, options[name], codec)
 
 
 def in_batches(

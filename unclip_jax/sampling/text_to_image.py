@@ -9,25 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
-from unclip_jax.generate import SamplingOptions, sample_decoder, sample_prior, sample_upsampler
+from unclip_jax.generate import Options, sample_decoder, sample_upsampler
 from unclip_jax.sampling import programs
 
 
 class Stages(NamedTuple):
     """What each stage drew: z_text, z_image (B, D) raw embeddings; images, one float array (B, H, W, 3) in [-1, 1] per size, the
-    decoder's first; all NumPy."""
+    decoder's first; all NumPy. Without an embedding (prior `null`) z_image is zero."""
 
     z_text: np.ndarray
     z_image: np.ndarray
     images: list[np.ndarray]
 
 
-def _cascade(bundle: Bundle, options: dict[str, SamplingOptions]) -> Callable:
+def _cascade(bundle: Bundle, options: dict[str, Options], prior: str) -> Callable:
     models = programs.models_of(bundle)
     configs = {name: part.config for name, part in bundle.parts.items()}
     upsamplers = programs.upsampler_names(bundle)
@@ -36,7 +37,7 @@ def _cascade(bundle: Bundle, options: dict[str, SamplingOptions]) -> Callable:
         chosen = {name: programs.with_scale(options[name], scales[name]) for name in options}
         keys = programs.row_keys(seed, positions)
         text, empty = programs.both_texts(models["clip"], params["clip"], tokens, mask, empty_tokens, empty_mask)
-        z_image = sample_prior(models["prior"], params["prior"], configs["prior"], text, empty, fold_in(keys, 0), chosen["prior"])
+        z_image = programs.draw_z_image(prior, models, params, configs, text, empty, fold_in(keys, 0), chosen)
         images = [
             sample_decoder(
                 models["decoder"], params["decoder"], configs["decoder"], z_image, text, empty, fold_in(keys, 1), chosen["decoder"]
@@ -44,7 +45,7 @@ def _cascade(bundle: Bundle, options: dict[str, SamplingOptions]) -> Callable:
         ]
         for i, name in enumerate(upsamplers):
             images.append(sample_upsampler(models[name], params[name], configs[name], images[-1], fold_in(keys, 2 + i), options[name]))
-        return text.embed, z_image, images
+        return text.embed, jnp.zeros_like(text.embed) if z_image is None else z_image, images
 
     return run
 
@@ -54,15 +55,18 @@ def sample_stages(
     captions: Sequence[str],
     *,
     seed: int = 0,
+    prior: str = "diffusion",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Stages:
     """Runs the cascade and keeps what every stage drew.
 
     Args:
-      bundle: with parts clip, prior, decoder, and any number of upsamplers.
+      bundle: with parts clip, decoder, the prior chosen, and any number of upsamplers.
       captions: any number of texts, of any length (cut to the tokenizer's slots).
       seed: non-negative integer.
+      prior: `diffusion` or `ar`; or, as in the paper's ablation, `none`: the text embedding takes the place of z_i, or `null`: the
+        decoder's null embedding does, and the caption alone says what to draw.
       options: overrides of the bundle's sampling defaults per part.
       progress: called with (images done, images in all) after each batch.
 
@@ -75,10 +79,11 @@ def sample_stages(
     captions = list(captions)
     if not captions:
         raise ValueError("no captions: give at least one")
-    for name in ("clip", "prior", "decoder"):
+    for name in ("clip", "decoder"):
         bundle.part(name)
+    programs.check_prior(bundle, prior)
     static, scales = programs.split_scales(programs.stage_options(bundle, options))
-    run = programs.program(bundle, ("text_to_image", *static.items()), lambda: _cascade(bundle, static))
+    run = programs.program(bundle, ("text_to_image", prior, *static.items()), lambda: _cascade(bundle, static, prior))
     params, tokenizer = programs.device_params(bundle), programs.tokenizer(bundle)
     empty = [a[None] for a in tokenizer.empty()]
     tokens, mask = tokenizer(captions)
@@ -91,6 +96,7 @@ def text_to_image(
     captions: Sequence[str] | str,
     *,
     seed: int = 0,
+    prior: str = "diffusion",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
@@ -99,7 +105,7 @@ def text_to_image(
     Args:
       bundle: from `load_bundle`.
       captions: texts; a single string is one caption.
-      seed, options, progress: as in `sample_stages`.
+      seed, prior, options, progress: as in `sample_stages`.
 
     Returns:
       uint8 (B, H, W, 3), H = W = the largest upsampler's size, or the decoder's when there is none.
@@ -108,4 +114,4 @@ def text_to_image(
       ValueError, KeyError: as in `sample_stages`.
     """
     captions = [captions] if isinstance(captions, str) else captions
-    return ops.to_uint8(sample_stages(bundle, captions, seed=seed, options=options, progress=progress).images[-1])
+    return ops.to_uint8(sample_stages(bundle, captions, seed=seed, prior=prior, options=options, progress=progress).images[-1])

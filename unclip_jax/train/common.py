@@ -130,7 +130,7 @@ class Logger:
         record = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
         record |= {"step_time": seconds, "examples_per_second": self.batch_size / seconds}
         self.record(step, record)
-        words = f"loss {record['loss']:.4f}  {record['examples_per_second']:.1f} examples/s"
+        words = (f"loss {record['loss']:.4f}  " if "loss" in record else "") + f"{record['examples_per_second']:.1f} examples/s"
         if self.bar is not None:
             self.bar.set_postfix_str(words)
         elif self.main:
@@ -305,8 +305,10 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-def batches(config: ConfigDict, source: Source, make_example: pipeline.MakeExample, start: int) -> pipeline.TrainBatches:
-    """This host's training batches from step `start` on, as `config.data` says."""
+def batches(
+    config: ConfigDict, source: Source, make_example: pipeline.MakeExample, start: int, stop: int | None = None
+) -> pipeline.TrainBatches:
+    """This host's training batches of the steps from `start` to `stop` (the run's last when None), as `config.data` says."""
     backend = config.data.backend
     if backend == "auto":
         backend = "tf" if importlib.util.find_spec("tensorflow") else "numpy"
@@ -316,7 +318,7 @@ def batches(config: ConfigDict, source: Source, make_example: pipeline.MakeExamp
         batch_size=config.batch_size,
         seed=config.seed,
         start_step=start,
-        num_steps=config.steps - start,
+        num_steps=(config.steps if stop is None else stop) - start,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         backend=backend,

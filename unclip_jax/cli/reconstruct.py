@@ -1,0 +1,31 @@
+"""`unclip reconstruct IMAGE --out grid.png`: an image from more and more principal components of its embedding."""
+
+from __future__ import annotations
+
+import argparse
+
+from unclip_jax.cli.options import add_image_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("image", metavar="IMAGE", help="the picture")
+    parser.add_argument("--dims", type=int, nargs="+", metavar="N", help="numbers of components (the paper's, and all)")
+    add_image_arguments(parser, count=None)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the verb."""
+    import numpy as np
+
+    from unclip_jax.cli.options import image_task, read_image
+    from unclip_jax.sampling import latents
+    from unclip_jax.sampling.reconstruct import reconstruct
+
+    task = image_task(args)
+    image = read_image(args.image)
+    drawn, dims = reconstruct(
+        task.bundle, image, dims=args.dims, steps=task.steps, guidance_scale=args.guidance, seed=args.seed, progress=task.progress
+    )
+    labels = ["input", *[f"{d} components" for d in dims]]
+    task.save(np.concatenate([latents.square([image], drawn.shape[1]), drawn]), labels)

@@ -1,0 +1,174 @@
+"""The autoregressive prior: CLIP image embeddings as a sequence of codes (unCLIP section 2.2).
+
+Codec: PCA of image embeddings, components in the order of their eigenvalues; the first N projections are cut into `buckets` equal
+buckets each, between the extremes seen in fitting. A code stands for its bucket's centre, so that a projection inside the extremes comes
+back within half a bucket.
+
+Model: a causal transformer over [z_t, d, c_1, ..., c_N], where d is the quantised dot product z_i.z_t; the token before c_n predicts c_n.
+The caption reaches it as keys and values that stand before each layer's own (the paper's latent decoder has a context of 384, which
+319 codes and 256 text tokens do not fit into; how the caption enters is not said). d is never predicted: in training it is the true
+one, in sampling it comes from the upper part of its distribution over the training data.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.models.layers import Dtype, Gather, LayerNorm
+from unclip_jax.models.transformer import KeysValues, Transformer, causal_mask
+
+EXTRA_TOKENS = 2  # z_t and the dot product
+
+
+class Codec(NamedTuple):
+    """PCA of embeddings and the range of every projection.
+
+    mean: (D,); components: (D, D), row k the k-th principal direction; eigenvalues: (D,) variances, falling; low, high: (D,) extremes
+    of the projections.
+    """
+
+    mean: jax.Array
+    components: jax.Array
+    eigenvalues: jax.Array
+    low: jax.Array
+    high: jax.Array
+
+
+def project(codec: Codec, z: jax.Array, dims: int) -> jax.Array:
+    """Raw embeddings (..., D) -> their first `dims` projections (..., dims)."""
+    return jnp.einsum("...d,kd->...k", z - codec.mean, codec.components[:dims], precision="highest")
+
+
+def unproject(codec: Codec, y: jax.Array) -> jax.Array:
+    """Projections (..., k) -> raw embeddings (..., D): exact at k = D."""
+    return codec.mean + jnp.einsum("...k,kd->...d", y, codec.components[: y.shape[-1]], precision="highest")
+
+
+def quantize(codec: Codec, y: jax.Array, buckets: int) -> jax.Array:
+    """Projections (..., k) -> codes (..., k) int32 in [0, buckets); beyond the extremes, the nearest bucket."""
+    k = y.shape[-1]
+    unit = (y - codec.low[:k]) / jnp.maximum(codec.high[:k] - codec.low[:k], 1e-12)
+    return jnp.clip(jnp.floor(unit * buckets), 0, buckets - 1).astype(jnp.int32)
+
+
+def dequantize(codec: Codec, codes: jax.Array, buckets: int) -> jax.Array:
+    """Codes (..., k) -> the centres of their buckets (..., k)."""
+    k = codes.shape[-1]
+    return codec.low[:k] + (codes + 0.5) / buckets * (codec.high[:k] - codec.low[:k])
+
+
+def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Cosine of corresponding rows (..., D) -> (...): z_i.z_t of CLIP's normalised embeddings."""
+    norm = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return jnp.sum(a * b, axis=-1) / jnp.maximum(norm, 1e-8)
+
+
+def dot_token(edges: jax.Array, z_image: jax.Array, z_text: jax.Array) -> jax.Array:
+    """The bin of z_i.z_t: raw embeddings (B, D) twice, edges (bins - 1,) rising -> (B,) int32 in [0, bins)."""
+    return jnp.searchsorted(edges, cosine(z_image, z_text)).astype(jnp.int32)
+
+
+class ARPrior(nn.Module):
+    """p(c_n | c_<n, d, z_t, y).
+
+    Attributes:
+      codes: N, the number of codes (principal components).
+      buckets: values of a code.
+      dot_bins: values of the dot-product token.
+      length: L, the number of text states.
+      width, layers, heads: of the transformer.
+    """
+
+    codes: int
+    buckets: int
+    dot_bins: int
+    length: int
+    width: int
+    layers: int
+    heads: int
+    mlp_ratio: float = 4.0
+    activation: str = "gelu"
+    dropout: float = 0.0
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+    gather: Gather | None = None
+
+    def setup(self):
+        embed = lambda count: nn.Embed(count, self.width, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02))  # noqa: E731
+        self.code_embedding, self.dot_embedding = embed(self.buckets), embed(self.dot_bins)
+        self.text_embed_in = nn.Dense(self.width, dtype=self.dtype)
+        self.position_embedding = self.param("position_embedding", nn.initializers.normal(0.01), (self.codes + 1, self.width))
+        self.transformer = Transformer(
+            self.layers, self.heads, mlp_ratio=self.mlp_ratio, activation=self.activation, dropout=self.dropout,
+            remat=self.remat, dtype=self.dtype, gather=self.gather,
+        )  # fmt: skip
+        self.ln_out = LayerNorm(dtype=self.dtype)
+        self.logits_out = nn.Dense(self.buckets, dtype=self.dtype)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        return self.logits_out(self.ln_out(x)).astype(jnp.float32)
+
+    def _start(self, dot: jax.Array, text_embed: jax.Array) -> jax.Array:
+        return jnp.stack([self.text_embed_in(text_embed.astype(self.dtype)), self.dot_embedding(dot)], axis=1)
+
+    def __call__(
+        self,
+        codes: jax.Array,
+        dot: jax.Array,
+        *,
+        text_embed: jax.Array,
+        text_states: jax.Array,
+        text_mask: jax.Array,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Logits of every code given those before it.
+
+        Args:
+          codes: (B, N) int32 in [0, buckets).
+          dot: (B,) int32 in [0, dot_bins).
+          text_embed: (B, D) raw z_t.
+          text_states: (B, L, Wt) text tower states.
+          text_mask: (B, L) bool, True on the caption's own tokens.
+          deterministic: False switches dropout on (needs the `dropout` RNG).
+
+        Returns:
+          (B, N, buckets) float32.
+
+        Raises:
+          ValueError: when codes or text have another length than the model.
+        """
+        b, n = codes.shape
+        if n != self.codes or text_states.shape[1] != self.length:
+            raise ValueError(f"this prior has {self.codes} codes and {self.length} text states, got {n} and {text_states.shape[1]}")
+        x = jnp.concatenate([self._start(dot, text_embed), self.code_embedding(codes[:, :-1])], axis=1)
+        x = x + self.position_embedding.astype(self.dtype)
+        text = jnp.broadcast_to(text_mask.astype(bool)[:, None, None], (b, 1, n + 1, self.length))
+        mask = jnp.concatenate([text, jnp.broadcast_to(causal_mask(n + 1), (b, 1, n + 1, n + 1))], axis=-1)
+        return self._logits(self.transformer(x, mask, deterministic, text_states)[:, 1:])
+
+    def prefill(
+        self, dot: jax.Array, *, text_embed: jax.Array, text_states: jax.Array, text_mask: jax.Array
+    ) -> tuple[jax.Array, list[KeysValues]]:
+        """The first code's logits (B, buckets), and caches with room for all codes; arguments as in `__call__`."""
+        b = dot.shape[0]
+        x = self._start(dot, text_embed) + self.position_embedding[:EXTRA_TOKENS].astype(self.dtype)
+        text = jnp.broadcast_to(text_mask.astype(bool)[:, None, None], (b, 1, EXTRA_TOKENS, self.length))
+        mask = jnp.concatenate([text, jnp.broadcast_to(causal_mask(EXTRA_TOKENS), (b, 1, EXTRA_TOKENS, EXTRA_TOKENS))], axis=-1)
+        x, kept = self.transformer.run(x, mask, True, text_states)
+        room = lambda a: jnp.pad(a, ((0, 0), (0, self.codes + 1 - EXTRA_TOKENS), (0, 0), (0, 0)))  # noqa: E731
+        return self._logits(x[:, -1]), [KeysValues(*map(room, layer)) for layer in kept]
+
+    def extend(
+        self, code: jax.Array, n: jax.Array, caches: list[KeysValues], *, text_mask: jax.Array
+    ) -> tuple[jax.Array, list[KeysValues]]:
+        """Given the n-th code (B,) (n from 0), the next one's logits (B, buckets) and the caches with it added."""
+        position = n + EXTRA_TOKENS
+        x = self.code_embedding(code)[:, None] + jnp.take(self.position_embedding, position, axis=0).astype(self.dtype)
+        slots = jnp.arange(self.codes + 1) <= position
+        mask = jnp.concatenate([text_mask.astype(bool), jnp.broadcast_to(slots, (code.shape[0], self.codes + 1))], axis=1)
+        x, caches = self.transformer.run(x, mask[:, None, None], True, None, caches, self.length + position)
+        return self._logits(x[:, 0]), caches

@@ -1,0 +1,179 @@
+"""The autoregressive prior: codes of CLIP image embeddings from captions (unCLIP section 2.2).
+
+Embeddings are projected on their principal components and quantised; a causal transformer sees the caption, its CLIP text embedding, the
+quantised dot product z_i.z_t and the codes so far, and predicts the next code. Captions are dropped for classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import load_part
+from unclip_jax.checkpoint.store import CheckpointStore
+from unclip_jax.data import pipeline, sources
+from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
+from unclip_jax.generate import compute_dtype, options_from, sample_prior, select_text
+from unclip_jax.models.prior_ar import ARPrior, Codec, cosine, dot_token, project, quantize
+from unclip_jax.sharding import make_gather, make_mesh, shard_batch
+from unclip_jax.train import common
+from unclip_jax.train.clip import make_example  # the same row: an image and a caption as CLIP sees them
+from unclip_jax.train.optim import make_optimizer, updates_applied
+from unclip_jax.train.state import apply_gradients, create_state, step_rng
+
+
+# ---------------------------------------------------------------------------------------------------------------------- statistics
+def dot_edges(clip: common.FrozenClip, config, source, example, mesh) -> np.ndarray:
+    """Edges (bins - 1,) that cut z_i.z_t of the first training batches into equally frequent bins."""
+
+    def dots(params, image, tokens, mask):
+        return cosine(clip.image(params, image), clip.text(params, tokens, mask).embed)
+
+    dots, rows = jax.jit(dots), []
+    batches = common.batches(config, source, example, 0, config.statistics_batches)
+    with common.closing(batches):
+        for _ in range(config.statistics_batches):
+            batch = shard_batch(next(batches), mesh)
+            rows.append(common.crossed(dots(clip.params, batch["clip_image"], batch["clip_tokens"], batch["clip_token_mask"])))
+    bins = config.model.dot_bins
+    return np.quantile(np.concatenate(rows), np.arange(1, bins) / bins)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- loss
+def loss_fn(params, rng, batch, *, frozen, clip, model, edges, drop_text):
+    """Loss () in nats per code and metrics of a global batch; `frozen` holds the CLIP's parameters and the codec."""
+    rng_drop, rng_dropout = jax.random.split(rng)
+    z = clip.image(frozen["clip"], batch["clip_image"])
+    text = clip.text(frozen["clip"], batch["clip_tokens"], batch["clip_token_mask"])
+    empty = clip.text(frozen["clip"], **common.text_arguments(clip.empty))
+    dot = dot_token(edges, z, text.embed)
+    codes = quantize(frozen["codec"], project(frozen["codec"], z, model.codes), model.buckets)
+    text = select_text(jax.random.uniform(rng_drop, (len(z),)) >= drop_text, text, empty)
+
+    logits = model.apply(
+        {"params": params}, codes, dot, text_embed=text.embed, text_states=text.states, text_mask=text.mask,
+        deterministic=False, rngs={"dropout": rng_dropout},
+    )  # fmt: skip
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), codes[..., None], axis=-1)
+    return -jnp.mean(log_prob), {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == codes)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- training
+def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
+    """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
+
+    Args:
+      config: see `configs/emoji/prior_ar.py`.
+      workdir: the run's folder; a run found there is resumed.
+      init_from: a bundle or run whose weights a new run starts from.
+
+    Raises:
+      ValueError: when the codec was fitted in another CLIP's space, or has fewer dimensions than there are codes.
+    """
+    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    mesh = make_mesh(config.mesh)
+    dtype = compute_dtype(config.dtype)
+    clip = common.frozen_clip(config.clip, workdir, mesh, dtype)
+    pca, _ = load_part(common.resolve(config.pca, workdir), "pca")
+    if pca.config["clip"] != clip.hash:
+        raise ValueError(f"the codec was fitted in the embedding space of CLIP {pca.config['clip']}, but the CLIP given is {clip.hash}")
+    if config.model.codes > clip.embed_dim:
+        raise ValueError(f"{config.model.codes} codes need as many dimensions; CLIP's embeddings have {clip.embed_dim}")
+    codec = jax.device_put(Codec(**pca.params))
+    source = sources.make_source(config.data.train)
+    evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
+    example = functools.partial(make_example, tokenizer=clip.tokenizer, size=clip.image_size, crop_scale=config.data.crop_scale)
+
+    # ------------------------------------------------------------------------------------------------------------------ model and optimizer
+    model_config = common.config_json(config.model) | {"length": clip.tokenizer.length}
+    model = ARPrior(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
+    tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
+
+    def init(key):
+        text = {"text_embed": jnp.zeros((1, clip.embed_dim)), "text_mask": jnp.ones((1, clip.tokenizer.length), bool)}
+        states = jnp.zeros((1, clip.tokenizer.length, clip.model.text["width"]))
+        codes, dot = jnp.zeros((1, model.codes), jnp.int32), jnp.zeros(1, jnp.int32)
+        return model.init(key, codes, dot, text_states=states, **text)["params"]
+
+    state, shardings = create_state(init, tx, config.seed, mesh)
+
+    # ------------------------------------------------------------------------------------------------------------------ restore
+    store = CheckpointStore(workdir, config.keep)
+    meta = {
+        "name": "prior_ar",
+        "part": {"kind": "prior_ar", "model": model_config, "clip": clip.hash},
+        "tokenizer": clip.tokenizer.config(),
+        "sampling": common.config_json(config.sampling),
+        "config": common.config_json(config),
+        "provenance": common.new_provenance(source.checksum),
+    }
+    state, meta, start, old_part = common.restore_or_init(store, state, shardings, meta, init_from)
+    if old_part.get("clip") == clip.hash:  # go on with the bins the weights were made for
+        meta["part"]["dot_edges"] = old_part["dot_edges"]
+    else:
+        meta["part"]["dot_edges"] = dot_edges(clip, config, source, example, mesh).tolist()
+    edges = np.asarray(meta["part"]["dot_edges"], np.float32)
+
+    # ------------------------------------------------------------------------------------------------------------------ update step
+    frozen = {"clip": clip.params, "codec": codec}
+    loss_of = functools.partial(loss_fn, clip=clip, model=model, edges=edges, drop_text=config.drop_text)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def update(state, frozen, batch):
+        rng = step_rng(config.seed, state.step)
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, rng, batch, frozen=frozen)
+        rate = learning_rate(updates_applied(state.opt_state))
+        state, update_metrics = apply_gradients(state, grads, tx, config.ema_decay)
+        return state, {"loss": loss, "learning_rate": rate, **metrics, **update_metrics}
+
+    # ------------------------------------------------------------------------------------------------------------------ evaluators
+    options = options_from(config.sampling, "prior_ar")
+
+    @jax.jit
+    def predict(params, frozen, batch, rng):
+        text = clip.text(frozen["clip"], batch["clip_tokens"], batch["clip_token_mask"])
+        empty = clip.text(frozen["clip"], **common.text_arguments(clip.empty))
+        z_hat = sample_prior(model, params, meta["part"], text, empty, rng, options, frozen["codec"])
+        return z_hat, clip.image(frozen["clip"], batch["clip_image"]), text.embed
+
+    def evaluate(state) -> dict[str, float]:
+        figures = {}
+        for name, held_out in evaluations.items():
+            rows = []
+            example_eval = functools.partial(example, training=False)
+            for i, (batch, valid) in enumerate(pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows)):
+                arrays = shard_batch(common.host_rows(batch), mesh)
+                outs = predict(state.ema_params, frozen, arrays, step_rng(config.seed, i))
+                rows.append([common.crossed(out)[:valid] for out in outs])
+            z_hat, z_image, z_text = (np.concatenate(column) for column in zip(*rows))
+            figures |= {
+                f"{name}_cosine": mean_cosine(z_hat, z_image),
+                f"{name}_cosine_of_mean_embedding": mean_cosine(z_image, np.asarray(codec.mean)),
+                f"{name}_cosine_of_text_embedding": mean_cosine(z_text, z_image),
+                f"{name}_retrieval_at_1": retrieval_at_1(z_hat, z_image, config.eval.candidates),
+            }
+        return figures
+
+    # ------------------------------------------------------------------------------------------------------------------ loop
+    logger = common.Logger(workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="prior_ar")
+    batches = common.batches(config, source, example, start)
+    figures: dict[str, float] = {}
+    with common.closing(store, batches, logger), common.stop_signals() as stop:
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = update(state, frozen, shard_batch(next(batches), mesh))
+            logger.step(step, metrics)
+            if common.due(step, config.checkpoint_every, config.steps) or stop:
+                with logger.paused():
+                    store.save(step, state, common.with_time(meta, logger))
+            if stop:
+                break
+            if common.due(step, config.eval_every, config.steps):
+                with logger.paused():
+                    figures = evaluate(state)
+                    logger.record(step, figures)
+                    common.say(f"prior_ar step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+    common.leave_if_stopped(stop)
+    return figures
