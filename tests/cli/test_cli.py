@@ -67,7 +67,7 @@ def test_sample_draws_a_grid(tiny_bundle, tmp_path, capsys):
         (["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--clip", "emoji"], "no frozen CLIP"),
         (["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "mesh.data=3"], "does not fit 8 devices"),
         (["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "data.train.split=tset"], "unknown split 'tset'"),
-        (["bundle", "nowhere", "--out", "b"], "has no run of clip, prior, decoder"),
+        (["bundle", "nowhere", "--out", "b"], "nowhere has no run; train clip, prior and decoder first"),
     ],
 )
 def test_bad_input_is_one_line(args, message, tmp_path, monkeypatch, capsys):

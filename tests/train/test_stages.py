@@ -151,6 +151,23 @@ def test_bundle_of_runs(tiny_run, tmp_path, capsys):
 
 
 @pytest.mark.xdist_group("stages_2")
+def test_bundle_of_one_run_and_a_base(tiny_run, tiny_bundle, tmp_path, capsys):
+    """What has a run comes from it, the rest from the base, settings and provenance alike; without a base it is missing."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "upsampler_16").symlink_to(tiny_run("upsampler_16"))
+    args = ["bundle", str(tmp_path / "runs"), "--out", str(tmp_path / "b"), "--rows", "0"]
+    assert main(args) == 1
+    assert "has no run of clip, prior, decoder; train it first (it has: upsampler_16)" in capsys.readouterr().err
+    assert main([*args, "--base", str(tiny_bundle)]) == 0
+    bundle, base = load_bundle(tmp_path / "b"), load_bundle(tiny_bundle)
+    assert set(bundle.parts) == set(base.parts) and bundle.tokenizer == base.tokenizer and bundle.sampling == base.sampling
+    for name, part in bundle.parts.items():
+        same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(part.params), jax.tree.leaves(base.parts[name].params)))
+        assert same == (name != "upsampler_16"), name
+    assert set(bundle.provenance["training"]) == {"upsampler_16"}
+
+
+@pytest.mark.xdist_group("stages_2")
 def test_another_model_in_the_workdir_is_refused(tiny_run, tmp_path):
     shutil.copytree(tiny_run("upsampler_16"), tmp_path / "run")
     with pytest.raises(ValueError, match="another workdir"):
