@@ -35,6 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "backend": "auto",
         "max_bad_fraction": 0.01,
         "crop_size": 32,
+        "degradation": "blur",
         "blur_prob": 0.5,
     }
     config.factor = 2
@@ -52,7 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
         },
         "resize": "cubic",
     }
-    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "eps", "vb_weight": 0.0}
+    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "v", "vb_weight": 0.0}
     config.optimizer = {
         "learning_rate": 1e-3,
         "warmup_steps": 100,

@@ -89,3 +89,47 @@ def test_bad_images(image):
         degrade.low_resolution(image, 64, rng)
     with pytest.raises(ValueError, match="too wide"):
         degrade.gaussian_blur(image[:2], 5, 1.0)
+
+
+def test_bsr_is_a_mild_degradation(image):
+    """Of a smooth picture it keeps the content (it is near the clean reduction, never equal to it), every draw is another, the same draws
+    give the same bytes."""
+    wave = np.sin(np.linspace(0, 9, 64))[:, None, None] * np.cos(np.linspace(0, 7, 64))[None, :, None] * [0.9, -0.7, 0.5]
+    wave = wave.astype(np.float32)
+    clean = ops.resize(wave, 16, "box")
+    draws = [degrade.bsr_light(wave, 16, np.random.default_rng(seed)) for seed in range(40)]
+    errors = np.array([np.sqrt(np.mean((d - clean) ** 2)) for d in draws])
+    assert all(d.shape == (16, 16, 3) and d.dtype == np.float32 and np.abs(d).max() <= 1 for d in draws)
+    assert errors.min() > 0.003 and errors.max() < 0.35 and errors.max() > 2 * errors.min()
+    assert len({d.tobytes() for d in draws}) == 40
+    np.testing.assert_array_equal(draws[3], degrade.bsr_light(wave, 16, np.random.default_rng(3)))
+
+
+def test_bsr_kernels():
+    """Sum one, symmetric about their centre, of the sizes stated; an isotropic blur of a constant changes nothing."""
+    rng = np.random.default_rng(0)
+    kernels = [degrade._gaussian_kernel(rng, 4.0) for _ in range(200)]
+    assert {len(k) for k in kernels} == set(range(5, 15))
+    for k in kernels:
+        np.testing.assert_allclose(k.sum(), 1.0, rtol=1e-5)
+        np.testing.assert_allclose(k, k[::-1, ::-1], atol=1e-6)
+    assert any(np.abs(k - k.T).max() > 1e-3 for k in kernels) and any(np.allclose(k, k.T, atol=1e-7) for k in kernels)
+    flat = np.full((9, 9, 3), 0.25, np.float32)
+    for k in kernels[:10]:
+        np.testing.assert_allclose(degrade._filter(flat, k), flat, rtol=1e-5)
+
+
+def test_bsr_noise_level():
+    """One to two of 255 levels, of all three kinds."""
+    rng = np.random.default_rng(0)
+    levels = np.array([degrade._noise((64, 64, 3), rng).std() for _ in range(60)]) * 255 / 2
+    assert levels.max() < 2.1 and np.mean((levels > 0.9) & (levels < 2.1)) > 0.7
+    grey = sum(np.ptp(degrade._noise((4, 4, 3), rng), axis=2).max() == 0 for _ in range(200))
+    assert 50 < grey < 110
+
+
+def test_bsr_refuses_what_it_cannot_do(image):
+    with pytest.raises(ValueError, match="cannot make 64x64 out of 32x32"):
+        degrade.bsr_light(image, 64, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="square float32"):
+        degrade.bsr_light(image[:16], 8, np.random.default_rng(0))

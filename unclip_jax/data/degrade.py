@@ -1,13 +1,17 @@
 """What an upsampler is conditioned on while it trains: a low-resolution image, made slightly worse than a clean downsampling.
 
 At sampling time an upsampler sees the smaller model's output, which is softer than a downsampled photograph. unCLIP (2204.06125,
-section 2.2 and appendix C) therefore degrades the conditioning image in training: at 64 -> 256 by a Gaussian blur with kernel size 3
-and standard deviation 0.6, as SR3-style cascades do. At sampling time nothing is degraded.
+section 2.1 and appendix C) therefore degrades the conditioning image in training: at 64 -> 256 by a Gaussian blur with kernel size 3
+and standard deviation 0.6, as SR3-style cascades do; at 256 -> 1024 by BSR, the blind super-resolution degradation of BSRGAN (Zhang et
+al. 2021, arXiv 2103.14006), in its light variant. At sampling time nothing is degraded.
 """
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
+from PIL import Image
 
 from unclip_jax.data import ops
 
@@ -62,3 +66,85 @@ def gaussian_blur(image: np.ndarray, kernel: int = 3, sigma: float = 0.6) -> np.
     padded = np.pad(image.astype(np.float32, copy=False), ((half, half), (half, half), (0, 0)), mode="reflect")
     rows = sum(tap * padded[i : i + height] for i, tap in enumerate(taps))
     return sum(tap * rows[:, i : i + width] for i, tap in enumerate(taps))
+
+
+def bsr_light(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Downsample float32 (H, W, 3) in [-1, 1] to (size, size, 3) by the light variant of BSR; float32 in [-1, 1].
+
+    Blur, resize, noise and (nine times in ten) JPEG in random order, then the final size, then JPEG. All of one image:
+
+    - blur: an isotropic Gaussian of 5 to 7 taps, or an anisotropic one of 5 to 14 taps at a random angle;
+    - resize: with probability 0.8 to a random size between the image's and half the result's, by bilinear, bicubic or box; else by the
+      box straight to the result's;
+    - noise: Gaussian of standard deviation 1 to 2 of 255, per channel, grey, or with a random covariance of the channels;
+    - JPEG: quality 80 to 95.
+
+    Raises `ValueError` if the image is not float32, not square, or smaller than `size`.
+    """
+    if image.dtype != np.float32 or image.shape[0] != image.shape[1]:
+        raise ValueError(f"bsr_light expects square float32 images in [-1, 1], got {image.dtype} {image.shape}")
+    side = image.shape[0]
+    if side < size:
+        raise ValueError(f"bsr_light cannot make {size}x{size} out of {side}x{side}")
+    factor = side / size
+    methods = ("bilinear", "bicubic", "box")
+    x = image
+    for step in rng.permutation(["blur", "resize", "noise", "jpeg"]):
+        if step == "blur":
+            x = _filter(x, _gaussian_kernel(rng, factor))
+        elif step == "resize":
+            random_size = rng.random() < 0.8
+            smaller = max(1, round(side / rng.uniform(1, 2 * factor)))
+            x = ops.resize(x, smaller if random_size else size, str(rng.choice(methods)) if random_size else "box")
+        elif step == "noise":
+            x = x + _noise(x.shape, rng)
+        elif rng.random() < 0.9:
+            x = _jpeg(x, rng)
+        x = np.clip(x, -1, 1)
+    return _jpeg(ops.resize(x, size, str(rng.choice(methods))), rng)
+
+
+def _gaussian_kernel(rng: np.random.Generator, factor: float) -> np.ndarray:
+    # (taps, taps), sum 1. Widths as in BSRGAN, of the scale factor: standard deviation up to 2 + 0.2 f, or variances up to 4 + f.
+    if rng.random() < 0.5:
+        taps = int(rng.integers(2, 5)) + 3
+        precision = np.eye(2) / max((2 + 0.2 * factor) * rng.random(), 0.1) ** 2
+    else:
+        taps = int(rng.integers(2, 12)) + 3
+        angle, (first, second) = np.pi * rng.random(), np.maximum((4 + factor) * rng.random(2), 0.01)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        precision = turn @ np.diag([1 / first, 1 / second]) @ turn.T
+    offset = np.arange(taps) - (taps - 1) / 2
+    grid = np.stack(np.meshgrid(offset, offset, indexing="ij"), axis=-1)
+    weights = np.exp(-0.5 * np.einsum("ija,ab,ijb->ij", grid, precision, grid))
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def _filter(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    # Correlation of (H, W, C) with (taps, taps); an even kernel leans half a pixel to the top left; borders are the edge's pixels.
+    taps = len(kernel)
+    height, width = image.shape[:2]
+    before = (taps - 1) // 2
+    padded = np.pad(image, ((before, taps - 1 - before), (before, taps - 1 - before), (0, 0)), mode="edge")
+    out = np.zeros_like(image)
+    for i in range(taps):
+        for j in range(taps):
+            out += kernel[i, j] * padded[i : i + height, j : j + width]
+    return out
+
+
+def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    # In units of [-1, 1], where one of 255 levels is 2 / 255.
+    level, kind = 2 / 255 * rng.uniform(1, 2), rng.random()
+    if kind < 0.4:
+        return np.float32(level * rng.normal(size=shape))
+    if kind < 0.8:
+        return np.float32(level * rng.normal(size=(*shape[:2], 1)))
+    mix = np.linalg.qr(rng.normal(size=(3, 3)))[0] * np.sqrt(rng.random(3))  # mix mix^T is a random covariance with eigenvalues in [0, 1]
+    return np.float32(level * rng.normal(size=shape) @ mix.T)
+
+
+def _jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(ops.to_uint8(image)).save(buffer, "JPEG", quality=int(rng.integers(80, 96)))
+    return ops.to_float(np.asarray(Image.open(buffer)))

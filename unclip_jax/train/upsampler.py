@@ -1,7 +1,7 @@
 """The upsampler: large images from small ones (unCLIP section 2.1).
 
 An unconditional U-Net without attention predicts the noise of the large image, given the small one. It learns on random crops, from
-small images degraded by a Gaussian blur (kernel 3, sigma 0.6), and is applied to whole images.
+degraded small images (64 -> 256: Gaussian blur, kernel 3, sigma 0.6; 256 -> 1024: BSR), and is applied to whole images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.data import ops, pipeline, sources
-from unclip_jax.data.degrade import low_resolution
+from unclip_jax.data.degrade import bsr_light, low_resolution
 from unclip_jax.diffusion.losses import sample_noised, simple_loss, split_variance, training_tables, variational_bits
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.generate import compute_dtype, options_from, sample_upsampler
@@ -26,19 +26,19 @@ from unclip_jax.train.state import apply_gradients, create_state, step_rng
 
 
 # ---------------------------------------------------------------------------------------------------------------------- example
-def make_example(record, rng, *, size, crop_size, factor, blur_prob, training=True) -> dict[str, np.ndarray]:
+def make_example(record, rng, *, size, crop_size, factor, degradation, blur_prob, training=True) -> dict[str, np.ndarray]:
     """One row: `image` (crop_size, crop_size, 3) and `low_res` (crop_size / factor, ..., 3), in [-1, 1].
 
-    In training a random crop of the image resized to `size`, its small version blurred with probability `blur_prob`; else the whole
-    image and a clean reduction.
+    In training a random crop of the image resized to `size`, its small version degraded: `blur`, with probability `blur_prob`, or
+    `bsr_light`. Else the whole image and a clean reduction.
     """
     image = ops.to_float(ops.resize_then_crop(ops.decode_image(record.image), size, rng if training else None))
     if training:
         image = ops.random_crop(image, crop_size, rng)
-    return {
-        "image": image,
-        "low_res": low_resolution(image, image.shape[0] // factor, rng, blur_prob=blur_prob if training else 0.0),
-    }
+    small = image.shape[0] // factor
+    if training and degradation == "bsr_light":
+        return {"image": image, "low_res": bsr_light(image, small, rng)}
+    return {"image": image, "low_res": low_resolution(image, small, rng, blur_prob=blur_prob if training else 0.0)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- loss
@@ -76,9 +76,12 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     size, factor = config.model.unet.image_size, config.factor
     if size % factor or config.data.crop_size % factor:
         raise ValueError(f"image_size {size} and crop_size {config.data.crop_size} must be multiples of the factor {factor}")
+    if config.data.degradation not in ("blur", "bsr_light"):
+        raise ValueError(f"unknown degradation {config.data.degradation!r}; choose blur or bsr_light")
     example = functools.partial(
-        make_example, size=size, crop_size=config.data.crop_size, factor=factor, blur_prob=config.data.blur_prob
-    )
+        make_example, size=size, crop_size=config.data.crop_size, factor=factor, degradation=config.data.degradation,
+        blur_prob=config.data.blur_prob,
+    )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
     model_config = common.config_json(config.model)
