@@ -7,7 +7,7 @@ decoder the learned null embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,11 +31,17 @@ MODELS = {"clip": CLIP, "prior_diffusion": DiffusionPrior, "prior_ar": ARPrior, 
 
 
 class TextConditioning(NamedTuple):
-    """A batch of captions as the frozen CLIP sees them: embed (B, D) raw, states (B, L, W), mask (B, L) bool."""
+    """A batch of captions.
+
+    As the frozen CLIP sees them: embed (B, D) raw, states (B, L, W), mask (B, L) bool. For networks with a text encoder of their own:
+    tokens (B, L') int32, token_mask (B, L') bool, None where there is none.
+    """
 
     embed: jax.Array
     states: jax.Array
     mask: jax.Array
+    tokens: jax.Array | None = None
+    token_mask: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -166,20 +172,27 @@ def part_space(part_config: dict) -> EmbeddingSpace:
     return EmbeddingSpace(**space)
 
 
-def encode_text(model: CLIP, params: Any, tokens: jax.Array, mask: jax.Array) -> TextConditioning:
-    """tokens (B, L) int32 and mask (B, L) bool -> what the frozen CLIP's text tower says of them."""
-    features = model.apply({"params": params}, tokens, method="encode_text")
-    return TextConditioning(features.embed, features.states, mask)
+def encode_text(model: CLIP, params: Any, batch: Mapping[str, jax.Array]) -> TextConditioning:
+    """What the frozen CLIP's text tower says of a batch's `clip_tokens` and `clip_token_mask`; `tokens` and `token_mask` pass through."""
+    features = model.apply({"params": params}, batch["clip_tokens"], method="encode_text")
+    return TextConditioning(features.embed, features.states, batch["clip_token_mask"], batch.get("tokens"), batch.get("token_mask"))
+
+
+def text_inputs(model: DiffusionPrior | ARPrior | Decoder, text: TextConditioning) -> dict[str, jax.Array]:
+    """Captions as the arguments of a network: its own tokens if it has a text encoder, CLIP's states if not; z_t in both cases."""
+    if model.text is None:
+        return {"text_embed": text.embed, "text_states": text.states, "text_mask": text.mask}
+    return {"text_embed": text.embed, "tokens": text.tokens, "token_mask": text.token_mask}
 
 
 def select_text(keep: jax.Array, text: TextConditioning, empty: TextConditioning) -> TextConditioning:
     """The caption's conditioning where keep (B,) is True, the empty caption's (1 row) elsewhere."""
     pick = lambda a, b: jnp.where(keep.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)  # noqa: E731
-    return TextConditioning(*(pick(a, b) for a, b in zip(text, empty)))
+    return jax.tree.map(pick, text, empty)
 
 
 def _with_empty(text: TextConditioning, empty: TextConditioning) -> TextConditioning:
-    return TextConditioning(*(jnp.concatenate([a, jnp.broadcast_to(b, a.shape)]) for a, b in zip(text, empty)))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.broadcast_to(b, a.shape)]), text, empty)
 
 
 def _guidance(options: SamplingOptions) -> Guidance:
@@ -246,7 +259,7 @@ def sample_prior(
     b, count = text.embed.shape[0], options.candidates
     if count == 1:
         return draw(text, rng)
-    many = TextConditioning(*(jnp.repeat(a, count, axis=0) for a in text))
+    many = jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), text)
     z = draw(many, rng if rng.ndim == 0 else jax.vmap(lambda key: jax.random.split(key, count))(rng).reshape(-1))
     best = jnp.argmax(cosine(z, many.embed).reshape(b, count), axis=1)
     return z.reshape(b, count, -1)[jnp.arange(b), best]
@@ -265,7 +278,7 @@ def _sample_embedding(
     both = _with_empty(text, empty) if guided else text
 
     def network(z, t):
-        return model.apply({"params": params}, z, t, text_embed=both.embed, text_states=both.states, text_mask=both.mask)
+        return model.apply({"params": params}, z, t, **text_inputs(model, both))
 
     x = standard_normal(fold_in(rng, 0), text.embed.shape)
     return denormalize(part_space(config), _sample(_denoiser(network, config, options, guided), x, config, fold_in(rng, 1), options))
@@ -299,13 +312,15 @@ def _sample_codes(
         draw = jax.vmap(jax.random.categorical)(fold_in(fold_in(keys, 1), n), logits / options.temperature)
         return draw.astype(jnp.int32)
 
-    conditioning = {"text_embed": both.embed, "text_states": both.states, "text_mask": both.mask}
-    logits, caches = model.apply({"params": params}, twice(dot), **conditioning, method="prefill")
+    inputs = text_inputs(model, both)
+    z_text = inputs.pop("text_embed")
+    states, mask = model.apply({"params": params}, **inputs, method="encode_text")
+    logits, caches = model.apply({"params": params}, twice(dot), text_embed=z_text, text_states=states, text_mask=mask, method="prefill")
     first = pick(logits, 0)
 
     def body(carry, n):
         code, caches = carry
-        logits, caches = model.apply({"params": params}, twice(code), n, caches, text_mask=both.mask, method="extend")
+        logits, caches = model.apply({"params": params}, twice(code), n, caches, text_mask=mask, method="extend")
         code = pick(logits, n + 1)
         return (code, caches), code
 
@@ -338,9 +353,7 @@ def decoder_denoiser(
             t,
             image_embed=z,
             drop_image=drop,
-            text_embed=both.embed,
-            text_states=both.states,
-            text_mask=both.mask,
+            **text_inputs(model, both),
         )
 
     return _denoiser(network, config, options, guided)

@@ -85,7 +85,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.crop_size = 8
         config.model.unet.update({"image_size": 32, "channels": 8, "channel_mult": (1, 2), "res_blocks": 1, "groups": 4})
         config.optimizer.warmup_steps = 1
-        config.sampling.steps = 3
+        config.sampling.steps = "3"
         config.eval.update({"batch_size": 8, "rows": 8, "samples": 8})
         config.log_every = 1
         config.eval_every = 4

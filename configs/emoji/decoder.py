@@ -23,8 +23,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.stage = "decoder"
     config.clip = "../clip"
+    config.text_tokenizer = None
     config.seed = 0
-    config.steps = 1400
+    config.steps = 7000
     config.batch_size = 32
     config.dtype = "auto"
     config.remat = False
@@ -37,6 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "crop_scale": 1.0,
     }
     config.model = {
+        "text": None,
         "unet": {
             "image_size": 32,
             "out_channels": 6,
@@ -50,12 +52,12 @@ def get_config(variant: str = "") -> ConfigDict:
         },
         "conditioning": {"context_dim": 128, "clip_tokens": 4, "use_text_embed": True, "use_text_states": True},
     }
-    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "eps", "vb_weight": 1e-3}
+    config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "v", "vb_weight": 1e-3}
     config.drop_embedding = 0.1
     config.drop_text = 0.5
     config.optimizer = {
         "learning_rate": 1e-3,
-        "warmup_steps": 200,
+        "warmup_steps": 300,
         "schedule": "cosine",
         "b1": 0.9,
         "b2": 0.99,
@@ -63,11 +65,11 @@ def get_config(variant: str = "") -> ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
     }
-    config.ema_decay = 0.997
+    config.ema_decay = 0.999
     config.sampling = {"steps": 32, "sampler": "ddpm", "variance": "small", "guidance_scale": 2.5, "clip": 1.0}
     config.eval = {"batch_size": 32, "rows": 256, "samples": 16}
     config.log_every = 20
-    config.eval_every = 500
+    config.eval_every = 1000
     config.checkpoint_every = 250
     config.keep = 2
     if variant == "quick":

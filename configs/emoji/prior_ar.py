@@ -23,6 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.stage = "prior_ar"
     config.clip = "../clip"
+    config.text_tokenizer = None
     config.pca = "../pca"
     config.seed = 0
     config.steps = 500
@@ -37,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "max_bad_fraction": 0.01,
         "crop_scale": 0.95,
     }
-    config.model = {"codes": 32, "buckets": 128, "dot_bins": 16, "width": 192, "layers": 4, "heads": 6, "dropout": 0.1}
+    config.model = {"codes": 32, "buckets": 128, "dot_bins": 16, "width": 192, "layers": 4, "heads": 6, "dropout": 0.1, "text": None}
     config.statistics_batches = 40
     config.drop_text = 0.1
     config.optimizer = {

@@ -22,6 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.stage = "prior_diffusion"
     config.clip = "../clip"
+    config.text_tokenizer = None
     config.seed = 0
     config.steps = 500
     config.batch_size = 128
@@ -35,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "max_bad_fraction": 0.01,
         "crop_scale": 0.95,
     }
-    config.model = {"width": 192, "layers": 4, "heads": 6, "dropout": 0.1}
+    config.model = {"width": 192, "layers": 4, "heads": 6, "dropout": 0.1, "text": None}
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "x0"}
     config.space = {"kind": "whitened", "scale": 1.0}
     config.statistics_batches = 40

@@ -56,7 +56,7 @@ def load_config(spec: str):
 
 
 def override(config, key: str, value: Any) -> None:
-    """Sets a dotted key that exists to a value of its type (int to float is fine).
+    """Sets a dotted key that exists to a value of its type (int to float or text is fine).
 
     Raises:
       ValueError: on an unknown key (with the nearest known one) or another type.
@@ -73,6 +73,8 @@ def override(config, key: str, value: Any) -> None:
         raise ValueError(f"setting {key!r} is a group; set one of {', '.join(sorted(node.keys()))}")
     if isinstance(node, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if isinstance(node, str) and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
     if node is not None and value is not None and type(node) is not type(value):
         raise ValueError(f"setting {key!r} is a {type(node).__name__}, got {value!r}")
     with config.unlocked():

@@ -199,3 +199,10 @@ class ClipTokenizer:
         tokenizer = cls.__new__(cls)
         tokenizer._set_up(config["length"], merges, shipped=False)
         return tokenizer
+
+
+def caption_arrays(captions: Sequence[str], clip: ClipTokenizer, own: ClipTokenizer | None = None) -> dict[str, np.ndarray]:
+    """What a batch holds of captions: `clip_tokens` and `clip_token_mask` (B, L), and `tokens` and `token_mask` (B, L') for a stage with a
+    text encoder of its own."""
+    arrays = dict(zip(("clip_tokens", "clip_token_mask"), clip(captions)))
+    return arrays if own is None else arrays | dict(zip(("tokens", "token_mask"), own(captions)))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.layers import Dtype, Gather, LayerNorm
+from unclip_jax.models.text_encoder import TextEncoder
 from unclip_jax.models.transformer import KeysValues, Transformer, causal_mask
 
 EXTRA_TOKENS = 2  # z_t and the dot product
@@ -81,6 +82,7 @@ class ARPrior(nn.Module):
       dot_bins: values of the dot-product token.
       length: L, the number of text states.
       width, layers, heads: of the transformer.
+      text: keyword arguments of its own `TextEncoder` (the paper), None: CLIP's text states.
     """
 
     codes: int
@@ -90,6 +92,7 @@ class ARPrior(nn.Module):
     width: int
     layers: int
     heads: int
+    text: dict | None = None
     mlp_ratio: float = 4.0
     activation: str = "gelu"
     dropout: float = 0.0
@@ -100,6 +103,8 @@ class ARPrior(nn.Module):
     def setup(self):
         embed = lambda count: nn.Embed(count, self.width, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02))  # noqa: E731
         self.code_embedding, self.dot_embedding = embed(self.buckets), embed(self.dot_bins)
+        if self.text is not None:
+            self.text_encoder = TextEncoder(**self.text, remat=self.remat, dtype=self.dtype, gather=self.gather)
         self.text_embed_in = nn.Dense(self.width, dtype=self.dtype)
         self.position_embedding = self.param("position_embedding", nn.initializers.normal(0.01), (self.codes + 1, self.width))
         self.transformer = Transformer(
@@ -115,14 +120,30 @@ class ARPrior(nn.Module):
     def _start(self, dot: jax.Array, text_embed: jax.Array) -> jax.Array:
         return jnp.stack([self.text_embed_in(text_embed.astype(self.dtype)), self.dot_embedding(dot)], axis=1)
 
+    def encode_text(
+        self,
+        *,
+        text_states: jax.Array | None = None,
+        text_mask: jax.Array | None = None,
+        tokens: jax.Array | None = None,
+        token_mask: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the layers see of the caption: states (B, L, Wt) and mask (B, L). CLIP's pass through; tokens (B, L) int32 are encoded."""
+        if self.text is None:
+            return text_states, text_mask
+        return self.text_encoder(tokens, token_mask, deterministic)[0], jnp.ones(tokens.shape, bool)
+
     def __call__(
         self,
         codes: jax.Array,
         dot: jax.Array,
         *,
         text_embed: jax.Array,
-        text_states: jax.Array,
-        text_mask: jax.Array,
+        text_states: jax.Array | None = None,
+        text_mask: jax.Array | None = None,
+        tokens: jax.Array | None = None,
+        token_mask: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """Logits of every code given those before it.
@@ -131,8 +152,8 @@ class ARPrior(nn.Module):
           codes: (B, N) int32 in [0, buckets).
           dot: (B,) int32 in [0, dot_bins).
           text_embed: (B, D) raw z_t.
-          text_states: (B, L, Wt) text tower states.
-          text_mask: (B, L) bool, True on the caption's own tokens.
+          text_states: (B, L, Wt) text tower states, or tokens: (B, L) int32.
+          text_mask, token_mask: (B, L) bool, of the one given: True on the caption's own tokens.
           deterministic: False switches dropout on (needs the `dropout` RNG).
 
         Returns:
@@ -142,6 +163,9 @@ class ARPrior(nn.Module):
           ValueError: when codes or text have another length than the model.
         """
         b, n = codes.shape
+        text_states, text_mask = self.encode_text(
+            text_states=text_states, text_mask=text_mask, tokens=tokens, token_mask=token_mask, deterministic=deterministic
+        )
         if n != self.codes or text_states.shape[1] != self.length:
             raise ValueError(f"this prior has {self.codes} codes and {self.length} text states, got {n} and {text_states.shape[1]}")
         x = jnp.concatenate([self._start(dot, text_embed), self.code_embedding(codes[:, :-1])], axis=1)
@@ -153,7 +177,7 @@ class ARPrior(nn.Module):
     def prefill(
         self, dot: jax.Array, *, text_embed: jax.Array, text_states: jax.Array, text_mask: jax.Array
     ) -> tuple[jax.Array, list[KeysValues]]:
-        """The first code's logits (B, buckets), and caches with room for all codes; arguments as in `__call__`."""
+        """The first code's logits (B, buckets), and caches with room for all codes; the caption as `encode_text` returns it."""
         b = dot.shape[0]
         x = self._start(dot, text_embed) + self.position_embedding[:EXTRA_TOKENS].astype(self.dtype)
         text = jnp.broadcast_to(text_mask.astype(bool)[:, None, None], (b, 1, EXTRA_TOKENS, self.length))

@@ -1,7 +1,8 @@
 """The diffusion prior: a causal transformer that denoises CLIP image embeddings (unCLIP section 2.2).
 
-The sequence is [text states (L), z_t, time step, noised z_i, query]; the prediction of the clean z_i is read at the query. As the
-mask is causal and the text comes first, the first L + 1 tokens never depend on t or on the noised embedding.
+The sequence is [text (L), z_t, time step, noised z_i, query]; the prediction of the clean z_i is read at the query. As the mask is
+causal and the text comes first, the first L + 1 tokens never depend on t or on the noised embedding. The text is either the states of the
+frozen CLIP (Karlo), or embedded tokens, so that this one transformer encodes the caption too (our reading of the paper).
 
 Same topology as the public Karlo prior: pre-norm blocks, exact GELU, one learned position per token, separate input projections
 for the text states, z_t and the noised embedding.
@@ -24,8 +25,9 @@ class DiffusionPrior(nn.Module):
 
     Attributes:
       embed_dim: D, the size of CLIP's embeddings.
-      length: L, the number of text states.
+      length: L, the number of text states or tokens.
       width, layers, heads: of the transformer.
+      text: {"num_embeddings": number of token ids} when it takes tokens, None when it takes CLIP's text states.
     """
 
     embed_dim: int
@@ -33,6 +35,7 @@ class DiffusionPrior(nn.Module):
     width: int
     layers: int
     heads: int
+    text: dict | None = None
     mlp_ratio: float = 4.0
     activation: str = "gelu"
     dropout: float = 0.0
@@ -47,8 +50,10 @@ class DiffusionPrior(nn.Module):
         t: jax.Array,
         *,
         text_embed: jax.Array,
-        text_states: jax.Array,
-        text_mask: jax.Array,
+        text_states: jax.Array | None = None,
+        text_mask: jax.Array | None = None,
+        tokens: jax.Array | None = None,
+        token_mask: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """Predicts the clean embedding.
@@ -57,8 +62,8 @@ class DiffusionPrior(nn.Module):
           z: (B, D) noised image embedding, in the prior's normalised space.
           t: (B,) time steps in [0, T).
           text_embed: (B, D) raw z_t.
-          text_states: (B, L, Wt) text tower states.
-          text_mask: (B, L) bool, True on the caption's own tokens; every row keeps its start token.
+          text_states: (B, L, Wt) text tower states, or tokens: (B, L) int32.
+          text_mask, token_mask: (B, L) bool, of the one given: True on the caption's own tokens; every row keeps its start token.
           deterministic: False switches dropout on (needs the `dropout` RNG).
 
         Returns:
@@ -67,14 +72,20 @@ class DiffusionPrior(nn.Module):
         Raises:
           ValueError: when the text has another length than the model.
         """
-        b, length, _ = text_states.shape
+        given, mask = (text_states, text_mask) if self.text is None else (tokens, token_mask)
+        b, length = given.shape[:2]
         if length != self.length:
             raise ValueError(f"the prior was built for {self.length} text states, got {length}")
         dense = lambda name: nn.Dense(self.width, dtype=self.dtype, name=name)  # noqa: E731
+        if self.text is None:
+            states = dense("text_states_in")(given.astype(self.dtype))
+        else:
+            embedding = nn.Embed(**self.text, features=self.width, embedding_init=nn.initializers.normal(0.02), name="token_embedding")
+            states = embedding(given).astype(self.dtype)
         query = self.param("query", nn.initializers.normal(0.02), (self.width,))
         tokens = jnp.concatenate(
             [
-                dense("text_states_in")(text_states.astype(self.dtype)),
+                states,
                 dense("text_embed_in")(text_embed.astype(self.dtype))[:, None],
                 TimeMLP(self.width, self.width, self.dtype, name="time")(t)[:, None],
                 dense("z_in")(z.astype(self.dtype))[:, None],
@@ -84,7 +95,7 @@ class DiffusionPrior(nn.Module):
         )
         n = length + EXTRA_TOKENS
         positions = self.param("position_embedding", nn.initializers.normal(0.01), (n, self.width))
-        allowed = jnp.pad(text_mask.astype(bool), ((0, 0), (0, EXTRA_TOKENS)), constant_values=True)
+        allowed = jnp.pad(mask.astype(bool), ((0, 0), (0, EXTRA_TOKENS)), constant_values=True)
         x = Transformer(
             self.layers,
             self.heads,

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.layers import Dtype, Gather, LayerNorm, TimeMLP, attend, hooked
+from unclip_jax.models.text_encoder import TextEncoder
 
 ZEROS = nn.initializers.zeros_init()
 
@@ -267,10 +268,12 @@ class Decoder(nn.Module):
     Attributes:
       unet: keyword arguments of `UNet`.
       conditioning: keyword arguments of `ClipConditioning` but for cond_dim (context_dim, clip_tokens, ...).
+      text: keyword arguments of the decoder's own `TextEncoder` (the paper), of width context_dim; None: CLIP's states (Karlo), or none.
     """
 
     unet: dict
     conditioning: dict
+    text: dict | None = None
     remat: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
@@ -286,6 +289,8 @@ class Decoder(nn.Module):
         text_embed: jax.Array | None = None,
         text_states: jax.Array | None = None,
         text_mask: jax.Array | None = None,
+        tokens: jax.Array | None = None,
+        token_mask: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """Predicts the noise (and the variance fraction).
@@ -297,6 +302,7 @@ class Decoder(nn.Module):
           drop_image: (B,) bool, True where the learned null embedding takes its place.
           text_embed: (B, D) raw CLIP text embedding, when the conditioning uses it.
           text_states: (B, L, W), text_mask: (B, L) bool, when the conditioning uses them.
+          tokens: (B, L) int32, token_mask: (B, L) bool, when the decoder has its own text encoder.
           deterministic: False switches dropout on.
 
         Returns:
@@ -305,6 +311,12 @@ class Decoder(nn.Module):
         cond, context, mask = ClipConditioning(
             cond_dim=4 * self.unet["channels"], dtype=self.dtype, name="conditioning", **self.conditioning
         )(image_embed, drop_image, text_embed, text_states, text_mask)
+        if self.text is not None:
+            encoder = TextEncoder(**self.text, remat=self.remat, dtype=self.dtype, gather=self.gather, name="text")
+            states, last = encoder(tokens, token_mask, deterministic)
+            cond = cond + nn.Dense(4 * self.unet["channels"], dtype=self.dtype, name="text_cond")(last)
+            context = jnp.concatenate([context, states], axis=1)
+            mask = jnp.ones(context.shape[:2], bool)
         return UNet(**self.unet, remat=self.remat, dtype=self.dtype, gather=self.gather, name="unet")(
             x, t, cond=cond, context=context, context_mask=mask, deterministic=deterministic
         )

@@ -72,10 +72,10 @@ def inpaint(
     def make():
         models, configs = programs.models_of(bundle), {name: part.config for name, part in bundle.parts.items()}
 
-        def run(params, scales, tokens, text_mask, empty, target, known, seed, positions):
+        def run(params, scales, captions, empty, target, known, seed, positions):
             chosen = {name: programs.with_scale(static[name], scales[name]) for name in static}
             keys = programs.row_keys(seed, positions)
-            text, nothing = programs.both_texts(models["clip"], params["clip"], tokens, text_mask, *empty)
+            text, nothing = programs.both_texts(models["clip"], params["clip"], captions, empty)
             z_image = programs.draw_z_image(prior, models, params, configs, text, nothing, fold_in(keys, 0), chosen)
             drawn = inpaint_decoder(
                 models["decoder"], params["decoder"], configs["decoder"], target, known, z_image, text, nothing, fold_in(keys, 1),
@@ -88,12 +88,11 @@ def inpaint(
         return run
 
     run, params = programs.program(bundle, ("inpaint", prior, resamples, *static.items()), make), programs.device_params(bundle)
-    tokens, text_mask = programs.tokenizer(bundle)([caption])
-    empty = [a[None] for a in programs.tokenizer(bundle).empty()]
+    captions, empty = programs.captions_of(bundle, [caption]), programs.captions_of(bundle, [""])
 
     def batch(rows):
         repeat = lambda a: np.repeat(a, len(rows), axis=0)  # noqa: E731
-        arrays = (repeat(tokens), repeat(text_mask), empty, repeat(target), repeat(known))
+        arrays = (programs.rows_of(captions, np.zeros(len(rows), int)), empty, repeat(target), repeat(known))
         return run(params, scales, *arrays, np.uint32(seed), rows.astype(np.uint32))
 
     drawn = ops.to_uint8(programs.in_batches(batch, count, progress))

@@ -101,13 +101,12 @@ def _options(bundle: Bundle, steps: Any, guidance_scale: float, eta: float = 0.0
     return programs.stage_options(bundle, {"decoder": settings})["decoder"]
 
 
-def _texts(bundle: Bundle, captions: Sequence[str] | None, count: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Tokens and masks of the captions (empty ones when None), and of the empty caption."""
-    tokenizer = programs.tokenizer(bundle)
-    tokens, mask = tokenizer([""] * count if captions is None else list(captions))
-    if len(tokens) != count:
-        raise ValueError(f"expected one caption per image, got {len(tokens)} and {count}")
-    return tokens, mask, [a[None] for a in tokenizer.empty()]
+def _texts(bundle: Bundle, captions: Sequence[str] | None, count: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The captions (empty ones when None) as the networks take them, and the empty caption."""
+    captions = [""] * count if captions is None else list(captions)
+    if len(captions) != count:
+        raise ValueError(f"expected one caption per image, got {len(captions)} and {count}")
+    return programs.captions_of(bundle, captions), programs.captions_of(bundle, [""])
 
 
 def encode(
@@ -135,21 +134,21 @@ def encode(
     config = bundle.part("decoder").config
     z_image = embed_images(bundle, images)
     rows = ops.to_float(square(images, config["model"]["unet"]["image_size"]))
-    tokens, mask, empty = _texts(bundle, captions, len(rows))
+    texts, empty = _texts(bundle, captions, len(rows))
     static, scales = programs.split_scales({"decoder": _options(bundle, steps, guidance_scale)})
 
     def make():
         models = programs.models_of(bundle)
 
-        def run(params, scale, tokens, mask, empty, image, z):
-            text, nothing = programs.both_texts(models["clip"], params["clip"], tokens, mask, *empty)
+        def run(params, scale, texts, empty, image, z):
+            text, nothing = programs.both_texts(models["clip"], params["clip"], texts, empty)
             options = programs.with_scale(static["decoder"], scale)
             return invert_decoder(models["decoder"], params["decoder"], config, image, z, text, nothing, options)
 
         return run
 
     run, params = programs.program(bundle, ("invert", static["decoder"]), make), programs.device_params(bundle)
-    batch = lambda i: run(params, scales["decoder"], tokens[i], mask[i], empty, rows[i], z_image[i])  # noqa: E731
+    batch = lambda i: run(params, scales["decoder"], programs.rows_of(texts, i), empty, rows[i], z_image[i])  # noqa: E731
     return Latents(z_image, programs.in_batches(batch, len(rows), progress))
 
 
@@ -191,7 +190,7 @@ def decode(
     if x_T is not None and np.shape(x_T) != (count, size, size, 3):
         raise ValueError(f"x_T must be {(count, size, size, 3)}, got {np.shape(x_T)}")
     positions = np.arange(count) if positions is None else np.asarray(positions)
-    tokens, mask, empty = _texts(bundle, captions, count)
+    texts, empty = _texts(bundle, captions, count)
     names = programs.upsampler_names(bundle)
     chosen = {"decoder": _options(bundle, steps, guidance_scale, eta)}
     chosen |= {name: option for name, option in programs.stage_options(bundle).items() if name in names}
@@ -201,9 +200,9 @@ def decode(
     def make():
         models, configs = programs.models_of(bundle), {name: part.config for name, part in bundle.parts.items()}
 
-        def run(params, scale, tokens, mask, empty, z, x_T, seed, positions):
+        def run(params, scale, texts, empty, z, x_T, seed, positions):
             keys = programs.row_keys(seed, positions)
-            text, nothing = programs.both_texts(models["clip"], params["clip"], tokens, mask, *empty)
+            text, nothing = programs.both_texts(models["clip"], params["clip"], texts, empty)
             images = [
                 sample_decoder(
                     models["decoder"], params["decoder"], configs["decoder"], z, text, nothing, fold_in(keys, 1),
@@ -220,7 +219,9 @@ def decode(
 
     def batch(i):
         noise = jnp.asarray(x_T[i], jnp.float32) if given else None
-        return run(params, scales["decoder"], tokens[i], mask[i], empty, z_image[i], noise, np.uint32(seed), positions[i].astype(np.uint32))
+        return run(
+            params, scales["decoder"], programs.rows_of(texts, i), empty, z_image[i], noise, np.uint32(seed), positions[i].astype(np.uint32)
+        )
 
     return programs.in_batches(batch, count, progress)
 

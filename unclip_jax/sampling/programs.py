@@ -7,7 +7,7 @@ calls follow.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
-from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.generate import (
     Options,
     TextConditioning,
@@ -105,11 +105,30 @@ def row_keys(seed: jax.Array, positions: jax.Array) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(positions)
 
 
+def captions_of(bundle: Bundle, captions: Sequence[str]) -> dict[str, np.ndarray]:
+    """Captions as the bundle's networks take them (`tokenizer.caption_arrays`).
+
+    Raises:
+      ValueError: when two parts have text encoders with different tokenizers.
+    """
+    if "own_tokenizer" not in bundle.cache:
+        configs = [part.config["text_tokenizer"] for part in bundle.parts.values() if "text_tokenizer" in part.config]
+        if any(config != configs[0] for config in configs):
+            raise ValueError(f"the parts of {bundle.path or 'the bundle'} have text encoders with different tokenizers")
+        bundle.cache["own_tokenizer"] = ClipTokenizer.from_config(configs[0]) if configs else None
+    return caption_arrays(captions, tokenizer(bundle), bundle.cache["own_tokenizer"])
+
+
+def rows_of(batch: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Some rows of every array."""
+    return {name: array[rows] for name, array in batch.items()}
+
+
 def both_texts(
-    model: nn.Module, params: Any, tokens: jax.Array, mask: jax.Array, empty_tokens: jax.Array, empty_mask: jax.Array
+    model: nn.Module, params: Any, captions: Mapping[str, jax.Array], empty: Mapping[str, jax.Array]
 ) -> tuple[TextConditioning, TextConditioning]:
-    """Captions (B, L) and the empty caption (1, L), as CLIP sees them."""
-    return encode_text(model, params, tokens, mask), encode_text(model, params, empty_tokens, empty_mask)
+    """Captions (B rows of `captions_of`) and the empty caption (one row), encoded."""
+    return encode_text(model, params, captions), encode_text(model, params, empty)
 
 
 PRIORS = ("diffusion", "ar", "none", "null")

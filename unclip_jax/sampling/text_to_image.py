@@ -33,14 +33,14 @@ def _cascade(bundle: Bundle, options: dict[str, Options], prior: str) -> Callabl
     configs = {name: part.config for name, part in bundle.parts.items()}
     upsamplers = programs.upsampler_names(bundle)
 
-    def run(params, scales, tokens, mask, empty_tokens, empty_mask, seed, positions):
+    def run(params, scales, captions, empty, seed, positions):
         chosen = {name: programs.with_scale(options[name], scales[name]) for name in options}
         keys = programs.row_keys(seed, positions)
-        text, empty = programs.both_texts(models["clip"], params["clip"], tokens, mask, empty_tokens, empty_mask)
-        z_image = programs.draw_z_image(prior, models, params, configs, text, empty, fold_in(keys, 0), chosen)
+        text, nothing = programs.both_texts(models["clip"], params["clip"], captions, empty)
+        z_image = programs.draw_z_image(prior, models, params, configs, text, nothing, fold_in(keys, 0), chosen)
         images = [
             sample_decoder(
-                models["decoder"], params["decoder"], configs["decoder"], z_image, text, empty, fold_in(keys, 1), chosen["decoder"]
+                models["decoder"], params["decoder"], configs["decoder"], z_image, text, nothing, fold_in(keys, 1), chosen["decoder"]
             )
         ]
         for i, name in enumerate(upsamplers):
@@ -84,10 +84,8 @@ def sample_stages(
     programs.check_prior(bundle, prior)
     static, scales = programs.split_scales(programs.stage_options(bundle, options))
     run = programs.program(bundle, ("text_to_image", prior, *static.items()), lambda: _cascade(bundle, static, prior))
-    params, tokenizer = programs.device_params(bundle), programs.tokenizer(bundle)
-    empty = [a[None] for a in tokenizer.empty()]
-    tokens, mask = tokenizer(captions)
-    batch = lambda rows: run(params, scales, tokens[rows], mask[rows], *empty, np.uint32(seed), rows.astype(np.uint32))  # noqa: E731
+    params, arrays, empty = programs.device_params(bundle), programs.captions_of(bundle, captions), programs.captions_of(bundle, [""])
+    batch = lambda rows: run(params, scales, programs.rows_of(arrays, rows), empty, np.uint32(seed), rows.astype(np.uint32))  # noqa: E731
     return Stages(*programs.in_batches(batch, len(captions), progress))
 
 

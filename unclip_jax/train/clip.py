@@ -13,7 +13,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.data import ops, pipeline, sources
-from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.evaluate.retrieval import retrieval_at_1
 from unclip_jax.generate import compute_dtype
 from unclip_jax.models.clip import CLIP, MAX_LOGIT_SCALE
@@ -24,8 +24,9 @@ from unclip_jax.train.state import apply_gradients, create_state
 
 
 # ---------------------------------------------------------------------------------------------------------------------- example
-def make_example(record, rng, *, tokenizer, size: int, crop_scale: float = 1.0, training: bool = True) -> dict[str, np.ndarray]:
-    """One row: `clip_image` (size, size, 3) in [-1, 1], `clip_tokens` (L,), `clip_token_mask` (L,).
+def make_example(record, rng, *, tokenizer, size: int, crop_scale: float = 1.0, training: bool = True, own=None) -> dict[str, np.ndarray]:
+    """One row: `clip_image` (size, size, 3) in [-1, 1], `clip_tokens` (L,), `clip_token_mask` (L,); with a tokenizer `own` of a stage's own
+    text encoder also `tokens` (L',), `token_mask` (L',).
 
     In training a random square crop of at least `crop_scale` of the shorter side and a random caption; else the centre and the first.
     """
@@ -37,8 +38,7 @@ def make_example(record, rng, *, tokenizer, size: int, crop_scale: float = 1.0, 
     else:
         image = ops.resize_then_crop(image, size)
         caption = record.captions[0]
-    tokens, mask = tokenizer([caption])
-    return {"clip_image": ops.to_float(image), "clip_tokens": tokens[0], "clip_token_mask": mask[0]}
+    return {"clip_image": ops.to_float(image), **{k: v[0] for k, v in caption_arrays([caption], tokenizer, own).items()}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- loss
@@ -72,9 +72,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     tokenizer = ClipTokenizer(**config.tokenizer)
     source = sources.make_source(config.data.train)
     evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
-    example = functools.partial(
-        make_example, tokenizer=tokenizer, size=config.model.image.image_size, crop_scale=config.data.crop_scale
-    )
+    example = functools.partial(make_example, tokenizer=tokenizer, size=config.model.image.image_size, crop_scale=config.data.crop_scale)
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
     dtype = compute_dtype(config.dtype)
@@ -129,9 +127,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return figures
 
     # ------------------------------------------------------------------------------------------------------------------ loop
-    logger = common.Logger(
-        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="clip"
-    )
+    logger = common.Logger(workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="clip")
     batches = common.batches(config, source, example, start)
     figures: dict[str, float] = {}
     with common.closing(store, batches, logger), common.stop_signals() as stop:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from unclip_jax.checkpoint.bundle import load_part
 from unclip_jax.checkpoint.store import CheckpointStore, params_hash
 from unclip_jax.data import ops, pipeline
 from unclip_jax.data.sources import Source
-from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.generate import TextConditioning, build_model, encode_text
 from unclip_jax.grid import save_grid
 from unclip_jax.models.clip import CLIP
@@ -254,22 +255,43 @@ class FrozenClip:
     tokenizer: ClipTokenizer
     image_size: int
     embed_dim: int
-    empty: dict[str, np.ndarray]  # the empty caption: clip_tokens (1, L), clip_token_mask (1, L)
+    empty: dict[str, np.ndarray]  # the empty caption, one row of what a batch holds of captions
 
-    def text(self, params: Any, tokens: jax.Array, mask: jax.Array) -> TextConditioning:
-        """Captions, tokens and mask (B, L) -> conditioning; no gradient."""
-        return jax.lax.stop_gradient(encode_text(self.model, params, tokens, mask))
+    def text(self, params: Any, batch: Mapping[str, jax.Array]) -> TextConditioning:
+        """A batch's captions -> conditioning; no gradient."""
+        return jax.lax.stop_gradient(encode_text(self.model, params, batch))
+
+    def zeros(self) -> TextConditioning:
+        """Zeros in the shapes of one caption's conditioning, to initialise networks with."""
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(self.text, self.params, self.empty))
 
     def image(self, params: Any, image: jax.Array) -> jax.Array:
         """(B, Hc, Wc, 3) in [-1, 1] -> raw z_i (B, D); no gradient."""
         return jax.lax.stop_gradient(self.model.apply({"params": params}, image, method="encode_image"))
 
 
-def frozen_clip(path: str, workdir: str | os.PathLike, mesh: Mesh, dtype: Any) -> FrozenClip:
+def own_tokenizer(config: ConfigDict) -> ClipTokenizer | None:
+    """The tokenizer of the stage's own text encoder, None when the stage takes CLIP's text states.
+
+    Raises:
+      ValueError: when the configuration has one of `text_tokenizer` and `model.text`, but not the other.
+    """
+    if (config.text_tokenizer is None) != (config.model.text is None):
+        raise ValueError("text_tokenizer and model.text belong together: give both for a text encoder of the stage's own, or neither")
+    return None if config.text_tokenizer is None else ClipTokenizer(**config.text_tokenizer)
+
+
+def tokenizer_of(own: ClipTokenizer | None) -> dict:
+    """What a part's configuration says of its own text encoder's tokenizer: nothing when it has none."""
+    return {} if own is None else {"text_tokenizer": own.config()}
+
+
+def frozen_clip(path: str, workdir: str | os.PathLike, mesh: Mesh, dtype: Any, text_tokenizer: ClipTokenizer | None = None) -> FrozenClip:
     """Loads the CLIP of a run or a bundle onto the mesh.
 
     Args:
       path: a bundle, a run's folder, or a path relative to this run's folder ("../clip").
+      text_tokenizer: of the stage's own text encoder, if it has one.
 
     Raises:
       FileNotFoundError, ValueError, KeyError: one line naming what is missing.
@@ -277,7 +299,6 @@ def frozen_clip(path: str, workdir: str | os.PathLike, mesh: Mesh, dtype: Any) -
     part, meta = load_part(resolve(path, workdir), "clip")
     model = build_model(part.config, dtype)
     tokenizer = ClipTokenizer.from_config(meta["tokenizer"])
-    tokens, mask = tokenizer.empty()
     return FrozenClip(
         model=model,
         params=jax.device_put(part.params, infer_shardings(part.params, mesh)),
@@ -285,13 +306,8 @@ def frozen_clip(path: str, workdir: str | os.PathLike, mesh: Mesh, dtype: Any) -
         tokenizer=tokenizer,
         image_size=model.image["image_size"],
         embed_dim=model.embed_dim,
-        empty={"clip_tokens": tokens[None], "clip_token_mask": mask[None]},
+        empty=caption_arrays([""], tokenizer, text_tokenizer),
     )
-
-
-def text_arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch's caption as the arguments of `FrozenClip.text`."""
-    return {"tokens": batch["clip_tokens"], "mask": batch["clip_token_mask"]}
 
 
 def save_samples(workdir: str | os.PathLike, step: int, images: jax.Array, captions: list[str], valid: int) -> None:

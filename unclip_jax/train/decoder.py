@@ -14,9 +14,10 @@ import numpy as np
 
 from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.data import ops, pipeline, sources
+from unclip_jax.data.tokenizer import caption_arrays
 from unclip_jax.diffusion.losses import sample_noised, simple_loss, split_variance, training_tables, variational_bits
 from unclip_jax.diffusion.schedule import make_schedule
-from unclip_jax.generate import compute_dtype, options_from, sample_decoder, select_text
+from unclip_jax.generate import compute_dtype, options_from, sample_decoder, select_text, text_inputs
 from unclip_jax.models.unet import Decoder
 from unclip_jax.sharding import make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
@@ -25,9 +26,10 @@ from unclip_jax.train.state import apply_gradients, create_state, step_rng
 
 
 # ---------------------------------------------------------------------------------------------------------------------- example
-def make_example(record, rng, *, tokenizer, size, clip_size, crop_scale=1.0, training=True) -> dict[str, np.ndarray]:
+def make_example(record, rng, *, tokenizer, size, clip_size, crop_scale=1.0, training=True, own=None) -> dict[str, np.ndarray]:
     """One row: `image` (size, size, 3) and `clip_image` (clip_size, clip_size, 3) of the same crop, in [-1, 1]; `clip_tokens` and
-    `clip_token_mask` (L,) of one of its captions. Not in training: the centre, and the first caption."""
+    `clip_token_mask` (L,) of one of its captions, and with a tokenizer `own` of the decoder's own text encoder `tokens` and `token_mask`
+    (L',). Not in training: the centre, and the first caption."""
     image = ops.decode_image(record.image)
     if training:
         image = ops.random_crop(image, int(round(min(image.shape[:2]) * rng.uniform(crop_scale, 1.0))), rng)
@@ -35,12 +37,10 @@ def make_example(record, rng, *, tokenizer, size, clip_size, crop_scale=1.0, tra
     else:
         image = ops.center_crop_square(image)
         caption = record.captions[0]
-    tokens, mask = tokenizer([caption])
     return {
         "image": ops.to_float(ops.resize(image, size)),
         "clip_image": ops.to_float(ops.resize(image, clip_size)),
-        "clip_tokens": tokens[0],
-        "clip_token_mask": mask[0],
+        **{k: v[0] for k, v in caption_arrays([caption], tokenizer, own).items()},
     }
 
 
@@ -50,15 +50,15 @@ def loss_fn(params, rng, batch, *, frozen, clip, model, tables, diffusion, drop_
     rng_embedding, rng_text, rng_noise, rng_dropout = jax.random.split(rng, 4)
     x0 = batch["image"]
     z_image = clip.image(frozen["clip"], batch["clip_image"])
-    text = clip.text(frozen["clip"], batch["clip_tokens"], batch["clip_token_mask"])
-    empty = clip.text(frozen["clip"], **common.text_arguments(clip.empty))
+    text = clip.text(frozen["clip"], batch)
+    empty = clip.text(frozen["clip"], clip.empty)
     text = select_text(jax.random.uniform(rng_text, (len(x0),)) >= drop_text, text, empty)
     drop_image = jax.random.uniform(rng_embedding, (len(x0),)) < drop_embedding
 
     t, eps, x_t = sample_noised(rng_noise, x0, tables)
     out = model.apply(
         {"params": params}, x_t, t, image_embed=z_image, drop_image=drop_image,
-        text_embed=text.embed, text_states=text.states, text_mask=text.mask,
+        **text_inputs(model, text),
         deterministic=False, rngs={"dropout": rng_dropout},
     )  # fmt: skip
     out, v_frac = split_variance(out, x0.shape[-1])
@@ -81,27 +81,28 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
     dtype = compute_dtype(config.dtype)
-    clip = common.frozen_clip(config.clip, workdir, mesh, dtype)
+    own = common.own_tokenizer(config)
+    clip = common.frozen_clip(config.clip, workdir, mesh, dtype, own)
     source = sources.make_source(config.data.train)
     held_out = sources.make_source(config.data.eval)
     size = config.model.unet.image_size
     example = functools.partial(
-        make_example, tokenizer=clip.tokenizer, size=size, clip_size=clip.image_size, crop_scale=config.data.crop_scale
+        make_example, tokenizer=clip.tokenizer, own=own, size=size, clip_size=clip.image_size, crop_scale=config.data.crop_scale
     )
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
     model_config = common.config_json(config.model)
+    if own is not None:
+        model_config["text"] |= {"vocab_size": own.vocab_size, "length": own.length}
     model = Decoder(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
     diffusion = common.config_json(config.diffusion)
     tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
     tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
 
     def init(key):
-        embed, length = jnp.zeros((1, clip.embed_dim)), clip.tokenizer.length
-        return model.init(
-            key, jnp.zeros((1, size, size, 3)), jnp.zeros(1), image_embed=embed, drop_image=jnp.zeros(1, bool), text_embed=embed,
-            text_states=jnp.zeros((1, length, clip.model.text["width"])), text_mask=jnp.ones((1, length), bool),
-        )["params"]  # fmt: skip
+        text = clip.zeros()
+        x, drop = jnp.zeros((1, size, size, 3)), jnp.zeros(1, bool)
+        return model.init(key, x, jnp.zeros(1), image_embed=text.embed, drop_image=drop, **text_inputs(model, text))["params"]
 
     state, shardings = create_state(init, tx, config.seed, mesh)
 
@@ -109,7 +110,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     store = CheckpointStore(workdir, config.keep)
     meta = {
         "name": "decoder",
-        "part": {"kind": "decoder", "model": model_config, "diffusion": diffusion, "clip": clip.hash},
+        "part": {"kind": "decoder", "model": model_config, "diffusion": diffusion, "clip": clip.hash, **common.tokenizer_of(own)},
         "tokenizer": clip.tokenizer.config(),
         "sampling": common.config_json(config.sampling),
         "config": common.config_json(config),
@@ -138,8 +139,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     @jax.jit
     def draw(params, frozen, batch, rng):
-        text = clip.text(frozen["clip"], batch["clip_tokens"], batch["clip_token_mask"])
-        empty = clip.text(frozen["clip"], **common.text_arguments(clip.empty))
+        text = clip.text(frozen["clip"], batch)
+        empty = clip.text(frozen["clip"], clip.empty)
         z_image = clip.image(frozen["clip"], batch["clip_image"])
         return sample_decoder(model, params, meta["part"], z_image, text, empty, rng, options)
 

@@ -16,7 +16,7 @@ from unclip_jax.checkpoint.bundle import load_part
 from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.data import pipeline, sources
 from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.generate import compute_dtype, options_from, sample_prior, select_text
+from unclip_jax.generate import compute_dtype, options_from, sample_prior, select_text, text_inputs
 from unclip_jax.models.prior_ar import ARPrior, Codec, cosine, dot_token, project, quantize
 from unclip_jax.sharding import make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
@@ -29,15 +29,12 @@ from unclip_jax.train.state import apply_gradients, create_state, step_rng
 def dot_edges(clip: common.FrozenClip, config, source, example, mesh) -> np.ndarray:
     """Edges (bins - 1,) that cut z_i.z_t of the first training batches into equally frequent bins."""
 
-    def dots(params, image, tokens, mask):
-        return cosine(clip.image(params, image), clip.text(params, tokens, mask).embed)
-
-    dots, rows = jax.jit(dots), []
+    dots = jax.jit(lambda params, batch: cosine(clip.image(params, batch["clip_image"]), clip.text(params, batch).embed))
+    rows = []
     batches = common.batches(config, source, example, 0, config.statistics_batches)
     with common.closing(batches):
         for _ in range(config.statistics_batches):
-            batch = shard_batch(next(batches), mesh)
-            rows.append(common.crossed(dots(clip.params, batch["clip_image"], batch["clip_tokens"], batch["clip_token_mask"])))
+            rows.append(common.crossed(dots(clip.params, shard_batch(next(batches), mesh))))
     bins = config.model.dot_bins
     return np.quantile(np.concatenate(rows), np.arange(1, bins) / bins)
 
@@ -47,14 +44,14 @@ def loss_fn(params, rng, batch, *, frozen, clip, model, edges, drop_text):
     """Loss () in nats per code and metrics of a global batch; `frozen` holds the CLIP's parameters and the codec."""
     rng_drop, rng_dropout = jax.random.split(rng)
     z = clip.image(frozen["clip"], batch["clip_image"])
-    text = clip.text(frozen["clip"], batch["clip_tokens"], batch["clip_token_mask"])
-    empty = clip.text(frozen["clip"], **common.text_arguments(clip.empty))
+    text = clip.text(frozen["clip"], batch)
+    empty = clip.text(frozen["clip"], clip.empty)
     dot = dot_token(edges, z, text.embed)
     codes = quantize(frozen["codec"], project(frozen["codec"], z, model.codes), model.buckets)
     text = select_text(jax.random.uniform(rng_drop, (len(z),)) >= drop_text, text, empty)
 
     logits = model.apply(
-        {"params": params}, codes, dot, text_embed=text.embed, text_states=text.states, text_mask=text.mask,
+        {"params": params}, codes, dot, **text_inputs(model, text),
         deterministic=False, rngs={"dropout": rng_dropout},
     )  # fmt: skip
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), codes[..., None], axis=-1)
@@ -76,7 +73,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
     dtype = compute_dtype(config.dtype)
-    clip = common.frozen_clip(config.clip, workdir, mesh, dtype)
+    own = common.own_tokenizer(config)
+    clip = common.frozen_clip(config.clip, workdir, mesh, dtype, own)
     pca, _ = load_part(common.resolve(config.pca, workdir), "pca")
     if pca.config["clip"] != clip.hash:
         raise ValueError(f"the codec was fitted in the embedding space of CLIP {pca.config['clip']}, but the CLIP given is {clip.hash}")
@@ -85,18 +83,19 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     codec = jax.device_put(Codec(**pca.params))
     source = sources.make_source(config.data.train)
     evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
-    example = functools.partial(make_example, tokenizer=clip.tokenizer, size=clip.image_size, crop_scale=config.data.crop_scale)
+    example = functools.partial(make_example, tokenizer=clip.tokenizer, own=own, size=clip.image_size, crop_scale=config.data.crop_scale)
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
-    model_config = common.config_json(config.model) | {"length": clip.tokenizer.length}
+    model_config = common.config_json(config.model) | {"length": (own or clip.tokenizer).length}
+    if own is not None:
+        model_config["text"] |= {"vocab_size": own.vocab_size, "length": own.length}
     model = ARPrior(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
     tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
 
     def init(key):
-        text = {"text_embed": jnp.zeros((1, clip.embed_dim)), "text_mask": jnp.ones((1, clip.tokenizer.length), bool)}
-        states = jnp.zeros((1, clip.tokenizer.length, clip.model.text["width"]))
+        text = text_inputs(model, clip.zeros())
         codes, dot = jnp.zeros((1, model.codes), jnp.int32), jnp.zeros(1, jnp.int32)
-        return model.init(key, codes, dot, text_states=states, **text)["params"]
+        return model.init(key, codes, dot, **text)["params"]
 
     state, shardings = create_state(init, tx, config.seed, mesh)
 
@@ -104,7 +103,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     store = CheckpointStore(workdir, config.keep)
     meta = {
         "name": "prior_ar",
-        "part": {"kind": "prior_ar", "model": model_config, "clip": clip.hash},
+        "part": {"kind": "prior_ar", "model": model_config, "clip": clip.hash, **common.tokenizer_of(own)},
         "tokenizer": clip.tokenizer.config(),
         "sampling": common.config_json(config.sampling),
         "config": common.config_json(config),
@@ -134,8 +133,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     @jax.jit
     def predict(params, frozen, batch, rng):
-        text = clip.text(frozen["clip"], batch["clip_tokens"], batch["clip_token_mask"])
-        empty = clip.text(frozen["clip"], **common.text_arguments(clip.empty))
+        text = clip.text(frozen["clip"], batch)
+        empty = clip.text(frozen["clip"], clip.empty)
         z_hat = sample_prior(model, params, meta["part"], text, empty, rng, options, frozen["codec"])
         return z_hat, clip.image(frozen["clip"], batch["clip_image"]), text.embed
 

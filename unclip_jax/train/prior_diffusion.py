@@ -16,15 +16,18 @@ from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.data import pipeline, sources
 from unclip_jax.diffusion.embedding_space import normalize
 from unclip_jax.diffusion.losses import sample_noised, simple_loss, training_tables
-from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.diffusion.process import add_noise, to_x0_eps
+from unclip_jax.diffusion.schedule import make_schedule, strided_steps
 from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.generate import compute_dtype, options_from, part_space, sample_prior, select_text
+from unclip_jax.generate import compute_dtype, options_from, part_space, sample_prior, select_text, text_inputs
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.sharding import make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
 from unclip_jax.train.clip import make_example  # the same row: an image and a caption as CLIP sees them
 from unclip_jax.train.optim import make_optimizer, updates_applied
 from unclip_jax.train.state import apply_gradients, create_state, step_rng
+
+ERROR_TIMES = 50  # time steps at which the errors for analytic variance are measured
 
 
 # ---------------------------------------------------------------------------------------------------------------------- statistics
@@ -48,18 +51,26 @@ def embedding_statistics(clip: common.FrozenClip, config, source, example, mesh)
     return z.mean(axis=0), np.maximum(z.std(axis=0), 1e-6)
 
 
+def error_table(errors: dict[int, float], variance: float, num_steps: int) -> list[float]:
+    """Mean squared errors of x0 at some time steps -> one per step 0 .. T - 1, interpolated and at most the data's variance: what analytic
+    variance needs (Bao et al. 2022; written with x0, as 1 - E|eps|^2 cancels where there is little noise)."""
+    steps = sorted(errors)
+    table = np.interp(np.arange(num_steps), steps, [errors[t] for t in steps])
+    return [float(f"{v:.5g}") for v in np.minimum(table, variance)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------- loss
 def loss_fn(params, rng, batch, *, frozen, clip, model, space, tables, prediction, drop_text):
     """Loss () and metrics of a global batch; `frozen` holds the CLIP's parameters."""
     rng_drop, rng_noise, rng_dropout = jax.random.split(rng, 3)
     z = normalize(space, clip.image(frozen["clip"], batch["clip_image"]))
-    text = clip.text(frozen["clip"], batch["clip_tokens"], batch["clip_token_mask"])
-    empty = clip.text(frozen["clip"], **common.text_arguments(clip.empty))
+    text = clip.text(frozen["clip"], batch)
+    empty = clip.text(frozen["clip"], clip.empty)
     text = select_text(jax.random.uniform(rng_drop, (len(z),)) >= drop_text, text, empty)
 
     t, eps, z_t = sample_noised(rng_noise, z, tables)
     out = model.apply(
-        {"params": params}, z_t, t, text_embed=text.embed, text_states=text.states, text_mask=text.mask,
+        {"params": params}, z_t, t, **text_inputs(model, text),
         deterministic=False, rngs={"dropout": rng_dropout},
     )  # fmt: skip
     return jnp.mean(simple_loss(out, z, eps, t, tables, prediction)), {}
@@ -77,24 +88,24 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
     dtype = compute_dtype(config.dtype)
-    clip = common.frozen_clip(config.clip, workdir, mesh, dtype)
+    own = common.own_tokenizer(config)
+    clip = common.frozen_clip(config.clip, workdir, mesh, dtype, own)
     source = sources.make_source(config.data.train)
     evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
-    example = functools.partial(
-        make_example, tokenizer=clip.tokenizer, size=clip.image_size, crop_scale=config.data.crop_scale
-    )
+    example = functools.partial(make_example, tokenizer=clip.tokenizer, own=own, size=clip.image_size, crop_scale=config.data.crop_scale)
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
-    model_config = common.config_json(config.model) | {"embed_dim": clip.embed_dim, "length": clip.tokenizer.length}
+    model_config = common.config_json(config.model) | {"embed_dim": clip.embed_dim, "length": (own or clip.tokenizer).length}
+    if own is not None:
+        model_config["text"] |= {"num_embeddings": own.vocab_size}
     model = DiffusionPrior(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
     diffusion = common.config_json(config.diffusion)
     tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
     tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
 
     def init(key):
-        text = {"text_embed": jnp.zeros((1, clip.embed_dim)), "text_mask": jnp.ones((1, clip.tokenizer.length), bool)}
-        states = jnp.zeros((1, clip.tokenizer.length, clip.model.text["width"]))
-        return model.init(key, jnp.zeros((1, clip.embed_dim)), jnp.zeros(1), text_states=states, **text)["params"]
+        text = text_inputs(model, clip.zeros())
+        return model.init(key, jnp.zeros((1, clip.embed_dim)), jnp.zeros(1), **text)["params"]
 
     state, shardings = create_state(init, tx, config.seed, mesh)
 
@@ -102,7 +113,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     store = CheckpointStore(workdir, config.keep)
     meta = {
         "name": "prior",
-        "part": {"kind": "prior_diffusion", "model": model_config, "diffusion": diffusion, "clip": clip.hash},
+        "part": {"kind": "prior_diffusion", "model": model_config, "diffusion": diffusion, "clip": clip.hash, **common.tokenizer_of(own)},
         "tokenizer": clip.tokenizer.config(),
         "sampling": common.config_json(config.sampling),
         "config": common.config_json(config),
@@ -136,8 +147,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     @jax.jit
     def predict(params, frozen, batch, rng):
-        text = clip.text(frozen["clip"], batch["clip_tokens"], batch["clip_token_mask"])
-        empty = clip.text(frozen["clip"], **common.text_arguments(clip.empty))
+        text = clip.text(frozen["clip"], batch)
+        empty = clip.text(frozen["clip"], clip.empty)
         z_hat = sample_prior(model, params, meta["part"], text, empty, rng, options)
         return z_hat, clip.image(frozen["clip"], batch["clip_image"]), text.embed
 
@@ -159,10 +170,32 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
             }
         return figures
 
+    @jax.jit
+    def x0_error(params, frozen, batch, rng):
+        z = normalize(space, clip.image(frozen["clip"], batch["clip_image"]))
+        text = clip.text(frozen["clip"], batch)
+        times = strided_steps(diffusion["num_steps"], min(ERROR_TIMES, diffusion["num_steps"]))
+        abar, kind = jnp.asarray(tables.alphas_cumprod), diffusion["prediction"]
+
+        def at(t):
+            z_t = add_noise(z, jax.random.normal(jax.random.fold_in(rng, t), z.shape), abar[t])
+            out = model.apply({"params": params}, z_t, jnp.full(len(z), t), **text_inputs(model, text))
+            return jnp.mean(jnp.square(to_x0_eps(out, z_t, abar[t], kind)[0] - z))
+
+        return times, jax.lax.map(at, jnp.asarray(times)), jnp.mean(jnp.var(z, axis=0))
+
+    def measure_errors(state) -> list[float]:
+        """The errors over some training rows, captions kept."""
+        rows = []
+        measured = common.batches(config, source, example, 0, config.statistics_batches)
+        with common.closing(measured):
+            for i in range(config.statistics_batches):
+                rows.append(jax.device_get(x0_error(state.ema_params, frozen, shard_batch(next(measured), mesh), step_rng(config.seed, i))))
+        times, errors, variance = (np.mean(column, axis=0) for column in zip(*rows))
+        return error_table(dict(zip(times.astype(int).tolist(), errors.tolist())), float(variance), diffusion["num_steps"])
+
     # ------------------------------------------------------------------------------------------------------------------ loop
-    logger = common.Logger(
-        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="prior"
-    )
+    logger = common.Logger(workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="prior")
     batches = common.batches(config, source, example, start)
     figures: dict[str, float] = {}
     with common.closing(store, batches, logger), common.stop_signals() as stop:
@@ -171,6 +204,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
             logger.step(step, metrics)
             if common.due(step, config.checkpoint_every, config.steps) or stop:
                 with logger.paused():
+                    if step == config.steps:
+                        meta["part"]["x0_error"] = measure_errors(state)
                     store.save(step, state, common.with_time(meta, logger))
             if stop:
                 break

@@ -1,0 +1,144 @@
+"""The paper's configurations: exact sizes by shape alone, and tiny variants that train, bundle and sample with their own text encoders."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import unclip_jax
+from tests.helpers import param_count, param_shapes, struct
+from unclip_jax.cli.main import main
+from unclip_jax.cli.train import STAGES, load_config, override
+from unclip_jax.models.prior_ar import ARPrior
+from unclip_jax.models.prior_diffusion import DiffusionPrior
+from unclip_jax.models.unet import Decoder, Upsampler
+from unclip_jax.train import common
+
+PAPER = Path(__file__).resolve().parent.parent / "configs" / "dalle2"
+D, L = 1024, 256
+CLIP_VOCAB, GLIDE_VOCAB = 49_408, 50_257
+TOKENS = {"tokens": struct(1, L, dtype=jnp.int32), "token_mask": struct(1, L, dtype=bool)}
+
+
+def paper(name):
+    config = load_config(str(PAPER / f"{name}.py"))
+    return config, common.config_json(config.model)
+
+
+def dense(inputs, outputs):
+    return (inputs + 1) * outputs
+
+
+def blocks(layers, width):
+    """A pre-norm block has 12 W^2 + 13 W parameters."""
+    return layers * (12 * width**2 + 13 * width)
+
+
+def text_encoder(vocab, width=2048, layers=24):
+    """Token, position and padding embeddings, blocks, final norm."""
+    return vocab * width + 2 * L * width + blocks(layers, width) + 2 * width
+
+
+def test_blocks_of_the_prior():
+    """The published count of 24 blocks of width 2048."""
+    assert blocks(24, 2048) == 1_208_598_528
+
+
+def decoder_count(vocab):
+    config, model = paper("decoder")
+    model["text"] |= {"vocab_size": vocab, "length": config.text_tokenizer.length}
+    image = struct(1, 8, 8, 3)  # parameters do not depend on the side
+    inputs = {"image_embed": struct(1, D), "drop_image": struct(1, dtype=bool), **TOKENS}
+    return param_count(param_shapes(Decoder(**model), image, struct(1), **inputs))
+
+
+def test_size_of_the_decoder():
+    """3,565,434,374 with GLIDE's vocabulary, plus our learned null embedding (D); the vocabulary of CLIP has 849 rows fewer."""
+    assert decoder_count(GLIDE_VOCAB) == 3_565_434_374 + D
+    config, _ = paper("decoder")
+    assert config.text_tokenizer.vocab_size == CLIP_VOCAB
+    assert decoder_count(CLIP_VOCAB) == 3_565_434_374 + D - (GLIDE_VOCAB - CLIP_VOCAB) * 2048
+
+
+def test_size_of_the_diffusion_prior():
+    """1B as printed: the blocks, and around them what is counted here one by one."""
+    config, model = paper("prior_diffusion")
+    model |= {"embed_dim": D, "length": L, "text": {"num_embeddings": config.text_tokenizer.vocab_size}}
+    count = param_count(param_shapes(DiffusionPrior(**model), struct(1, D), struct(1), text_embed=struct(1, D), **TOKENS))
+    width = 2048
+    around = CLIP_VOCAB * width + (L + 4) * width + width  # token embedding, positions, query
+    around += 2 * dense(D, width) + 2 * dense(width, width) + dense(width, D) + 2 * width  # z_t, z_i; time; result; final norm
+    assert count == blocks(24, width) + around == 1_325_014_016
+
+
+def test_size_of_the_autoregressive_prior():
+    """A text encoder of the published shape and a latent decoder that also projects its states to keys and values in every layer."""
+    config, model = paper("prior_ar")
+    model["length"] = L
+    model["text"] |= {"vocab_size": config.text_tokenizer.vocab_size, "length": L}
+    codes, dot = struct(1, 319, dtype=jnp.int32), struct(1, dtype=jnp.int32)
+    count = param_count(param_shapes(ARPrior(**model), codes, dot, text_embed=struct(1, D), **TOKENS))
+    width, buckets = 1664, 1024
+    latent = blocks(24, width) + 24 * 2 * dense(2048, width)
+    latent += buckets * width + 128 * width + 320 * width + dense(D, width) + 2 * width + dense(width, buckets)
+    assert count == text_encoder(CLIP_VOCAB) + latent
+
+
+@pytest.mark.parametrize("name, count", [("upsampler_256", 729_702_083), ("upsampler_1024", 282_059_139)])
+def test_size_of_the_upsamplers(name, count):
+    """The published topology; parameters do not depend on the side."""
+    config, model = paper(name)
+    side = 32
+    shapes = param_shapes(Upsampler(**model), struct(1, side, side, 3), struct(1), low_res=struct(1, side // 4, side // 4, 3))
+    assert param_count(shapes) == count
+    assert config.data.crop_size * 4 == config.model.unet.image_size  # crops of a quarter of the side
+
+
+def train(name, workdir, **changes):
+    config = load_config(f"{PAPER / name}.py:tiny")
+    for key, value in {"data.backend": "numpy", **changes}.items():
+        override(config, key, value)
+    import importlib
+
+    return importlib.import_module(STAGES[config.stage]).train_and_evaluate(config, str(workdir))
+
+
+@pytest.mark.xdist_group("paper")
+def test_tiny_variants_train_and_sample(tiny_run, tmp_path, monkeypatch):
+    """Both priors and decoder with the paper's switches on: own text encoders, scaled embeddings, analytic variance, two candidates,
+    learned variance. They make one bundle, which samples with either prior, and what it draws hangs on the caption."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "clip").symlink_to(tiny_run("clip"))
+    for name, run in (("pca", "pca"), ("prior_diffusion", "prior"), ("prior_ar", "prior_ar"), ("decoder", "decoder")):
+        figures = train(name, runs / run)
+        assert figures and all(np.isfinite(v) for v in figures.values()), name
+    assert main(["bundle", str(runs), "--out", str(tmp_path / "bundle"), "--rows", "0"]) == 0
+    bundle = unclip_jax.load_bundle(tmp_path / "bundle")
+    assert bundle.sampling["prior"]["variance"] == "analytic" and bundle.sampling["prior"]["candidates"] == 2
+    errors = bundle.parts["prior"].config["x0_error"]
+    assert len(errors) == 1000 and min(errors) >= 0 and max(errors) > 0
+    assert bundle.parts["decoder"].config["text_tokenizer"]["length"] == 12
+    for prior in ("diffusion", "ar"):
+        images = unclip_jax.text_to_image(bundle, ["a red fox", "a blue heart"], prior=prior)
+        assert images.shape == (2, 8, 8, 3) and images.std() > 0
+
+
+@pytest.mark.xdist_group("paper")
+@pytest.mark.parametrize("name", ["upsampler_256", "upsampler_1024"])
+def test_tiny_upsamplers_train(name, tmp_path):
+    """Four times larger images; the second with BSR degradation."""
+    config = load_config(f"{PAPER / name}.py:tiny")
+    assert config.factor == 4 and config.data.degradation == {"upsampler_256": "blur", "upsampler_1024": "bsr_light"}[name]
+    assert np.isfinite(train(name, tmp_path / name)["eval_loss"])
+
+
+def test_text_encoder_settings_belong_together(tmp_path, tiny_run):
+    """A tokenizer without an encoder, or the other way round, is refused before anything is made."""
+    (tmp_path / "clip").symlink_to(tiny_run("clip"))
+    config = load_config(f"{PAPER / 'prior_ar'}.py:tiny")
+    with config.unlocked():
+        config.text_tokenizer = None
+    with pytest.raises(ValueError, match="text_tokenizer and model.text belong together"):
+        common.own_tokenizer(config)
