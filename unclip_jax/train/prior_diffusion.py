@@ -27,7 +27,7 @@ from unclip_jax.train.clip import make_example  # the same row: an image and a c
 from unclip_jax.train.optim import make_optimizer, updates_applied
 from unclip_jax.train.state import apply_gradients, create_state, step_rng
 
-ERROR_TIMES = 50  # time steps at which the errors for analytic variance are measured
+ERROR_TIMES, ERROR_BATCHES = 50, 2  # time steps at which the errors for analytic variance are measured, and batches at each
 
 
 # ---------------------------------------------------------------------------------------------------------------------- statistics
@@ -187,9 +187,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     def measure_errors(state) -> list[float]:
         """The errors over some training rows, captions kept."""
         rows = []
-        measured = common.batches(config, source, example, 0, config.statistics_batches)
+        measured = common.batches(config, source, example, 0, ERROR_BATCHES)
         with common.closing(measured):
-            for i in range(config.statistics_batches):
+            for i in range(ERROR_BATCHES):
                 rows.append(jax.device_get(x0_error(state.ema_params, frozen, shard_batch(next(measured), mesh), step_rng(config.seed, i))))
         times, errors, variance = (np.mean(column, axis=0) for column in zip(*rows))
         return error_table(dict(zip(times.astype(int).tolist(), errors.tolist())), float(variance), diffusion["num_steps"])
