@@ -50,11 +50,22 @@ def test_sample_draws_a_grid(tiny_bundle, tmp_path, capsys):
     assert image.ndim == 3 and image.std() > 10
 
 
+def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):
+    """A row for each combination."""
+    out = tmp_path / "grid.png"
+    args = ["a red fox", "a blue heart", "--bundle", str(tiny_bundle), "--out", str(out), "--steps", "2"]
+    assert main(["sample", *args, "--prior", "ar,null", "--guidance", "1.5,3", "--prior-guidance", "2"]) == 0
+    height, width = np.asarray(Image.open(out)).shape[:2]
+    assert (height, width) == (8 + 4 * 206, 8 + 2 * 168)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["sample", "x", "--bundle", "nowhere"], "nowhere is not a bundle"),
         (["sample", "x", "--steps", "0"], "steps must be between 1 and"),
+        (["sample", "x", "--guidance", "much"], "--guidance must be a number"),
+        (["sample", "x", "--prior", "gan"], "unknown prior 'gan'"),
         (["sample", "x", "--samples", "0"], "--samples must be at least 1"),
         (["sample", "x", "--seed", "-1"], "--seed must be between"),
         (["sample", "x", "--set", "decoder"], "is not KEY=VALUE"),

@@ -83,6 +83,14 @@ def progress_bar(words: str) -> Callable[[int, int], None]:
     return show
 
 
+def parse_numbers(name: str, text: str | None) -> list[float]:
+    """"1,2.5" -> [1.0, 2.5]; None -> []. Raises ValueError naming the argument."""
+    try:
+        return [] if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be a number, or several with commas between them, got {text!r}") from None
+
+
 def parse_steps(text: str | None) -> int | str | tuple[int, ...] | None:
     """What `--steps` says: "50" -> 50, "10,10,3,2,2" and names stay text, "[999, 500, 0]" -> (999, 500, 0); None stays None."""
     if text is None:

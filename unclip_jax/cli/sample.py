@@ -15,10 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prior",
         default="diffusion",
-        choices=("diffusion", "ar", "none", "null"),
-        help="where z_i comes from: a prior; none: the text embedding in its place; null: the caption alone (diffusion)",
+        metavar="P",
+        help="where z_i comes from: diffusion or ar, the two priors; none: the text embedding in its place; null: the caption alone. "
+        "diffusion,ar: a row of the grid for each (diffusion)",
     )
-    parser.add_argument("--guidance", type=float, metavar="S", help="the decoder's guidance scale")
+    parser.add_argument("--guidance", metavar="S", help="the decoder's guidance scale. 1,2,4: a row of the grid for each")
     parser.add_argument("--prior-guidance", type=float, metavar="S", help="the prior's guidance scale")
     parser.add_argument("--steps", metavar="N", help="the decoder's sampling steps: 50, or segments 10,10,3,2,2, or fast27")
     parser.add_argument(
@@ -33,8 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
+    import itertools
+
+    import numpy as np
+
     from unclip_jax.checkpoint.bundle import load_bundle
-    from unclip_jax.cli.options import check_out, check_seed, part_options, progress_bar, use_compilation_cache
+    from unclip_jax.cli.options import check_out, check_seed, parse_numbers, part_options, progress_bar, use_compilation_cache
     from unclip_jax.grid import save_grid
     from unclip_jax.sampling.text_to_image import text_to_image
 
@@ -42,16 +47,23 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--samples must be at least 1, got {args.samples}")
     check_seed(args.seed)
     check_out(args.out)
+    priors, scales = args.prior.split(","), parse_numbers("--guidance", args.guidance)
     options = part_options([*([f"decoder.steps={args.steps}"] if args.steps else []), *args.assignments])
-    for part, option, value in (
-        ("decoder", "guidance_scale", args.guidance),
-        ("prior_ar" if args.prior == "ar" else "prior", "guidance_scale", args.prior_guidance),
-    ):
-        if value is not None:
-            options.setdefault(part, {})[option] = value
+    if args.prior_guidance is not None:
+        for prior in priors:
+            if prior in ("diffusion", "ar"):
+                options.setdefault("prior_ar" if prior == "ar" else "prior", {})["guidance_scale"] = args.prior_guidance
     use_compilation_cache()
     bundle = load_bundle(args.bundle)
     captions = [caption for caption in args.captions for _ in range(args.samples)]
-    images = text_to_image(bundle, captions, seed=args.seed, prior=args.prior, options=options, progress=progress_bar("sampling"))
-    columns = args.samples if args.samples > 1 else min(len(captions), 4)
-    print(save_grid(args.out, images, captions, columns=columns))
+    images, labels = [], []
+    for prior, scale in itertools.product(priors, scales or [None]):
+        chosen = options if scale is None else {**options, "decoder": {**options.get("decoder", {}), "guidance_scale": scale}}
+        images.append(text_to_image(bundle, captions, seed=args.seed, prior=prior, options=chosen, progress=progress_bar("sampling")))
+        said = [f"prior {prior}"] * (len(priors) > 1) + [f"guidance {scale:g}"] * (len(scales) > 1)
+        labels += [", ".join([*said, caption]) for caption in captions]
+    if len(images) > 1:
+        columns = len(captions)
+    else:
+        columns = args.samples if args.samples > 1 else min(len(captions), 4)
+    print(save_grid(args.out, np.concatenate(images), labels, columns=columns))
