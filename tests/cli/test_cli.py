@@ -50,6 +50,13 @@ def test_sample_draws_a_grid(tiny_bundle, tmp_path, capsys):
     assert image.ndim == 3 and image.std() > 10
 
 
+def test_measure(tiny_bundle, capsys):
+    """A table per prior."""
+    assert main(["measure", "--bundle", str(tiny_bundle), "--rows", "2", "--prior", "null,none"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("prior null") < out.index("prior none") and out.count("own caption first of 2, samples") == 2
+
+
 def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):
     """A row for each combination."""
     out = tmp_path / "grid.png"
@@ -64,6 +71,8 @@ def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):
     [
         (["sample", "x", "--bundle", "nowhere"], "nowhere is not a bundle"),
         (["sample", "x", "--steps", "0"], "steps must be between 1 and"),
+        (["measure", "--rows", "1"], "--rows must be at least 2"),
+        (["measure", "--prior", "diffusion,gan"], "unknown prior 'gan'"),
         (["sample", "x", "--guidance", "much"], "--guidance must be a number"),
         (["sample", "x", "--prior", "gan"], "unknown prior 'gan'"),
         (["sample", "x", "--samples", "0"], "--samples must be at least 1"),

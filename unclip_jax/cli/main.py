@@ -14,6 +14,7 @@ import unclip_jax
 VERBS = {
     "train": ("unclip_jax.cli.train", "train one stage of the cascade"),
     "bundle": ("unclip_jax.cli.bundle", "collect trained stages into a release bundle"),
+    "measure": ("unclip_jax.cli.measure", "measure a bundle on held-out rows"),
     "sample": ("unclip_jax.cli.sample", "draw pictures from captions"),
     "vary": ("unclip_jax.cli.vary", "draw variations of a picture"),
     "interpolate": ("unclip_jax.cli.interpolate", "draw the way from one picture to another"),
