@@ -2,17 +2,22 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import unclip_jax
 from tests.helpers import param_count, param_shapes, struct
+from tests.runs import losses
+from unclip_jax import sharding
 from unclip_jax.cli.main import main
 from unclip_jax.cli.train import STAGES, load_config, override
+from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.unet import Decoder, Upsampler
+from unclip_jax.train import clip as clip_stage
 from unclip_jax.train import common
 
 PAPER = Path(__file__).resolve().parent.parent / "configs" / "dalle2"
@@ -43,6 +48,16 @@ def text_encoder(vocab, width=2048, layers=24):
 def test_blocks_of_the_prior():
     """The published count of 24 blocks of width 2048."""
     assert blocks(24, 2048) == 1_208_598_528
+
+
+def test_size_of_clip():
+    """Vision and text tower as published, and the temperature."""
+    config, model = paper("clip")
+    model["text"] |= {"vocab_size": config.tokenizer.vocab_size, "length": config.tokenizer.length}
+    shapes = param_shapes(CLIP(**model), struct(1, 256, 256, 3), struct(1, 77, dtype=jnp.int32))
+    assert param_count(shapes["image_tower"]) == 632_307_200
+    assert param_count(shapes["text_tower"]) == 354_032_640
+    assert param_count(shapes) == 632_307_200 + 354_032_640 + 1
 
 
 def decoder_count(vocab):
@@ -123,6 +138,21 @@ def test_tiny_variants_train_and_sample(tiny_run, tmp_path, monkeypatch):
     for prior in ("diffusion", "ar"):
         images = unclip_jax.text_to_image(bundle, ["a red fox", "a blue heart"], prior=prior)
         assert images.shape == (2, 8, 8, 3) and images.std() > 0
+
+
+@pytest.mark.xdist_group("paper")
+def test_tiny_clip_trains_with_sam_on_any_mesh(tmp_path, monkeypatch):
+    """Groups of two rows: eight devices give the losses of one; without SAM the losses differ after the first step."""
+    curves = {}
+    for name, changes in (("eight", {}), ("one", {}), ("off", {"sam.rho": 0.0})):
+        with monkeypatch.context() as patch:
+            if name == "one":
+                patch.setattr(clip_stage, "make_mesh", lambda shape: sharding.make_mesh(None, jax.devices()[:1]))
+            train("clip", tmp_path / name, eval_every=0, **changes)
+        curves[name] = losses(tmp_path / name)
+    np.testing.assert_allclose(curves["eight"], curves["one"], rtol=1e-4)
+    np.testing.assert_allclose(curves["eight"][:2], curves["off"][:2], rtol=1e-5)  # the warmup's first update is zero
+    assert abs(curves["eight"][-1] / curves["off"][-1] - 1) > 1e-4
 
 
 @pytest.mark.xdist_group("paper")

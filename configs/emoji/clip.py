@@ -49,6 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "weight_decay": 0.2,
         "clip_norm": 1.0,
     }
+    config.sam = {"rho": 0.0, "group_size": 64}  # off
     config.ema_decay = 0.995
     config.eval = {"batch_size": 100, "rows": 400, "candidates": 100}
     config.log_every = 20

@@ -97,7 +97,7 @@ def embed_captions(bundle: Bundle, captions: Sequence[str]) -> np.ndarray:
 
 
 def _options(bundle: Bundle, steps: Any, guidance_scale: float, eta: float = 0.0) -> SamplingOptions:
-    settings = {"steps": steps, "sampler": "ddim", "eta": eta, "guidance_scale": guidance_scale, "clip": None}
+    settings = {"steps": steps, "sampler": "ddim", "eta": eta, "guidance_scale": guidance_scale, "clip": None, "threshold": None}
     return programs.stage_options(bundle, {"decoder": settings})["decoder"]
 
 

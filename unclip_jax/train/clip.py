@@ -20,6 +20,7 @@ from unclip_jax.models.clip import CLIP, MAX_LOGIT_SCALE
 from unclip_jax.sharding import make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
 from unclip_jax.train.optim import make_optimizer, updates_applied
+from unclip_jax.train.sam import sam_gradient
 from unclip_jax.train.state import apply_gradients, create_state
 
 
@@ -50,12 +51,22 @@ def contrastive_loss(image: jax.Array, text: jax.Array, scale: jax.Array) -> tup
     return loss, jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(len(logits)))
 
 
+def embed_rows(params, batch, *, model: CLIP):
+    """Unit image and text embeddings (B, D) of a batch."""
+    return model.apply({"params": params}, batch["clip_image"], batch["clip_tokens"])[:2]
+
+
+def loss_of_embeddings(params, embeddings):
+    """Loss () and metrics of a global batch's unit embeddings; of the parameters only the temperature matters here."""
+    scale = jnp.exp(jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE))
+    loss, accuracy = contrastive_loss(*embeddings, scale)
+    return loss, {"accuracy": accuracy, "logit_scale": scale}
+
+
 def loss_fn(params, rng, batch, *, model: CLIP):
     """Loss () and metrics of a global batch. CLIP's training is free of randomness but for the data."""
     del rng
-    image, text, scale = model.apply({"params": params}, batch["clip_image"], batch["clip_tokens"])
-    loss, accuracy = contrastive_loss(image, text, scale)
-    return loss, {"accuracy": accuracy, "logit_scale": scale}
+    return loss_of_embeddings(params, embed_rows(params, batch, model=model))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- training
@@ -90,8 +101,14 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     # ------------------------------------------------------------------------------------------------------------------ update step
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def update(state, batch):
-        grad_fn = jax.value_and_grad(functools.partial(loss_fn, model=model), has_aux=True)
-        (loss, metrics), grads = grad_fn(state.params, None, batch)
+        if config.sam.rho:
+            (loss, metrics), grads = sam_gradient(
+                functools.partial(embed_rows, model=model), loss_of_embeddings, state.params, batch,
+                rho=config.sam.rho, group_size=config.sam.group_size, lanes=mesh.shape["data"] * mesh.shape["fsdp"],
+            )  # fmt: skip
+        else:
+            grad_fn = jax.value_and_grad(functools.partial(loss_fn, model=model), has_aux=True)
+            (loss, metrics), grads = grad_fn(state.params, None, batch)
         rate = learning_rate(updates_applied(state.opt_state))
         state, update_metrics = apply_gradients(state, grads, tx, config.ema_decay)
         # The clamp of the temperature (section 2.5) is kept in the parameter itself, so that it can come back from the bound.
@@ -112,7 +129,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     state, meta, start, _ = common.restore_or_init(store, state, shardings, meta, init_from)
 
     # ------------------------------------------------------------------------------------------------------------------ evaluators
-    encode = jax.jit(lambda params, batch: model.apply({"params": params}, batch["clip_image"], batch["clip_tokens"])[:2])
+    encode = jax.jit(functools.partial(embed_rows, model=model))
 
     def evaluate(state) -> dict[str, float]:
         figures = {}
