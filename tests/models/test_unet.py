@@ -51,7 +51,7 @@ def group_norm(x, params, groups):
     shape = x.shape
     x = np.asarray(x, np.float64).reshape(shape[0], -1, groups, shape[-1] // groups)
     x = (x - x.mean((1, 3), keepdims=True)) / np.sqrt(x.var((1, 3), keepdims=True) + 1e-5)
-    return x.reshape(shape) * params["norm"]["scale"] + params["norm"]["bias"]
+    return x.reshape(shape) * params["scale"] + params["bias"]
 
 
 def conv3(x, params):
