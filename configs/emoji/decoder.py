@@ -75,11 +75,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.keep = 2
     if variant == "quick":
         config.checkpoint_every = 40
-        config.steps = 200
+        config.steps = 360
         config.optimizer.warmup_steps = 30
         config.ema_decay = 0.97
         config.sampling.steps = 16
-        config.eval_every = 200
+        config.eval_every = 360
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.text_tokenizer = None
     config.pca = "../pca"
     config.seed = 0
-    config.steps = 500
+    config.steps = 400
     config.batch_size = 128
     config.dtype = "auto"
     config.remat = False
@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.sampling = {"guidance_scale": 2.0, "temperature": 1.0, "dot_quantile": 0.5}
     config.eval = {"batch_size": 100, "rows": 400, "candidates": 100}
     config.log_every = 20
-    config.eval_every = 500
+    config.eval_every = 400
     config.checkpoint_every = 250
     config.keep = 2
     if variant == "quick":

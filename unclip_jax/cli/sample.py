@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     for prior, scale in itertools.product(priors, scales or [None]):
         chosen = options if scale is None else {**options, "decoder": {**options.get("decoder", {}), "guidance_scale": scale}}
         images.append(text_to_image(bundle, captions, seed=args.seed, prior=prior, options=chosen, progress=progress_bar("sampling")))
-        said = [f"prior {prior}"] * (len(priors) > 1) + [f"guidance {scale:g}"] * (len(scales) > 1)
+        said = [f"prior {prior}"] * (len(priors) > 1) + [f"guidance {scale}"] * (len(scales) > 1)
         labels += [", ".join([*said, caption]) for caption in captions]
     if len(images) > 1:
         columns = len(captions)
