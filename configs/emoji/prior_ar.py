@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "clip_norm": 1.0,
     }
     config.ema_decay = 0.99
-    config.sampling = {"guidance_scale": 2.0, "temperature": 1.0, "dot_quantile": 0.5}
+    config.sampling = {"guidance_scale": 2.0, "temperature": 1.0, "dot_quantile": 0.5, "candidates": 2}
     config.eval = {"batch_size": 100, "rows": 400, "candidates": 100}
     config.log_every = 20
     config.eval_every = 400
