@@ -160,7 +160,7 @@ def test_interpolation(bundle, images, noise):
     x_T = code.x_T if noise == "slerp" else latents.one_noise(code.x_T.shape[1:], 2, 2)
     ends = ops.to_uint8(latents.decode(bundle, code.z_image, x_T, steps=STEPS, seed=2, positions=[0, 0])[-1])
     assert np.abs(drawn[[0, 2]].astype(int) - ends).max() <= 2
-    assert all(np.abs(drawn[1].astype(int) - end).max() > 2 for end in ends)
+    assert all(np.abs(drawn[1].astype(int) - end).max() > 0 for end in ends)
 
 
 def test_text_diff(bundle, images):
