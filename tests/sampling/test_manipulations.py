@@ -28,7 +28,7 @@ def whole(tiny_bundle):
 def bundle(whole):
     """No upsampler, and a decoder whose answers are small, so that its samples stay in range, and hang on z_i more than random ones do."""
     decoder = whole.parts["decoder"]
-    factors = {("unet", "conv_out"): 0.3, ("conditioning", "image_embed_cond"): 8.0}
+    factors = {("unet", "conv_out"): 0.8, ("conditioning", "image_embed_cond"): 8.0}
     flat = traverse_util.flatten_dict(decoder.params)
     params = traverse_util.unflatten_dict({path: factors.get(path[:2], 1.0) * value for path, value in flat.items()})
     parts = {name: part for name, part in whole.parts.items() if name != "upsampler_16"}
@@ -160,7 +160,7 @@ def test_interpolation(bundle, images, noise):
     x_T = code.x_T if noise == "slerp" else latents.one_noise(code.x_T.shape[1:], 2, 2)
     ends = ops.to_uint8(latents.decode(bundle, code.z_image, x_T, steps=STEPS, seed=2, positions=[0, 0])[-1])
     assert np.abs(drawn[[0, 2]].astype(int) - ends).max() <= 2
-    assert all(np.abs(drawn[1].astype(int) - end).max() > 0 for end in ends)
+    assert all(np.abs(drawn[1].astype(int) - end).max() > 2 for end in ends)
 
 
 def test_text_diff(bundle, images):

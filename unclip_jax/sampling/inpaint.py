@@ -14,7 +14,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
-from unclip_jax.generate import inpaint_decoder, sample_upsampler
+from unclip_jax.generate import inpaint_decoder
 from unclip_jax.sampling import latents, programs
 
 RESAMPLES = 5
@@ -81,9 +81,7 @@ def inpaint(
                 models["decoder"], params["decoder"], configs["decoder"], target, known, z_image, text, nothing, fold_in(keys, 1),
                 chosen["decoder"], resamples,
             )  # fmt: skip
-            for i, name in enumerate(programs.upsampler_names(bundle)):
-                drawn = sample_upsampler(models[name], params[name], configs[name], drawn, fold_in(keys, 2 + i), static[name])
-            return drawn
+            return programs.enlarge(drawn, models, params, configs, keys, static)[-1]
 
         return run
 

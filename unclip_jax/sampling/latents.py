@@ -19,7 +19,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in, standard_normal
-from unclip_jax.generate import SamplingOptions, invert_decoder, sample_decoder, sample_upsampler
+from unclip_jax.generate import SamplingOptions, invert_decoder, sample_decoder
 from unclip_jax.sampling import programs
 
 STEPS = 50
@@ -191,7 +191,7 @@ def decode(
         raise ValueError(f"x_T must be {(count, size, size, 3)}, got {np.shape(x_T)}")
     positions = np.arange(count) if positions is None else np.asarray(positions)
     texts, empty = _texts(bundle, captions, count)
-    names = programs.upsampler_names(bundle)
+    names = programs.upsampler_names(bundle.parts)
     chosen = {"decoder": _options(bundle, steps, guidance_scale, eta)}
     chosen |= {name: option for name, option in programs.stage_options(bundle).items() if name in names}
     static, scales = programs.split_scales(chosen)
@@ -203,15 +203,11 @@ def decode(
         def run(params, scale, texts, empty, z, x_T, seed, positions):
             keys = programs.row_keys(seed, positions)
             text, nothing = programs.both_texts(models["clip"], params["clip"], texts, empty)
-            images = [
-                sample_decoder(
-                    models["decoder"], params["decoder"], configs["decoder"], z, text, nothing, fold_in(keys, 1),
-                    programs.with_scale(static["decoder"], scale), x_T,
-                )
-            ]  # fmt: skip
-            for i, name in enumerate(names):
-                images.append(sample_upsampler(models[name], params[name], configs[name], images[-1], fold_in(keys, 2 + i), static[name]))
-            return images
+            drawn = sample_decoder(
+                models["decoder"], params["decoder"], configs["decoder"], z, text, nothing, fold_in(keys, 1),
+                programs.with_scale(static["decoder"], scale), x_T,
+            )  # fmt: skip
+            return programs.enlarge(drawn, models, params, configs, keys, static)
 
         return run
 

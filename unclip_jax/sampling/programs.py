@@ -7,7 +7,7 @@ calls follow.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
+from unclip_jax.diffusion.process import fold_in
 from unclip_jax.generate import (
     Options,
     TextConditioning,
@@ -27,15 +28,16 @@ from unclip_jax.generate import (
     is_guided,
     options_from,
     sample_prior,
+    sample_upsampler,
 )
 from unclip_jax.models.prior_ar import Codec
 
 MAX_BATCH = 16
 
 
-def upsampler_names(bundle: Bundle) -> list[str]:
-    """The bundle's upsamplers in the order of their sizes."""
-    return sorted((n for n in bundle.parts if n.startswith("upsampler_")), key=lambda n: int(n.split("_")[1]))
+def upsampler_names(parts: Iterable[str]) -> list[str]:
+    """The upsamplers among the names of parts, in the order of their sizes."""
+    return sorted((n for n in parts if n.startswith("upsampler_")), key=lambda n: int(n.split("_")[1]))
 
 
 def stage_options(bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Options]:
@@ -44,7 +46,7 @@ def stage_options(bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | N
     Raises:
       ValueError: on an unknown part or option, or a value out of range.
     """
-    names = [name for name in ("prior", "prior_ar", "decoder") if name in bundle.parts] + upsampler_names(bundle)
+    names = [name for name in ("prior", "prior_ar", "decoder") if name in bundle.parts] + upsampler_names(bundle.parts)
     unknown = set(overrides or {}) - set(names)
     if unknown:
         raise ValueError(f"unknown part {', '.join(sorted(unknown))} in the sampling options; this bundle samples {', '.join(names)}")
@@ -160,6 +162,24 @@ def draw_z_image(
     name = {"diffusion": "prior", "ar": "prior_ar"}[prior]
     codec = Codec(**params["pca"]) if prior == "ar" else None
     return sample_prior(models[name], params[name], configs[name], text, empty, keys, options[name], codec)
+
+
+def enlarge(
+    image: jax.Array,
+    models: Mapping[str, nn.Module],
+    params: Mapping[str, Any],
+    configs: Mapping[str, dict],
+    keys: jax.Array,
+    options: Mapping[str, Options],
+) -> list[jax.Array]:
+    """What the decoder drew (B, h, w, 3), and after it what each upsampler makes of the one before, in the order of their sizes.
+
+    keys: (B,), one per row; folds 0 and 1 are the prior's and the decoder's, those from 2 on the upsamplers'.
+    """
+    images = [image]
+    for i, name in enumerate(upsampler_names(models)):
+        images.append(sample_upsampler(models[name], params[name], configs[name], images[-1], fold_in(keys, 2 + i), options[name]))
+    return images
 
 
 def in_batches(

@@ -15,7 +15,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
-from unclip_jax.generate import Options, sample_decoder, sample_upsampler
+from unclip_jax.generate import Options, sample_decoder
 from unclip_jax.sampling import programs
 
 
@@ -31,20 +31,16 @@ class Stages(NamedTuple):
 def _cascade(bundle: Bundle, options: dict[str, Options], prior: str) -> Callable:
     models = programs.models_of(bundle)
     configs = {name: part.config for name, part in bundle.parts.items()}
-    upsamplers = programs.upsampler_names(bundle)
 
     def run(params, scales, captions, empty, seed, positions):
         chosen = {name: programs.with_scale(options[name], scales[name]) for name in options}
         keys = programs.row_keys(seed, positions)
         text, nothing = programs.both_texts(models["clip"], params["clip"], captions, empty)
         z_image = programs.draw_z_image(prior, models, params, configs, text, nothing, fold_in(keys, 0), chosen)
-        images = [
-            sample_decoder(
-                models["decoder"], params["decoder"], configs["decoder"], z_image, text, nothing, fold_in(keys, 1), chosen["decoder"]
-            )
-        ]
-        for i, name in enumerate(upsamplers):
-            images.append(sample_upsampler(models[name], params[name], configs[name], images[-1], fold_in(keys, 2 + i), options[name]))
+        drawn = sample_decoder(
+            models["decoder"], params["decoder"], configs["decoder"], z_image, text, nothing, fold_in(keys, 1), chosen["decoder"]
+        )
+        images = programs.enlarge(drawn, models, params, configs, keys, options)
         return text.embed, jnp.zeros_like(text.embed) if z_image is None else z_image, images
 
     return run
