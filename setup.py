@@ -42,6 +42,6 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10,<0.12"],
         "web": ["huggingface_hub>=0.30,<2", "transformers>=4.50,<6"],
         "eval": ["scipy>=1.14,<2"],
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.5,<4", "ruff>=0.9,<1", "torch==2.13.0", "transformers>=4.50,<6"],
+        "test": ["filelock>=3,<5", "pytest>=8,<10", "pytest-xdist>=3.5,<4", "ruff>=0.9,<1", "torch==2.13.0", "transformers>=4.50,<6"],
     },
 )

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA's CPU client has as many threads as cores or devices, and collectives block theirs: with independent ones under way in one program
@@ -21,17 +22,22 @@ import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """name -> the folder of a tiny trained run of that stage, made when first asked for, after those it starts from."""
+def tiny_run():
+    """name -> the folder of a tiny trained run of that stage, made when first asked for, after what it starts from, for all workers."""
+    from filelock import FileLock
+
     from tests.runs import BESIDE, train_tiny
 
-    runs = tmp_path_factory.mktemp("runs")
+    runs = Path(os.environ["UNCLIP_CACHE"]) / "runs"
+    runs.mkdir(exist_ok=True)
 
     def run(name):
         for other in BESIDE.get(name, ()):
             run(other)
-        if not (runs / name).exists():
-            train_tiny(name, runs / name)
+        with FileLock(runs / f"{name}.lock"):
+            if not (runs / f"{name}.done").exists():
+                train_tiny(name, runs / name)
+                (runs / f"{name}.done").touch()
         return runs / name
 
     return run

@@ -119,7 +119,6 @@ def train(name, workdir, **changes):
     return importlib.import_module(STAGES[config.stage]).train_and_evaluate(config, str(workdir))
 
 
-@pytest.mark.xdist_group("paper")
 def test_tiny_variants_train_and_sample(tiny_run, tmp_path, monkeypatch):
     """Both priors and decoder with the paper's switches on: own text encoders, scaled embeddings, analytic variance, two candidates,
     learned variance. They make one bundle, which samples with either prior, and what it draws hangs on the caption."""
@@ -140,7 +139,6 @@ def test_tiny_variants_train_and_sample(tiny_run, tmp_path, monkeypatch):
         assert images.shape == (2, 8, 8, 3) and images.std() > 0
 
 
-@pytest.mark.xdist_group("paper")
 def test_tiny_clip_trains_with_sam_on_any_mesh(tmp_path, monkeypatch):
     """Groups of two rows: eight devices give the losses of one; without SAM the losses differ after the first step."""
     curves = {}
@@ -155,7 +153,6 @@ def test_tiny_clip_trains_with_sam_on_any_mesh(tmp_path, monkeypatch):
     assert abs(curves["eight"][-1] / curves["off"][-1] - 1) > 1e-4
 
 
-@pytest.mark.xdist_group("paper")
 @pytest.mark.parametrize("name", ["upsampler_256", "upsampler_1024"])
 def test_tiny_upsamplers_train(name, tmp_path):
     """Four times larger images; the second with BSR degradation."""

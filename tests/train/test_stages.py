@@ -13,11 +13,8 @@ from unclip_jax.checkpoint.bundle import load_bundle
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.main import main
 
-# Tests of one stage share its run, so they go to one worker.
-GROUPS = {"clip": "stages_1", "decoder": "stages_1", "prior": "stages_2", "prior_ar": "stages_2", "upsampler_16": "stages_2"}
 
-
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(group)) for name, group in GROUPS.items()])
+@pytest.fixture(params=list(STAGES))
 def name(request):
     return request.param
 
@@ -60,9 +57,10 @@ def test_loss_on_a_fixed_batch_falls(name, beside, monkeypatch):
 def test_eight_devices_equal_one(name, tiny_run, beside, monkeypatch):
     """The first ten losses, dropout on, Adam epsilon 1e-6."""
     assert jax.device_count() == 8
+    eight = losses(tiny_run(name))[:10]
     monkeypatch.setattr(STAGES[name][0], "make_mesh", lambda shape: sharding.make_mesh(None, jax.devices()[:1]))
     train_tiny(name, beside, eval_every=0)
-    np.testing.assert_allclose(losses(beside)[:10], losses(tiny_run(name))[:10], rtol=1e-4)
+    np.testing.assert_allclose(losses(beside)[:10], eight, rtol=1e-4)
 
 
 def test_stopped_and_resumed_equals_running_through(name, tiny_run, beside, monkeypatch):
@@ -80,7 +78,6 @@ def test_stopped_and_resumed_equals_running_through(name, tiny_run, beside, monk
     assert losses(beside) == losses(tiny_run(name))
 
 
-@pytest.mark.xdist_group("stages_2")
 def test_codec_is_the_pca_of_the_training_embeddings(tiny_run, tmp_path):
     """The components diagonalise the covariance of the very rows that were read, and the extremes hold all of them; a finished run is
     left alone; the mesh does not matter."""
@@ -111,7 +108,6 @@ def test_codec_is_the_pca_of_the_training_embeddings(tiny_run, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
 
 
-@pytest.mark.xdist_group("stages_2")
 def test_what_the_codec_refuses(tiny_run, tmp_path):
     """Too few rows for a covariance, more components than there are, a start from weights; and a prior whose CLIP is another."""
     (tmp_path / "clip").symlink_to(tiny_run("clip"))
@@ -128,7 +124,6 @@ def test_what_the_codec_refuses(tiny_run, tmp_path):
         train_tiny("prior_ar", tmp_path / "prior_ar", clip="emoji")
 
 
-@pytest.mark.xdist_group("stages_2")
 def test_init_from_a_run(tiny_run, tmp_path):
     """A new run may start from trained weights: its first loss is not a fresh network's."""
     source = tiny_run("upsampler_16")
@@ -137,7 +132,6 @@ def test_init_from_a_run(tiny_run, tmp_path):
     assert load_run(tmp_path / "run")[0]["provenance"]["initialised_from"]["step"] == STEPS
 
 
-@pytest.mark.xdist_group("stages_1")
 def test_bundle_of_runs(tiny_run, tmp_path, capsys):
     """`unclip bundle` collects the runs' averaged weights, measures them, and they sample."""
     runs = {name: tiny_run(name) for name in STAGES}
@@ -150,7 +144,6 @@ def test_bundle_of_runs(tiny_run, tmp_path, capsys):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float16)), bundle.parts["prior"].params, trained)
 
 
-@pytest.mark.xdist_group("stages_2")
 def test_bundle_of_one_run_and_a_base(tiny_run, tiny_bundle, tmp_path, capsys):
     """What has a run comes from it, the rest from the base, settings and provenance alike; without a base it is missing."""
     (tmp_path / "runs").mkdir()
@@ -167,7 +160,6 @@ def test_bundle_of_one_run_and_a_base(tiny_run, tiny_bundle, tmp_path, capsys):
     assert set(bundle.provenance["training"]) == {"upsampler_16"}
 
 
-@pytest.mark.xdist_group("stages_2")
 def test_another_model_in_the_workdir_is_refused(tiny_run, tmp_path):
     shutil.copytree(tiny_run("upsampler_16"), tmp_path / "run")
     with pytest.raises(ValueError, match="another workdir"):
@@ -179,7 +171,6 @@ def test_missing_clip_is_one_line(tmp_path):
         train_tiny("prior", tmp_path / "prior")
 
 
-@pytest.mark.xdist_group("stages_2")
 def test_not_finite_gradient_skips_the_update(tmp_path, monkeypatch):
     """A batch of NaN leaves parameters and optimizer alone; the data goes on."""
 
