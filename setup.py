@@ -41,7 +41,15 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10,<0.12"],
         "web": ["huggingface_hub>=0.30,<2", "transformers>=4.50,<6"],
-        "eval": ["scipy>=1.14,<2"],
-        "test": ["filelock>=3,<5", "pytest>=8,<10", "pytest-xdist>=3.5,<4", "ruff>=0.9,<1", "torch==2.13.0", "transformers>=4.50,<6"],
+        "eval": ["scikit-learn>=1.5,<2"],
+        "test": [
+            "filelock>=3,<5",
+            "pytest>=8,<10",
+            "pytest-xdist>=3.5,<4",
+            "ruff>=0.9,<1",
+            "scikit-learn>=1.5,<2",
+            "torch==2.13.0",
+            "transformers>=4.50,<6",
+        ],
     },
 )

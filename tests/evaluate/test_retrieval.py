@@ -1,9 +1,9 @@
-"""Retrieval at one: its perfect score, its chance level, ties and groups."""
+"""Retrieval at one and recall at k: their perfect scores, their chance levels, ties, groups, several captions for an image."""
 
 import numpy as np
 import pytest
 
-from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
+from unclip_jax.evaluate.retrieval import mean_cosine, recall_at_k, retrieval_at_1
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +59,42 @@ def test_mean_cosine(z):
     axis = np.eye(16)[0]
     expected = np.mean(z[:, 0] / np.linalg.norm(z, axis=-1))
     np.testing.assert_allclose([mean_cosine(z, axis), mean_cosine(z, axis[None])], expected, rtol=1e-6)
+
+
+def test_recall_by_hand():
+    """Two images, three captions: the first image's second caption is nearest to it, its first one to nobody."""
+    image = np.eye(3)[:2]
+    text = np.array([[0.1, 0.5, 0.9], [1.0, 0.1, 0.0], [0.9, 0.8, 0.0]])
+    recall = recall_at_k(image, text, [0, 0, 1], (1, 2, 3))
+    assert recall["image_to_text"] == {1: 1.0, 2: 1.0, 3: 1.0}
+    assert recall["text_to_image"] == {1: 1 / 3, 2: 1.0, 3: 1.0}
+    swapped = recall_at_k(image, text, [1, 1, 0], (1, 2))
+    assert swapped["image_to_text"] == {1: 0.0, 2: 1.0} and swapped["text_to_image"] == {1: 2 / 3, 2: 1.0}
+
+
+def test_recall_limits(z):
+    """Perfect with itself in any order of captions; k / n for unrelated rows within four standard errors; ties win nothing."""
+    order = np.random.default_rng(3).permutation(1500)
+    perfect = recall_at_k(z[:1500], 3 * z[order], order, (1, 10))
+    assert perfect == {"image_to_text": {1: 1.0, 10: 1.0}, "text_to_image": {1: 1.0, 10: 1.0}}
+    other = np.random.default_rng(2).normal(size=z.shape)
+    for way in recall_at_k(z, other, np.arange(2000), (20, 200)).values():
+        for k, value in way.items():
+            assert abs(value - k / 2000) < 4 * np.sqrt(k / 2000 / 2000)
+    tied = recall_at_k(z[:50], np.ones((50, 16)), np.arange(50), (1, 49, 50))
+    assert tied["image_to_text"] == {1: 0.0, 49: 0.0, 50: 1.0}
+    assert recall_at_k(np.ones((50, 16)), z[:50], np.arange(50), (1, 49))["text_to_image"] == {1: 0.0, 49: 0.0}
+
+
+@pytest.mark.parametrize(
+    ("owner", "ks", "message"),
+    [
+        (np.arange(9), (1,), "must be 10 numbers"),
+        (np.full(10, 10), (1,), r"in \[0, 10\)"),
+        (np.zeros(10, int), (1,), "9 of 10 images have no caption"),
+        (np.arange(10), (0,), "at least 1, got 0"),
+    ],
+)
+def test_what_recall_refuses(z, owner, ks, message):
+    with pytest.raises(ValueError, match=message):
+        recall_at_k(z[:10], z[:10], owner, ks)

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 VOCAB_FILE = Path(__file__).parent / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
+IMAGENET_TEMPLATES_FILE = VOCAB_FILE.with_name("imagenet_templates.txt")  # CLIP's 80 prompts, one a line
 VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 VOCAB_SIZE = 49408
 BYTE_TOKENS = 512  # every byte, inside a word and at its end

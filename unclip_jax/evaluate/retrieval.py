@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+TIE = 1e-12  # two cosines nearer than this are equal but for rounding
+_ROWS = 1024  # captions compared at once
 
-def _unit(z: np.ndarray) -> np.ndarray:
+
+def unit(z: np.ndarray) -> np.ndarray:
+    """Rows (..., D) divided by their norms, float64."""
     z = np.asarray(z, np.float64)
     return z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
 
@@ -26,14 +32,58 @@ def retrieval_at_1(queries: np.ndarray, candidates: np.ndarray, group: int = 100
     n = len(queries) // group * group
     if n == 0:
         raise ValueError(f"retrieval among {group} needs at least {group} rows, got {len(queries)}")
-    q = _unit(queries[:n]).reshape(-1, group, queries.shape[-1])
-    c = _unit(candidates[:n]).reshape(-1, group, candidates.shape[-1])
+    q = unit(queries[:n]).reshape(-1, group, queries.shape[-1])
+    c = unit(candidates[:n]).reshape(-1, group, candidates.shape[-1])
     similarity = np.einsum("gid,gjd->gij", q, c)
     own = np.einsum("gii->gi", similarity).copy()
     np.einsum("gii->gi", similarity)[...] = -np.inf
     return float(np.mean(own > similarity.max(axis=-1)))
 
 
+def recall_at_k(image: np.ndarray, text: np.ndarray, owner: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, dict[int, float]]:
+    """Recall at k both ways over the whole set, as for COCO and Flickr30k (CLIP section 3.1.5 and appendix E.1).
+
+    Image to text: the fraction of images with one of their own captions among the k nearest of all captions. Text to image: the fraction of
+    captions whose image is among the k nearest of all images. A tie with a foreign row counts against it.
+
+    Args:
+      image: (N, D); text: (M, D).
+      owner: (M,) int in [0, N), the image of each caption; every image has at least one.
+      ks: the numbers of nearest rows.
+
+    Returns:
+      {"image_to_text": {k: recall}, "text_to_image": {k: recall}}.
+
+    Raises:
+      ValueError: when owner is of another length or range, an image has no caption, or a k is below 1.
+    """
+    n, owner = len(image), np.asarray(owner)
+    if owner.shape != (len(text),) or owner.min(initial=0) < 0 or owner.max(initial=0) >= n:
+        raise ValueError(f"owner must be {len(text)} numbers in [0, {n}), one per caption")
+    if len(np.unique(owner)) != n:
+        raise ValueError(f"{n - len(np.unique(owner))} of {n} images have no caption")
+    if min(ks) < 1:
+        raise ValueError(f"k must be at least 1, got {min(ks)}")
+    images, texts = unit(image), unit(text)
+    forward, backward = np.empty(n, int), np.empty(len(texts), int)  # how many foreign rows are at least as near as the best own one
+    for first in range(0, len(texts), _ROWS):
+        rows = slice(first, first + _ROWS)
+        similarity = texts[rows] @ images.T
+        own = similarity[np.arange(len(similarity)), owner[rows]]
+        backward[rows] = np.sum(similarity >= own[:, None] - TIE, axis=1) - 1
+    order = np.argsort(owner, kind="stable")
+    starts = np.searchsorted(owner[order], np.arange(n + 1))
+    for i in range(n):
+        similarity = texts @ images[i]
+        mine = order[starts[i] : starts[i + 1]]
+        best = similarity[mine].max() - TIE
+        forward[i] = np.sum(similarity >= best) - np.sum(similarity[mine] >= best)
+    return {
+        "image_to_text": {k: float(np.mean(forward < k)) for k in ks},
+        "text_to_image": {k: float(np.mean(backward < k)) for k in ks},
+    }
+
+
 def mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
     """Mean cosine of corresponding rows; b may be one row (D,) or (1, D)."""
-    return float(np.mean(np.sum(_unit(a) * _unit(b), axis=-1)))
+    return float(np.mean(np.sum(unit(a) * unit(b), axis=-1)))

@@ -43,8 +43,8 @@ class ImageTower(nn.Module):
     gather: Gather | None = None
 
     @nn.compact
-    def __call__(self, image: jax.Array) -> jax.Array:
-        """(B, H, W, 3) in [-1, 1], H = W = image_size -> (B, D), not normalised.
+    def __call__(self, image: jax.Array, project: bool = True) -> jax.Array:
+        """(B, H, W, 3) in [-1, 1], H = W = image_size -> (B, D), not normalised; without the projection (B, width).
 
         Raises:
           ValueError: when the image is not of the tower's size.
@@ -67,6 +67,8 @@ class ImageTower(nn.Module):
             self.layers, self.heads, activation=self.activation, remat=self.remat, dtype=self.dtype, gather=self.gather, name="transformer"
         )(x)
         x = LayerNorm(dtype=self.dtype, name="ln_post")(x[:, 0])
+        if not project:
+            return x.astype(jnp.float32)
         x = nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(scale), name="projection")(x)
         return x.astype(jnp.float32)
 
@@ -132,6 +134,10 @@ class CLIP(nn.Module):
     def encode_image(self, image: jax.Array) -> jax.Array:
         """(B, H, W, 3) float32 in [-1, 1] -> (B, D) float32 raw image embedding z_i."""
         return self.image_tower(image)
+
+    def image_features(self, image: jax.Array) -> jax.Array:
+        """As `encode_image`, before the projection: (B, W) float32, what a linear probe reads."""
+        return self.image_tower(image, project=False)
 
     def encode_text(self, tokens: jax.Array) -> TextFeatures:
         """(B, L) int32 -> raw text embedding z_t (B, D) and the text states (B, L, W), both float32."""

@@ -77,23 +77,34 @@ def square(images: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
     return np.stack([ops.resize(ops.center_crop_square(np.asarray(image)), size) for image in images])
 
 
-def embed_images(bundle: Bundle, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-    """uint8 images (H, W, 3) -> raw CLIP embeddings (N, D)."""
+def embed_images(
+    bundle: Bundle,
+    images: Sequence[np.ndarray] | np.ndarray,
+    *,
+    projected: bool = True,
+    max_batch: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """uint8 images (H, W, 3) -> raw CLIP embeddings (N, D); not projected: the image tower's features (N, W)."""
     part = bundle.part("clip")
-    rows = ops.to_float(square(images, part.config["model"]["image"]["image_size"]))
+    size = part.config["model"]["image"]["image_size"]
     model, params = programs.models_of(bundle)["clip"], programs.device_params(bundle)["clip"]
-    encode = programs.program(bundle, "embed_images", lambda: lambda params, x: model.apply({"params": params}, x, method="encode_image"))
-    return programs.in_batches(lambda index: encode(params, rows[index]), len(rows))
+    method = "encode_image" if projected else "image_features"
+    encode = programs.program(bundle, method, lambda: lambda params, x: model.apply({"params": params}, x, method=method))
+    run = lambda index: encode(params, ops.to_float(square([images[i] for i in index], size)))  # noqa: E731
+    if len(images) == 0:
+        raise ValueError("no images: give at least one")
+    return programs.in_batches(run, len(images), progress, max_batch)
 
 
-def embed_captions(bundle: Bundle, captions: Sequence[str]) -> np.ndarray:
+def embed_captions(bundle: Bundle, captions: Sequence[str], *, max_batch: int | None = None) -> np.ndarray:
     """Captions -> raw CLIP text embeddings (N, D)."""
     tokens, mask = programs.tokenizer(bundle)(list(captions))
     model, params = programs.models_of(bundle)["clip"], programs.device_params(bundle)["clip"]
     encode = programs.program(
         bundle, "embed_captions", lambda: lambda params, tokens: model.apply({"params": params}, tokens, method="encode_text").embed
     )
-    return programs.in_batches(lambda index: encode(params, tokens[index]), len(tokens))
+    return programs.in_batches(lambda index: encode(params, tokens[index]), len(tokens), None, max_batch)
 
 
 def _options(bundle: Bundle, steps: Any, guidance_scale: float, eta: float = 0.0) -> SamplingOptions:

@@ -1,0 +1,55 @@
+"""`unclip evaluate retrieval|zeroshot|probe`: measures a bundle's CLIP on a dataset."""
+
+from __future__ import annotations
+
+import argparse
+
+TASKS = ("retrieval", "zeroshot", "probe")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("task", choices=TASKS, help="recall of captions and images, zero-shot classification, or a linear probe")
+    parser.add_argument("--bundle", default="emoji", metavar="DIR", help="a bundle's folder, or the name of a shipped one (emoji)")
+    parser.add_argument("--data", action="append", default=[], metavar="K=V", help="the source, e.g. name=folder, path=DIR (name=emoji)")
+    parser.add_argument("--train", action="append", default=[], metavar="K=V", help="probe: what differs in its training source")
+    parser.add_argument("--label", default="caption", metavar="L", help="an image's class: caption, folder, or a field (caption)")
+    parser.add_argument("--templates", default="photo", metavar="T", help="zeroshot: name, photo, emoji, emoji_style, imagenet, or a file")
+    parser.add_argument("--rows", type=int, metavar="N", help="at most so many records, chosen at random (all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice (0)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the verb."""
+    from unclip_jax.checkpoint.bundle import load_bundle
+    from unclip_jax.cli.options import check_seed, parse_assignments, progress_bar, use_compilation_cache
+    from unclip_jax.data.sources import make_source
+    from unclip_jax.evaluate.zeroshot import templates_of
+    from unclip_jax.sampling import evaluation
+
+    if args.rows is not None and args.rows < 2:
+        raise ValueError(f"--rows must be at least 2, got {args.rows}")
+    check_seed(args.seed)
+    templates = templates_of(args.templates)
+    described = {"name": "emoji", **({} if args.data else {"split": "val"}), **parse_assignments(args.data)}
+    source = make_source(described)
+    train = None
+    if args.task == "probe":
+        differs = parse_assignments(args.train) or ({"split": "train"} if described["name"] == "emoji" else {})
+        if not differs:
+            raise ValueError("a probe learns from other records than it is tested on: say where they are with --train KEY=VALUE")
+        train = make_source(described | differs)
+    use_compilation_cache()
+    bundle = load_bundle(args.bundle)
+    shared = {"rows": args.rows, "seed": args.seed, "progress": progress_bar("embedding")}
+    count = min(args.rows or len(source), len(source))
+    print(f"{args.task} on {count} of {len(source)} records of {source.name}")
+    if args.task == "retrieval":
+        for way, recall in evaluation.retrieval(bundle, source, **shared).items():
+            print(f"{way.replace('_', ' '):16}" + "".join(f"  recall@{k} {value:.4f}" for k, value in recall.items()))
+    elif args.task == "zeroshot":
+        accuracy, classes = evaluation.zeroshot(bundle, source, templates, label=args.label, **shared)
+        print("".join(f"top-{k} {value:.4f}  " for k, value in accuracy.items()) + f"of {classes} classes, {len(templates)} prompts each")
+    else:
+        found = evaluation.probe(bundle, train, source, label=args.label, **shared)
+        print(f"accuracy {found.accuracy:.4f}  (C {found.c:g}, chosen at {found.validation_accuracy:.4f} on held-out training rows)")

@@ -1,0 +1,77 @@
+"""The linear probe: how much of a class a linear classifier reads out of frozen features (CLIP section 3.2, appendix A.3).
+
+Logistic regression by L-BFGS, no augmentation, at most 1,000 iterations; its L2 strength is chosen on held-out training rows: first over
+powers of 10, then in ever smaller steps around the best.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+
+MAX_ITERATIONS = 1000
+COARSE = tuple(10.0**power for power in (-6, -4, -2, 0, 2, 4, 6))  # of C, the inverse of the strength
+REFINEMENTS = (1.0, 0.5, 0.25)  # steps in decades around the best so far
+_SMALL = 10**7  # numbers in a matrix, below which threads only wait for one another
+
+
+class Probe(NamedTuple):
+    """accuracy on the test rows, C chosen, and the accuracy on the held-out training rows that chose it."""
+
+    accuracy: float
+    c: float
+    validation_accuracy: float
+
+
+def linear_probe(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, *, held_out: float = 0.2, seed: int = 0
+) -> Probe:
+    """Fits on the training features, chooses C on a part of them, fits again on all, and tests.
+
+    Args:
+      train: (N, F) features; train_labels: (N,) int.
+      test: (M, F); test_labels: (M,) int.
+      held_out: fraction of the training rows, of each class, that choose C.
+      seed: of that split.
+
+    Returns:
+      The accuracies and C.
+
+    Raises:
+      ImportError: without scikit-learn (extra `eval`).
+      ValueError: when there are fewer than two classes, or a class with a single training row.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import train_test_split
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        raise ImportError('the linear probe needs scikit-learn: pip install "unclip_jax[eval]"') from None
+
+    _, counts = np.unique(train_labels, return_counts=True)
+    if len(counts) < 2 or min(counts) < 2:
+        raise ValueError(f"a probe needs two classes with two training rows each, got {len(counts)}, one with {min(counts, default=0)}")
+
+    def fit(features, labels, c):
+        with threadpool_limits(1 if features.size < _SMALL else None), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the method stops there
+            return LogisticRegression(C=c, solver="lbfgs", max_iter=MAX_ITERATIONS).fit(features, labels)
+
+    test_size = max(int(round(held_out * len(train))), len(counts))
+    fitted, chosen, fitted_labels, chosen_labels = train_test_split(
+        train, train_labels, test_size=test_size, stratify=train_labels, random_state=seed
+    )
+    scores: dict[float, float] = {}
+
+    def score(c):
+        if c not in scores:
+            scores[c] = fit(fitted, fitted_labels, c).score(chosen, chosen_labels)
+        return scores[c]
+
+    best = max(COARSE, key=score)
+    for step in REFINEMENTS:
+        best = max((best, best * 10**-step, best * 10**step), key=score)
+    return Probe(float(fit(train, train_labels, best).score(test, test_labels)), float(best), float(scores[best]))
