@@ -93,6 +93,12 @@ def random_bundle():
         model = build_model(part)
         shapes = jax.eval_shape(lambda key, m=model, a=args, k=kwargs: m.init(key, *a, **k), jax.random.key(0))["params"]
         parts[name] = Part(part, jax.tree.map(draw, shapes))
+    # A decoder that inpaints: the other one, with four more input channels.
+    conv = parts["decoder"].params["unet"]["conv_in"]
+    more = np.float32(rng.normal(size=(3, 3, 4, conv["kernel"].shape[3])) * 36**-0.5)
+    unet = parts["decoder"].params["unet"] | {"conv_in": conv | {"kernel": np.concatenate([conv["kernel"], more], axis=2)}}
+    config = parts["decoder"].config | {"model": parts["decoder"].config["model"] | {"inpaint": True}}
+    parts["decoder_inpaint"] = Part(config, parts["decoder"].params | {"unet": unet})
     codec = {
         "mean": rng.normal(size=dim),
         "components": np.linalg.qr(rng.normal(size=(dim, dim)))[0],
@@ -103,6 +109,7 @@ def random_bundle():
     config = {"kind": "pca", "embed_dim": dim, "dims": configs["prior_ar"].model.codes, "clip": parts["prior"].config["clip"]}
     parts["pca"] = Part(config, {k: np.asarray(v, np.float32) for k, v in codec.items()})
     sampling = {name: plain(config.sampling) for name, config in configs.items() if name != "clip"}
+    sampling["decoder_inpaint"] = sampling["decoder"]
     return Bundle(parts, tokenizer.config(), sampling, {"note": "random"})
 
 

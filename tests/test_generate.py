@@ -148,6 +148,33 @@ def test_decoder_guidance_limits(decoder):
     np.testing.assert_allclose(base.eps, unconditional(x)[..., :3], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+def test_decoder_that_inpaints(sampler):
+    """The known part comes back exactly, with and without guidance; the rest is drawn, hangs on the key, and on what is known."""
+    config = DECODER | {"model": DECODER["model"] | {"inpaint": True}}
+    model = generate.build_model(config)
+    image, known = jnp.tanh(normal(7, B, SIZE, SIZE, 3)), jnp.broadcast_to((jnp.arange(SIZE) < 4)[None, None, :, None], (B, SIZE, SIZE, 1))
+    text = dict(text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
+    params = random_params(model, image, T, image_embed=Z, drop_image=jnp.zeros(B, bool), known_image=image, known=known, **text)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def sample(image, keys, scale):
+        options = SamplingOptions(3, sampler=sampler, guidance_scale=scale)
+        return sample_decoder(model, params, config, Z, TEXT, EMPTY, keys, options, known_image=image, known=known)
+
+    for scale in (1.0, 2.0):
+        drawn = sample(image, KEYS, scale)
+        np.testing.assert_allclose(jnp.where(known, drawn, 0), jnp.where(known, image, 0), atol=1e-5)
+    unknown = lambda images: np.asarray(images)[:, :, 4:]
+    assert np.abs(unknown(drawn) - unknown(sample(image, KEYS[::-1], 2.0))).max() > 0.05
+    assert np.abs(unknown(drawn) - unknown(sample(-image, KEYS, 2.0))).max() > 0.05
+    with pytest.raises(ValueError, match="needs the known part"):
+        sample_decoder(model, params, config, Z, TEXT, EMPTY, KEYS, SamplingOptions(3))
+    with pytest.raises(ValueError, match="another one cannot use it"):
+        plain = generate.build_model(DECODER)
+        sample_decoder(plain, params, DECODER, Z, TEXT, EMPTY, KEYS, SamplingOptions(3), known_image=image, known=known)
+
+
 def test_upsampler():
     """Twice the size, in [-1, 1], DDIM without noise: the starting noise is the key's, and the low-resolution image matters."""
     model = generate.build_model(UPSAMPLER)

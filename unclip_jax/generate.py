@@ -18,7 +18,7 @@ import numpy as np
 
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace, denormalize
 from unclip_jax.diffusion.guidance import Denoise, Guidance, check_threshold, guide, make_denoiser
-from unclip_jax.diffusion.process import fold_in, standard_normal
+from unclip_jax.diffusion.process import eps_from_x0, fold_in, standard_normal
 from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, ddim_invert, repaint
 from unclip_jax.diffusion.schedule import Schedule, make_schedule, time_steps
 from unclip_jax.models.clip import CLIP
@@ -337,26 +337,36 @@ def decoder_denoiser(
     text: TextConditioning,
     empty: TextConditioning,
     options: SamplingOptions,
+    known_image: jax.Array | None = None,
+    known: jax.Array | None = None,
 ) -> Denoise:
     """The decoder as a denoiser of (B, H, W, 3), conditioned on raw z_image (B, D) (None: the learned null embedding) and captions, guided
-    by options.guidance_scale."""
+    by options.guidance_scale; with known_image (B, H, W, 3) and known (B, H, W, 1), of which it then says exactly what is known."""
     b = text.embed.shape[0]
     guided = is_guided(options)
     both = _with_empty(text, empty) if guided else text
     z = jnp.zeros_like(both.embed) if z_image is None else jnp.concatenate([z_image, z_image]) if guided else z_image
     drop = jnp.full(z.shape[0], True) if z_image is None else jnp.arange(z.shape[0]) >= b
+    inputs = {"image_embed": z, "drop_image": drop, **text_inputs(model, both)}
+    if known is not None:
+        inputs |= {"known_image": known_image, "known": known} if not guided else {
+            "known_image": jnp.concatenate([known_image, known_image]), "known": jnp.concatenate([known, known])
+        }  # fmt: skip
 
     def network(x, t):
-        return model.apply(
-            {"params": params},
-            x,
-            t,
-            image_embed=z,
-            drop_image=drop,
-            **text_inputs(model, both),
-        )
+        return model.apply({"params": params}, x, t, **inputs)
 
-    return _denoiser(network, config, options, guided)
+    denoise = _denoiser(network, config, options, guided)
+    if known is None:
+        return denoise
+    table = np.asarray(part_schedule(config).alphas_cumprod)
+
+    def with_known(x_t, t):
+        said = denoise(x_t, t)
+        x0 = jnp.where(known, known_image, said.x0)
+        return said._replace(x0=x0, eps=eps_from_x0(x0, x_t, jnp.asarray(table, x_t.dtype)[t]))
+
+    return with_known
 
 
 def sample_decoder(
@@ -369,18 +379,26 @@ def sample_decoder(
     rng: jax.Array,
     options: SamplingOptions,
     x_T: jax.Array | None = None,
+    known_image: jax.Array | None = None,
+    known: jax.Array | None = None,
 ) -> jax.Array:
-    """Draws images for embeddings (unCLIP section 2.1).
+    """Draws images for embeddings (unCLIP section 2.1), or their unknown part with a decoder trained to inpaint.
 
     Args:
       z_image: (B, D) raw image embeddings; None: the null embedding, so that the caption alone says what to draw.
       text, empty: as in `sample_prior`.
       x_T: (B, H, W, 3) the noise to start from; drawn when None.
+      known_image: (B, H, W, 3) in [-1, 1], known: (B, H, W, 1) bool, for a decoder that inpaints: what is kept, and where.
 
     Returns:
-      (B, H, W, 3) float32 in [-1, 1], H = W = the decoder's image size.
+      (B, H, W, 3) float32 in [-1, 1], H = W = the decoder's image size; equal to `known_image` where known.
+
+    Raises:
+      ValueError: when a decoder that inpaints is not told what is known, or another one is.
     """
-    denoise = decoder_denoiser(model, params, config, z_image, text, empty, options)
+    if model.inpaint != (known is not None):
+        raise ValueError("a decoder that inpaints needs the known part of the image, and another one cannot use it")
+    denoise = decoder_denoiser(model, params, config, z_image, text, empty, options, known_image, known)
     size = config["model"]["unet"]["image_size"]
     x = standard_normal(fold_in(rng, 0), (text.embed.shape[0], size, size, 3)) if x_T is None else x_T
     return jnp.clip(_sample(denoise, x, config, fold_in(rng, 1), options), -1, 1)

@@ -1,9 +1,11 @@
 """The decoder for the embedded emoji, 32 px; it needs the CLIP of `configs/emoji/clip.py` beside it.
 
     unclip train configs/emoji/decoder.py --workdir runs/emoji/decoder
+    unclip train configs/emoji/decoder.py:inpaint --workdir runs/emoji/decoder_inpaint --init-from runs/emoji/decoder
 
 variant   what it is
 (none)    the shipped bundle's
+:inpaint  the decoder that inpaints, fine-tuned from the other one
 :quick    for `launch/quickstart --train`
 :tiny     seconds on a CPU, for tests
 
@@ -14,13 +16,13 @@ seen draw better shapes than 45,000 with the noise; colours of large areas are n
 
 from ml_collections import ConfigDict
 
-VARIANTS = ("", "quick", "tiny")
+VARIANTS = ("", "inpaint", "quick", "tiny")
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The configuration. Raises ValueError on an unknown variant."""
     if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r} of configs/emoji/decoder.py; choose one of quick, tiny, or none")
+        raise ValueError(f"unknown variant {variant!r} of configs/emoji/decoder.py; choose one of inpaint, quick, tiny, or none")
     config = ConfigDict()
     config.stage = "decoder"
     config.clip = "../clip"
@@ -39,6 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "crop_scale": 1.0,
     }
     config.model = {
+        "inpaint": False,
         "text": None,
         "unet": {
             "image_size": 32,
@@ -73,6 +76,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 1000
     config.checkpoint_every = 250
     config.keep = 2
+    if variant == "inpaint":
+        config.model.inpaint = True
+        config.steps = 2000
+        config.optimizer.update({"learning_rate": 5e-4, "warmup_steps": 100})
+        config.eval_every = 500
     if variant == "quick":
         config.checkpoint_every = 40
         config.steps = 360

@@ -115,7 +115,8 @@ def pictures(tmp_path):
         (["vary", "a.png", "--count", "2"], 3),
         (["interpolate", "a.png", "b.png", "--count", "2"], 4),
         (["edit", "a.png", "--to", "a blue heart", "--count", "2"], 3),
-        (["inpaint", "a.png", "mask.png", "a red fox", "--count", "1", "--resamples", "1"], 3),
+        (["inpaint", "a.png", "mask.png", "a red fox", "--count", "1"], 3),
+        (["inpaint", "a.png", "mask.png", "a red fox", "--count", "1", "--method", "resample", "--resamples", "1"], 3),
         (["reconstruct", "a.png", "--dims", "3", "16"], 3),
     ],
 )

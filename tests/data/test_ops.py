@@ -138,6 +138,22 @@ def test_crops(photo):
     assert ops.resize_then_crop(np.zeros((2, 50_000, 3), np.uint8), 64).shape == (64, 64, 3)
 
 
+def test_random_masks():
+    """Bool, the generator's own; nothing is known of a tenth, a box of a fifth, all but a box of three tenths."""
+    masks = np.stack([ops.random_mask(32, np.random.default_rng(seed)) for seed in range(600)])
+    assert masks.shape == (600, 32, 32, 1) and masks.dtype == np.bool_
+    np.testing.assert_array_equal(masks[5], ops.random_mask(32, np.random.default_rng(5)))
+    share = masks.mean((1, 2, 3))
+    assert 0.07 < np.mean(share == 0) < 0.14 and 0.4 < share.mean() < 0.7
+
+    def is_box(shown):
+        rows, columns = shown.any(1), shown.any(0)
+        return shown.any() and np.array_equal(shown, rows[:, None] & columns)
+
+    shown, hidden = (np.mean([is_box(m[..., 0]) for m in both]) for both in (masks, ~masks))
+    assert 0.15 < shown < 0.26 and 0.33 < hidden < 0.48
+
+
 def test_float_round_trip():
     values = np.arange(256, dtype=np.uint8)
     floats = ops.to_float(values)

@@ -232,6 +232,21 @@ def test_dropout_only_when_not_deterministic():
     np.testing.assert_allclose(quiet, plain, rtol=1e-5)
 
 
+def test_a_decoder_that_inpaints_sees_what_is_known_and_no_more():
+    """What the mask hides of the image does not matter; what it shows, and the mask itself, do."""
+    model = DECODER.clone(inpaint=True)
+    known = jnp.arange(SIZE)[None, :, None, None] * jnp.ones((B, 1, SIZE, 1)) < 3
+    image = normal(7, B, SIZE, SIZE, 3)
+    p = random_params(model, X, TIME, **conditioning(), known_image=image, known=known)
+    assert p["unet"]["conv_in"]["kernel"].shape == (3, 3, 7, 8)
+    call = jax.jit(lambda image, known: model.apply({"params": p}, X, TIME, **conditioning(), known_image=image, known=known))
+    out = call(image, known)
+    np.testing.assert_array_equal(out, call(jnp.where(known, image, 9.0), known))
+    assert np.abs(out - call(jnp.where(known, -image, image), known)).max() > 1e-2
+    assert np.abs(out - call(jnp.zeros_like(image), known)).max() > 1e-2
+    assert np.abs(call(jnp.zeros_like(image), known) - call(jnp.zeros_like(image), ~known)).max() > 1e-2
+
+
 def test_upsampler_at_other_sizes():
     """The same parameters enlarge other sizes and shapes; the low-resolution image matters; sides that do not halve are an error."""
     model = Upsampler(unet=UNET | {"out_channels": 3, "attention_resolutions": (), "middle_attention": False, "scale_shift": False})

@@ -120,6 +120,7 @@ def test_psnr():
         (lambda b, i: inpaint(b, i[0], np.ones((3, 3), bool), "x"), "of the image's size"),
         (lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2]), "x"), "must be boolean"),
         (lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2], bool), "x", resamples=0), "resamples must be at least 1"),
+        (lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2], bool), "x", method="magic"), "choose one of trained, resample"),
     ],
 )
 def test_bad_input_is_one_line(bundle, images, call, message):
@@ -188,12 +189,13 @@ def test_reconstruction(bundle, images):
     assert all(a > b for a, b in zip(left, left[1:])) and left[-1] < 1e-3 * left[0]
 
 
-def test_inpainting(bundle, images):
+@pytest.mark.parametrize("method", ["trained", "resample"])
+def test_inpainting(method, bundle, images):
     """An all-true mask returns the input; half a mask keeps its half exactly and draws the other, differently for other seeds."""
     size = ops.resize(images[0], 8)
     everything = np.ones(size.shape[:2], bool)
-    options = {"decoder": {"steps": 3}, "prior": {"steps": 2}}
-    draw = lambda mask, **kw: inpaint(bundle, size, mask, "a red fox", count=2, resamples=2, options=options, **kw)
+    options = {"decoder": {"steps": 3}, "decoder_inpaint": {"steps": 3}, "prior": {"steps": 2}}
+    draw = lambda mask, **kw: inpaint(bundle, size, mask, "a red fox", count=2, method=method, resamples=2, options=options, **kw)
     np.testing.assert_array_equal(draw(everything), np.stack([size, size]))
     half = everything.copy()
     half[:, 4:] = False
@@ -201,3 +203,5 @@ def test_inpainting(bundle, images):
     np.testing.assert_array_equal(drawn[:, :, :4], np.stack([size, size])[:, :, :4])
     assert not np.array_equal(drawn[0, :, 4:], drawn[1, :, 4:])
     assert not np.array_equal(drawn, draw(half, seed=1))
+    if method == "trained":  # which is what a bundle that can does
+        np.testing.assert_array_equal(drawn, inpaint(bundle, size, half, "a red fox", count=2, options=options))

@@ -132,6 +132,26 @@ def test_init_from_a_run(tiny_run, tmp_path):
     assert load_run(tmp_path / "run")[0]["provenance"]["initialised_from"]["step"] == STEPS
 
 
+def test_a_decoder_is_fine_tuned_to_inpaint(tiny_run, tmp_path):
+    """It starts as the ordinary decoder, blind to what is known; training opens its eyes. Its own weights are preferred to start from."""
+    from unclip_jax.train.decoder import load_widened
+
+    source = tiny_run("decoder")
+    (tmp_path / "clip").symlink_to(tiny_run("clip"))
+    ordinary, (part, _) = load_run(source)[1], load_widened(source, "decoder_inpaint")
+    kernel = part.params["unet"]["conv_in"]["kernel"]
+    np.testing.assert_array_equal(kernel[:, :, :3], ordinary["unet"]["conv_in"]["kernel"])
+    assert kernel.shape[2] == 7 and not kernel[:, :, 3:].any()
+    run = tmp_path / "decoder_inpaint"
+    train_tiny("decoder", run, str(source), model__inpaint=True, steps=3, eval_every=3)
+    meta, trained, _ = load_run(run)
+    assert meta["name"] == "decoder_inpaint" and meta["part"]["model"]["inpaint"]
+    assert np.abs(trained["unet"]["conv_in"]["kernel"][:, :, 3:]).min() > 0
+    assert losses(run)[0] < 0.95 * losses(source)[0]
+    again, _ = load_widened(run, "decoder_inpaint")
+    jax.tree.map(np.testing.assert_array_equal, again.params, trained)
+
+
 def test_bundle_of_runs(tiny_run, tmp_path, capsys):
     """`unclip bundle` collects the runs' averaged weights, measures them, and they sample."""
     runs = {name: tiny_run(name) for name in STAGES}

@@ -207,7 +207,7 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
     if checkpoint_folder(path).is_dir():
         meta, params, step = load_run(path)
         if meta["name"] != name:
-            raise ValueError(f"{path} is a run of {meta['name']!r}, not of {name!r}")
+            raise KeyError(f"{path} is a run of {meta['name']!r}, not of {name!r}")
         meta["provenance"]["step"] = step
         return Part(meta["part"], params), meta
     try:

@@ -12,7 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="the picture")
     parser.add_argument("mask", metavar="MASK", help="a picture of the same size: white is kept, black is drawn anew")
     parser.add_argument("caption", metavar="CAPTION", help="of the whole picture")
-    parser.add_argument("--resamples", type=int, default=5, metavar="N", help="passes per step (5)")
+    parser.add_argument("--method", metavar="M", help="trained: the decoder that inpaints (default, if there is one); resample: any")
+    parser.add_argument("--resamples", type=int, default=5, metavar="N", help="passes per step of --method resample (5)")
     add_image_arguments(parser, count=6, guidance=None, steps=None)
 
 
@@ -22,16 +23,17 @@ def run(args: argparse.Namespace) -> None:
 
     from unclip_jax.cli.options import image_task, read_image
     from unclip_jax.sampling import latents
-    from unclip_jax.sampling.inpaint import inpaint
+    from unclip_jax.sampling.inpaint import METHODS, inpaint
 
     task = image_task(args)
     image, mask = read_image(args.image), read_image(args.mask)
     if mask.shape != image.shape:
         raise ValueError(f"{args.mask} is {mask.shape[1]}x{mask.shape[0]}, but {args.image} is {image.shape[1]}x{image.shape[0]}")
-    settings = {"guidance_scale": args.guidance, "steps": task.steps}
+    settings = {k: v for k, v in {"guidance_scale": args.guidance, "steps": task.steps}.items() if v is not None}
     drawn = inpaint(
-        task.bundle, image, mask.mean(axis=2) >= 128, args.caption, count=args.count, resamples=args.resamples, seed=args.seed,
-        options={"decoder": {k: v for k, v in settings.items() if v is not None}}, progress=task.progress,
+        task.bundle, image, mask.mean(axis=2) >= 128, args.caption,
+        count=args.count, method=args.method, resamples=args.resamples, seed=args.seed,
+        options={part: settings for part in METHODS.values() if part in task.bundle.parts}, progress=task.progress,
     )  # fmt: skip
     shown = latents.square([image, mask], drawn.shape[1])
     task.save(np.concatenate([shown, drawn]), ["input", "mask", *[args.caption] * args.count])

@@ -10,7 +10,7 @@ import functools
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 # 2**27 pixels are 400 MB as RGB: larger than any photograph in a caption dataset, small enough for a worker thread.
 MAX_PIXELS = 2**27
@@ -180,6 +180,30 @@ def resize_then_crop(image: np.ndarray, size: int, rng: np.random.Generator | No
     """
     square = center_crop_square(image) if rng is None else random_crop_square(image, rng)
     return resize(square, size, method)
+
+
+def random_mask(size: int, rng: np.random.Generator) -> np.ndarray:
+    """What is known of an image, to train inpainting on: bool (size, size, 1), True where it is kept.
+
+    In turn of chance: nothing is known (10 %), all but a box (30 %), a box alone (20 %), all but some thick strokes (40 %). Boxes have
+    sides of a quarter to all of the image's, strokes a width of a sixteenth to a quarter.
+    """
+    kind = rng.choice(4, p=(0.1, 0.3, 0.2, 0.4))
+    mask = Image.new("1", (size, size), 1)
+    draw = ImageDraw.Draw(mask)
+    if kind == 0:
+        draw.rectangle((0, 0, size, size), 0)
+    elif kind in (1, 2):
+        height, width = (int(round(size * rng.uniform(0.25, 1.0))) for _ in range(2))
+        top, left = int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1))
+        if kind == 2:
+            draw.rectangle((0, 0, size, size), 0)
+        draw.rectangle((left, top, left + width - 1, top + height - 1), int(kind == 2))
+    else:
+        for _ in range(rng.integers(1, 4)):
+            points = [tuple(point) for point in rng.uniform(0, size, (rng.integers(2, 6), 2))]
+            draw.line(points, 0, max(1, int(round(size * rng.uniform(1 / 16, 1 / 4)))), "curve")
+    return np.asarray(mask, bool)[..., None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

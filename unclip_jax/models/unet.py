@@ -287,11 +287,13 @@ class Decoder(nn.Module):
       unet: keyword arguments of `UNet`.
       conditioning: keyword arguments of `ClipConditioning` but for cond_dim (context_dim, clip_tokens, ...).
       text: keyword arguments of the decoder's own `TextEncoder` (the paper), of width context_dim; None: CLIP's states (Karlo), or none.
+      inpaint: it also sees the known part of the image: four more input channels, RGB and mask (GLIDE, on inpainting).
     """
 
     unet: dict
     conditioning: dict
     text: dict | None = None
+    inpaint: bool = False
     remat: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
@@ -309,6 +311,8 @@ class Decoder(nn.Module):
         text_mask: jax.Array | None = None,
         tokens: jax.Array | None = None,
         token_mask: jax.Array | None = None,
+        known_image: jax.Array | None = None,
+        known: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """Predicts the noise (and the variance fraction).
@@ -321,11 +325,15 @@ class Decoder(nn.Module):
           text_embed: (B, D) raw CLIP text embedding, when the conditioning uses it.
           text_states: (B, L, W), text_mask: (B, L) bool, when the conditioning uses them.
           tokens: (B, L) int32, token_mask: (B, L) bool, when the decoder has its own text encoder.
+          known_image: (B, H, W, 3) in [-1, 1], known: (B, H, W, 1) bool, True where it is known, when the decoder inpaints; what is
+            not known of the image is not looked at.
           deterministic: False switches dropout on.
 
         Returns:
           (B, H, W, 3 or 6) float32.
         """
+        if self.inpaint:
+            x = jnp.concatenate([x, jnp.where(known, known_image, 0), known.astype(x.dtype)], axis=-1)
         cond, context, mask = ClipConditioning(
             cond_dim=4 * self.unet["channels"], dtype=self.dtype, name="conditioning", **self.conditioning
         )(image_embed, drop_image, text_embed, text_states, text_mask)

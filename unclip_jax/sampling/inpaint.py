@@ -1,7 +1,8 @@
 """Inpainting: the part of an image that is not kept is drawn anew for a caption (GLIDE section 4, used by unCLIP's decoder).
 
-Training-free: any decoder, by RePaint (`samplers.repaint`). The prior draws z_i for the caption; the decoder fills the unknown part
-around the known one; the kept pixels of the input are put back into the enlarged picture.
+The prior draws z_i for the caption; a decoder fills the unknown part around the known one; the kept pixels of the input are put back into
+the enlarged picture. Two ways to fill: `trained`, with the part `decoder_inpaint`, which sees what is known; and `resample`, with any
+decoder and without training, by RePaint (`samplers.repaint`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
-from unclip_jax.generate import inpaint_decoder
+from unclip_jax.generate import inpaint_decoder, sample_decoder
 from unclip_jax.sampling import latents, programs
 
 RESAMPLES = 5
+METHODS = {"trained": "decoder_inpaint", "resample": "decoder"}  # method -> the part it needs
 
 
 def inpaint(
@@ -27,6 +29,7 @@ def inpaint(
     caption: str,
     *,
     count: int = 4,
+    method: str | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
     prior: str = "diffusion",
@@ -36,23 +39,24 @@ def inpaint(
     """Draws the unknown part of an image.
 
     Args:
-      bundle: with clip, decoder, the prior chosen, and any number of upsamplers.
+      bundle: with clip, the method's decoder, the prior chosen, and any number of upsamplers.
       image: uint8 (H, W, 3).
       mask: bool (H, W), True where the image is kept.
       caption: of the whole picture.
       count: pictures to draw.
-      resamples: passes per step; more fit the drawn part better to the kept one, at their cost.
+      method: one of METHODS; None: `trained` where the bundle has its decoder, else `resample`.
+      resamples: passes per step of `resample`; more fit the drawn part better to the kept one, at their cost.
       seed: non-negative integer.
       prior: as in `text_to_image`.
-      options: overrides of the bundle's sampling defaults per part; the decoder's sampler is ancestral whatever they say.
+      options: overrides of the bundle's sampling defaults per part; the sampler of `resample` is ancestral whatever they say.
       progress: called with (images done, images in all).
 
     Returns:
       uint8 (count, S, S, 3), S the largest size; the centred square of the image, resized to it, stands unchanged where the mask keeps it.
 
     Raises:
-      ValueError: when the mask is not boolean or of another size than the image, or options are out of range; KeyError when the bundle
-        lacks a part.
+      ValueError: when the mask is not boolean or of another size than the image, the method is unknown, or options are out of range;
+        KeyError when the bundle lacks a part.
     """
     image, mask = np.asarray(image), np.asarray(mask)
     if mask.dtype != np.bool_ or mask.shape != image.shape[:2]:
@@ -61,11 +65,15 @@ def inpaint(
         raise ValueError(f"the number of pictures must be at least 1, got {count}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    for name in ("clip", "decoder"):
+    method = method or ("trained" if METHODS["trained"] in bundle.parts else "resample")
+    if method not in METHODS:
+        raise ValueError(f"unknown way to inpaint {method!r}; choose one of {', '.join(METHODS)}")
+    decoder = METHODS[method]
+    for name in ("clip", decoder):
         bundle.part(name)
     programs.check_prior(bundle, prior)
     static, scales = programs.split_scales(programs.stage_options(bundle, options))
-    small = bundle.part("decoder").config["model"]["unet"]["image_size"]
+    small = bundle.part(decoder).config["model"]["unet"]["image_size"]
     target = ops.to_float(latents.square([image], small))
     known = _shrink(mask, small)[None]
 
@@ -77,15 +85,16 @@ def inpaint(
             keys = programs.row_keys(seed, positions)
             text, nothing = programs.both_texts(models["clip"], params["clip"], captions, empty)
             z_image = programs.draw_z_image(prior, models, params, configs, text, nothing, fold_in(keys, 0), chosen)
-            drawn = inpaint_decoder(
-                models["decoder"], params["decoder"], configs["decoder"], target, known, z_image, text, nothing, fold_in(keys, 1),
-                chosen["decoder"], resamples,
-            )  # fmt: skip
+            network, key = (models[decoder], params[decoder], configs[decoder]), fold_in(keys, 1)
+            if method == "trained":
+                drawn = sample_decoder(*network, z_image, text, nothing, key, chosen[decoder], known_image=target, known=known)
+            else:
+                drawn = inpaint_decoder(*network, target, known, z_image, text, nothing, key, chosen[decoder], resamples)
             return programs.enlarge(drawn, models, params, configs, keys, static)[-1]
 
         return run
 
-    run, params = programs.program(bundle, ("inpaint", prior, resamples, *static.items()), make), programs.device_params(bundle)
+    run, params = programs.program(bundle, ("inpaint", method, prior, resamples, *static.items()), make), programs.device_params(bundle)
     captions, empty = programs.captions_of(bundle, [caption]), programs.captions_of(bundle, [""])
 
     def batch(rows):

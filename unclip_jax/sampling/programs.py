@@ -46,7 +46,7 @@ def stage_options(bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | N
     Raises:
       ValueError: on an unknown part or option, or a value out of range.
     """
-    names = [name for name in ("prior", "prior_ar", "decoder") if name in bundle.parts] + upsampler_names(bundle.parts)
+    names = [name for name in ("prior", "prior_ar", "decoder", "decoder_inpaint") if name in bundle.parts] + upsampler_names(bundle.parts)
     unknown = set(overrides or {}) - set(names)
     if unknown:
         raise ValueError(f"unknown part {', '.join(sorted(unknown))} in the sampling options; this bundle samples {', '.join(names)}")

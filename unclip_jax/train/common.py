@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -205,9 +205,9 @@ def with_time(meta: dict, logger: Logger) -> dict:
 
 
 def restore_or_init(
-    store: CheckpointStore, state: TrainState, shardings: Any, meta: dict, init_from: str | None
+    store: CheckpointStore, state: TrainState, shardings: Any, meta: dict, init_from: str | None, load: Callable = load_part
 ) -> tuple[TrainState, dict, int, dict]:
-    """The run's newest checkpoint if it has one; else fresh weights, or those of `init_from` (a bundle or another run).
+    """The run's newest checkpoint if it has one; else fresh weights, or those of `init_from` (a bundle or another run), read by `load`.
 
     Returns:
       state, meta (a resumed run keeps its own provenance), the number of steps already done, and the part configuration that came
@@ -228,7 +228,7 @@ def restore_or_init(
         return store.restore(step, state, shardings), {**meta, "provenance": old["provenance"]}, step, old["part"]
     old_part: dict = {}
     if init_from is not None:
-        part, old = load_part(init_from, meta["name"])
+        part, old = load(init_from, meta["name"])
         theirs = {k: np.shape(v) for k, v in _leaves(part.params)}
         ours = {k: v.shape for k, v in _leaves(state.params)}
         if theirs != ours:

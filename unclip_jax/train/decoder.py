@@ -1,7 +1,9 @@
 """The decoder: images from CLIP image embeddings and captions (unCLIP section 2.1).
 
 A GLIDE U-Net predicts the noise and its variance. The CLIP embedding is replaced by a learned null embedding, and the caption by the
-empty one, independently, for classifier-free guidance.
+empty one, independently, for classifier-free guidance. With `model.inpaint` it is trained to fill the unknown part of an image (GLIDE, on
+inpainting): regions are erased at random, and what is left comes in through four more channels, whose weights start at zero when an
+ordinary decoder is fine-tuned.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unclip_jax.checkpoint.bundle import Part, load_part
 from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.data import ops, pipeline, sources
 from unclip_jax.data.tokenizer import caption_arrays
@@ -26,10 +29,12 @@ from unclip_jax.train.state import apply_gradients, create_state, step_rng
 
 
 # ---------------------------------------------------------------------------------------------------------------------- example
-def make_example(record, rng, *, tokenizer, size, clip_size, crop_scale=1.0, training=True, own=None) -> dict[str, np.ndarray]:
+def make_example(
+    record, rng, *, tokenizer, size, clip_size, crop_scale=1.0, training=True, own=None, inpaint=False
+) -> dict[str, np.ndarray]:
     """One row: `image` (size, size, 3) and `clip_image` (clip_size, clip_size, 3) of the same crop, in [-1, 1]; `clip_tokens` and
     `clip_token_mask` (L,) of one of its captions, and with a tokenizer `own` of the decoder's own text encoder `tokens` and `token_mask`
-    (L',). Not in training: the centre, and the first caption."""
+    (L',); to inpaint, `known` (size, size, 1) bool. Not in training: the centre, and the first caption."""
     image = ops.decode_image(record.image)
     if training:
         image = ops.random_crop(image, int(round(min(image.shape[:2]) * rng.uniform(crop_scale, 1.0))), rng)
@@ -41,7 +46,24 @@ def make_example(record, rng, *, tokenizer, size, clip_size, crop_scale=1.0, tra
         "image": ops.to_float(ops.resize(image, size)),
         "clip_image": ops.to_float(ops.resize(image, clip_size)),
         **{k: v[0] for k, v in caption_arrays([caption], tokenizer, own).items()},
+        **({"known": ops.random_mask(size, rng)} if inpaint else {}),
     }
+
+
+def known_part(batch) -> dict[str, jax.Array]:
+    """What a decoder that inpaints is told of a batch's images; nothing for another one."""
+    return {"known_image": batch["image"], "known": batch["known"]} if "known" in batch else {}
+
+
+def load_widened(path, name) -> tuple[Part, dict]:
+    """`load_part`; where there is no decoder that inpaints the ordinary one, with weights of zero for the channels of what is known."""
+    try:
+        return load_part(path, name)
+    except KeyError:
+        part, meta = load_part(path, "decoder")
+    conv = part.params["unet"]["conv_in"]
+    kernel = np.pad(conv["kernel"], ((0, 0), (0, 0), (0, 4), (0, 0)))
+    return Part(part.config, part.params | {"unet": part.params["unet"] | {"conv_in": conv | {"kernel": kernel}}}), meta
 
 
 # ---------------------------------------------------------------------------------------------------------------------- loss
@@ -58,7 +80,7 @@ def loss_fn(params, rng, batch, *, frozen, clip, model, tables, diffusion, drop_
     t, eps, x_t = sample_noised(rng_noise, x0, tables)
     out = model.apply(
         {"params": params}, x_t, t, image_embed=z_image, drop_image=drop_image,
-        **text_inputs(model, text),
+        **text_inputs(model, text), **known_part(batch),
         deterministic=False, rngs={"dropout": rng_dropout},
     )  # fmt: skip
     out, v_frac = split_variance(out, x0.shape[-1])
@@ -86,9 +108,11 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     source = sources.make_source(config.data.train)
     held_out = sources.make_source(config.data.eval)
     size = config.model.unet.image_size
+    inpaint = config.model.inpaint
     example = functools.partial(
-        make_example, tokenizer=clip.tokenizer, own=own, size=size, clip_size=clip.image_size, crop_scale=config.data.crop_scale
-    )
+        make_example, tokenizer=clip.tokenizer, own=own, size=size, clip_size=clip.image_size, crop_scale=config.data.crop_scale,
+        inpaint=inpaint,
+    )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
     model_config = common.config_json(config.model)
@@ -102,21 +126,22 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     def init(key):
         text = clip.zeros()
         x, drop = jnp.zeros((1, size, size, 3)), jnp.zeros(1, bool)
-        return model.init(key, x, jnp.zeros(1), image_embed=text.embed, drop_image=drop, **text_inputs(model, text))["params"]
+        known = known_part({"image": x, "known": x[..., :1] == 0} if inpaint else {})
+        return model.init(key, x, jnp.zeros(1), image_embed=text.embed, drop_image=drop, **text_inputs(model, text), **known)["params"]
 
     state, shardings = create_state(init, tx, config.seed, mesh)
 
     # ------------------------------------------------------------------------------------------------------------------ restore
     store = CheckpointStore(workdir, config.keep)
     meta = {
-        "name": "decoder",
+        "name": "decoder_inpaint" if inpaint else "decoder",
         "part": {"kind": "decoder", "model": model_config, "diffusion": diffusion, "clip": clip.hash, **common.tokenizer_of(own)},
         "tokenizer": clip.tokenizer.config(),
         "sampling": common.config_json(config.sampling),
         "config": common.config_json(config),
         "provenance": common.new_provenance(source.checksum),
     }
-    state, meta, start, _ = common.restore_or_init(store, state, shardings, meta, init_from)
+    state, meta, start, _ = common.restore_or_init(store, state, shardings, meta, init_from, load_widened if inpaint else load_part)
 
     # ------------------------------------------------------------------------------------------------------------------ update step
     frozen = {"clip": clip.params}
@@ -142,7 +167,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         text = clip.text(frozen["clip"], batch)
         empty = clip.text(frozen["clip"], clip.empty)
         z_image = clip.image(frozen["clip"], batch["clip_image"])
-        return sample_decoder(model, params, meta["part"], z_image, text, empty, rng, options)
+        return sample_decoder(model, params, meta["part"], z_image, text, empty, rng, options, **known_part(batch))
 
     @jax.jit
     def held_out_loss(params, frozen, batch, rng):
@@ -161,7 +186,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     # ------------------------------------------------------------------------------------------------------------------ loop
     logger = common.Logger(
-        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="decoder"
+        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name=meta["name"]
     )
     batches = common.batches(config, source, example, start)
     figures: dict[str, float] = {}
@@ -178,6 +203,6 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
                 with logger.paused():
                     figures = evaluate(state, step)
                     logger.record(step, figures)
-                    common.say(f"decoder step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+                    common.say(f"{meta['name']} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
     common.leave_if_stopped(stop)
     return figures
