@@ -43,6 +43,7 @@ setup(
         "web": ["huggingface_hub>=0.30,<2", "transformers>=4.50,<6"],
         "eval": ["scikit-learn>=1.5,<2"],
         "test": [
+            "diffusers>=0.35,<0.43",
             "filelock>=3,<5",
             "pytest>=8,<10",
             "pytest-xdist>=3.5,<4",

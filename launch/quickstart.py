@@ -23,11 +23,18 @@ CAPTIONS = (
     "a 3d emoji of a pizza",
     "a flat emoji of a yellow circle",
 )
-STAGES = (("clip", "clip"), ("prior_diffusion", "prior"), ("decoder", "decoder"), ("upsampler", "upsampler_64"))
+STAGES = (
+    ("clip", "clip"),
+    ("prior_diffusion", "prior"),
+    ("pca", "pca"),
+    ("prior_ar", "prior_ar"),
+    ("decoder", "decoder"),
+    ("upsampler", "upsampler_64"),
+)
 
 
 def train(runs: Path) -> None:
-    """Trains the four stages with their `:quick` configurations and bundles them; each goes on where it stopped."""
+    """Trains all stages with their `:quick` configurations and bundles them; each goes on where it stopped."""
     from unclip_jax.cli.main import main
 
     for config, name in STAGES:
@@ -67,7 +74,7 @@ def main() -> None:
     """Parses the command line and runs."""
     parser = argparse.ArgumentParser(prog="launch/quickstart", description="Draw emoji from captions with the shipped bundle.")
     parser.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw (default: a dozen examples)")
-    parser.add_argument("--train", action="store_true", help="train the four stages from nothing first, and draw both bundles")
+    parser.add_argument("--train", action="store_true", help="train all stages from nothing first, and draw both bundles")
     args = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     started = time.time()
@@ -87,7 +94,7 @@ def main() -> None:
     print(f"took {time.time() - started:.0f} s after installation\n\nnext:")
     print(f'  {ROOT}/.venv/bin/unclip sample "a flat emoji of a fox" --samples 4 --out fox.png')
     if not args.train:
-        print(f"  {ROOT}/launch/quickstart --train      trains all four stages from nothing")
+        print(f"  {ROOT}/launch/quickstart --train      trains all stages from nothing")
     print(f"  {ROOT}/.venv/bin/unclip train --help")
 
 

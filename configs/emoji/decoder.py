@@ -83,11 +83,11 @@ def get_config(variant: str = "") -> ConfigDict:
         config.eval_every = 500
     if variant == "quick":
         config.checkpoint_every = 40
-        config.steps = 360
+        config.steps = 300
         config.optimizer.warmup_steps = 30
         config.ema_decay = 0.97
         config.sampling.steps = 16
-        config.eval_every = 360
+        config.eval_every = 300
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

@@ -4,6 +4,7 @@
 
 variant   what it is
 (none)    the shipped bundle's
+:quick    for `launch/quickstart --train`
 :tiny     seconds on a CPU, for tests
 
 `steps` batches are read twice: once for the covariance, once for the extremes of the projections. `dims` and `report` are numbers of
@@ -12,13 +13,13 @@ components for which the explained variance is told.
 
 from ml_collections import ConfigDict
 
-VARIANTS = ("", "tiny")
+VARIANTS = ("", "quick", "tiny")
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The configuration. Raises ValueError on an unknown variant."""
     if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r} of configs/emoji/pca.py; choose tiny, or none")
+        raise ValueError(f"unknown variant {variant!r} of configs/emoji/pca.py; choose one of quick, tiny, or none")
     config = ConfigDict()
     config.stage = "pca"
     config.clip = "../clip"
@@ -32,6 +33,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.report = (8, 16, 64, 96)
     config.log_every = 20
     config.keep = 1
+    if variant == "quick":
+        config.steps = 20
     if variant == "tiny":
         config.steps = 2
         config.batch_size = 16

@@ -60,10 +60,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.keep = 2
     if variant == "quick":
         config.checkpoint_every = 40
-        config.steps = 120
+        config.steps = 80
+        config.statistics_batches = 10
         config.optimizer.warmup_steps = 20
         config.ema_decay = 0.95
-        config.eval_every = 120
+        config.eval_every = 80
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

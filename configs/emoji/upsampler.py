@@ -73,11 +73,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.keep = 2
     if variant == "quick":
         config.checkpoint_every = 40
-        config.steps = 200
+        config.steps = 140
         config.optimizer.warmup_steps = 20
         config.ema_decay = 0.95
         config.sampling.steps = 6
-        config.eval_every = 200
+        config.eval_every = 140
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

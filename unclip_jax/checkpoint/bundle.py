@@ -125,11 +125,14 @@ def load_bundle(name_or_path: str | os.PathLike) -> Bundle:
     """Reads a release bundle.
 
     Args:
-      name_or_path: `"emoji"`, the one shipped with the package, or a folder.
+      name_or_path: `"emoji"`, the one shipped with the package, or a folder: a bundle, or public weights (`public.load_public`).
 
     Raises:
       FileNotFoundError, ValueError: when it is missing, incomplete, damaged, or made of parts that do not belong together.
     """
+    public = _load_public(name_or_path)
+    if public is not None:
+        return public
     path = bundle_path(name_or_path)
     top = _read_json(path / "bundle.json")
     if top.get("format_version") != FORMAT_VERSION:
@@ -137,6 +140,13 @@ def load_bundle(name_or_path: str | os.PathLike) -> Bundle:
     parts = {name: read_part(path / name, info["hash"]) for name, info in top["parts"].items()}
     check_same_clip(parts)
     return Bundle(parts, top["tokenizer"], top["sampling"], top.get("provenance", {}), str(path))
+
+
+def _load_public(path: str | os.PathLike) -> Bundle | None:
+    from unclip_jax.checkpoint.public import is_public, load_public  # it makes bundles, so it imports this file
+
+    folder = Path(path).expanduser()
+    return load_public(folder) if is_public(folder) else None
 
 
 def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16) -> Path:
@@ -195,7 +205,7 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
     """One part of a bundle, or the newest averaged weights of a training run.
 
     Args:
-      path: a bundle (name or folder), or a run's folder.
+      path: a bundle (name or folder), public weights, or a run's folder.
       name: of the part; a run must have trained it.
 
     Returns:
@@ -210,6 +220,10 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
             raise KeyError(f"{path} is a run of {meta['name']!r}, not of {name!r}")
         meta["provenance"]["step"] = step
         return Part(meta["part"], params), meta
+    public = _load_public(path)
+    if public is not None:
+        meta = {"tokenizer": public.tokenizer, "sampling": public.sampling.get(name, {}), "provenance": public.provenance}
+        return public.part(name), meta
     try:
         path = bundle_path(path)
     except FileNotFoundError:

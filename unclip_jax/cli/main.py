@@ -14,6 +14,7 @@ import unclip_jax
 VERBS = {
     "train": ("unclip_jax.cli.train", "train one stage of the cascade"),
     "bundle": ("unclip_jax.cli.bundle", "collect trained stages into a release bundle"),
+    "convert": ("unclip_jax.cli.convert", "make a bundle of public weights: Karlo, CLIP"),
     "measure": ("unclip_jax.cli.measure", "measure a bundle on held-out rows"),
     "evaluate": ("unclip_jax.cli.evaluate", "measure a bundle's CLIP on a dataset: retrieval, zero-shot classes, a linear probe"),
     "sample": ("unclip_jax.cli.sample", "draw pictures from captions"),

@@ -51,17 +51,8 @@ def sample_noised(rng: jax.Array, x0: jax.Array, tables: DiffusionTables) -> tup
     return t, eps, add_noise(x0, eps, jnp.asarray(tables.alphas_cumprod)[t])
 
 
-def simple_loss(prediction: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Array, tables: DiffusionTables, kind: str) -> jax.Array:
-    """Mean squared error of the prediction against what it should be.
-
-    Args:
-      prediction: (B, ...) the model's output of the given kind.
-      x0, eps: (B, ...) clean sample and noise.
-      t: (B,) time steps.
-      kind: `eps`, `x0` or `v`.
-
-    Returns:
-      (B,) float32.
+def target_of(x0: jax.Array, eps: jax.Array, t: jax.Array, tables: DiffusionTables, kind: str) -> jax.Array:
+    """What a prediction of a kind (`eps`, `x0` or `v`) should be: x0 and eps (B, ...), t (B,) -> (B, ...).
 
     Raises:
       ValueError: on an unknown kind.
@@ -69,7 +60,12 @@ def simple_loss(prediction: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Arr
     targets = {"eps": eps, "x0": x0, "v": velocity(x0, eps, jnp.asarray(tables.alphas_cumprod)[t])}
     if kind not in targets:
         raise ValueError(f"unknown prediction {kind!r}; choose one of {', '.join(targets)}")
-    return mean_per_example(jnp.square(prediction - targets[kind]))
+    return targets[kind]
+
+
+def simple_loss(prediction: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Array, tables: DiffusionTables, kind: str) -> jax.Array:
+    """Mean squared error of the prediction (B, ...) against what it should be (`target_of`): (B,) float32."""
+    return mean_per_example(jnp.square(prediction - target_of(x0, eps, t, tables, kind)))
 
 
 def normal_kl(mean1: jax.Array, log_var1: jax.Array, mean2: jax.Array, log_var2: jax.Array) -> jax.Array:

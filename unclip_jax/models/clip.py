@@ -38,6 +38,7 @@ class ImageTower(nn.Module):
     layers: int
     heads: int
     activation: str = "quick_gelu"
+    mlp_ratio: float = 4.0
     remat: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
@@ -64,8 +65,9 @@ class ImageTower(nn.Module):
         positions = self.param("position_embedding", nn.initializers.normal(scale), (x.shape[1], self.width))
         x = LayerNorm(dtype=self.dtype, name="ln_pre")(x + positions.astype(x.dtype))
         x = Transformer(
-            self.layers, self.heads, activation=self.activation, remat=self.remat, dtype=self.dtype, gather=self.gather, name="transformer"
-        )(x)
+            self.layers, self.heads, self.mlp_ratio, self.activation,
+            remat=self.remat, dtype=self.dtype, gather=self.gather, name="transformer",
+        )(x)  # fmt: skip
         x = LayerNorm(dtype=self.dtype, name="ln_post")(x[:, 0])
         if not project:
             return x.astype(jnp.float32)
@@ -83,6 +85,7 @@ class TextTower(nn.Module):
     layers: int
     heads: int
     activation: str = "quick_gelu"
+    mlp_ratio: float = 4.0
     remat: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
@@ -97,8 +100,9 @@ class TextTower(nn.Module):
         positions = self.param("position_embedding", nn.initializers.normal(0.01), (self.length, self.width))
         x = jnp.take(table, tokens, axis=0).astype(self.dtype) + positions.astype(self.dtype)
         x = Transformer(
-            self.layers, self.heads, activation=self.activation, remat=self.remat, dtype=self.dtype, gather=self.gather, name="transformer"
-        )(x, causal_mask(length))
+            self.layers, self.heads, self.mlp_ratio, self.activation,
+            remat=self.remat, dtype=self.dtype, gather=self.gather, name="transformer",
+        )(x, causal_mask(length))  # fmt: skip
         states = LayerNorm(dtype=self.dtype, name="ln_final")(x)
         pooled = states[jnp.arange(b), jnp.argmax(tokens, axis=-1)]
         embed = nn.Dense(
@@ -112,14 +116,14 @@ class CLIP(nn.Module):
 
     Attributes:
       embed_dim: D, the joint embedding's size.
-      image: keyword arguments of `ImageTower` (image_size, patch_size, width, layers, heads).
-      text: keyword arguments of `TextTower` (vocab_size, length, width, layers, heads).
+      image: keyword arguments of `ImageTower` (image_size, patch_size, width, layers, heads), None where there is no image tower.
+      text: keyword arguments of `TextTower` (vocab_size, length, width, layers, heads), None where there is no text tower.
       activation: `quick_gelu` (OpenAI) or `gelu`.
     """
 
     embed_dim: int
-    image: dict
-    text: dict
+    image: dict | None
+    text: dict | None
     activation: str = "quick_gelu"
     remat: bool = False
     dtype: Dtype = jnp.float32
@@ -127,9 +131,12 @@ class CLIP(nn.Module):
 
     def setup(self):
         shared = dict(embed_dim=self.embed_dim, activation=self.activation, remat=self.remat, dtype=self.dtype, gather=self.gather)
-        self.image_tower = ImageTower(**self.image, **shared)
-        self.text_tower = TextTower(**self.text, **shared)
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+        if self.image is not None:
+            self.image_tower = ImageTower(**self.image, **shared)
+        if self.text is not None:
+            self.text_tower = TextTower(**self.text, **shared)
+        if self.image is not None and self.text is not None:
+            self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
 
     def encode_image(self, image: jax.Array) -> jax.Array:
         """(B, H, W, 3) float32 in [-1, 1] -> (B, D) float32 raw image embedding z_i."""

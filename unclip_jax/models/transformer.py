@@ -103,7 +103,8 @@ class Block(nn.Module):
         h, kept = Attention(self.heads, out_std, self.dtype, name="attn")(h, mask, context, cache, index)
         x = x + drop(h)
         h = LayerNorm(dtype=self.dtype, name="ln2")(x)
-        h = nn.Dense(int(width * self.mlp_ratio), dtype=self.dtype, kernel_init=nn.initializers.normal((2 * width) ** -0.5), name="fc1")(h)
+        hidden = round(width * self.mlp_ratio)
+        h = nn.Dense(hidden, dtype=self.dtype, kernel_init=nn.initializers.normal((2 * width) ** -0.5), name="fc1")(h)
         h = ACTIVATIONS[self.activation](h)
         h = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(out_std), name="fc2")(h)
         return x + drop(h), kept

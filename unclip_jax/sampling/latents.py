@@ -87,6 +87,8 @@ def embed_images(
 ) -> np.ndarray:
     """uint8 images (H, W, 3) -> raw CLIP embeddings (N, D); not projected: the image tower's features (N, W)."""
     part = bundle.part("clip")
+    if part.config["model"]["image"] is None:
+        raise ValueError(f"the CLIP of {bundle.path or 'the bundle'} has no image encoder, so it cannot look at images")
     size = part.config["model"]["image"]["image_size"]
     model, params = programs.models_of(bundle)["clip"], programs.device_params(bundle)["clip"]
     method = "encode_image" if projected else "image_features"

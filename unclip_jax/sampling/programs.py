@@ -36,8 +36,8 @@ MAX_BATCH = 16
 
 
 def upsampler_names(parts: Iterable[str]) -> list[str]:
-    """The upsamplers among the names of parts, in the order of their sizes."""
-    return sorted((n for n in parts if n.startswith("upsampler_")), key=lambda n: int(n.split("_")[1]))
+    """The upsamplers among the names of parts, in the order of their sizes; networks for a last step (`_last`) are not among them."""
+    return sorted((n for n in parts if n.startswith("upsampler_") and not n.endswith("_last")), key=lambda n: int(n.split("_")[1]))
 
 
 def stage_options(bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Options]:
@@ -178,7 +178,9 @@ def enlarge(
     """
     images = [image]
     for i, name in enumerate(upsampler_names(models)):
-        images.append(sample_upsampler(models[name], params[name], configs[name], images[-1], fold_in(keys, 2 + i), options[name]))
+        final = f"{name}_last"
+        last = (models[final], params[final]) if final in models else None
+        images.append(sample_upsampler(models[name], params[name], configs[name], images[-1], fold_in(keys, 2 + i), options[name], last))
     return images
 
 

@@ -18,7 +18,7 @@ from unclip_jax.checkpoint.bundle import Part, load_part
 from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.data import ops, pipeline, sources
 from unclip_jax.data.tokenizer import caption_arrays
-from unclip_jax.diffusion.losses import sample_noised, simple_loss, split_variance, training_tables, variational_bits
+from unclip_jax.diffusion.losses import sample_noised, simple_loss, split_variance, target_of, training_tables, variational_bits
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.generate import compute_dtype, options_from, sample_decoder, select_text, text_inputs
 from unclip_jax.models.unet import Decoder
@@ -84,6 +84,8 @@ def loss_fn(params, rng, batch, *, frozen, clip, model, tables, diffusion, drop_
         deterministic=False, rngs={"dropout": rng_dropout},
     )  # fmt: skip
     out, v_frac = split_variance(out, x0.shape[-1])
+    if "known" in batch:  # as in sampling, what is known is put into the answer: nothing is learned for it
+        out = jnp.where(batch["known"], target_of(x0, eps, t, tables, diffusion["prediction"]), out)
     simple = jnp.mean(simple_loss(out, x0, eps, t, tables, diffusion["prediction"]))
     if v_frac is None:
         return simple, {}

@@ -33,20 +33,11 @@ ERROR_TIMES, ERROR_BATCHES = 50, 2  # time steps at which the errors for analyti
 # ---------------------------------------------------------------------------------------------------------------------- statistics
 def embedding_statistics(clip: common.FrozenClip, config, source, example, mesh) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (D,) of the raw image embeddings of the first training batches, on the host in float64."""
-    encode = jax.jit(clip.image)
-    rows = []
-    batches = pipeline.train_batches(
-        source,
-        example,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        num_steps=config.statistics_batches,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        backend="numpy",
-    )
-    for batch in batches:
-        rows.append(common.crossed(encode(clip.params, shard_batch(batch, mesh)["clip_image"])))
+    encode, rows = jax.jit(clip.image), []
+    batches = common.batches(config, source, example, 0, config.statistics_batches)
+    with common.closing(batches):
+        for _ in range(config.statistics_batches):
+            rows.append(common.crossed(encode(clip.params, shard_batch(next(batches), mesh)["clip_image"])))
     z = np.concatenate(rows).astype(np.float64)
     return z.mean(axis=0), np.maximum(z.std(axis=0), 1e-6)
 

@@ -1,0 +1,98 @@
+"""The peers' networks at random weights and small size, saved as their libraries save them."""
+
+import json
+import warnings
+
+import torch
+
+from unclip_jax.data import tokenizer as tok
+
+DIM, LENGTH = 16, 10  # Karlo's text states are of the embedding's size, as ViT-L/14's are
+CROSS = "SimpleCrossAttn"
+
+
+def randomize(module, seed=0):
+    """Every parameter and buffer of a torch module at random, those among them that start at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    state = module.state_dict()
+    for name, value in state.items():
+        if value.is_floating_point():
+            scale = 0.2 if value.ndim < 2 else (value[0].numel()) ** -0.5
+            center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            state[name] = center + scale * torch.randn(value.shape, generator=generator)
+    if "clip_std" in state:
+        state["clip_std"] = state["clip_std"].abs() + 0.5
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def write_tokenizer(folder, vocab_size=600, length=LENGTH):
+    """A transformers CLIP tokenizer of CLIP's first merges; the padding is id 0, as Karlo's."""
+    from transformers import CLIPTokenizer
+
+    merges = tok._shipped_merges()[: vocab_size - tok.BYTE_TOKENS - tok.SPECIAL_TOKENS]
+    characters = tok._byte_characters()
+    tokens = [*characters, *(c + "</w>" for c in characters), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=length, pad_token="!")
+
+
+def clip_configs(activation="quick_gelu", vocab_size=600, mlp=64, width=DIM):
+    """A text and a vision configuration."""
+    from transformers import CLIPTextConfig, CLIPVisionConfig
+
+    shared = dict(hidden_size=width, intermediate_size=mlp, num_hidden_layers=2, num_attention_heads=2, projection_dim=DIM)
+    ids = dict(bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1, pad_token_id=0)
+    text = CLIPTextConfig(vocab_size=vocab_size, max_position_embeddings=LENGTH, hidden_act=activation, **ids, **shared)
+    return text, CLIPVisionConfig(image_size=16, patch_size=8, hidden_act=activation, **shared)
+
+
+def karlo(folder, pipeline="UnCLIPPipeline"):
+    """A tiny Karlo in its library's pipeline, saved into the folder; returns the pipeline."""
+    warnings.filterwarnings("ignore")
+    from diffusers import (
+        PriorTransformer,
+        UnCLIPImageVariationPipeline,
+        UnCLIPPipeline,
+        UnCLIPScheduler,
+        UNet2DConditionModel,
+        UNet2DModel,
+    )
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+    from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+    text, image = clip_configs()
+    small = dict(layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=32)
+    decoder = UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=6, cross_attention_dim=20, class_embed_type="identity", attention_head_dim=8,
+        down_block_types=("ResnetDownsampleBlock2D", f"{CROSS}DownBlock2D"), mid_block_type=f"UNetMidBlock2D{CROSS}",
+        up_block_types=(f"{CROSS}UpBlock2D", "ResnetUpsampleBlock2D"), resnet_time_scale_shift="scale_shift", **small,
+    )  # fmt: skip
+    super_res = lambda: UNet2DModel(  # noqa: E731
+        sample_size=32, in_channels=6, out_channels=3, down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        up_block_types=("ResnetUpsampleBlock2D",) * 2, add_attention=False, **small,
+    )  # fmt: skip
+    text_proj = UnCLIPTextProjModel(clip_extra_context_tokens=4, clip_embeddings_dim=DIM, time_embed_dim=128, cross_attention_dim=20)
+    prior = PriorTransformer(num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=DIM, num_embeddings=LENGTH)
+    parts = {
+        "decoder": randomize(decoder, 1),
+        "text_encoder": randomize(CLIPTextModelWithProjection(text), 2),
+        "tokenizer": write_tokenizer(folder / "tokenizer"),
+        "text_proj": randomize(text_proj, 3),
+        "super_res_first": randomize(super_res(), 4),
+        "super_res_last": randomize(super_res(), 5),
+        "decoder_scheduler": UnCLIPScheduler(variance_type="learned_range", prediction_type="epsilon"),
+        "super_res_scheduler": UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="epsilon"),
+    }
+    if pipeline == "UnCLIPPipeline":
+        scheduler = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
+        made = UnCLIPPipeline(prior=randomize(prior, 6), prior_scheduler=scheduler, **parts)
+    else:
+        encoder = randomize(CLIPVisionModelWithProjection(image), 7)
+        extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        made = UnCLIPImageVariationPipeline(image_encoder=encoder, feature_extractor=extractor, **parts)
+    made.set_progress_bar_config(disable=True)
+    made.save_pretrained(folder)
+    return made

@@ -1,0 +1,26 @@
+"""`unclip convert FOLDER --out DIR`: public weights, or any bundle, as a bundle of our own format."""
+
+from __future__ import annotations
+
+import argparse
+
+DTYPES = ("float16", "float32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("folder", metavar="FOLDER", help="diffusers' folder of Karlo, transformers' or OpenAI's CLIP, or a bundle")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the bundle's folder; a bundle found there is replaced")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights on disk (float16)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the verb."""
+    import numpy as np
+
+    from unclip_jax.checkpoint.bundle import load_bundle, save_bundle
+
+    bundle = load_bundle(args.folder)
+    path = save_bundle(bundle, args.out, np.dtype(args.dtype))
+    size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    print(f"{path}: {', '.join(bundle.parts)}; {size / 2**20:.1f} MiB")
