@@ -168,6 +168,7 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
             flat = traverse_util.flatten_dict(part.params, sep="/")
             kept = np.float32 if part.config["kind"] == "pca" else dtype  # small, and its directions must stay orthogonal
             save_file({k: np.asarray(v, kept, order="C") for k, v in flat.items()}, temporary / name / "model.safetensors")
+            (temporary / name / "model.safetensors").chmod(0o644)  # safetensors lets nobody else read
             _write_json(temporary / name / "config.json", part.config)
             listing[name] = {"hash": params_hash(part.params), "parameters": int(sum(np.size(v) for v in flat.values()))}
         top = {
@@ -209,7 +210,7 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
       name: of the part; a run must have trained it.
 
     Returns:
-      The part, and the run's meta ({"tokenizer", "sampling", "provenance"}) or the same of the bundle.
+      The part, and its meta: {"tokenizer", "sampling", "provenance"}, a run's or out of the bundle.
 
     Raises:
       FileNotFoundError, ValueError, KeyError: one line each.
@@ -231,5 +232,6 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
     top = _read_json(path / "bundle.json")
     if name not in top["parts"]:
         raise KeyError(f"the bundle {path} has no part {name!r}; it has {', '.join(top['parts'])}")
-    meta = {"tokenizer": top["tokenizer"], "sampling": top["sampling"].get(name, {}), "provenance": top["provenance"]}
+    made = top["provenance"].get("training", {}).get(name, top["provenance"])
+    meta = {"tokenizer": top["tokenizer"], "sampling": top["sampling"].get(name, {}), "provenance": made}
     return read_part(path / name, top["parts"][name]["hash"]), meta
