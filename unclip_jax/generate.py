@@ -251,16 +251,14 @@ def sample_prior(
     if config["kind"] == "prior_ar" and codec is None:
         raise ValueError("the autoregressive prior needs the codec of the pca part")
 
-    def draw(text, rng):
-        if config["kind"] == "prior_ar":
-            return _sample_codes(model, params, config, codec, text, empty, rng, options)
-        return _sample_embedding(model, params, config, text, empty, rng, options)
-
     b, count = text.embed.shape[0], options.candidates
-    if count == 1:
-        return draw(text, rng)
     many = jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), text)
-    z = draw(many, rng if rng.ndim == 0 else jax.vmap(lambda key: jax.random.split(key, count))(rng).reshape(-1))
+    if count > 1:
+        rng = rng if rng.ndim == 0 else jax.vmap(lambda key: jax.random.split(key, count))(rng).reshape(-1)
+    if config["kind"] == "prior_ar":
+        z = _sample_codes(model, params, config, codec, many, empty, rng, options)
+    else:
+        z = _sample_embedding(model, params, config, text, empty, rng, options)
     best = jnp.argmax(cosine(z, many.embed).reshape(b, count), axis=1)
     return z.reshape(b, count, -1)[jnp.arange(b), best]
 
@@ -274,13 +272,21 @@ def _sample_embedding(
     rng: jax.Array,
     options: SamplingOptions,
 ) -> jax.Array:
-    guided = is_guided(options)
-    both = _with_empty(text, empty) if guided else text
+    # Every candidate of a caption and every row's empty caption share one prefix: a caption's keys and values are computed once.
+    guided, rows = is_guided(options), text.embed.shape[0] * options.candidates
+
+    def prefix(text, repeats):
+        once = model.apply({"params": params}, **text_inputs(model, text), method="prefill")
+        return jax.tree.map(lambda a: jnp.repeat(a, repeats, axis=0), once)
+
+    caches, allowed = prefix(text, options.candidates)
+    if guided:
+        caches, allowed = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (caches, allowed), prefix(empty, rows))
 
     def network(z, t):
-        return model.apply({"params": params}, z, t, **text_inputs(model, both))
+        return model.apply({"params": params}, z, t, caches, allowed, method="predict")
 
-    x = standard_normal(fold_in(rng, 0), text.embed.shape)
+    x = standard_normal(fold_in(rng, 0), (rows, text.embed.shape[1]))
     return denormalize(part_space(config), _sample(_denoiser(network, config, options, guided), x, config, fold_in(rng, 1), options))
 
 

@@ -85,6 +85,24 @@ def test_hooks_change_nothing(params):
         np.testing.assert_allclose(apply(**options)(params, z, t, text), plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("own_text", [False, True])
+def test_kept_keys_and_values_change_nothing(own_text):
+    """One prefix serves any z and t: the prediction is that of the whole sequence, padding masked in both."""
+    z, t, text = inputs()
+    options = TINY | ({"text": {"num_embeddings": 20}} if own_text else {})
+    if own_text:
+        tokens = jnp.asarray(np.random.default_rng(1).integers(0, 20, (B, L)))
+        text = dict(text_embed=text["text_embed"], tokens=tokens, token_mask=text["text_mask"])
+    model = DiffusionPrior(**options)
+    p = random_params(model, z, t, **text)
+    whole = jax.jit(lambda z, t: model.apply({"params": p}, z, t, **text))
+    caches, allowed = jax.jit(lambda: model.apply({"params": p}, **text, method="prefill"))()
+    step = jax.jit(lambda z, t: model.apply({"params": p}, z, t, caches, allowed, method="predict"))
+    assert caches[0].keys.shape == (B, L + 4, 2, W // 2) and len(caches) == 2
+    for scale, shift in ((1.0, 0), (-2.0, 200)):
+        np.testing.assert_allclose(step(scale * z, t + shift), whole(scale * z, t + shift), rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_only_when_not_deterministic(params):
     """Deterministic calls ignore the rate; others differ from key to key."""
     z, t, text = inputs()

@@ -103,7 +103,7 @@ def test_shipped_bundle_is_sound():
     path = bundle_path("emoji")
     assert sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) <= 32e6
     shipped = unclip_jax.load_bundle("emoji")
-    assert set(shipped.parts) == {"clip", "prior", "pca", "prior_ar", "decoder", "upsampler_64"}
+    assert set(shipped.parts) == {"clip", "prior", "pca", "prior_ar", "decoder", "decoder_inpaint", "upsampler_64"}
     for name, run in shipped.provenance["training"].items():
         assert run["seconds"] > 0 and run["step"] > 0 and run["hardware"] and run["data_checksum"], name
     figures = shipped.provenance["figures"]
