@@ -17,8 +17,8 @@ from unclip_jax.cli.main import main
 from unclip_jax.data import ops
 from unclip_jax.diffusion import samplers
 from unclip_jax.generate import build_model
-from unclip_jax.sampling import text_to_image as sampling_module
 from unclip_jax.sampling.latents import embed_images
+from unclip_jax.sampling.variations import fresh_variations
 
 RNG = np.random.default_rng(0)
 normal = lambda *shape: np.float32(RNG.normal(size=shape))
@@ -230,42 +230,53 @@ def test_scheduler_steps(part, karlo, bundle, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------- whole pipeline
-def test_whole_pipeline(karlo, bundle, monkeypatch):
-    """From captions to pixels with the same noise everywhere: the same 8-bit images, to one level."""
+@pytest.fixture
+def same_noise(monkeypatch):
+    """The same noise in both libraries at every step; returns the latents that the pipelines start from, for two rows."""
     import diffusers.schedulers.scheduling_unclip as theirs
 
-    pipeline, captions, b = karlo[1], ["a red fox on the moon", "x"], 2
-    noises = {(b, peers.DIM): normal(b, peers.DIM), (b, 8, 8, 3): normal(b, 8, 8, 3), (b, 32, 32, 3): normal(b, 32, 32, 3)}
-    as_torch = {tuple(t.shape): t for t in [torch.from_numpy(noises[b, peers.DIM]), nchw(noises[b, 8, 8, 3]), nchw(noises[b, 32, 32, 3])]}
-    monkeypatch.setattr(theirs, "randn_tensor", lambda shape, **kwargs: as_torch[tuple(shape)])
-    draw = lambda key, shape, dtype=jnp.float32: jnp.asarray(noises[tuple(shape)])
+    noises = [normal(2, peers.DIM), normal(2, 8, 8, 3), normal(2, 32, 32, 3)]
+    ours = {noise.shape: jnp.asarray(noise) for noise in noises}
+    torches = [torch.from_numpy(noises[0]), *map(nchw, noises[1:])]
+    by_shape = {tuple(t.shape): t for t in torches}
+    monkeypatch.setattr(theirs, "randn_tensor", lambda shape, **kwargs: by_shape[tuple(shape)])
+    draw = lambda key, shape, dtype=jnp.float32: ours[tuple(shape)]
     monkeypatch.setattr(samplers, "standard_normal", draw)
     monkeypatch.setattr("unclip_jax.generate.standard_normal", draw)
-    latents = dict(zip(("prior_latents", "decoder_latents", "super_res_latents"), as_torch.values()))
+    return dict(zip(("prior_latents", "decoder_latents", "super_res_latents"), torches))
+
+
+def test_whole_pipeline(karlo, same_noise):
+    """From captions to pixels with the same noise everywhere: the same 8-bit images, to one level."""
+    pipeline, captions = karlo[1], ["a red fox on the moon", "x"]
     for part in ("prior", "decoder", "super_res"):
         exact(getattr(pipeline, f"{part}_scheduler"))
     counts = dict(prior_num_inference_steps=5, decoder_num_inference_steps=6, super_res_num_inference_steps=4)
-    expected = pipeline(captions, output_type="np", **counts, **latents).images
+    expected = pipeline(captions, output_type="np", **counts, **same_noise).images
     options = {"prior": {"steps": 5}, "decoder": {"steps": 6}, "upsampler_32": {"steps": 4}}
-    fresh = load_bundle(karlo[0])  # its programs are compiled with the noise above
-    drawn = sampling_module.text_to_image(fresh, captions, options=options)
+    drawn = unclip_jax.text_to_image(load_bundle(karlo[0]), captions, options=options)  # a bundle of its own: programs keep that noise
     assert expected.std() > 0.05 and np.abs(expected[0] - expected[1]).max() > 0.05
     assert np.abs(drawn.astype(int) - np.round(expected * 255)).max() <= 1
 
 
-def test_image_variation_weights(tmp_path):
-    """The twin with an image encoder and no prior: both encoders' embeddings; it makes variations, and names the prior it lacks."""
+def test_image_variations(same_noise, tmp_path):
+    """The twin with an image encoder and no prior: its embeddings, and its whole pipeline to one level; the missing prior is named."""
     pipeline = peers.karlo(tmp_path / "twin", "UnCLIPImageVariationPipeline")
     bundle = load_bundle(tmp_path / "twin")
     assert set(bundle.parts) == {"clip", "decoder", "upsampler_32", "upsampler_32_last"}
-    image = RNG.integers(0, 255, (16, 16, 3), np.uint8)
+    images = RNG.integers(0, 255, (2, 16, 16, 3), np.uint8)
     mean, std = np.array(pipeline.feature_extractor.image_mean), np.array(pipeline.feature_extractor.image_std)
+    pixels = nchw(np.float32((images / 255 - mean) / std))
     with torch.no_grad():
-        theirs = pipeline.image_encoder(nchw(np.float32((image[None] / 255 - mean) / std))).image_embeds
-    close(embed_images(bundle, [image]), theirs)
-    from unclip_jax.sampling.variations import variations
-
-    assert variations(bundle, [image], count=2, steps=2).shape == (1, 2, 32, 32, 3)
+        close(embed_images(bundle, images), pipeline.image_encoder(pixels).image_embeds)
+    for part in ("decoder", "super_res"):
+        exact(getattr(pipeline, f"{part}_scheduler"))
+    del same_noise["prior_latents"]
+    counts = dict(decoder_num_inference_steps=6, super_res_num_inference_steps=4)
+    expected = pipeline(pixels, output_type="np", **counts, **same_noise).images
+    drawn = fresh_variations(bundle, images, count=1, options={"decoder": {"steps": 6}, "upsampler_32": {"steps": 4}})[:, 0]
+    assert expected.std() > 0.05 and np.abs(expected[0] - expected[1]).max() > 0.05
+    assert np.abs(drawn.astype(int) - np.round(expected * 255)).max() <= 1
     with pytest.raises(KeyError, match="no part 'prior'"):
         unclip_jax.text_to_image(bundle, ["a fox"])
 
@@ -359,6 +370,30 @@ def test_broken_folders_are_refused(how, karlo, tmp_path, capsys):
     assert main(["convert", str(folder), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and not (tmp_path / "out").exists() and not (folder / "executed").exists()
+
+
+def test_a_hub_repository(karlo, bundle, monkeypatch):
+    """The hub's own library fetches a pinned revision, without pickles; what goes wrong there is one line."""
+    import huggingface_hub
+
+    calls = []
+
+    def fetch(name, revision, allow_patterns):
+        calls.append((name, revision))
+        assert not any("bin" in pattern for pattern in allow_patterns)
+        if revision == "nowhere":
+            raise RuntimeError("404 Client Error.\nRevision Not Found")
+        return str(karlo[0])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    read = load_bundle("hf:kakaobrain/karlo-v1-alpha@0123abc")
+    assert calls == [("kakaobrain/karlo-v1-alpha", "0123abc")] and set(read.parts) == set(bundle.parts)
+    assert load_part("hf:kakaobrain/karlo-v1-alpha@0123abc", "prior")[0].config == bundle.parts["prior"].config
+    with pytest.raises(OSError, match="cannot be fetched: 404 Client Error. Revision Not Found"):
+        load_bundle("hf:kakaobrain/karlo-v1-alpha@nowhere")
+    for text in ("hf:kakaobrain/karlo-v1-alpha", "hf:karlo@main"):
+        with pytest.raises(ValueError, match="write hf:owner/name@revision"):
+            load_bundle(text)
 
 
 def test_parts_of_another_clip_are_refused(karlo, bundle, tiny_bundle, tmp_path):

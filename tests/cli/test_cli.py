@@ -113,6 +113,7 @@ def pictures(tmp_path):
     ("args", "cells"),
     [
         (["vary", "a.png", "--count", "2"], 3),
+        (["vary", "a.png", "--count", "2", "--fresh"], 3),
         (["interpolate", "a.png", "b.png", "--count", "2"], 4),
         (["edit", "a.png", "--to", "a blue heart", "--count", "2"], 3),
         (["inpaint", "a.png", "mask.png", "a red fox", "--count", "1"], 3),

@@ -125,11 +125,13 @@ def load_bundle(name_or_path: str | os.PathLike) -> Bundle:
     """Reads a release bundle.
 
     Args:
-      name_or_path: `"emoji"`, the one shipped with the package, or a folder: a bundle, or public weights (`public.load_public`).
+      name_or_path: `"emoji"`, the one shipped with the package; a folder: a bundle, or public weights (`public.load_public`); or
+        "hf:owner/name@revision", a repository of the Hugging Face hub with either (extra `web`).
 
     Raises:
       FileNotFoundError, ValueError: when it is missing, incomplete, damaged, or made of parts that do not belong together.
     """
+    name_or_path = _local(name_or_path)
     public = _load_public(name_or_path)
     if public is not None:
         return public
@@ -147,6 +149,25 @@ def _load_public(path: str | os.PathLike) -> Bundle | None:
 
     folder = Path(path).expanduser()
     return load_public(folder) if is_public(folder) else None
+
+
+def _local(path: str | os.PathLike) -> str | os.PathLike:
+    # A hub repository's files, fetched once into the hub's own cache; any other path as it is.
+    text = os.fspath(path)
+    if not text.startswith("hf:"):
+        return path
+    name, _, revision = text.removeprefix("hf:").partition("@")
+    if not revision or name.count("/") != 1:
+        raise ValueError(f"{text}: write hf:owner/name@revision; the revision (a commit or tag) pins what is loaded")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError('reading from the hub needs huggingface_hub: pip install "unclip_jax[web]"') from None
+    wanted = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors", "*/merges.txt", "merges.txt"]
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=wanted)
+    except Exception as error:  # the hub's and the network's errors are many
+        raise OSError(f"{text} cannot be fetched: {' '.join(str(error).split())[:300]}") from None
 
 
 def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16) -> Path:
@@ -215,6 +236,7 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
     Raises:
       FileNotFoundError, ValueError, KeyError: one line each.
     """
+    path = _local(path)
     if checkpoint_folder(path).is_dir():
         meta, params, step = load_run(path)
         if meta["name"] != name:

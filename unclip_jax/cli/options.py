@@ -129,15 +129,20 @@ def read_image(path: str):
 
 
 def add_image_arguments(
-    parser: argparse.ArgumentParser, *, count: int | None, guidance: float | None = 1.0, steps: str | None = "50"
+    parser: argparse.ArgumentParser,
+    *,
+    count: int | None,
+    guidance: float | None = 1.0,
+    steps: str | None = "50",
+    otherwise: str = "the bundle's",
 ) -> None:
     """The arguments shared by the verbs that start from a picture.
 
     Args:
       count: the default of `--count`; None: there is no such argument.
-      guidance, steps: defaults; None: the bundle's.
+      guidance, steps: defaults; None: what the verb takes then, which is `otherwise` in words.
     """
-    said = lambda value: "the bundle's" if value is None else f"{value:g}" if isinstance(value, float) else value  # noqa: E731
+    said = lambda value: otherwise if value is None else f"{value:g}" if isinstance(value, float) else value  # noqa: E731
     parser.add_argument("--bundle", default="emoji", metavar="DIR", help="a bundle's folder, or the name of a shipped one (emoji)")
     parser.add_argument("--out", default="grid.png", metavar="FILE", help="the picture (grid.png)")
     if count is not None:

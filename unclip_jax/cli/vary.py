@@ -11,7 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("image", metavar="IMAGE", help="the picture to vary")
     parser.add_argument("--eta", type=float, default=1.0, metavar="E", help="0 reconstructs the picture, 1 changes most (1)")
-    add_image_arguments(parser, count=7)
+    parser.add_argument("--fresh", action="store_true", help="draw what CLIP sees from fresh noise, as the bundle samples; no --eta")
+    add_image_arguments(parser, count=7, guidance=None, steps=None, otherwise="50 steps at scale 1; with --fresh the bundle's")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -20,12 +21,14 @@ def run(args: argparse.Namespace) -> None:
 
     from unclip_jax.cli.options import image_task, read_image
     from unclip_jax.sampling import latents
-    from unclip_jax.sampling.variations import variations
+    from unclip_jax.sampling.variations import fresh_variations, variations
 
     task = image_task(args)
     image = read_image(args.image)
-    drawn = variations(
-        task.bundle, [image], count=args.count, eta=args.eta, steps=task.steps, guidance_scale=args.guidance, seed=args.seed,
-        progress=task.progress,
-    )[0]  # fmt: skip
-    task.save(np.concatenate([latents.square([image], drawn.shape[1]), drawn]), ["input", *[f"eta {args.eta:g}"] * args.count])
+    shared = {"count": args.count, "seed": args.seed, "progress": task.progress}
+    settings = {k: v for k, v in {"steps": task.steps, "guidance_scale": args.guidance}.items() if v is not None}
+    if args.fresh:
+        drawn, label = fresh_variations(task.bundle, [image], options={"decoder": settings}, **shared)[0], "fresh"
+    else:
+        drawn, label = variations(task.bundle, [image], eta=args.eta, **settings, **shared)[0], f"eta {args.eta:g}"
+    task.save(np.concatenate([latents.square([image], drawn.shape[1]), drawn]), ["input", *[label] * args.count])

@@ -28,15 +28,17 @@ class Stages(NamedTuple):
     images: list[np.ndarray]
 
 
-def _cascade(bundle: Bundle, options: dict[str, Options], prior: str) -> Callable:
+def _cascade(bundle: Bundle, options: dict[str, Options], prior: str | None) -> Callable:
+    # prior None: z_i is given.
     models = programs.models_of(bundle)
     configs = {name: part.config for name, part in bundle.parts.items()}
 
-    def run(params, scales, captions, empty, seed, positions):
+    def run(params, scales, captions, empty, z_image, seed, positions):
         chosen = {name: programs.with_scale(options[name], scales[name]) for name in options}
         keys = programs.row_keys(seed, positions)
         text, nothing = programs.both_texts(models["clip"], params["clip"], captions, empty)
-        z_image = programs.draw_z_image(prior, models, params, configs, text, nothing, fold_in(keys, 0), chosen)
+        if prior is not None:
+            z_image = programs.draw_z_image(prior, models, params, configs, text, nothing, fold_in(keys, 0), chosen)
         drawn = sample_decoder(
             models["decoder"], params["decoder"], configs["decoder"], z_image, text, nothing, fold_in(keys, 1), chosen["decoder"]
         )
@@ -52,6 +54,7 @@ def sample_stages(
     *,
     seed: int = 0,
     prior: str = "diffusion",
+    z_image: np.ndarray | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Stages:
@@ -63,6 +66,7 @@ def sample_stages(
       seed: non-negative integer.
       prior: `diffusion` or `ar`; or, as in the paper's ablation, `none`: the text embedding takes the place of z_i, or `null`: the
         decoder's null embedding does, and the caption alone says what to draw.
+      z_image: (B, D) raw image embeddings, one per caption, to be drawn instead of the prior's.
       options: overrides of the bundle's sampling defaults per part.
       progress: called with (images done, images in all) after each batch.
 
@@ -70,18 +74,27 @@ def sample_stages(
       The stages' arrays.
 
     Raises:
-      ValueError: when there are no captions, or options are out of range; KeyError when the bundle lacks a part.
+      ValueError: when there are no captions, another number of embeddings, or options are out of range; KeyError when the bundle lacks a
+        part.
     """
     captions = list(captions)
     if not captions:
         raise ValueError("no captions: give at least one")
     for name in ("clip", "decoder"):
         bundle.part(name)
-    programs.check_prior(bundle, prior)
+    way = prior if z_image is None else None
+    if way is not None:
+        programs.check_prior(bundle, way)
+    elif len(z_image) != len(captions):
+        raise ValueError(f"expected one embedding per caption, got {len(z_image)} and {len(captions)}")
     static, scales = programs.split_scales(programs.stage_options(bundle, options))
-    run = programs.program(bundle, ("text_to_image", prior, *static.items()), lambda: _cascade(bundle, static, prior))
+    run = programs.program(bundle, ("text_to_image", way, *static.items()), lambda: _cascade(bundle, static, way))
     params, arrays, empty = programs.device_params(bundle), programs.captions_of(bundle, captions), programs.captions_of(bundle, [""])
-    batch = lambda rows: run(params, scales, programs.rows_of(arrays, rows), empty, np.uint32(seed), rows.astype(np.uint32))  # noqa: E731
+
+    def batch(rows):
+        z = None if z_image is None else np.asarray(z_image, np.float32)[rows]
+        return run(params, scales, programs.rows_of(arrays, rows), empty, z, np.uint32(seed), rows.astype(np.uint32))
+
     return Stages(*programs.in_batches(batch, len(captions), progress))
 
 

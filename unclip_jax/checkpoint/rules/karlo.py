@@ -116,7 +116,7 @@ def prior_model(config: Mapping[str, Any]) -> dict:
 
 
 _UNET = {
-    **{"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "freq_shift": 0, "flip_sin_to_cos": True, "center_input_sample": False},
+    **{"act_fn": "silu", "norm_eps": 1e-5, "freq_shift": 0, "flip_sin_to_cos": True, "center_input_sample": False},
     **{"mid_block_scale_factor": 1, "time_embedding_type": "positional", "time_embedding_dim": None},
 }
 PLAIN, CROSS = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"), ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
@@ -138,7 +138,7 @@ def _unet_model(config: Mapping[str, Any], name: str) -> dict:
         "channel_mult": [width // widths[0] for width in widths],
         "res_blocks": config["layers_per_block"],
         "attention_resolutions": [size // 2**level for level, pair in enumerate(pairs) if pair == CROSS],
-        "groups": 32,
+        "groups": config.get("norm_num_groups", 32),
     }
 
 
