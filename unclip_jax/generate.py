@@ -481,13 +481,11 @@ def sample_upsampler(
     rng: jax.Array,
     options: SamplingOptions,
     last: tuple[Upsampler, Any] | None = None,
-    x_T: jax.Array | None = None,
 ) -> jax.Array:
     """Enlarges images (B, h, w, 3) in [-1, 1] by the upsampler's factor; no guidance (unCLIP section 2.1).
 
     Args:
       last: model and parameters that make the last step, where there are others for it (Karlo).
-      x_T: (B, H, W, 3) the noise to start from; drawn when None.
 
     Returns:
       (B, H, W, 3) float32 in [-1, 1].
@@ -503,6 +501,6 @@ def sample_upsampler(
         other = lambda x, t: last[0].apply({"params": last[1]}, x, t, low_res=low_res)  # noqa: E731
         return jax.lax.cond(t[0] == final, other, network, x, t)
 
-    x = standard_normal(fold_in(rng, 0), (b, h * factor, w * factor, c)) if x_T is None else x_T
+    x = standard_normal(fold_in(rng, 0), (b, h * factor, w * factor, c))
     denoise = _denoiser(network if last is None else network_with_last, config, options, False)
     return jnp.clip(_sample(denoise, x, config, fold_in(rng, 1), options), -1, 1)

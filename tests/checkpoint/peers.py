@@ -96,3 +96,21 @@ def karlo(folder, pipeline="UnCLIPPipeline"):
     made.set_progress_bar_config(disable=True)
     made.save_pretrained(folder)
     return made
+
+
+def load_karlo(folder):
+    """The library's pipeline of a folder's parts, each loaded by its own class: new versions cannot load this pipeline whole, not even one
+    that they saved."""
+    from diffusers import PriorTransformer, UnCLIPPipeline, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    classes = {
+        **{"prior": PriorTransformer, "decoder": UNet2DConditionModel, "text_proj": UnCLIPTextProjModel, "tokenizer": CLIPTokenizer},
+        **{f"super_res_{which}": UNet2DModel for which in ("first", "last")},
+        **{f"{part}_scheduler": UnCLIPScheduler for part in ("prior", "decoder", "super_res")},
+        "text_encoder": CLIPTextModelWithProjection,
+    }
+    made = UnCLIPPipeline(**{name: cls.from_pretrained(folder / name) for name, cls in classes.items()})
+    made.set_progress_bar_config(disable=True)
+    return made

@@ -292,6 +292,56 @@ def test_converted_bundle_is_the_same(karlo, bundle, tmp_path, capsys):
         jax.tree.map(np.testing.assert_array_equal, again.parts[name].params, part.params)
 
 
+# ---------------------------------------------------------------------------------------------------------------------- and back
+def test_exported_bundle_is_the_pipeline_again(karlo, bundle, same_noise, tmp_path, capsys):
+    """`unclip export`: the same tensors under the same names; the library loads its folder and draws the same picture; so do we."""
+    out = tmp_path / "exported"
+    assert main(["export", str(karlo[0]), "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    for file in sorted(karlo[0].rglob("*.safetensors")):
+        theirs, again = load_file(file), load_file(out / file.relative_to(karlo[0]))
+        assert theirs.keys() == again.keys(), file
+        for name, value in theirs.items():
+            np.testing.assert_array_equal(again[name], value, err_msg=name)
+    pipeline = peers.load_karlo(out)
+    text = ["a red fox, and a café", "x"]
+    np.testing.assert_array_equal(pipeline.tokenizer(text, padding="max_length", truncation=True)["input_ids"], ids_of(bundle, text))
+    counts = dict(prior_num_inference_steps=3, decoder_num_inference_steps=3, super_res_num_inference_steps=2)
+    expected, drawn = (made(text, output_type="np", **counts, **same_noise).images for made in (karlo[1], pipeline))
+    assert expected.std() > 0.05
+    np.testing.assert_array_equal(drawn, expected)
+    read = load_bundle(out)
+    for name, part in bundle.parts.items():
+        jax.tree.map(np.testing.assert_array_equal, read.parts[name].params, part.params)
+    assert read.sampling == bundle.sampling and read.tokenizer == bundle.tokenizer
+
+
+def ids_of(bundle, text):
+    from unclip_jax.data.tokenizer import ClipTokenizer
+
+    return ClipTokenizer.from_config(bundle.tokenizer)(text)[0]
+
+
+def test_what_cannot_be_exported_says_why(bundle, tmp_path, capsys):
+    """The emoji bundle is of another shape in several ways, all of which are named; nothing is written."""
+    import dataclasses
+
+    assert main(["export", "emoji", "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    for why in ("decoder predicts eps, not v", "upsampler predicts eps, not v"):
+        assert why in error, error
+    without = dataclasses.replace(bundle, parts={k: v for k, v in bundle.parts.items() if k != "prior"})
+    from unclip_jax.checkpoint.export import export_diffusers
+
+    with pytest.raises(ValueError, match="it lacks prior"):
+        export_diffusers(without, tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        export_diffusers(bundle, tmp_path / "full")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
 def test_half_precision_and_shards(karlo, bundle, tmp_path):
     """bfloat16 and float16 files, and several with an index, are the same weights."""
     from safetensors.torch import load_file as load_torch

@@ -148,8 +148,8 @@ def test_a_decoder_is_fine_tuned_to_inpaint(tiny_run, tmp_path, monkeypatch):
     train_tiny("decoder", run, str(source), model__inpaint=True, steps=3, eval_every=3)
     with monkeypatch.context() as patch:
         patch.setattr(ops, "random_mask", lambda size, rng: np.ones((size, size, 1), bool))
-        train_tiny("decoder", tmp_path / "known", str(source), model__inpaint=True, steps=1, eval_every=0, diffusion__vb_weight=0.0)
-    assert losses(tmp_path / "known") == [0.0]
+        train_tiny("decoder", tmp_path / "known", str(source), model__inpaint=True, steps=3, eval_every=0, diffusion__vb_weight=0.0)
+    assert losses(tmp_path / "known") == [0.0] * 3
     meta, trained, _ = load_run(run)
     assert meta["name"] == "decoder_inpaint" and meta["part"]["model"]["inpaint"]
     assert np.abs(trained["unet"]["conv_in"]["kernel"][:, :, 3:]).min() > 0

@@ -71,7 +71,7 @@ TRANSFORMS: dict[str, Transform] = {
     "drop_ones": Transform(  # (1, N, W) -> (N, W), (1, 1, W) -> (W,)
         lambda ours, theirs: ours == tuple(theirs)[len(theirs) - len(ours) :] and math.prod(theirs) == math.prod(ours),
         lambda a, shape: a.reshape(shape),
-        lambda a: a[None],
+        lambda a: a.reshape((1,) * (3 - a.ndim) + a.shape),
     ),
 }
 
@@ -219,6 +219,35 @@ def convert(weights: Weights | Mapping[str, np.ndarray], rules: Sequence[Rule], 
             value = np.split(value, count)[i]
         flat[tuple(target.split("/"))] = np.array(transform.forward(value, wanted[target]), np.float32, order="C")
     return traverse_util.unflatten_dict(flat)
+
+
+def _reversed(rule: Rule) -> tuple[str, str]:
+    # (regex of our path, template of their name). Groups hold no groups, and an optional prefix is written.
+    plain, groups = re.sub(r"\(\?:([^()]*)\)\?", r"\1", rule.pattern), []
+    template = re.sub(r"\(([^()]*)\)", lambda m: f"{{g{groups.append(m[1]) or len(groups)}}}", plain).replace("\\.", ".")
+    pieces = re.split(r"\\(\d)", rule.target)
+    ours = "".join(re.escape(piece) if i % 2 == 0 else f"(?P<g{piece}>{groups[int(piece) - 1]})" for i, piece in enumerate(pieces))
+    return ours, template
+
+
+def export(params: Any, rules: Sequence[Rule], name: str) -> dict[str, np.ndarray]:
+    """A parameter tree of ours -> tensors by the other library's names, `convert` read from right to left.
+
+    Raises:
+      ValueError: listing parameters for which no rule has a name.
+    """
+    known = [(*_reversed(rule), TRANSFORMS[rule.transform]) for rule in rules if isinstance(rule.target, str)]
+    tensors, nameless = {}, []
+    for path, value in traverse_util.flatten_dict(params, sep="/").items():
+        found = next(((m, template, transform) for ours, template, transform in known if (m := re.fullmatch(ours, path))), None)
+        if found is None:
+            nameless.append(path)
+            continue
+        match, template, transform = found
+        tensors[template.format(**match.groupdict())] = transform.backward(np.asarray(value))
+    if nameless:
+        raise ValueError(f"{name}: the other library has no name for {_some(nameless)}")
+    return tensors
 
 
 def shapes_of(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ VERBS = {
     "train": ("unclip_jax.cli.train", "train one stage of the cascade"),
     "bundle": ("unclip_jax.cli.bundle", "collect trained stages into a release bundle"),
     "convert": ("unclip_jax.cli.convert", "make a bundle of public weights: Karlo, CLIP"),
+    "export": ("unclip_jax.cli.export", "write a bundle of Karlo's topology as diffusers' folder"),
     "measure": ("unclip_jax.cli.measure", "measure a bundle on held-out rows"),
     "evaluate": ("unclip_jax.cli.evaluate", "measure a bundle's CLIP on a dataset: retrieval, zero-shot classes, a linear probe"),
     "sample": ("unclip_jax.cli.sample", "draw pictures from captions"),

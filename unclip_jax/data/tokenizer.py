@@ -73,13 +73,18 @@ def _shipped_merges() -> tuple[tuple[str, str], ...]:
     return tuple(tuple(line.split()) for line in lines[1 : 1 + count])  # the first line is a version
 
 
+def _tokens(merges: tuple[tuple[str, str], ...]) -> list[str]:
+    # All tokens in the order of their ids but for the start and the end.
+    characters = _byte_characters()
+    return [*characters, *(character + "</w>" for character in characters), *("".join(pair) for pair in merges)]
+
+
 @functools.lru_cache(maxsize=8)
 def _engine(merges: tuple[tuple[str, str], ...]):
     # A tokenizers.Tokenizer without special tokens: start and end are added by ClipTokenizer.
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    characters = _byte_characters()
-    tokens = [*characters, *(character + "</w>" for character in characters), *("".join(pair) for pair in merges)]
+    tokens = _tokens(merges)
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise ValueError("the merges of this vocabulary repeat a token: it is not a CLIP vocabulary")
@@ -173,6 +178,18 @@ class ClipTokenizer:
         """The empty caption, which a dropped caption becomes: tokens int32 (L,), mask bool (L,); start and end only."""
         tokens, mask = self([""])
         return tokens[0], mask[0]
+
+    def save_folder(self, path: str | os.PathLike) -> None:
+        """Write a transformers CLIP tokenizer folder, the inverse of `from_folder`: `vocab.json`, `merges.txt`, `tokenizer_config.json`.
+        The padding is id 0, as here."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        vocab = {token: i for i, token in enumerate([*_tokens(self._merges), "<|startoftext|>", "<|endoftext|>"])}
+        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), "utf-8")
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in self._merges), "utf-8")
+        special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "!"}
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, **special}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), "utf-8")
 
     def config(self) -> dict:
         """What `from_config` needs to build this tokenizer again: a dict of JSON types. Merges are listed only if not the shipped ones."""

@@ -1,0 +1,74 @@
+"""Karlo's configurations: exact sizes by shape alone, and tiny variants that train, are exported, and draw the same in diffusers."""
+
+import importlib
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from tests.checkpoint.peers import load_karlo
+from tests.helpers import param_count, param_shapes, struct
+from unclip_jax.checkpoint.bundle import load_bundle
+from unclip_jax.cli.main import main
+from unclip_jax.cli.train import STAGES, load_config, override
+from unclip_jax.diffusion import samplers
+from unclip_jax.models.clip import CLIP
+from unclip_jax.models.prior_diffusion import DiffusionPrior
+from unclip_jax.models.unet import Decoder, Upsampler
+from unclip_jax.sampling.text_to_image import text_to_image
+from unclip_jax.train import common
+
+KARLO = Path(__file__).resolve().parent.parent / "configs" / "karlo"
+D, L = 768, 77
+TEXT = {"text_embed": struct(1, D), "text_states": struct(1, L, D), "text_mask": struct(1, L, dtype=bool)}
+
+
+def model_of(name):
+    config = load_config(str(KARLO / f"{name}.py"))
+    return config, common.config_json(config.model)
+
+
+def test_sizes():
+    """Every network's parameters, to the last one, as published; the prior's statistics (2 x 768) belong to the embedding space here."""
+    config, clip = model_of("clip")
+    clip["text"] |= {"vocab_size": config.tokenizer.vocab_size, "length": config.tokenizer.length}
+    shapes = param_shapes(CLIP(**clip), struct(1, 224, 224, 3), struct(1, L, dtype=jnp.int32))
+    assert param_count(shapes["text_tower"]) == 123_650_304 and param_count(shapes["image_tower"]) == 303_966_208
+    prior = model_of("prior_diffusion")[1] | {"embed_dim": D, "length": L}
+    assert param_count(param_shapes(DiffusionPrior(**prior), struct(1, D), struct(1), **TEXT)) == 1_022_030_080 - 2 * D
+    inputs = {"image_embed": struct(1, D), "drop_image": struct(1, dtype=bool), **TEXT}
+    shapes = param_shapes(Decoder(**model_of("decoder")[1]), struct(1, 8, 8, 3), struct(1), **inputs)
+    assert param_count(shapes["unet"]) == 885_439_686 and param_count(shapes["conditioning"]) == 7_878_400
+    upsampler = Upsampler(**model_of("upsampler_256")[1])
+    assert param_count(param_shapes(upsampler, struct(1, 32, 32, 3), struct(1), low_res=struct(1, 8, 8, 3))) == 691_579_523
+
+
+def test_trained_exported_and_drawn_by_the_peer(tmp_path, monkeypatch):
+    """A few steps of every stage, a bundle, a folder; diffusers draws from it what we draw, to one level, from the same noise."""
+    import diffusers.schedulers.scheduling_unclip as theirs
+    runs = tmp_path / "runs"
+    for name, run in (("clip", "clip"), ("prior_diffusion", "prior"), ("decoder", "decoder"), ("upsampler_256", "upsampler_32")):
+        config = load_config(f"{KARLO / name}.py:tiny")
+        settings = {"optimizer.learning_rate": 1e-2, "ema_decay": 0.0}  # so that four steps leave the zeros of fresh networks
+        for key, value in {"data.backend": "numpy", "eval_every": 0, **settings}.items():
+            override(config, key, value)
+        importlib.import_module(STAGES[config.stage]).train_and_evaluate(config, str(runs / run))
+    assert main(["bundle", str(runs), "--out", str(tmp_path / "bundle"), "--rows", "0"]) == 0
+    assert main(["export", str(tmp_path / "bundle"), "--out", str(tmp_path / "karlo")]) == 0
+    pipeline = load_karlo(tmp_path / "karlo")
+    rng = np.random.default_rng(0)
+    noises = [np.float32(rng.normal(size=shape)) for shape in ((2, 32), (2, 8, 8, 3), (2, 32, 32, 3))]
+    latents = [torch.from_numpy(noises[0]), *(torch.from_numpy(np.moveaxis(noise, -1, 1).copy()) for noise in noises[1:])]
+    by_shape, ours = {tuple(t.shape): t for t in latents}, {noise.shape: jnp.asarray(noise) for noise in noises}
+    monkeypatch.setattr(theirs, "randn_tensor", lambda shape, **kwargs: by_shape[tuple(shape)])
+    for module in (samplers, importlib.import_module("unclip_jax.generate")):
+        monkeypatch.setattr(module, "standard_normal", lambda key, shape, dtype=jnp.float32: ours[tuple(shape)])
+    captions = ["a red fox", "a 3d emoji of a blue heart"]
+    options = {"prior": {"steps": 4}, "decoder": {"steps": 4}, "upsampler_32": {"steps": 3}}
+    counts = dict(prior_num_inference_steps=4, decoder_num_inference_steps=4, super_res_num_inference_steps=3)
+    latents = dict(zip(("prior_latents", "decoder_latents", "super_res_latents"), latents))
+    expected = pipeline(captions, output_type="np", **counts, **latents).images
+    drawn = text_to_image(load_bundle(tmp_path / "bundle"), captions, options=options)
+    assert expected.std() > 0.05
+    assert np.abs(drawn.astype(int) - np.round(expected * 255)).max() <= 1
