@@ -1,5 +1,6 @@
 """The paper's configurations: exact sizes by shape alone, and tiny variants that train, bundle and sample with their own text encoders."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import unclip_jax
 from tests.helpers import param_count, param_shapes, struct
 from tests.runs import losses
 from unclip_jax import sharding
+from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.main import main
 from unclip_jax.cli.train import STAGES, load_config, override
 from unclip_jax.models.clip import CLIP
@@ -159,6 +161,22 @@ def test_tiny_upsamplers_train(name, tmp_path):
     config = load_config(f"{PAPER / name}.py:tiny")
     assert config.factor == 4 and config.data.degradation == {"upsampler_256": "blur", "upsampler_1024": "bsr_light"}[name]
     assert np.isfinite(train(name, tmp_path / name)["eval_loss"])
+
+
+def test_a_frozen_text_encoder_stays(tmp_path, tiny_run):
+    """The U-Net moves between two checkpoints of a run, the text encoder does not; a decoder without one has nothing to freeze."""
+    (tmp_path / "clip").symlink_to(tiny_run("clip"))
+    run = tmp_path / "decoder"
+    train("decoder", run, eval_every=0, freeze_text=True, ema_decay=0.0)
+    late, step = load_run(run)[1:]
+    shutil.rmtree(run / "checkpoints" / str(step))
+    early, before = load_run(run)[1:]
+    assert (before, step) == (2, 4)
+    jax.tree.map(np.testing.assert_array_equal, early["text"], late["text"])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), early["unet"], late["unet"])
+    assert max(jax.tree.leaves(moved)) > 1e-5
+    with pytest.raises(ValueError, match="it needs one, and no weight decay"):
+        train("decoder", tmp_path / "other", freeze_text=True, **{"optimizer.weight_decay": 0.1})
 
 
 def test_text_encoder_settings_belong_together(tmp_path, tiny_run):

@@ -3,7 +3,8 @@
     unclip train configs/dalle2/decoder.py --workdir runs/dalle2/decoder --set data.train.pattern='/data/laion/*.tfrecord'
 
 the paper's        3.5B parameters: GLIDE's U-Net of 512 channels, depth 3, multiples 1,2,3,4, head channels 64, attention at 32, 16 and 8,
-                   dropout 0.1; GLIDE's text encoder of context 256, width 2048, 24 blocks, 32 heads, trained with it
+                   dropout 0.1; GLIDE's text encoder of context 256, width 2048, 24 blocks, 32 heads, trained with it, or kept as
+                   `--init-from` gives it with `freeze_text`
 diffusion          1,000 steps, cosine, learned variance (hybrid loss); sampled with 250 steps
 conditioning       z_i added to the time embedding and as 4 tokens; z_i dropped 10 %, captions 50 %, independently
 training           800K iterations at batch 2,048, AdamW 1.2e-4, betas 0.9 and 0.999, eps 1e-8, EMA 0.9999
@@ -63,6 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "conditioning": {"context_dim": 2048, "clip_tokens": 4, "use_text_embed": False, "use_text_states": False},
     }
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "eps", "vb_weight": 1e-3}
+    config.freeze_text = False
     config.drop_embedding = 0.1
     config.drop_text = 0.5
     config.optimizer = {

@@ -57,6 +57,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "conditioning": {"context_dim": 128, "clip_tokens": 4, "use_text_embed": True, "use_text_states": True},
     }
     config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "v", "vb_weight": 1e-3}
+    config.freeze_text = False
     config.drop_embedding = 0.1
     config.drop_text = 0.5
     config.optimizer = {

@@ -307,6 +307,9 @@ def test_exported_bundle_is_the_pipeline_again(karlo, bundle, same_noise, tmp_pa
     text = ["a red fox, and a café", "x"]
     np.testing.assert_array_equal(pipeline.tokenizer(text, padding="max_length", truncation=True)["input_ids"], ids_of(bundle, text))
     counts = dict(prior_num_inference_steps=3, decoder_num_inference_steps=3, super_res_num_inference_steps=2)
+    for made in (karlo[1], pipeline):
+        for part in ("prior", "decoder", "super_res"):
+            exact(getattr(made, f"{part}_scheduler"))
     expected, drawn = (made(text, output_type="np", **counts, **same_noise).images for made in (karlo[1], pipeline))
     assert expected.std() > 0.05
     np.testing.assert_array_equal(drawn, expected)

@@ -67,8 +67,10 @@ def load_widened(path, name) -> tuple[Part, dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- loss
-def loss_fn(params, rng, batch, *, frozen, clip, model, tables, diffusion, drop_embedding, drop_text):
+def loss_fn(params, rng, batch, *, frozen, clip, model, tables, diffusion, freeze_text, drop_embedding, drop_text):
     """Loss () and metrics of a global batch; `frozen` holds the CLIP's parameters."""
+    if freeze_text:
+        params = params | {"text": jax.lax.stop_gradient(params["text"])}
     rng_embedding, rng_text, rng_noise, rng_dropout = jax.random.split(rng, 4)
     x0 = batch["image"]
     z_image = clip.image(frozen["clip"], batch["clip_image"])
@@ -106,6 +108,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     mesh = make_mesh(config.mesh)
     dtype = compute_dtype(config.dtype)
     own = common.own_tokenizer(config)
+    if config.freeze_text and (own is None or config.optimizer.weight_decay):
+        raise ValueError("freeze_text keeps the decoder's own text encoder: it needs one, and no weight decay, which would shrink it")
     clip = common.frozen_clip(config.clip, workdir, mesh, dtype, own)
     source = sources.make_source(config.data.train)
     held_out = sources.make_source(config.data.eval)
@@ -149,7 +153,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     frozen = {"clip": clip.params}
     loss_of = functools.partial(
         loss_fn, clip=clip, model=model, tables=tables, diffusion=diffusion,
-        drop_embedding=config.drop_embedding, drop_text=config.drop_text,
+        freeze_text=config.freeze_text, drop_embedding=config.drop_embedding, drop_text=config.drop_text,
     )  # fmt: skip
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
