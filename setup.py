@@ -32,6 +32,7 @@ setup(
         "tensorflow-datasets>=4.9.9,<5",
         "importlib_resources>=6,<8",  # tensorflow-datasets imports it and does not ask for it
         "tensorboard>=2.20,<3",
+        "ml_dtypes>=0.5,<1",
         "numpy>=2,<3",
         "pillow>=11,<14",
         "tqdm>=4.66,<5",

@@ -86,7 +86,8 @@ def our_sampler(folder: Path, captions: int, steps: int):
     import jax
     import jax.numpy as jnp
 
-    from unclip_jax.checkpoint.convert import convert, open_weights, read_json, shapes_of
+    from unclip_jax.checkpoint.convert import convert, shapes_of
+    from unclip_jax.checkpoint.files import open_weights, read_json
     from unclip_jax.checkpoint.rules import karlo
     from unclip_jax.generate import SamplingOptions, TextConditioning, build_model, sample_prior
 

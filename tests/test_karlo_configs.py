@@ -5,14 +5,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import torch
 
-from tests.checkpoint.peers import load_karlo
+from tests.checkpoint.peers import load_karlo, share_noise
 from tests.helpers import param_count, param_shapes, struct
 from unclip_jax.checkpoint.bundle import load_bundle
 from unclip_jax.cli.main import main
 from unclip_jax.cli.train import STAGES, load_config, override
-from unclip_jax.diffusion import samplers
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.unet import Decoder, Upsampler
@@ -46,7 +44,6 @@ def test_sizes():
 
 def test_trained_exported_and_drawn_by_the_peer(tmp_path, monkeypatch):
     """A few steps of every stage, a bundle, a folder; diffusers draws from it what we draw, to one level, from the same noise."""
-    import diffusers.schedulers.scheduling_unclip as theirs
     runs = tmp_path / "runs"
     for name, run in (("clip", "clip"), ("prior_diffusion", "prior"), ("decoder", "decoder"), ("upsampler_256", "upsampler_32")):
         config = load_config(f"{KARLO / name}.py:tiny")
@@ -57,17 +54,10 @@ def test_trained_exported_and_drawn_by_the_peer(tmp_path, monkeypatch):
     assert main(["bundle", str(runs), "--out", str(tmp_path / "bundle"), "--rows", "0"]) == 0
     assert main(["export", str(tmp_path / "bundle"), "--out", str(tmp_path / "karlo")]) == 0
     pipeline = load_karlo(tmp_path / "karlo")
-    rng = np.random.default_rng(0)
-    noises = [np.float32(rng.normal(size=shape)) for shape in ((2, 32), (2, 8, 8, 3), (2, 32, 32, 3))]
-    latents = [torch.from_numpy(noises[0]), *(torch.from_numpy(np.moveaxis(noise, -1, 1).copy()) for noise in noises[1:])]
-    by_shape, ours = {tuple(t.shape): t for t in latents}, {noise.shape: jnp.asarray(noise) for noise in noises}
-    monkeypatch.setattr(theirs, "randn_tensor", lambda shape, **kwargs: by_shape[tuple(shape)])
-    for module in (samplers, importlib.import_module("unclip_jax.generate")):
-        monkeypatch.setattr(module, "standard_normal", lambda key, shape, dtype=jnp.float32: ours[tuple(shape)])
+    latents = share_noise(monkeypatch, 32)
     captions = ["a red fox", "a 3d emoji of a blue heart"]
     options = {"prior": {"steps": 4}, "decoder": {"steps": 4}, "upsampler_32": {"steps": 3}}
     counts = dict(prior_num_inference_steps=4, decoder_num_inference_steps=4, super_res_num_inference_steps=3)
-    latents = dict(zip(("prior_latents", "decoder_latents", "super_res_latents"), latents))
     expected = pipeline(captions, output_type="np", **counts, **latents).images
     drawn = text_to_image(load_bundle(tmp_path / "bundle"), captions, options=options)
     assert expected.std() > 0.05

@@ -134,18 +134,6 @@ def is_guided(options: Options) -> bool:
     return not (isinstance(options.guidance_scale, (int, float)) and options.guidance_scale == 1)
 
 
-def compute_dtype(name: str) -> Any:
-    """`auto` (bfloat16 on accelerators, float32 on CPU), `float32` or `bfloat16`.
-
-    Raises:
-      ValueError: on another name.
-    """
-    choices = {"auto": jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if name not in choices:
-        raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(choices)}")
-    return choices[name]
-
-
 def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> nn.Module:
     """The linen module a part's configuration describes. `hooks`: remat, gather.
 
@@ -193,6 +181,11 @@ def select_text(keep: jax.Array, text: TextConditioning, empty: TextConditioning
 
 def _with_empty(text: TextConditioning, empty: TextConditioning) -> TextConditioning:
     return jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.broadcast_to(b, a.shape)]), text, empty)
+
+
+def _twice(tree: Any, guided: bool) -> Any:
+    # Guidance's two halves in one batch, where there is guidance.
+    return jax.tree.map(lambda a: jnp.concatenate([a, a]), tree) if guided else tree
 
 
 def _guidance(options: SamplingOptions) -> Guidance:
@@ -303,7 +296,6 @@ def _sample_codes(
     # One code after the other with cached keys and values; guidance runs both halves in one batch and mixes their logits.
     b, guided = text.embed.shape[0], is_guided(options)
     both = _with_empty(text, empty) if guided else text
-    twice = (lambda a: jnp.concatenate([a, a])) if guided else (lambda a: a)
     keys = rng if rng.ndim else jax.random.split(rng, b)
     lowest = int(np.floor(options.dot_quantile * model.dot_bins))
     dot = jax.vmap(lambda key: jax.random.randint(key, (), lowest, model.dot_bins))(fold_in(keys, 0))
@@ -321,12 +313,13 @@ def _sample_codes(
     inputs = text_inputs(model, both)
     z_text = inputs.pop("text_embed")
     states, mask = model.apply({"params": params}, **inputs, method="encode_text")
-    logits, caches = model.apply({"params": params}, twice(dot), text_embed=z_text, text_states=states, text_mask=mask, method="prefill")
+    dots = _twice(dot, guided)
+    logits, caches = model.apply({"params": params}, dots, text_embed=z_text, text_states=states, text_mask=mask, method="prefill")
     first = pick(logits, 0)
 
     def body(carry, n):
         code, caches = carry
-        logits, caches = model.apply({"params": params}, twice(code), n, caches, text_mask=mask, method="extend")
+        logits, caches = model.apply({"params": params}, _twice(code, guided), n, caches, text_mask=mask, method="extend")
         code = pick(logits, n + 1)
         return (code, caches), code
 
@@ -351,16 +344,17 @@ def decoder_denoiser(
     b = text.embed.shape[0]
     guided = is_guided(options)
     both = _with_empty(text, empty) if guided else text
-    z = jnp.zeros_like(both.embed) if z_image is None else jnp.concatenate([z_image, z_image]) if guided else z_image
+    z = jnp.zeros_like(both.embed) if z_image is None else _twice(z_image, guided)
     drop = jnp.full(z.shape[0], True) if z_image is None else jnp.arange(z.shape[0]) >= b
     inputs = {"image_embed": z, "drop_image": drop, **text_inputs(model, both)}
     if known is not None:
-        inputs |= {"known_image": known_image, "known": known} if not guided else {
-            "known_image": jnp.concatenate([known_image, known_image]), "known": jnp.concatenate([known, known])
-        }  # fmt: skip
+        inputs |= _twice({"known_image": known_image, "known": known}, guided)
+    size = config["model"]["unet"]["image_size"]
+    nothing = jnp.zeros((z.shape[0], size, size, 3)), jnp.zeros(z.shape[0])
+    _, fixed = model.apply({"params": params}, *nothing, **inputs, mutable=["fixed"])  # its U-Net is not computed: nothing of it is used
 
     def network(x, t):
-        return model.apply({"params": params}, x, t, **inputs)
+        return model.apply({"params": params, **fixed}, x, t, **inputs)
 
     denoise = _denoiser(network, config, options, guided)
     if known is None:
@@ -492,15 +486,17 @@ def sample_upsampler(
     """
     factor = config["factor"]
     b, h, w, c = low_res.shape
+    size = h * factor, w * factor
+    enlarged = model.enlarge(low_res, size)
 
     def network(x, t):
-        return model.apply({"params": params}, x, t, low_res=low_res)
+        return model.apply({"params": params}, x, t, low_res=enlarged)
 
     def network_with_last(x, t):
         final = time_steps(part_schedule(config).num_steps, options.steps)[-1]
-        other = lambda x, t: last[0].apply({"params": last[1]}, x, t, low_res=low_res)  # noqa: E731
+        other = lambda x, t: last[0].apply({"params": last[1]}, x, t, low_res=last[0].enlarge(low_res, size))  # noqa: E731
         return jax.lax.cond(t[0] == final, other, network, x, t)
 
-    x = standard_normal(fold_in(rng, 0), (b, h * factor, w * factor, c))
+    x = standard_normal(fold_in(rng, 0), (b, *size, c))
     denoise = _denoiser(network if last is None else network_with_last, config, options, False)
     return jnp.clip(_sample(denoise, x, config, fold_in(rng, 1), options), -1, 1)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 FSDP_MIN_SIZE = 2**14  # smaller leaves are replicated: gathering them costs more than keeping them
+WEIGHTS_SHARE = 0.6  # of a device's memory that weights may fill; the rest is for what is computed
 
 Rules = Sequence[tuple[str, P]]
 
@@ -60,6 +62,39 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     return Mesh(np.asarray(devices).reshape([sizes[a] for a in AXES]), AXES)
 
 
+def compute_dtype(name: str, mesh: Mesh | None = None) -> Any:
+    """`auto` (bfloat16 on accelerators, float32 on CPU), `float32` or `bfloat16`; the platform is the mesh's, or the default one.
+
+    Raises:
+      ValueError: on another name.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    choices = {"auto": jnp.float32 if platform == "cpu" else jnp.bfloat16, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if name not in choices:
+        raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(choices)}")
+    return choices[name]
+
+
+def sampling_mesh(shape: Mapping[str, int] | None = None, weight_bytes: int = 0) -> Mesh:
+    """A mesh to sample on. Without a shape: every device gets its share of the batch and, where one device cannot hold the weights and
+    what it computes, of them too; on CPU, whose devices are one machine, one device.
+
+    Args:
+      shape: as in `make_mesh`.
+      weight_bytes: of all parameters as they will lie there.
+
+    Raises:
+      ValueError: as `make_mesh`.
+    """
+    devices = jax.devices()
+    if shape is None and devices[0].platform == "cpu":
+        return make_mesh(devices=devices[:1])
+    if shape is None:
+        limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
+        shape = {"data": 1, "fsdp": -1} if limit and weight_bytes > WEIGHTS_SHARE * limit else None
+    return make_mesh(shape, devices)
+
+
 def path_name(path: tuple) -> str:
     """A jax key path as "a/b/c"."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
@@ -94,6 +129,18 @@ def infer_shardings(tree: Any, mesh: Mesh, rules: Rules = TENSOR_RULES) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, leaf_spec(path_name(path), tuple(leaf.shape), mesh, rules)), tree
     )
+
+
+def placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
+    """A function that puts one parameter, by its path, onto a mesh to sample with: sharded as `infer_shardings` says, matrices in the
+    compute dtype (`compute_dtype`), vectors (scales, shifts, biases) in float32."""
+    dtype = compute_dtype("auto", mesh)
+
+    def place(name: str, value: np.ndarray) -> jax.Array:
+        value = np.asarray(value, dtype if np.ndim(value) > 1 else None)
+        return jax.device_put(value, NamedSharding(mesh, leaf_spec(name, value.shape, mesh)))
+
+    return place
 
 
 def make_gather(mesh: Mesh):

@@ -1,11 +1,13 @@
 """The peers' networks at random weights and small size, saved as their libraries save them."""
 
-import json
 import warnings
 
+import jax.numpy as jnp
+import numpy as np
 import torch
 
-from unclip_jax.data import tokenizer as tok
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.diffusion import samplers
 
 DIM, LENGTH = 16, 10  # Karlo's text states are of the embedding's size, as ViT-L/14's are
 CROSS = "SimpleCrossAttn"
@@ -30,12 +32,7 @@ def write_tokenizer(folder, vocab_size=600, length=LENGTH):
     """A transformers CLIP tokenizer of CLIP's first merges; the padding is id 0, as Karlo's."""
     from transformers import CLIPTokenizer
 
-    merges = tok._shipped_merges()[: vocab_size - tok.BYTE_TOKENS - tok.SPECIAL_TOKENS]
-    characters = tok._byte_characters()
-    tokens = [*characters, *(c + "</w>" for c in characters), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    ClipTokenizer(length, vocab_size).save_folder(folder)
     return CLIPTokenizer.from_pretrained(folder, model_max_length=length, pad_token="!")
 
 
@@ -114,3 +111,43 @@ def load_karlo(folder):
     made = UnCLIPPipeline(**{name: cls.from_pretrained(folder / name) for name, cls in classes.items()})
     made.set_progress_bar_config(disable=True)
     return made
+
+
+SCHEDULERS = ("prior", "decoder", "super_res")
+
+
+def exact(scheduler):
+    """The scheduler with its tables in float64: in float32 its 1 - abar at t = 0 is off by 5e-4, and so is its last step."""
+    scheduler.alphas = 1 - scheduler.betas.double()
+    scheduler.betas, scheduler.alphas_cumprod = scheduler.betas.double(), torch.cumprod(scheduler.alphas, 0)
+    return scheduler
+
+
+def exact_pipeline(pipeline):
+    """The pipeline with all its schedulers `exact`."""
+    for part in SCHEDULERS:
+        if hasattr(pipeline, f"{part}_scheduler"):
+            exact(getattr(pipeline, f"{part}_scheduler"))
+    return pipeline
+
+
+def nchw(a):
+    """NumPy (B, H, W, C) -> torch (B, C, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(a, -1, 1)))
+
+
+def share_noise(monkeypatch, dim, sides=(8, 32), rows=2, seed=0):
+    """The same noise in both libraries at every step: of embeddings (rows, dim), and of images of these sides; returns the latents that
+    the pipelines start from."""
+    import diffusers.schedulers.scheduling_unclip as theirs
+
+    rng = np.random.default_rng(seed)
+    noises = [np.float32(rng.normal(size=shape)) for shape in ((rows, dim), *((rows, side, side, 3) for side in sides))]
+    ours = {noise.shape: jnp.asarray(noise) for noise in noises}
+    torches = [torch.from_numpy(noises[0]), *map(nchw, noises[1:])]
+    by_shape = {tuple(t.shape): t for t in torches}
+    monkeypatch.setattr(theirs, "randn_tensor", lambda shape, **kwargs: by_shape[tuple(shape)])
+    draw = lambda key, shape, dtype=jnp.float32: ours[tuple(shape)]  # noqa: E731
+    monkeypatch.setattr(samplers, "standard_normal", draw)
+    monkeypatch.setattr("unclip_jax.generate.standard_normal", draw)
+    return dict(zip((f"{part}_latents" for part in SCHEDULERS), torches))

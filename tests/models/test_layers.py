@@ -88,7 +88,7 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        block = hooked(Affine, self.gather, self.remat, static_argnums=(2,))
+        block = hooked(self, Affine, self.gather, self.remat, static_argnums=(2,))
         return block(name="b")(block(name="a")(x, True), False)
 
 

@@ -179,6 +179,19 @@ def test_a_dropped_embedding_is_the_learned_null(params):
     assert np.abs(dropped - decode(params, X, TIME, cond))[0].max() > 1e-3
 
 
+def test_what_steps_have_in_common_is_kept(params):
+    """The collection `fixed`, filled at one step, gives another step's output; that step does not look at captions or embeddings again."""
+    fill = jax.jit(lambda params, cond: DECODER.apply({"params": params}, X * 0, TIME * 0, **cond, mutable=["fixed"])[1])
+    fixed = fill(params, conditioning())
+    other = jax.tree.map(lambda a: jnp.ones_like(a), conditioning())
+    step = jax.jit(lambda params, fixed, cond: DECODER.apply({"params": params, **fixed}, X, TIME, **cond))
+    kept = step(params, fixed, other)
+    np.testing.assert_allclose(kept, decode(params, X, TIME, conditioning()), atol=1e-5)
+    assert np.abs(kept - decode(params, X, TIME, other)).max() > 1e-2
+    unused = jax.tree.map(lambda a: a, params) | {"conditioning": jax.tree.map(jnp.zeros_like, params["conditioning"])}
+    np.testing.assert_array_equal(step(unused, fixed, other), kept)
+
+
 def test_token_layout_and_the_text_norm():
     """CLIP tokens first, laid out (B, Dc, tokens) and transposed, always allowed; then normalised text, as its mask says."""
     model, cond = ClipConditioning(cond_dim=7, context_dim=12, clip_tokens=4), conditioning()

@@ -6,22 +6,25 @@ Tensors are named by their path in the parameter tree ("unet/conv_in/kernel"), o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from jax.sharding import Mesh
+from safetensors.numpy import save_file
 
+from unclip_jax.checkpoint.files import Place, keep, open_weights, read_json
+from unclip_jax.checkpoint.store import ParamsHash, load_run, params_hash
 from unclip_jax.checkpoint.store import folder as checkpoint_folder
-from unclip_jax.checkpoint.store import load_run, params_hash
+from unclip_jax.sharding import placer
 
 FORMAT_VERSION = 1
 SHIPPED = Path(__file__).resolve().parent.parent / "bundles"
@@ -29,10 +32,12 @@ SHIPPED = Path(__file__).resolve().parent.parent / "bundles"
 
 @dataclass(frozen=True)
 class Part:
-    """One network: `config` (JSON: kind, model keyword arguments, clip hash, ...) and `params` (tree of float32 NumPy arrays)."""
+    """One network: `config` (JSON: kind, model keyword arguments, clip hash, ...), `params` (a tree of float32 NumPy arrays, or of arrays
+    on a mesh), and the `hash` of the file they were read from ("" when they were not)."""
 
     config: dict
     params: Any
+    hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Bundle:
     """A set of networks that belong together.
 
     parts: by name (`clip`, `prior`, `decoder`, `upsampler_<px>`); tokenizer: its configuration; sampling: default options per part;
-    provenance: how it was made; path: where it was read; cache: compiled programs of this bundle, filled as it is used.
+    provenance: how it was made; path: where it was read; mesh: where its parameters were placed, None when they are on the host;
+    cache: compiled programs of this bundle, filled as it is used.
     """
 
     parts: dict[str, Part]
@@ -48,6 +54,7 @@ class Bundle:
     sampling: dict
     provenance: dict = field(default_factory=dict)
     path: str = ""
+    mesh: Mesh | None = None
     cache: dict = field(default_factory=dict, compare=False, repr=False)
 
     def part(self, name: str) -> Part:
@@ -57,8 +64,18 @@ class Bundle:
           KeyError: naming the part, the bundle and what it has.
         """
         if name not in self.parts:
-            raise KeyError(f"the bundle {self.path or '(unsaved)'} has no part {name!r}; it has {', '.join(self.parts)}")
+            raise no_part(self.path or "(unsaved)", name, self.parts)
         return self.parts[name]
+
+
+def no_part(path: str | os.PathLike, name: str, names: Iterable[str]) -> KeyError:
+    """The error of a part that a bundle does not have."""
+    return KeyError(f"the bundle {path} has no part {name!r}; it has {', '.join(names)}")
+
+
+def upsampler_names(parts: Iterable[str]) -> list[str]:
+    """The upsamplers among the names of parts, in the order of their sizes; networks for a last step (`_last`) are not among them."""
+    return sorted((n for n in parts if n.startswith("upsampler_") and not n.endswith("_last")), key=lambda n: int(n.split("_")[1]))
 
 
 def bundle_path(name_or_path: str | os.PathLike) -> Path:
@@ -76,33 +93,27 @@ def bundle_path(name_or_path: str | os.PathLike) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; the bundle is incomplete") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy the bundle again") from error
+def read_part(path: Path, expected_hash: str | None = None, place: Place = keep) -> Part:
+    """Reads one part's folder, tensor by tensor; nothing from the files is executed.
 
-
-def read_part(path: Path, expected_hash: str | None = None) -> Part:
-    """Reads one part's folder; nothing from the files is executed.
+    Args:
+      expected_hash: what the weights must have, if known.
+      place: where each parameter goes as soon as it is read.
 
     Raises:
       FileNotFoundError, ValueError: naming the file that is missing, damaged, or not the one its bundle was made with.
     """
-    config = _read_json(path / "config.json")
-    weights = path / "model.safetensors"
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights} is missing; the bundle is incomplete")
-    try:
-        flat = load_file(weights)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"{weights} cannot be read as safetensors ({error}); copy the bundle again") from error
-    params = traverse_util.unflatten_dict({tuple(k.split("/")): v for k, v in flat.items()})
-    if expected_hash is not None and params_hash(params) != expected_hash:
-        raise ValueError(f"{weights} is not the network that bundle.json describes (hash differs); copy the bundle again")
-    return Part(config, jax.tree.map(lambda x: np.asarray(x, np.float32), params))
+    config, weights, made = read_json(path / "config.json", "bundle"), open_weights(path, ["model"], "bundle"), ParamsHash()
+    if config["kind"] == "pca":
+        place = keep  # small, and its directions must stay orthogonal
+    flat = {}
+    for name in sorted(weights):
+        value = weights[name]
+        made.update(name, value)
+        flat[tuple(name.split("/"))] = place(name, keep(name, value))
+    if expected_hash not in (None, made.digest()):
+        raise ValueError(f"{path} does not hold the network that bundle.json describes (hash differs); copy the bundle again")
+    return Part(config, traverse_util.unflatten_dict(flat), made.digest())
 
 
 def check_same_clip(parts: dict[str, Part]) -> None:
@@ -111,7 +122,7 @@ def check_same_clip(parts: dict[str, Part]) -> None:
     Raises:
       ValueError: naming both.
     """
-    clip = params_hash(parts["clip"].params) if "clip" in parts else None
+    clip = parts["clip"].hash or params_hash(parts["clip"].params) if "clip" in parts else None
     for name, part in parts.items():
         made_with = part.config.get("clip")
         if clip and made_with and made_with != clip:
@@ -121,34 +132,52 @@ def check_same_clip(parts: dict[str, Part]) -> None:
             )
 
 
-def load_bundle(name_or_path: str | os.PathLike) -> Bundle:
+def load_bundle(name_or_path: str | os.PathLike, *, mesh: Mesh | None = None) -> Bundle:
     """Reads a release bundle.
 
     Args:
       name_or_path: `"emoji"`, the one shipped with the package; a folder: a bundle, or public weights (`public.load_public`); or
         "hf:owner/name@revision", a repository of the Hugging Face hub with either (extra `web`).
+      mesh: every parameter goes straight onto it, sharded by `sharding.infer_shardings`, matrices in the mesh's compute dtype: what
+        sampling large weights wants. None: they stay on the host in float32, to be sampled, saved, exported or trained further.
 
     Raises:
       FileNotFoundError, ValueError: when it is missing, incomplete, damaged, or made of parts that do not belong together.
     """
-    name_or_path = _local(name_or_path)
-    public = _load_public(name_or_path)
-    if public is not None:
-        return public
-    path = bundle_path(name_or_path)
-    top = _read_json(path / "bundle.json")
+    path, place = _local(name_or_path), keep if mesh is None else placer(mesh)
+    if _is_public(path):
+        return dataclasses.replace(_load_public(path, None, place), mesh=mesh)
+    path = bundle_path(path)
+    top = _read_top(path)
+    parts = {name: read_part(path / name, info["hash"], place) for name, info in top["parts"].items()}
+    check_same_clip(parts)
+    return Bundle(parts, top["tokenizer"], top["sampling"], top.get("provenance", {}), str(path), mesh)
+
+
+def stored_bytes(name_or_path: str | os.PathLike) -> int:
+    """The size of a bundle's or of public weights' tensors on disk, 0 where there are none."""
+    folder = Path(_local(name_or_path)).expanduser()
+    folder = folder if folder.exists() else SHIPPED / folder
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def _read_top(path: Path) -> dict:
+    top = read_json(path / "bundle.json", "bundle")
     if top.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path}/bundle.json has format version {top.get('format_version')}; this version reads {FORMAT_VERSION}")
-    parts = {name: read_part(path / name, info["hash"]) for name, info in top["parts"].items()}
-    check_same_clip(parts)
-    return Bundle(parts, top["tokenizer"], top["sampling"], top.get("provenance", {}), str(path))
+    return top
 
 
-def _load_public(path: str | os.PathLike) -> Bundle | None:
-    from unclip_jax.checkpoint.public import is_public, load_public  # it makes bundles, so it imports this file
+def _is_public(path: str | os.PathLike) -> bool:
+    from unclip_jax.checkpoint.public import is_public  # it makes bundles, so it imports this file
 
-    folder = Path(path).expanduser()
-    return load_public(folder) if is_public(folder) else None
+    return is_public(Path(path).expanduser())
+
+
+def _load_public(path: str | os.PathLike, only: str | None, place: Place) -> Bundle:
+    from unclip_jax.checkpoint.public import load_public
+
+    return load_public(Path(path).expanduser(), only, place)
 
 
 def _local(path: str | os.PathLike) -> str | os.PathLike:
@@ -174,8 +203,10 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
     """Writes a bundle; it appears whole or not at all, and replaces an older bundle at the same place.
 
     Raises:
-      ValueError: when parts do not belong together, or `path` is a folder that is not a bundle.
+      ValueError: when parts do not belong together, `path` is a folder that is not a bundle, or the parameters were placed on a mesh.
     """
+    if bundle.mesh is not None:
+        raise ValueError(f"the bundle {bundle.path} was loaded onto a mesh, perhaps rounded; load it without one to save it")
     path = Path(path).expanduser()
     if path.exists() and not (path / "bundle.json").is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not a bundle; choose another folder")
@@ -216,7 +247,7 @@ def _write_json(path: Path, value: dict) -> None:
 def update_provenance(path: str | os.PathLike, **changes: dict) -> None:
     """Merges keys into the `provenance` of a bundle on disk, in place."""
     file = Path(path) / "bundle.json"
-    top = _read_json(file)
+    top = read_json(file, "bundle")
     top["provenance"].update(changes)
     temporary = file.with_suffix(".json.tmp")
     _write_json(temporary, top)
@@ -243,17 +274,17 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
             raise KeyError(f"{path} is a run of {meta['name']!r}, not of {name!r}")
         meta["provenance"]["step"] = step
         return Part(meta["part"], params), meta
-    public = _load_public(path)
-    if public is not None:
+    if _is_public(path):
+        public = _load_public(path, name, keep)
         meta = {"tokenizer": public.tokenizer, "sampling": public.sampling.get(name, {}), "provenance": public.provenance}
-        return public.part(name), meta
+        return public.parts[name], meta
     try:
         path = bundle_path(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} holds neither checkpoints nor a bundle; train {name!r} first, or name another folder") from None
-    top = _read_json(path / "bundle.json")
+    top = _read_top(path)
     if name not in top["parts"]:
-        raise KeyError(f"the bundle {path} has no part {name!r}; it has {', '.join(top['parts'])}")
+        raise no_part(path, name, top["parts"])
     made = top["provenance"].get("training", {}).get(name, top["provenance"])
     meta = {"tokenizer": top["tokenizer"], "sampling": top["sampling"].get(name, {}), "provenance": made}
     return read_part(path / name, top["parts"][name]["hash"]), meta

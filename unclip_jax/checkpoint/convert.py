@@ -1,4 +1,4 @@
-"""Weights of other libraries: files read lazily, renamed and turned by a table of rules, and checked both ways.
+"""Weights of other libraries: renamed and turned by a table of rules, tensor by tensor, and checked both ways.
 
 A rule is (pattern, target, transform): the name of a tensor in the file, the path of the parameter here, and how the one becomes the
 other. Conversion is that data (`rules/`) and this one engine. Every tensor of the file must be used once, every parameter filled once,
@@ -7,20 +7,22 @@ and every shape must fit, or all that does not is listed, before a single value 
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 
-LISTED = 6  # names of each kind that an error lists
+from unclip_jax.checkpoint.files import Place, Weights, aligned, keep, some
+
+THREADS = min(8, os.cpu_count() or 1)  # tensors read and turned at a time
+ROWS = 16  # of a tensor turned at a time: what is read and written then stays in the cache
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,26 @@ def _conv(shape: Sequence[int]) -> tuple[int, ...]:
     return (shape[2], shape[3], shape[1], shape[0]) if len(shape) == 4 else ()
 
 
+def _turned(a: np.ndarray, *axes: int) -> np.ndarray:
+    # The axes in another order, the first one last, in float32.
+    out = aligned([a.shape[axis] for axis in axes])
+    for row in range(0, len(a), ROWS):
+        out[..., row : row + ROWS] = a[row : row + ROWS].transpose(axes)
+    return out
+
+
 TRANSFORMS: dict[str, Transform] = {
     "same": Transform(lambda ours, theirs: ours == theirs, lambda a, shape: a, lambda a: a),
     # torch's (out, in) -> (in, out); `heads` splits out into (heads, size), `merge` has in = (heads, size)
-    "linear": Transform(lambda ours, theirs: ours == theirs[::-1], lambda a, shape: a.T, lambda a: a.T),
+    "linear": Transform(lambda ours, theirs: ours == theirs[::-1], lambda a, shape: _turned(a, 1, 0), lambda a: a.T),
     "heads": Transform(
         lambda ours, theirs: len(ours) == 3 and len(theirs) == 2 and (ours[0], ours[1] * ours[2]) == theirs[::-1],
-        lambda a, shape: a.T.reshape(shape),
+        lambda a, shape: _turned(a, 1, 0).reshape(shape),
         lambda a: a.reshape(a.shape[0], -1).T,
     ),
     "merge": Transform(
         lambda ours, theirs: len(ours) == 3 and len(theirs) == 2 and (ours[0] * ours[1], ours[2]) == theirs[::-1],
-        lambda a, shape: a.T.reshape(shape),
+        lambda a, shape: _turned(a, 1, 0).reshape(shape),
         lambda a: a.reshape(-1, a.shape[-1]).T,
     ),
     "head_bias": Transform(
@@ -66,7 +76,7 @@ TRANSFORMS: dict[str, Transform] = {
     ),
     # torch's (out, in, height, width) -> (height, width, in, out)
     "conv": Transform(
-        lambda ours, theirs: ours == _conv(theirs), lambda a, shape: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)
+        lambda ours, theirs: ours == _conv(theirs), lambda a, shape: _turned(a, 2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)
     ),
     "drop_ones": Transform(  # (1, N, W) -> (N, W), (1, 1, W) -> (W,)
         lambda ours, theirs: ours == tuple(theirs)[len(theirs) - len(ours) :] and math.prod(theirs) == math.prod(ours),
@@ -76,110 +86,36 @@ TRANSFORMS: dict[str, Transform] = {
 }
 
 
-class Weights(Mapping):
-    """The tensors of a folder's files by name, each read when it is asked for. `shape(name)` reads no values."""
-
-    def __init__(self, files: Mapping[str, Path]):
-        self._files, self._open = dict(files), {}
-
-    def _slice(self, name: str):
-        path = self._files[name]
-        if path not in self._open:
-            self._open[path] = safe_open(path, "np")
-        return self._open[path]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape, from the file's header."""
-        return tuple(self._slice(name).get_slice(name).get_shape())
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._slice(name).get_tensor(name)
-
-    def __iter__(self):
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+def linear(theirs: str, ours: str, transform: str = "linear") -> tuple[Rule, Rule]:
+    """Rules of a layer's weight and bias; `transform` is that of the weight: linear, heads, merge or conv."""
+    bias = "head_bias" if transform == "heads" else "same"
+    return Rule(rf"{theirs}\.weight", f"{ours}/kernel", transform), Rule(rf"{theirs}\.bias", f"{ours}/bias", bias)
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file of a folder that another library wrote.
-
-    Raises:
-      FileNotFoundError, ValueError: one line naming the file.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; the folder is incomplete") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object; download it again")
-    return value
+def norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
+    """Rules of a normalisation's scale and bias."""
+    return Rule(rf"{theirs}\.weight", f"{ours}/scale"), Rule(rf"{theirs}\.bias", f"{ours}/bias")
 
 
-def open_weights(folder: Path, names: Iterable[str] = ("model", "diffusion_pytorch_model")) -> Weights:
-    """The safetensors of a folder, one file or sharded with an index (`<name>.safetensors`, `<name>.safetensors.index.json`).
-
-    Raises:
-      FileNotFoundError: when there are none. ValueError: when a file is damaged, a shard lacks what the index promises, or the weights are
-        pickled: a pickle runs what is in it, so it is refused.
-    """
-    for name in names:
-        index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
-        if index.is_file():
-            listed = read_json(index).get("weight_map")
-            if not isinstance(listed, dict) or any(Path(str(file)).name != file for file in listed.values()):
-                raise ValueError(f"{index} has no weight_map of files beside it; download it again")
-            files = {tensor: folder / file for tensor, file in listed.items()}
-            held = {path: set(_names(path)) for path in set(files.values())}
-            lost = [tensor for tensor, path in files.items() if tensor not in held[path]]
-            if lost:
-                raise ValueError(f"{files[lost[0]]} lacks {_some(lost)}, which {index.name} promises; download it again")
-            extra = {tensor: path for path, tensors in held.items() for tensor in tensors}
-            return Weights(extra)
-        if single.is_file():
-            return Weights({tensor: single for tensor in _names(single)})
-    pickled = sorted(path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{suffix}"))
-    if pickled:
-        raise ValueError(f"{folder / pickled[0]} is a pickle, which could run code: save it as safetensors where you trust it")
-    raise FileNotFoundError(f"{folder} holds no weights: expected {' or '.join(f'{name}.safetensors' for name in names)}")
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, "np") as file:
-            return list(file.keys())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; the folder is incomplete") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}); download it again") from None
-
-
-def _some(names: Sequence[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-
-
-def convert(weights: Weights | Mapping[str, np.ndarray], rules: Sequence[Rule], shapes: Any, name: str) -> dict:
-    """Tensors of another library -> a parameter tree of ours.
+def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, place: Place = keep) -> dict:
+    """Tensors of another library -> a parameter tree of ours. No more than a few tensors are held beside it.
 
     Args:
       weights: tensors by their names in the file.
       rules: the first whose pattern matches a whole name is the tensor's.
       shapes: the tree of our parameters' shapes (`jax.eval_shape`).
       name: of the network, for errors.
+      place: where each parameter goes as soon as it is read; by default it stays on the host.
 
     Returns:
-      The tree, float32 NumPy arrays.
+      The tree of what `place` returned, float32 NumPy arrays by default.
 
     Raises:
       ValueError: listing tensors without use, parameters not filled or filled twice, and shapes that do not fit.
     """
     wanted = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
-    shape_of = weights.shape if isinstance(weights, Weights) else lambda n: np.shape(weights[n])
-    plan: dict[str, tuple[str, int, int, Transform]] = {}
+    plan: dict[str, list[tuple[str, Transform]]] = {}  # of a tensor: the parameters that it holds one after the other
+    filled: set[str] = set()
     unused, twice, unfit = [], [], []
     for tensor in weights:
         rule, match = next(((r, m) for r in rules if (m := re.fullmatch(r.pattern, tensor))), (None, None))
@@ -187,24 +123,23 @@ def convert(weights: Weights | Mapping[str, np.ndarray], rules: Sequence[Rule], 
             unused.append(tensor)
             continue
         targets = [match.expand(t) for t in ((rule.target,) if isinstance(rule.target, str) else rule.target)]
-        shape = shape_of(tensor)
-        for i, target in enumerate(targets):
+        shape, transform = weights.shape(tensor), TRANSFORMS[rule.transform]
+        for target in targets:
             if target not in wanted:
                 unused.append(tensor)
-            elif target in plan:
+                continue
+            if target in filled:
                 twice.append(target)
-            else:
-                part = (shape[0] // len(targets), *shape[1:]) if len(targets) > 1 else shape
-                transform = TRANSFORMS[rule.transform]
-                if not transform.fits(wanted[target], part):
-                    unfit.append(f"{tensor} {list(shape)} for {target} {list(wanted[target])}")
-                plan[target] = (tensor, i, len(targets), transform)
-    missing = [path for path in wanted if path not in plan]
+            part = (shape[0] // len(targets), *shape[1:]) if len(targets) > 1 else shape
+            if not transform.fits(wanted[target], part):
+                unfit.append(f"{tensor} {list(shape)} for {target} {list(wanted[target])}")
+            filled.add(target)
+            plan.setdefault(tensor, []).append((target, transform))
     problems = [
-        f"{len(found)} {words}: {_some(found)}"
+        f"{len(found)} {words}: {some(found)}"
         for words, found in (
             ("tensors of the file have no use", sorted(set(unused))),
-            ("parameters are missing in it", missing),
+            ("parameters are missing in it", [path for path in wanted if path not in filled]),
             ("parameters would be filled twice", twice),
             ("shapes do not fit", unfit),
         )
@@ -212,13 +147,17 @@ def convert(weights: Weights | Mapping[str, np.ndarray], rules: Sequence[Rule], 
     ]
     if problems:
         raise ValueError(f"{name} does not fit these weights: {'; '.join(problems)}")
-    flat = {}
-    for target, (tensor, i, count, transform) in plan.items():
-        value = np.asarray(weights[tensor])
-        if count > 1:
-            value = np.split(value, count)[i]
-        flat[tuple(target.split("/"))] = np.array(transform.forward(value, wanted[target]), np.float32, order="C")
-    return traverse_util.unflatten_dict(flat)
+
+    def read(tensor: str) -> list[tuple[tuple[str, ...], Any]]:
+        held = plan[tensor]
+        pieces = np.split(weights[tensor], len(held)) if len(held) > 1 else [weights[tensor]]
+        return [
+            (tuple(target.split("/")), place(target, keep(target, transform.forward(piece, wanted[target]))))
+            for (target, transform), piece in zip(held, pieces)
+        ]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return traverse_util.unflatten_dict(dict(pair for pairs in pool.map(read, plan) for pair in pairs))
 
 
 def _reversed(rule: Rule) -> tuple[str, str]:
@@ -246,7 +185,7 @@ def export(params: Any, rules: Sequence[Rule], name: str) -> dict[str, np.ndarra
         match, template, transform = found
         tensors[template.format(**match.groupdict())] = transform.backward(np.asarray(value))
     if nameless:
-        raise ValueError(f"{name}: the other library has no name for {_some(nameless)}")
+        raise ValueError(f"{name}: the other library has no name for {some(nameless)}")
     return tensors
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from unclip_jax.checkpoint.bundle import Bundle, Part
+from unclip_jax.checkpoint.bundle import Bundle, Part, upsampler_names
 from unclip_jax.checkpoint.convert import Rule, export
 from unclip_jax.checkpoint.rules import clip as clip_rules
 from unclip_jax.checkpoint.rules import karlo
@@ -32,7 +32,7 @@ _VARIANCES = {"small": "fixed_small_log", "learned": "learned_range"}
 def obstacles(bundle: Bundle) -> Iterator[str]:
     """What keeps a bundle from Karlo's layout, a sentence each; nothing when it can be exported."""
     missing = [name for name in ("clip", "prior", "decoder") if name not in bundle.parts]
-    upsamplers = [name for name in bundle.parts if name.startswith("upsampler_") and not name.endswith("_last")]
+    upsamplers = upsampler_names(bundle.parts)
     if missing:
         yield f"it lacks {', '.join(missing)}"
     if len(upsamplers) != 1:
@@ -101,7 +101,7 @@ def export_diffusers(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Pat
 
 
 def _write(bundle: Bundle, path: Path, dtype: Any) -> None:
-    name = next(n for n in bundle.parts if n.startswith("upsampler_") and not n.endswith("_last"))
+    (name,) = upsampler_names(bundle.parts)
     clip, prior, decoder, first = (bundle.parts[n] for n in ("clip", "prior", "decoder", name))
     last, dim = bundle.parts.get(f"{name}_last", first), clip.config["model"]["embed_dim"]
 

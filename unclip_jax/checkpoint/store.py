@@ -113,15 +113,29 @@ def load_run(workdir: str | os.PathLike) -> tuple[dict, Any, int]:
     return meta, jax.tree.map(np.asarray, items["ema_params"]), step
 
 
-def params_hash(params: Any) -> str:
-    """16 hex digits of the SHA-256 over a tree's sorted paths, shapes and float16 values.
+class ParamsHash:
+    """16 hex digits of the SHA-256 over parameters' paths, shapes and float16 values, in the order of their paths.
 
     Values are rounded to half precision, as in a release bundle, so that a network has one hash before and after release.
     """
-    digest = hashlib.sha256()
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    for name, leaf in sorted((path_name(path), leaf) for path, leaf in leaves):
-        value = np.asarray(leaf, np.float16)
-        digest.update(f"{name}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()[:16]
+
+    def __init__(self):
+        self._digest = hashlib.sha256()
+
+    def update(self, name: str, value: Any) -> None:
+        """Adds the next parameter."""
+        value = np.asarray(value, np.float16)
+        self._digest.update(f"{name}{value.shape}".encode())
+        self._digest.update(np.ascontiguousarray(value).data)
+
+    def digest(self) -> str:
+        """The hash of what was added."""
+        return self._digest.hexdigest()[:16]
+
+
+def params_hash(params: Any) -> str:
+    """The `ParamsHash` of a tree."""
+    made, leaves = ParamsHash(), jax.tree_util.tree_flatten_with_path(params)[0]
+    for name, leaf in sorted(((path_name(path), leaf) for path, leaf in leaves), key=lambda pair: pair[0]):
+        made.update(name, leaf)
+    return made.digest()

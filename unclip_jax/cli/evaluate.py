@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from unclip_jax.cli.options import add_bundle_arguments
+
 TASKS = ("retrieval", "zeroshot", "probe")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("task", choices=TASKS, help="recall of captions and images, zero-shot classification, or a linear probe")
-    parser.add_argument("--bundle", default="emoji", metavar="DIR", help="a bundle's folder, or the name of a shipped one (emoji)")
+    add_bundle_arguments(parser)
     parser.add_argument("--data", action="append", default=[], metavar="K=V", help="the source, e.g. name=folder, path=DIR (name=emoji)")
     parser.add_argument("--train", action="append", default=[], metavar="K=V", help="probe: what differs in its training source")
     parser.add_argument("--label", default="caption", metavar="L", help="an image's class: caption, folder, or a field (caption)")
@@ -21,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    from unclip_jax.checkpoint.bundle import load_bundle
-    from unclip_jax.cli.options import check_seed, parse_assignments, progress_bar, use_compilation_cache
+    from unclip_jax.cli.options import check_seed, open_bundle, parse_assignments, progress_bar, use_compilation_cache
     from unclip_jax.data.sources import make_source
     from unclip_jax.evaluate.zeroshot import templates_of
     from unclip_jax.sampling import evaluation
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError("a probe learns from other records than it is tested on: say where they are with --train KEY=VALUE")
         train = make_source(described | differs)
     use_compilation_cache()
-    bundle = load_bundle(args.bundle)
+    bundle = open_bundle(args)
     shared = {"rows": args.rows, "seed": args.seed, "progress": progress_bar("embedding")}
     count = min(args.rows or len(source), len(source))
     print(f"{args.task} on {count} of {len(source)} records of {source.name}")

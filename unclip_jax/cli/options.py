@@ -98,6 +98,32 @@ def parse_steps(text: str | None) -> int | str | tuple[int, ...] | None:
     return part_options([f"decoder.steps={text}"])["decoder"]["steps"]
 
 
+def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--bundle` and `--mesh`, for `open_bundle`."""
+    parser.add_argument("--bundle", default="emoji", metavar="DIR", help="a bundle's folder, or the name of a shipped one (emoji)")
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="devices to sample on: data=8 splits the batch, fsdp=8 the weights too, tensor=2 the layers; one number may be -1 "
+        "(all devices; weights are split where one device cannot hold them)",
+    )
+
+
+def open_bundle(args: argparse.Namespace) -> Any:
+    """The bundle of `--bundle`, straight onto the mesh of `--mesh`.
+
+    Raises:
+      ValueError, OSError: one line each.
+    """
+    from unclip_jax.checkpoint.bundle import load_bundle, stored_bytes
+    from unclip_jax.sharding import sampling_mesh
+
+    shape = None if args.mesh is None else parse_assignments(args.mesh.split(","))
+    if shape and not all(isinstance(size, int) for size in shape.values()):
+        raise ValueError(f"--mesh {args.mesh}: sizes are whole numbers, as in data=4,fsdp=2")
+    return load_bundle(args.bundle, mesh=sampling_mesh(shape, stored_bytes(args.bundle)))
+
+
 def check_seed(seed: int) -> int:
     """The seed. Raises ValueError unless it fits 32 bits."""
     if not 0 <= seed < 2**32:
@@ -143,7 +169,7 @@ def add_image_arguments(
       guidance, steps: defaults; None: what the verb takes then, which is `otherwise` in words.
     """
     said = lambda value: otherwise if value is None else f"{value:g}" if isinstance(value, float) else value  # noqa: E731
-    parser.add_argument("--bundle", default="emoji", metavar="DIR", help="a bundle's folder, or the name of a shipped one (emoji)")
+    add_bundle_arguments(parser)
     parser.add_argument("--out", default="grid.png", metavar="FILE", help="the picture (grid.png)")
     if count is not None:
         parser.add_argument("--count", type=int, default=count, metavar="N", help=f"how many to draw ({count})")
@@ -174,9 +200,7 @@ def image_task(args: argparse.Namespace) -> ImageTask:
     Raises:
       ValueError, KeyError, OSError: one line each.
     """
-    from unclip_jax.checkpoint.bundle import load_bundle
-
     check_seed(args.seed)
     out = check_out(args.out)
     use_compilation_cache()
-    return ImageTask(load_bundle(args.bundle), parse_steps(args.steps), progress_bar("sampling"), out)
+    return ImageTask(open_bundle(args), parse_steps(args.steps), progress_bar("sampling"), out)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from unclip_jax.cli.options import add_bundle_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("captions", nargs="+", metavar="CAPTION", help="what to draw, one picture each")
-    parser.add_argument("--bundle", default="emoji", metavar="DIR", help="a bundle's folder, or the name of a shipped one (emoji)")
+    add_bundle_arguments(parser)
     parser.add_argument("--out", default="grid.png", metavar="FILE", help="the picture (grid.png)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="pictures per caption (1)")
@@ -38,8 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
     import numpy as np
 
-    from unclip_jax.checkpoint.bundle import load_bundle
-    from unclip_jax.cli.options import check_out, check_seed, parse_numbers, part_options, progress_bar, use_compilation_cache
+    from unclip_jax.cli.options import check_out, check_seed, open_bundle, parse_numbers, part_options, progress_bar, use_compilation_cache
     from unclip_jax.grid import save_grid
     from unclip_jax.sampling.text_to_image import text_to_image
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
             if prior in ("diffusion", "ar"):
                 options.setdefault("prior_ar" if prior == "ar" else "prior", {})["guidance_scale"] = args.prior_guidance
     use_compilation_cache()
-    bundle = load_bundle(args.bundle)
+    bundle = open_bundle(args)
     captions = [caption for caption in args.captions for _ in range(args.samples)]
     images, labels = [], []
     for prior, scale in itertools.product(priors, scales or [None]):

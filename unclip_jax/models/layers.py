@@ -100,10 +100,28 @@ class LayerNorm(nn.Module):
         return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm")(x)
 
 
-def hooked(block: type[nn.Module], gather: Gather | None, remat: bool, static_argnums: tuple[int, ...] = ()) -> type[nn.Module]:
+def once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
+    """What a sampler's steps have in common: taken from the variable collection `fixed` where there is one, else computed, and kept there
+    where the caller made the collection mutable. `apply(..., mutable=["fixed"])` fills it; later calls are given it.
+
+    Args:
+      module: whose value it is; name: of the value in the module; compute: without arguments.
+    """
+    if module.has_variable("fixed", name):
+        return module.get_variable("fixed", name)
+    value = compute()
+    if module.is_mutable_collection("fixed") and not module.is_initializing():
+        module.put_variable("fixed", name, value)
+    return value
+
+
+def hooked(
+    module: nn.Module, block: type[nn.Module], gather: Gather | None, remat: bool, static_argnums: tuple[int, ...] = ()
+) -> type[nn.Module]:
     """Wraps a block class in the two hooks that act at block boundaries.
 
     Args:
+      module: the one that uses the block.
       block: the linen class.
       gather: called on the block's parameter tree just before use (identity when None). It lets the caller gather sharded
         parameters block by block while the model itself knows no mesh.
@@ -115,7 +133,8 @@ def hooked(block: type[nn.Module], gather: Gather | None, remat: bool, static_ar
       A class with the same attributes, call signature and parameter names.
     """
     if gather is not None:
-        block = nn.map_variables(block, "params", trans_in_fn=gather, init=True, mutable=True)
+        fresh = module.is_initializing()
+        block = nn.map_variables(block, "params", trans_in_fn=gather, init=fresh, mutable=fresh)
     if remat:
         block = nn.remat(block, static_argnums=static_argnums, prevent_cse=True)
     return block

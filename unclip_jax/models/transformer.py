@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         index: jax.Array | int = 0,
     ) -> tuple[jax.Array, list[KeysValues]]:
         """As `__call__`, also returning every layer's keys and values, to be given as `caches` for the tokens that follow (`Attention`)."""
-        block = hooked(Block, self.gather, self.remat, static_argnums=(3,))
+        block = hooked(self, Block, self.gather, self.remat, static_argnums=(3,))
         kept = []
         for i in range(self.layers):
             x, layer = block(

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import Dtype, Gather, LayerNorm, TimeMLP, attend, hooked
+from unclip_jax.models.layers import Dtype, Gather, LayerNorm, TimeMLP, attend, hooked, once
 from unclip_jax.models.text_encoder import TextEncoder
 
 ZEROS = nn.initializers.zeros_init()
@@ -119,8 +119,8 @@ class AttentionBlock(nn.Module):
         q, k, v = dense("query")(y), dense("key")(y), dense("value")(y)
         mask = None
         if context is not None:
-            k = jnp.concatenate([dense("context_key")(context), k], axis=1)
-            v = jnp.concatenate([dense("context_value")(context), v], axis=1)
+            fixed = once(self, "context", lambda: (dense("context_key")(context), dense("context_value")(context)))
+            k, v = (jnp.concatenate([before, own], axis=1) for before, own in zip(fixed, (k, v)))
             if context_mask is not None:
                 mask = jnp.pad(context_mask.astype(bool), ((0, 0), (0, h * w)), constant_values=True)[:, None, None, :]
         out = nn.DenseGeneral(c, axis=(-2, -1), dtype=self.dtype, kernel_init=ZEROS, name="out")(attend(q, k, v, mask))
@@ -192,8 +192,8 @@ class UNet(nn.Module):
         levels = len(self.channel_mult)
         if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
             raise ValueError(f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, got {x.shape[1:3]}")
-        res_class = hooked(ResBlock, self.gather, self.remat, static_argnums=(3,))
-        attention_class = hooked(AttentionBlock, self.gather, self.remat)
+        res_class = hooked(self, ResBlock, self.gather, self.remat, static_argnums=(3,))
+        attention_class = hooked(self, AttentionBlock, self.gather, self.remat)
         emb = TimeMLP(self.channels, 4 * self.channels, self.dtype, name="time")(t)
         if cond is not None:
             emb = emb + cond.astype(self.dtype)
@@ -288,6 +288,9 @@ class Decoder(nn.Module):
       conditioning: keyword arguments of `ClipConditioning` but for cond_dim (context_dim, clip_tokens, ...).
       text: keyword arguments of the decoder's own `TextEncoder` (the paper), of width context_dim; None: CLIP's states (Karlo), or none.
       inpaint: it also sees the known part of the image: four more input channels, RGB and mask (GLIDE, on inpainting).
+
+    What image and caption say is the same at every step of a sampler: the conditioning, and the keys and values of its tokens in every
+    attention, are kept in the collection `fixed` (`layers.once`).
     """
 
     unet: dict
@@ -332,20 +335,40 @@ class Decoder(nn.Module):
         Returns:
           (B, H, W, 3 or 6) float32.
         """
+        cond, context, mask = once(
+            self,
+            "conditioning",
+            lambda: self._condition(image_embed, drop_image, text_embed, text_states, text_mask, tokens, token_mask, deterministic),
+        )
         if self.inpaint:
             x = jnp.concatenate([x, jnp.where(known, known_image, 0), known.astype(x.dtype)], axis=-1)
-        cond, context, mask = ClipConditioning(
-            cond_dim=4 * self.unet["channels"], dtype=self.dtype, name="conditioning", **self.conditioning
-        )(image_embed, drop_image, text_embed, text_states, text_mask)
-        if self.text is not None:
-            encoder = TextEncoder(**self.text, remat=self.remat, dtype=self.dtype, gather=self.gather, name="text")
-            states, last = encoder(tokens, token_mask, deterministic)
-            cond = cond + nn.Dense(4 * self.unet["channels"], dtype=self.dtype, name="text_cond")(last)
-            context = jnp.concatenate([context, states], axis=1)
-            mask = jnp.ones(context.shape[:2], bool)
         return UNet(**self.unet, remat=self.remat, dtype=self.dtype, gather=self.gather, name="unet")(
             x, t, cond=cond, context=context, context_mask=mask, deterministic=deterministic
         )
+
+    def _condition(
+        self,
+        image_embed: jax.Array,
+        drop_image: jax.Array,
+        text_embed: jax.Array | None,
+        text_states: jax.Array | None,
+        text_mask: jax.Array | None,
+        tokens: jax.Array | None,
+        token_mask: jax.Array | None,
+        deterministic: bool,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        # What the U-Net is told of image and caption: cond (B, 4 channels), context (B, N, Dc), its mask (B, N).
+        cond_dim = 4 * self.unet["channels"]
+        cond, context, mask = ClipConditioning(cond_dim=cond_dim, dtype=self.dtype, name="conditioning", **self.conditioning)(
+            image_embed, drop_image, text_embed, text_states, text_mask
+        )
+        if self.text is not None:
+            encoder = TextEncoder(**self.text, remat=self.remat, dtype=self.dtype, gather=self.gather, name="text")
+            states, last = encoder(tokens, token_mask, deterministic)
+            cond = cond + nn.Dense(cond_dim, dtype=self.dtype, name="text_cond")(last)
+            context = jnp.concatenate([context, states], axis=1)
+            mask = jnp.ones(context.shape[:2], bool)
+        return cond, context, mask
 
 
 class Upsampler(nn.Module):
@@ -362,10 +385,14 @@ class Upsampler(nn.Module):
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
+    def enlarge(self, low_res: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """(B, h, w, 3) -> (B, *size, 3) as the U-Net sees it; an image of that size is returned as it is."""
+        return jax.image.resize(low_res, (low_res.shape[0], *size, low_res.shape[-1]), self.resize)
+
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, *, low_res: jax.Array, deterministic: bool = True) -> jax.Array:
         """x (B, H, W, 3) noised, t (B,), low_res (B, h, w, 3) in [-1, 1] -> (B, H, W, 3 or 6) float32."""
-        enlarged = jax.image.resize(low_res, (*x.shape[:3], low_res.shape[-1]), self.resize)
+        enlarged = self.enlarge(low_res, x.shape[1:3])
         return UNet(**self.unet, remat=self.remat, dtype=self.dtype, gather=self.gather, name="unet")(
             jnp.concatenate([x, enlarged.astype(x.dtype)], axis=-1), t, deterministic=deterministic
         )

@@ -114,7 +114,7 @@ def zeroshot(
     Raises:
       ValueError: when a record has no label, or there is one class only.
     """
-    labels, classes = _labels(source, np.arange(len(source)), label)
+    labels, classes = _labels(source, label)
     chosen = _rows(source, rows, seed)
     z_class = class_embeddings(lambda prompts: embed_captions(bundle, prompts, max_batch=BATCH), classes, templates)
     accuracy = top_k_accuracy(_embed(bundle, source, chosen, progress), z_class, labels[chosen], [k for k in ks if k < len(classes)])
@@ -148,8 +148,8 @@ def probe(
     return linear_probe(features[0], np.asarray(labels[0]), features[1], np.asarray(labels[1]), seed=seed)
 
 
-def _labels(source: Source, rows: np.ndarray, label: str) -> tuple[np.ndarray, list[str]]:
-    names = [label_of(source.read(int(i)), label) for i in rows]
+def _labels(source: Source, label: str) -> tuple[np.ndarray, list[str]]:
+    names = [label_of(source.read(i), label) for i in range(len(source))]
     classes = sorted(set(names))
     if len(classes) < 2:
         raise ValueError(f"{source.name} has {len(classes)} class by {label}; zero-shot classification needs two")

@@ -98,11 +98,11 @@ def inpaint(
     captions, empty = programs.captions_of(bundle, [caption]), programs.captions_of(bundle, [""])
 
     def batch(rows):
-        repeat = lambda a: np.repeat(a, len(rows), axis=0)  # noqa: E731
-        arrays = (programs.rows_of(captions, np.zeros(len(rows), int)), empty, repeat(target), repeat(known))
-        return run(params, scales, *arrays, np.uint32(seed), rows.astype(np.uint32))
+        text, image, kept = programs.rows_of(bundle, (captions, target, known), np.zeros(len(rows), int))
+        positions = programs.rows_of(bundle, np.arange(count, dtype=np.uint32), rows)
+        return run(params, scales, text, empty, image, kept, np.uint32(seed), positions)
 
-    drawn = ops.to_uint8(programs.in_batches(batch, count, progress))
+    drawn = ops.to_uint8(programs.in_batches(bundle, batch, count, progress))
     size = drawn.shape[1]
     return np.where(_shrink(mask, size), latents.square([image], size), drawn)
 

@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.checkpoint.bundle import Bundle, upsampler_names
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in, standard_normal
 from unclip_jax.generate import SamplingOptions, invert_decoder, sample_decoder
@@ -93,10 +92,14 @@ def embed_images(
     model, params = programs.models_of(bundle)["clip"], programs.device_params(bundle)["clip"]
     method = "encode_image" if projected else "image_features"
     encode = programs.program(bundle, method, lambda: lambda params, x: model.apply({"params": params}, x, method=method))
-    run = lambda index: encode(params, ops.to_float(square([images[i] for i in index], size)))  # noqa: E731
+
+    def run(index):
+        rows = ops.to_float(square([images[i] for i in index], size))
+        return encode(params, programs.rows_of(bundle, rows, np.arange(len(index))))
+
     if len(images) == 0:
         raise ValueError("no images: give at least one")
-    return programs.in_batches(run, len(images), progress, max_batch)
+    return programs.in_batches(bundle, run, len(images), progress, max_batch)
 
 
 def embed_captions(bundle: Bundle, captions: Sequence[str], *, max_batch: int | None = None) -> np.ndarray:
@@ -106,7 +109,8 @@ def embed_captions(bundle: Bundle, captions: Sequence[str], *, max_batch: int | 
     encode = programs.program(
         bundle, "embed_captions", lambda: lambda params, tokens: model.apply({"params": params}, tokens, method="encode_text").embed
     )
-    return programs.in_batches(lambda index: encode(params, tokens[index]), len(tokens), None, max_batch)
+    run = lambda index: encode(params, programs.rows_of(bundle, tokens, index))  # noqa: E731
+    return programs.in_batches(bundle, run, len(tokens), None, max_batch)
 
 
 def _options(bundle: Bundle, steps: Any, guidance_scale: float, eta: float = 0.0) -> SamplingOptions:
@@ -161,8 +165,12 @@ def encode(
         return run
 
     run, params = programs.program(bundle, ("invert", static["decoder"]), make), programs.device_params(bundle)
-    batch = lambda i: run(params, scales["decoder"], programs.rows_of(texts, i), empty, rows[i], z_image[i])  # noqa: E731
-    return Latents(z_image, programs.in_batches(batch, len(rows), progress))
+
+    def batch(index):
+        chosen, image, z = programs.rows_of(bundle, (texts, rows, z_image), index)
+        return run(params, scales["decoder"], chosen, empty, image, z)
+
+    return Latents(z_image, programs.in_batches(bundle, batch, len(rows), progress))
 
 
 def decode(
@@ -204,7 +212,7 @@ def decode(
         raise ValueError(f"x_T must be {(count, size, size, 3)}, got {np.shape(x_T)}")
     positions = np.arange(count) if positions is None else np.asarray(positions)
     texts, empty = _texts(bundle, captions, count)
-    names = programs.upsampler_names(bundle.parts)
+    names = upsampler_names(bundle.parts)
     chosen = {"decoder": _options(bundle, steps, guidance_scale, eta)}
     chosen |= {name: option for name, option in programs.stage_options(bundle).items() if name in names}
     static, scales = programs.split_scales(chosen)
@@ -226,13 +234,13 @@ def decode(
 
     run, params = programs.program(bundle, ("decode", given, *static.items()), make), programs.device_params(bundle)
 
-    def batch(i):
-        noise = jnp.asarray(x_T[i], jnp.float32) if given else None
-        return run(
-            params, scales["decoder"], programs.rows_of(texts, i), empty, z_image[i], noise, np.uint32(seed), positions[i].astype(np.uint32)
-        )
+    noise = np.asarray(x_T, np.float32) if given else None
 
-    return programs.in_batches(batch, count, progress)
+    def batch(index):
+        chosen, z, x, where = programs.rows_of(bundle, (texts, z_image, noise, positions.astype(np.uint32)), index)
+        return run(params, scales["decoder"], chosen, empty, z, x, np.uint32(seed), where)
+
+    return programs.in_batches(bundle, batch, count, progress)
 
 
 def one_noise(shape: tuple[int, ...], count: int, seed: int) -> np.ndarray:

@@ -1,21 +1,22 @@
 """What the functions of this package share: a bundle's parameters on the device, its compiled programs, and padded batches.
 
-Batches are padded to the next power of two, at most MAX_BATCH, so a bundle compiles a fixed, small number of programs however many
-calls follow.
+Batches are padded to the next power of two, at most MAX_BATCH, on each device, so a bundle compiles a fixed, small number of programs
+however many calls follow. A batch is split over the devices of the bundle's mesh; parameters are replicated or sharded, as the mesh says.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.checkpoint.bundle import Bundle, upsampler_names
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.generate import (
@@ -23,7 +24,6 @@ from unclip_jax.generate import (
     TextConditioning,
     build_model,
     check_options,
-    compute_dtype,
     encode_text,
     is_guided,
     options_from,
@@ -31,13 +31,9 @@ from unclip_jax.generate import (
     sample_upsampler,
 )
 from unclip_jax.models.prior_ar import Codec
+from unclip_jax.sharding import BATCH, compute_dtype, make_gather, path_name, placer, replicate, sampling_mesh
 
 MAX_BATCH = 16
-
-
-def upsampler_names(parts: Iterable[str]) -> list[str]:
-    """The upsamplers among the names of parts, in the order of their sizes; networks for a last step (`_last`) are not among them."""
-    return sorted((n for n in parts if n.startswith("upsampler_") and not n.endswith("_last")), key=lambda n: int(n.split("_")[1]))
 
 
 def stage_options(bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Options]:
@@ -62,10 +58,25 @@ def stage_options(bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | N
     return options
 
 
+def mesh_of(bundle: Bundle) -> Mesh:
+    """The mesh that a bundle is sampled on: the one it was loaded onto, else `sharding.sampling_mesh`'s."""
+    if "mesh" not in bundle.cache:
+        sizes = (leaf.size for part in bundle.parts.values() for leaf in jax.tree.leaves(part.params))
+        bytes_each = jnp.dtype(compute_dtype("auto")).itemsize
+        bundle.cache["mesh"] = bundle.mesh or sampling_mesh(weight_bytes=bytes_each * sum(sizes))
+    return bundle.cache["mesh"]
+
+
 def device_params(bundle: Bundle) -> dict[str, Any]:
-    """All parts' parameters on the device, put there once."""
+    """All parts' parameters on the bundle's mesh, put there once."""
     if "params" not in bundle.cache:
-        bundle.cache["params"] = jax.device_put({name: part.params for name, part in bundle.parts.items()})
+        params = {name: part.params for name, part in bundle.parts.items()}
+        if bundle.mesh is None:
+            mesh = mesh_of(bundle)
+            place, put = placer(mesh), replicate(params.pop("pca", {}), mesh)
+            params = jax.tree_util.tree_map_with_path(lambda path, value: place(path_name(path), value), params)
+            params |= {"pca": put} if put else {}
+        bundle.cache["params"] = params
     return bundle.cache["params"]
 
 
@@ -77,14 +88,15 @@ def tokenizer(bundle: Bundle) -> ClipTokenizer:
 
 
 def models_of(bundle: Bundle) -> dict[str, nn.Module]:
-    """Every network's module, in the compute dtype of this machine."""
-    return {name: build_model(part.config, compute_dtype("auto")) for name, part in bundle.parts.items() if name != "pca"}
+    """Every network's module, in the compute dtype of the bundle's mesh."""
+    dtype, gather = compute_dtype("auto", mesh_of(bundle)), make_gather(mesh_of(bundle))
+    return {name: build_model(part.config, dtype, gather=gather) for name, part in bundle.parts.items() if name != "pca"}
 
 
 def program(bundle: Bundle, key: Hashable, make: Callable[[], Callable]) -> Callable:
-    """The jitted function of `make()`, made once per bundle and key."""
+    """The jitted function of `make()`, made once per bundle and key. Its results are whole on every device."""
     if key not in bundle.cache:
-        bundle.cache[key] = jax.jit(make())
+        bundle.cache[key] = jax.jit(make(), out_shardings=NamedSharding(mesh_of(bundle), PartitionSpec()))
     return bundle.cache[key]
 
 
@@ -121,9 +133,9 @@ def captions_of(bundle: Bundle, captions: Sequence[str]) -> dict[str, np.ndarray
     return caption_arrays(captions, tokenizer(bundle), bundle.cache["own_tokenizer"])
 
 
-def rows_of(batch: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Some rows of every array."""
-    return {name: array[rows] for name, array in batch.items()}
+def rows_of(bundle: Bundle, batch: Any, rows: np.ndarray) -> Any:
+    """Some rows of every array of a tree, split over the bundle's mesh."""
+    return jax.device_put(jax.tree.map(lambda array: array[rows], batch), NamedSharding(mesh_of(bundle), BATCH))
 
 
 def both_texts(
@@ -185,23 +197,30 @@ def enlarge(
 
 
 def in_batches(
-    run: Callable[[np.ndarray], Any], count: int, progress: Callable[[int, int], None] | None = None, max_batch: int | None = None
+    bundle: Bundle,
+    run: Callable[[np.ndarray], Any],
+    count: int,
+    progress: Callable[[int, int], None] | None = None,
+    max_batch: int | None = None,
 ) -> Any:
     """Calls `run(rows)` on padded batches of row indices and joins the results.
 
     Args:
-      run: row indices (a power of two of them, the last one repeated as padding) -> tree of arrays with that leading axis.
+      run: row indices (a power of two of them for each device of the mesh, the last one repeated as padding) -> tree of arrays with that
+        leading axis.
       count: number of rows, at least 1.
       progress: called with (rows done, rows in all) after each batch.
-      max_batch: at most so many rows at once; MAX_BATCH when None.
+      max_batch: at most so many rows at once on each device; MAX_BATCH when None.
 
     Returns:
       The tree as NumPy arrays of `count` rows.
     """
-    pieces, size_most = [], max_batch or MAX_BATCH
+    mesh, pieces = mesh_of(bundle), []
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    size_most = ways * (max_batch or MAX_BATCH)
     for first in range(0, count, size_most):
         rows = np.arange(first, min(first + size_most, count))
-        size = 1 << (len(rows) - 1).bit_length()
+        size = ways << (-(-len(rows) // ways) - 1).bit_length()
         leaves, tree = jax.tree.flatten(run(np.concatenate([rows, np.full(size - len(rows), rows[-1])])))
         pieces.append([np.asarray(a)[: len(rows)] for a in leaves])
         if progress is not None:

@@ -91,11 +91,13 @@ def sample_stages(
     run = programs.program(bundle, ("text_to_image", way, *static.items()), lambda: _cascade(bundle, static, way))
     params, arrays, empty = programs.device_params(bundle), programs.captions_of(bundle, captions), programs.captions_of(bundle, [""])
 
-    def batch(rows):
-        z = None if z_image is None else np.asarray(z_image, np.float32)[rows]
-        return run(params, scales, programs.rows_of(arrays, rows), empty, z, np.uint32(seed), rows.astype(np.uint32))
+    given = None if z_image is None else np.asarray(z_image, np.float32)
 
-    return Stages(*programs.in_batches(batch, len(captions), progress))
+    def batch(rows):
+        texts, z, positions = programs.rows_of(bundle, (arrays, given, np.arange(len(captions), dtype=np.uint32)), rows)
+        return run(params, scales, texts, empty, z, np.uint32(seed), positions)
+
+    return Stages(*programs.in_batches(bundle, batch, len(captions), progress))
 
 
 def text_to_image(

@@ -15,9 +15,8 @@ from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.data import ops, pipeline, sources
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.evaluate.retrieval import retrieval_at_1
-from unclip_jax.generate import compute_dtype
 from unclip_jax.models.clip import CLIP, MAX_LOGIT_SCALE
-from unclip_jax.sharding import make_gather, make_mesh, shard_batch
+from unclip_jax.sharding import compute_dtype, make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
 from unclip_jax.train.optim import make_optimizer, updates_applied
 from unclip_jax.train.sam import sam_gradient

@@ -16,9 +16,8 @@ import optax
 
 from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.data import sources
-from unclip_jax.generate import compute_dtype
 from unclip_jax.models.prior_ar import Codec, project
-from unclip_jax.sharding import make_mesh, shard_batch
+from unclip_jax.sharding import compute_dtype, make_mesh, shard_batch
 from unclip_jax.train import common
 from unclip_jax.train.clip import make_example
 from unclip_jax.train.state import create_state

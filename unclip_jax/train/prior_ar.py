@@ -16,9 +16,9 @@ from unclip_jax.checkpoint.bundle import load_part
 from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.data import pipeline, sources
 from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.generate import compute_dtype, options_from, sample_prior, select_text, text_inputs
+from unclip_jax.generate import options_from, sample_prior, select_text, text_inputs
 from unclip_jax.models.prior_ar import ARPrior, Codec, cosine, dot_token, project, quantize
-from unclip_jax.sharding import make_gather, make_mesh, shard_batch
+from unclip_jax.sharding import compute_dtype, make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
 from unclip_jax.train.clip import make_example  # the same row: an image and a caption as CLIP sees them
 from unclip_jax.train.optim import make_optimizer, updates_applied

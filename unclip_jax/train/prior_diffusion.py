@@ -19,9 +19,9 @@ from unclip_jax.diffusion.losses import sample_noised, simple_loss, training_tab
 from unclip_jax.diffusion.process import add_noise, to_x0_eps
 from unclip_jax.diffusion.schedule import make_schedule, strided_steps
 from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.generate import compute_dtype, options_from, part_space, sample_prior, select_text, text_inputs
+from unclip_jax.generate import options_from, part_space, sample_prior, select_text, text_inputs
 from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.sharding import make_gather, make_mesh, shard_batch
+from unclip_jax.sharding import compute_dtype, make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
 from unclip_jax.train.clip import make_example  # the same row: an image and a caption as CLIP sees them
 from unclip_jax.train.optim import make_optimizer, updates_applied

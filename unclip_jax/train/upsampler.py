@@ -17,9 +17,9 @@ from unclip_jax.data import ops, pipeline, sources
 from unclip_jax.data.degrade import bsr_light, low_resolution
 from unclip_jax.diffusion.losses import sample_noised, simple_loss, split_variance, training_tables, variational_bits
 from unclip_jax.diffusion.schedule import make_schedule
-from unclip_jax.generate import compute_dtype, options_from, sample_upsampler
+from unclip_jax.generate import options_from, sample_upsampler
 from unclip_jax.models.unet import Upsampler
-from unclip_jax.sharding import make_gather, make_mesh, shard_batch
+from unclip_jax.sharding import compute_dtype, make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
 from unclip_jax.train.optim import make_optimizer, updates_applied
 from unclip_jax.train.state import apply_gradients, create_state, step_rng

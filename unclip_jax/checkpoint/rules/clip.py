@@ -7,25 +7,17 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from unclip_jax.checkpoint.convert import Rule, expect
+from unclip_jax.checkpoint.convert import Rule, expect, linear, norm
 
 
-def _block(theirs: str, ours: str, layers: str) -> list[Rule]:
-    # A pre-norm block of transformers' names; `theirs` ends before "layers", \1 is the number.
-    at, to = rf"{theirs}{layers}\.(\d+)\.", rf"{ours}/transformer/block_\1"
-    heads = [
-        Rule(rf"{at}self_attn\.{name[0]}_proj\.{kind}", f"{to}/attn/{name}/{target}", transform)
-        for name in ("query", "key", "value")
-        for kind, target, transform in (("weight", "kernel", "heads"), ("bias", "bias", "head_bias"))
-    ]
+def _block(theirs: str, ours: str) -> list[Rule]:
+    # A pre-norm block of transformers' names; \1 is its number.
+    at, to = rf"{theirs}layers\.(\d+)\.", rf"{ours}/transformer/block_\1"
     return [
-        *heads,
-        Rule(rf"{at}self_attn\.out_proj\.weight", f"{to}/attn/out/kernel", "merge"),
-        Rule(rf"{at}self_attn\.out_proj\.bias", f"{to}/attn/out/bias"),
-        Rule(rf"{at}layer_norm([12])\.weight", rf"{to}/ln\2/norm/scale"),
-        Rule(rf"{at}layer_norm([12])\.bias", rf"{to}/ln\2/norm/bias"),
-        Rule(rf"{at}mlp\.fc([12])\.weight", rf"{to}/fc\2/kernel", "linear"),
-        Rule(rf"{at}mlp\.fc([12])\.bias", rf"{to}/fc\2/bias"),
+        *(rule for name in ("query", "key", "value") for rule in linear(rf"{at}self_attn\.{name[0]}_proj", f"{to}/attn/{name}", "heads")),
+        *linear(rf"{at}self_attn\.out_proj", f"{to}/attn/out", "merge"),
+        *norm(rf"{at}layer_norm([12])", rf"{to}/ln\2/norm"),
+        *linear(rf"{at}mlp\.fc([12])", rf"{to}/fc\2"),
     ]
 
 
@@ -33,22 +25,19 @@ def _block(theirs: str, ours: str, layers: str) -> list[Rule]:
 TEXT: tuple[Rule, ...] = (
     Rule(r"(?:text_model\.)?embeddings\.position_ids", ()),
     Rule(r"(?:text_model\.)?embeddings\.(token|position)_embedding\.weight", r"text_tower/\1_embedding"),
-    Rule(r"(?:text_model\.)?final_layer_norm\.weight", "text_tower/ln_final/norm/scale"),
-    Rule(r"(?:text_model\.)?final_layer_norm\.bias", "text_tower/ln_final/norm/bias"),
+    *norm(r"(?:text_model\.)?final_layer_norm", "text_tower/ln_final/norm"),
     Rule(r"text_projection\.weight", "text_tower/projection/kernel", "linear"),
-    *_block(r"(?:text_model\.)?encoder\.", "text_tower", "layers"),
+    *_block(r"(?:text_model\.)?encoder\.", "text_tower"),
 )
 IMAGE: tuple[Rule, ...] = (
     Rule(r"(?:vision_model\.)?embeddings\.position_ids", ()),
     Rule(r"(?:vision_model\.)?embeddings\.class_embedding", "image_tower/class_embedding"),
     Rule(r"(?:vision_model\.)?embeddings\.position_embedding\.weight", "image_tower/position_embedding"),
     Rule(r"(?:vision_model\.)?embeddings\.patch_embedding\.weight", "image_tower/patch_embed/kernel", "conv"),
-    Rule(r"(?:vision_model\.)?pre_layrnorm\.weight", "image_tower/ln_pre/norm/scale"),
-    Rule(r"(?:vision_model\.)?pre_layrnorm\.bias", "image_tower/ln_pre/norm/bias"),
-    Rule(r"(?:vision_model\.)?post_layernorm\.weight", "image_tower/ln_post/norm/scale"),
-    Rule(r"(?:vision_model\.)?post_layernorm\.bias", "image_tower/ln_post/norm/bias"),
+    *norm(r"(?:vision_model\.)?pre_layrnorm", "image_tower/ln_pre/norm"),
+    *norm(r"(?:vision_model\.)?post_layernorm", "image_tower/ln_post/norm"),
     Rule(r"visual_projection\.weight", "image_tower/projection/kernel", "linear"),
-    *_block(r"(?:vision_model\.)?encoder\.", "image_tower", "layers"),
+    *_block(r"(?:vision_model\.)?encoder\.", "image_tower"),
 )
 # In the whole model the halves' names must be told apart.
 BOTH: tuple[Rule, ...] = (
@@ -64,14 +53,10 @@ def _openai_block(theirs: str, ours: str) -> list[Rule]:
     return [
         Rule(rf"{at}attn\.in_proj_weight", three("kernel"), "heads"),
         Rule(rf"{at}attn\.in_proj_bias", three("bias"), "head_bias"),
-        Rule(rf"{at}attn\.out_proj\.weight", f"{to}/attn/out/kernel", "merge"),
-        Rule(rf"{at}attn\.out_proj\.bias", f"{to}/attn/out/bias"),
-        Rule(rf"{at}ln_([12])\.weight", rf"{to}/ln\2/norm/scale"),
-        Rule(rf"{at}ln_([12])\.bias", rf"{to}/ln\2/norm/bias"),
-        Rule(rf"{at}mlp\.c_fc\.weight", f"{to}/fc1/kernel", "linear"),
-        Rule(rf"{at}mlp\.c_fc\.bias", f"{to}/fc1/bias"),
-        Rule(rf"{at}mlp\.c_proj\.weight", f"{to}/fc2/kernel", "linear"),
-        Rule(rf"{at}mlp\.c_proj\.bias", f"{to}/fc2/bias"),
+        *linear(rf"{at}attn\.out_proj", f"{to}/attn/out", "merge"),
+        *norm(rf"{at}ln_([12])", rf"{to}/ln\2/norm"),
+        *linear(rf"{at}mlp\.c_fc", f"{to}/fc1"),
+        *linear(rf"{at}mlp\.c_proj", f"{to}/fc2"),
     ]
 
 
@@ -80,14 +65,12 @@ OPENAI: tuple[Rule, ...] = (
     Rule("logit_scale", "logit_scale"),
     Rule(r"token_embedding\.weight", "text_tower/token_embedding"),
     Rule("positional_embedding", "text_tower/position_embedding"),
-    Rule(r"ln_final\.weight", "text_tower/ln_final/norm/scale"),
-    Rule(r"ln_final\.bias", "text_tower/ln_final/norm/bias"),
+    *norm("ln_final", "text_tower/ln_final/norm"),
     Rule("text_projection", "text_tower/projection/kernel"),
     Rule(r"visual\.class_embedding", "image_tower/class_embedding"),
     Rule(r"visual\.positional_embedding", "image_tower/position_embedding"),
     Rule(r"visual\.conv1\.weight", "image_tower/patch_embed/kernel", "conv"),
-    Rule(r"visual\.ln_(pre|post)\.weight", r"image_tower/ln_\1/norm/scale"),
-    Rule(r"visual\.ln_(pre|post)\.bias", r"image_tower/ln_\1/norm/bias"),
+    *norm(r"visual\.ln_(pre|post)", r"image_tower/ln_\1/norm"),
     Rule(r"visual\.proj", "image_tower/projection/kernel"),
     *_openai_block(r"visual\.", "image_tower"),
     *_openai_block("", "text_tower"),
@@ -142,11 +125,8 @@ def transformers_config(text: Mapping[str, Any] | None, image: Mapping[str, Any]
     Raises:
       ValueError: when a half has what ours has not, or the two have different activations.
     """
-    used = {
-        (TEXT_DEFAULTS | dict(half)).get("hidden_act") if half is text else (IMAGE_DEFAULTS | dict(half)).get("hidden_act")
-        for half in (text, image)
-        if half is not None
-    }
+    halves = [defaults | dict(half) for defaults, half in ((TEXT_DEFAULTS, text), (IMAGE_DEFAULTS, image)) if half is not None]
+    used = {half["hidden_act"] for half in halves}
     if len(used) != 1 or not used <= {"quick_gelu", "gelu"}:
         raise ValueError(f"CLIP's towers have the activations {', '.join(sorted(map(str, used)))}; one of quick_gelu, gelu is known here")
     return {

@@ -8,70 +8,61 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from unclip_jax.checkpoint.convert import Rule, expect
-
-
-def _linear(theirs: str, ours: str, transform: str = "linear") -> tuple[Rule, Rule]:
-    bias = "head_bias" if transform == "heads" else "same"
-    return Rule(rf"{theirs}\.weight", f"{ours}/kernel", transform), Rule(rf"{theirs}\.bias", f"{ours}/bias", bias)
-
-
-def _norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    return Rule(rf"{theirs}\.weight", f"{ours}/scale"), Rule(rf"{theirs}\.bias", f"{ours}/bias")
+from unclip_jax.checkpoint.convert import Rule, expect, linear, norm
 
 
 def _attention(theirs: str, ours: str) -> list[Rule]:
     return [
-        *_linear(rf"{theirs}to_q", f"{ours}/query", "heads"),
-        *_linear(rf"{theirs}to_k", f"{ours}/key", "heads"),
-        *_linear(rf"{theirs}to_v", f"{ours}/value", "heads"),
-        *_linear(rf"{theirs}to_out\.0", f"{ours}/out", "merge"),
+        *linear(rf"{theirs}to_q", f"{ours}/query", "heads"),
+        *linear(rf"{theirs}to_k", f"{ours}/key", "heads"),
+        *linear(rf"{theirs}to_v", f"{ours}/value", "heads"),
+        *linear(rf"{theirs}to_out\.0", f"{ours}/out", "merge"),
     ]
 
 
 _BLOCK, _OURS = r"transformer_blocks\.(\d+)\.", r"transformer/block_\1"
 PRIOR: tuple[Rule, ...] = (
-    Rule("clip_mean|clip_std", ()),  # the embedding space: `prior_statistics`
+    Rule("clip_mean|clip_std", ()),  # the embedding space's
     Rule("positional_embedding", "position_embedding", "drop_ones"),
     Rule("prd_embedding", "query", "drop_ones"),
-    *_linear(r"time_embedding\.linear_([12])", r"time/fc\1"),
-    *_linear("proj_in", "z_in"),
-    *_linear("embedding_proj", "text_embed_in"),
-    *_linear("encoder_hidden_states_proj", "text_states_in"),
-    *_norm(rf"{_BLOCK}norm1", f"{_OURS}/ln1/norm"),
+    *linear(r"time_embedding\.linear_([12])", r"time/fc\1"),
+    *linear("proj_in", "z_in"),
+    *linear("embedding_proj", "text_embed_in"),
+    *linear("encoder_hidden_states_proj", "text_states_in"),
+    *norm(rf"{_BLOCK}norm1", f"{_OURS}/ln1/norm"),
     *_attention(rf"{_BLOCK}attn1\.", f"{_OURS}/attn"),
-    *_norm(rf"{_BLOCK}norm3", f"{_OURS}/ln2/norm"),
-    *_linear(rf"{_BLOCK}ff\.net\.0\.proj", f"{_OURS}/fc1"),
-    *_linear(rf"{_BLOCK}ff\.net\.2", f"{_OURS}/fc2"),
-    *_norm("norm_out", "ln_out/norm"),
-    *_linear("proj_to_clip_embeddings", "z_out"),
+    *norm(rf"{_BLOCK}norm3", f"{_OURS}/ln2/norm"),
+    *linear(rf"{_BLOCK}ff\.net\.0\.proj", f"{_OURS}/fc1"),
+    *linear(rf"{_BLOCK}ff\.net\.2", f"{_OURS}/fc2"),
+    *norm("norm_out", "ln_out/norm"),
+    *linear("proj_to_clip_embeddings", "z_out"),
 )
 
 TEXT_PROJ: tuple[Rule, ...] = (
     Rule("learned_classifier_free_guidance_embeddings", "conditioning/null_image_embed"),
-    *_linear("embedding_proj", "conditioning/text_embed_cond"),
-    *_linear("clip_image_embeddings_project_to_time_embeddings", "conditioning/image_embed_cond"),
-    *_linear("clip_extra_context_tokens_proj", "conditioning/image_embed_tokens"),
-    *_linear("encoder_hidden_states_proj", "conditioning/text_states_in"),
-    *_norm("text_encoder_hidden_states_norm", "conditioning/text_states_norm/norm"),
+    *linear("embedding_proj", "conditioning/text_embed_cond"),
+    *linear("clip_image_embeddings_project_to_time_embeddings", "conditioning/image_embed_cond"),
+    *linear("clip_extra_context_tokens_proj", "conditioning/image_embed_tokens"),
+    *linear("encoder_hidden_states_proj", "conditioning/text_states_in"),
+    *norm("text_encoder_hidden_states_norm", "conditioning/text_states_norm/norm"),
 )
 
 
 def _res(theirs: str, ours: str) -> list[Rule]:
     return [
-        *(rule for n in "12" for rule in _norm(rf"{theirs}norm{n}", f"{ours}/norm{n}")),
-        *(rule for n in "12" for rule in _linear(rf"{theirs}conv{n}", f"{ours}/conv{n}", "conv")),
-        *_linear(rf"{theirs}time_emb_proj", f"{ours}/time"),
-        *_linear(rf"{theirs}conv_shortcut", f"{ours}/skip", "conv"),
+        *(rule for n in "12" for rule in norm(rf"{theirs}norm{n}", f"{ours}/norm{n}")),
+        *(rule for n in "12" for rule in linear(rf"{theirs}conv{n}", f"{ours}/conv{n}", "conv")),
+        *linear(rf"{theirs}time_emb_proj", f"{ours}/time"),
+        *linear(rf"{theirs}conv_shortcut", f"{ours}/skip", "conv"),
     ]
 
 
 def _cross_attention(theirs: str, ours: str) -> list[Rule]:
     return [
-        *_norm(rf"{theirs}group_norm", f"{ours}/norm"),
+        *norm(rf"{theirs}group_norm", f"{ours}/norm"),
         *_attention(theirs, ours),
-        *_linear(rf"{theirs}add_k_proj", f"{ours}/context_key", "heads"),
-        *_linear(rf"{theirs}add_v_proj", f"{ours}/context_value", "heads"),
+        *linear(rf"{theirs}add_k_proj", f"{ours}/context_key", "heads"),
+        *linear(rf"{theirs}add_v_proj", f"{ours}/context_value", "heads"),
     ]
 
 
@@ -80,8 +71,8 @@ def unet(levels: int) -> tuple[Rule, ...]:
     ways = [("down", "downsamplers", "pool", level, level) for level in range(levels)]
     ways += [("up", "upsamplers", "expand", levels - 1 - level, level) for level in range(levels)]
     return (
-        *_linear("conv_in", "unet/conv_in", "conv"),
-        *_linear(r"time_embedding\.linear_([12])", r"unet/time/fc\1"),
+        *linear("conv_in", "unet/conv_in", "conv"),
+        *linear(r"time_embedding\.linear_([12])", r"unet/time/fc\1"),
         *(
             rule
             for way, sampler, resample, at, level in ways
@@ -93,8 +84,8 @@ def unet(levels: int) -> tuple[Rule, ...]:
         ),
         *_res(r"mid_block\.resnets\.([01])\.", r"unet/middle_res_\1"),
         *_cross_attention(r"mid_block\.attentions\.0\.", "unet/middle_attn"),
-        *_norm("conv_norm_out", "unet/norm_out"),
-        *_linear("conv_out", "unet/conv_out", "conv"),
+        *norm("conv_norm_out", "unet/norm_out"),
+        *linear("conv_out", "unet/conv_out", "conv"),
     )
 
 

@@ -1,0 +1,132 @@
+"""Folders of weights: their JSON, and their safetensors tensor by tensor, each read when it is asked for. Nothing in them is executed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+LISTED = 6  # names of each kind that an error lists
+ALIGNMENT = 64  # bytes; from such memory JAX takes an array over on CPU without copying it
+
+DTYPES = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_, "U8": np.uint8},
+    **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
+}
+
+Place = Callable[[str, np.ndarray], Any]  # a parameter's path and its values -> where it shall be
+
+
+def read_json(path: Path, whole: str = "folder") -> dict:
+    """A JSON object.
+
+    Raises:
+      FileNotFoundError, ValueError: one line naming the file, and the `whole` it is a part of.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; the {whole} is incomplete") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy the {whole} again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object; copy the {whole} again")
+    return value
+
+
+class Weights(Mapping):
+    """The tensors of a folder's files by name: read-only views of the files in memory, of which the machine reads what is looked at.
+    `shape(name)` looks at no values."""
+
+    def __init__(self, files: Mapping[str, Path]):
+        self._files, self._headers, self._maps = dict(files), {}, {}
+        for path in set(self._files.values()):
+            self._maps[path] = np.memmap(path, np.uint8, "r")
+            length = int(self._maps[path][:8].view("<u8")[0])
+            self._headers[path] = json.loads(bytes(self._maps[path][8 : 8 + length])) | {"start": 8 + length}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, from the file's header."""
+        return tuple(self._headers[self._files[name]][name]["shape"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        header = self._headers[self._files[name]]
+        first, last = (header["start"] + offset for offset in header[name]["data_offsets"])
+        return self._maps[self._files[name]][first:last].view(DTYPES[header[name]["dtype"]]).reshape(self.shape(name))
+
+    def __iter__(self):
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def open_weights(folder: Path, names: Iterable[str] = ("model", "diffusion_pytorch_model"), whole: str = "folder") -> Weights:
+    """The safetensors of a folder, one file or sharded with an index (`<name>.safetensors`, `<name>.safetensors.index.json`).
+
+    Raises:
+      FileNotFoundError: when there are none. ValueError: when a file is damaged, a shard lacks what the index promises, or the weights are
+        pickled: a pickle runs what is in it, so it is refused.
+    """
+    for name in names:
+        index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
+        if index.is_file():
+            listed = read_json(index, whole).get("weight_map")
+            if not isinstance(listed, dict) or any(Path(str(file)).name != file for file in listed.values()):
+                raise ValueError(f"{index} has no weight_map of files beside it; copy the {whole} again")
+            files = {tensor: folder / file for tensor, file in listed.items()}
+            held = {path: set(_names(path, whole)) for path in set(files.values())}
+            lost = [tensor for tensor, path in files.items() if tensor not in held[path]]
+            if lost:
+                raise ValueError(f"{files[lost[0]]} lacks {some(lost)}, which {index.name} promises; copy the {whole} again")
+            return Weights({tensor: path for path, tensors in held.items() for tensor in tensors})
+        if single.is_file():
+            return Weights({tensor: single for tensor in _names(single, whole)})
+    pickled = sorted(path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{suffix}"))
+    if pickled:
+        raise ValueError(f"{folder / pickled[0]} is a pickle, which could run code: save it as safetensors where you trust it")
+    expected = " or ".join(f"{name}.safetensors" for name in names)
+    raise FileNotFoundError(f"{folder / expected} is missing, and with it the weights; the {whole} is incomplete")
+
+
+def _names(path: Path, whole: str) -> list[str]:
+    try:
+        with safe_open(path, "np") as file:  # it checks the whole header, and the file's length against it
+            names = list(file.keys())
+            other = sorted({file.get_slice(name).get_dtype() for name in names} - DTYPES.keys())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; the {whole} is incomplete") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}); copy the {whole} again") from None
+    if other:
+        raise ValueError(f"{path} holds tensors of {', '.join(other)}; known here: {', '.join(DTYPES)}")
+    return names
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of the sorted names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def aligned(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+    """Uninitialised memory that JAX can take over on CPU."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT - 1, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def keep(name: str, value: np.ndarray) -> np.ndarray:
+    """The `Place` of weights that stay on the host: float32."""
+    ours = value.flags.writeable and value.flags.c_contiguous  # a file's memory is neither: the file may change
+    if ours and value.dtype == np.float32 and value.ctypes.data % ALIGNMENT == 0:
+        return value
+    kept = aligned(value.shape)
+    kept[...] = value
+    return kept
