@@ -1,165 +1,296 @@
-"""Sampling Karlo's prior at full size here and in diffusers: the same architecture, the same random weights, the same steps.
+"""Sampling Karlo here and in diffusers: the same architecture, the same random weights, the same steps, part by part.
 
     python benchmarks/sampling.py --part prior --captions 1 --rounds 3        # needs torch and diffusers: pip install -e ".[test]"
 
 Each library runs in a process of its own, in turn, so that neither holds memory or threads while the other is timed. Told are: seconds to
-load, to the first sample, of a later one; peak resident memory; and the ratio of the later ones, pair by pair.
+load, to the first sample, of a later one; peak memory (resident, and anonymous: without the pages of files); the ratio of the later ones,
+pair by pair; and how far one step of the network is from the peer's. The whole pipeline's time is the sum of the parts'.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-LENGTH = 77
-SIZES = {  # keyword arguments of PriorTransformer
-    "full": {},  # the public one, 1.02 billion parameters
-    "small": {"num_attention_heads": 8, "num_layers": 6, "embedding_dim": 768},
+LENGTH, WORDS = 77, 20  # text states, and how many of them are a caption's
+PARTS = {  # folders with weights, steps and guidance scale of the pipeline
+    "prior": {"folders": ["prior"], "steps": 25, "guidance": 4.0},
+    "decoder": {"folders": ["decoder", "text_proj"], "steps": 25, "guidance": 8.0},
+    "upsampler": {"folders": ["super_res_first", "super_res_last"], "steps": 7, "guidance": 1.0},
 }
-GUIDANCE = 4.0
+SIZES = {  # of the prior, of the U-Nets, of decoder and super-resolution
+    "full": {"prior": {}, "unet": {"layers_per_block": 3, "block_out_channels": (320, 640, 960, 1280)}, "sides": (64, 256)},
+    "small": {
+        "prior": {"num_attention_heads": 8, "num_layers": 6},
+        "unet": {"layers_per_block": 1, "block_out_channels": (64, 128, 192, 256)},
+        "sides": (32, 64),
+    },
+}
+Sample = Callable[[], np.ndarray]
 
 
-def make(folder: Path, size: str) -> None:
-    """Writes the peer's prior at random weights, once."""
-    if (folder / "config.json").is_file():
-        return
+# ---------------------------------------------------------------------------------------------------------------------- weights
+def make(folder: Path, size: str, part: str) -> None:
+    """Writes the peer's folder, with random weights for the part and for the text encoder, once; the other parts are configurations."""
+    import diffusers
     import torch
-    from diffusers import PriorTransformer
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    torch.manual_seed(0)
-    prior = PriorTransformer(**SIZES[size])
-    with torch.no_grad():
-        for name in ("positional_embedding", "prd_embedding"):  # zero when fresh
-            torch.nn.init.normal_(getattr(prior, name), std=0.02)
-        prior.clip_std.fill_(1.0)
-    prior.save_pretrained(folder, max_shard_size="100GB")
+    from unclip_jax.data.tokenizer import ClipTokenizer
+
+    sizes, plain, cross = SIZES[size], ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"), "SimpleCrossAttn"
+    width, small, large = sizes["unet"]["block_out_channels"][0], *sizes["sides"]
+    decoder = functools.partial(
+        diffusers.UNet2DConditionModel, sample_size=small, in_channels=3, out_channels=6, cross_attention_dim=1536, attention_head_dim=64,
+        down_block_types=(plain[0], *(f"{cross}DownBlock2D",) * 3), mid_block_type=f"UNetMidBlock2D{cross}", class_embed_type="identity",
+        up_block_types=(*(f"{cross}UpBlock2D",) * 3, plain[1]), resnet_time_scale_shift="scale_shift", **sizes["unet"],
+    )  # fmt: skip
+    super_res = functools.partial(
+        diffusers.UNet2DModel, sample_size=large, in_channels=6, out_channels=3, down_block_types=plain[:1] * 4,
+        up_block_types=plain[1:] * 4, add_attention=False, **sizes["unet"],
+    )  # fmt: skip
+    projection = {"clip_extra_context_tokens": 4, "clip_embeddings_dim": 768, "time_embed_dim": 4 * width, "cross_attention_dim": 1536}
+    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768, num_hidden_layers=12)
+    makers = {
+        "text_encoder": lambda: CLIPTextModelWithProjection(text),
+        "prior": lambda: diffusers.PriorTransformer(**sizes["prior"]),
+        "text_proj": lambda: UnCLIPTextProjModel(**projection),
+        "decoder": decoder, "super_res_first": super_res, "super_res_last": super_res,
+    }  # fmt: skip
+    for name, maker in makers.items():
+        wanted = name in ("text_encoder", *PARTS[part]["folders"])
+        if any((folder / name).glob("*.safetensors")) or (not wanted and (folder / name / "config.json").is_file()):
+            continue
+        if not wanted:
+            with torch.device("meta"):
+                maker().save_config(folder / name)
+            continue
+        torch.manual_seed(0)
+        module = maker()
+        zero = ("positional_embedding", "prd_embedding", "learned_classifier_free_guidance_embeddings")  # when fresh
+        for parameter in (getattr(module, key) for key in zero if hasattr(module, key)):
+            torch.nn.init.normal_(parameter, std=0.02)
+        if name == "prior":
+            module.clip_std.data.fill_(1.0)
+        module.save_pretrained(folder / name, max_shard_size="100GB")
+    for name, variance, prediction, bound in (
+        ("prior", "fixed_small_log", "sample", 5.0),
+        ("decoder", "learned_range", "epsilon", 1.0),
+        ("super_res", "fixed_small_log", "epsilon", 1.0),
+    ):
+        scheduler = diffusers.UnCLIPScheduler(variance_type=variance, prediction_type=prediction, clip_sample_range=bound)
+        scheduler.save_pretrained(folder / f"{name}_scheduler")
+    ClipTokenizer().save_folder(folder / "tokenizer")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "UnCLIPPipeline"}))
 
 
-def inputs(captions: int, dim: int) -> dict[str, np.ndarray]:
-    """Random captions of both guidance halves, the unconditional first; 20 tokens of 77 are theirs."""
+def inputs(captions: int, sides: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Random embeddings and states of the captions, the empty one first; noise of every part; small images."""
     rng = np.random.default_rng(0)
-    states, embed = rng.normal(size=(captions + 1, LENGTH, dim)), rng.normal(size=(captions + 1, dim))
-    return {"states": np.float32(states), "embed": np.float32(embed), "noise": np.float32(rng.normal(size=(captions, dim)))}
+    normal = lambda *shape: np.float32(rng.normal(size=shape))  # noqa: E731
+    small, large = ((captions, side, side, 3) for side in sides)
+    return {
+        "states": normal(captions + 1, LENGTH, 768), "embed": normal(captions + 1, 768), "z_image": normal(captions, 768),
+        "prior": normal(captions, 768), "decoder": normal(*small), "upsampler": normal(*large), "low_res": np.tanh(normal(*small)),
+    }  # fmt: skip
 
 
-def diffusers_sampler(folder: Path, captions: int, steps: int, compiled: bool):
-    """The loop of UnCLIPPipeline, as a function without arguments."""
+# ---------------------------------------------------------------------------------------------------------------------- diffusers
+def diffusers_sampler(folder: Path, part: str, captions: int, steps: int, sides: tuple[int, int], compiled: bool) -> tuple[Sample, Sample]:
+    """The part's loop in UnCLIPPipeline, and one call of its network at step 500, as functions without arguments."""
+    import diffusers
     import torch
-    from diffusers import PriorTransformer, UnCLIPScheduler
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
-    prior = PriorTransformer.from_pretrained(folder).eval()
-    if compiled:
-        prior = torch.compile(prior)
-    scheduler = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
-    given = {k: torch.from_numpy(v) for k, v in inputs(captions, prior.config.embedding_dim).items()}
+    kind = {"prior": diffusers.PriorTransformer, "decoder": diffusers.UNet2DConditionModel, "upsampler": diffusers.UNet2DModel}[part]
+    nets = [kind.from_pretrained(folder / name).eval() for name in PARTS[part]["folders"] if name != "text_proj"]
+    text_proj = UnCLIPTextProjModel.from_pretrained(folder / "text_proj").eval() if part == "decoder" else None
+    called = [torch.compile(net) for net in nets] if compiled else nets
+    scheduler = diffusers.UnCLIPScheduler.from_pretrained(folder / f"{'super_res' if part == 'upsampler' else part}_scheduler")
+    given = {k: torch.from_numpy(np.moveaxis(v, -1, 1).copy() if v.ndim == 4 else v) for k, v in inputs(captions, sides).items()}
     both = lambda a: torch.cat([a[:1].expand(captions, *a.shape[1:]), a[1:]])  # noqa: E731
-    mask = torch.arange(LENGTH)[None].expand(2 * captions, -1) < 20
+    mask = (torch.arange(LENGTH)[None] < WORDS).expand(2 * captions, -1)
+    scale = PARTS[part]["guidance"]
+    if part == "prior":
+        known = {"proj_embedding": both(given["embed"]), "encoder_hidden_states": both(given["states"]), "attention_mask": mask}
+        network = lambda x, t, last: called[0](torch.cat([x] * 2), t, **known).predicted_image_embedding  # noqa: E731
+    elif part == "decoder":
+
+        def told():
+            context, added = text_proj(
+                image_embeddings=given["z_image"], prompt_embeds=both(given["embed"]), do_classifier_free_guidance=True,
+                text_encoder_hidden_states=both(given["states"]),
+            )  # fmt: skip
+            seen = torch.nn.functional.pad(mask, (4, 0), value=True)
+            return {"encoder_hidden_states": context, "class_labels": added, "attention_mask": seen}
+
+        network = lambda x, t, last: called[0](torch.cat([x] * 2), t, **known).sample  # noqa: E731
+    else:
+        enlarged = torch.nn.functional.interpolate(given["low_res"], size=[sides[1]] * 2, mode="bicubic", antialias=True)
+        network = lambda x, t, last: called[last](torch.cat([x, enlarged], dim=1), t).sample  # noqa: E731
+
+    def guided(out):
+        if part == "upsampler":
+            return out
+        empty, text = out.chunk(2)
+        if part == "prior":
+            return empty + scale * (text - empty)
+        return torch.cat([empty[:, :3] + scale * (text[:, :3] - empty[:, :3]), text[:, 3:]], dim=1)
 
     @torch.no_grad()
-    def sample():
+    def sample() -> np.ndarray:
+        nonlocal known
+        known = told() if part == "decoder" else known
         torch.manual_seed(0)
         scheduler.set_timesteps(steps)
-        x, times = given["noise"], scheduler.timesteps
+        x, times = given[part], scheduler.timesteps
         for i, t in enumerate(times):
-            out = prior(
-                torch.cat([x] * 2), t, proj_embedding=both(given["embed"]), encoder_hidden_states=both(given["states"]), attention_mask=mask
-            ).predicted_image_embedding
-            empty, text = out.chunk(2)
-            out = empty + GUIDANCE * (text - empty)
-            x = scheduler.step(out, t, x, prev_timestep=times[i + 1] if i + 1 < len(times) else None).prev_sample
+            last = i + 1 == len(times)
+            out = guided(network(x, t, last))
+            x = scheduler.step(out, t, x, prev_timestep=None if last else times[i + 1]).prev_sample
         return x.numpy()
 
-    return sample
+    known = known if part == "prior" else {}
+
+    @torch.no_grad()
+    def step() -> np.ndarray:
+        out = network(given[part], torch.tensor(500), False).numpy()
+        return out if out.ndim == 2 else np.moveaxis(out, 1, -1)
+
+    return sample, step
 
 
-def our_sampler(folder: Path, captions: int, steps: int):
-    """`generate.sample_prior` in one compiled program."""
+# ---------------------------------------------------------------------------------------------------------------------- here
+def our_sampler(folder: Path, part: str, captions: int, steps: int, sides: tuple[int, int]) -> tuple[Sample, Sample]:
+    """`generate.sample_*` in one compiled program, and one call of the network at step 500."""
     import jax
     import jax.numpy as jnp
 
-    from unclip_jax.checkpoint.convert import convert, shapes_of
-    from unclip_jax.checkpoint.files import open_weights, read_json
-    from unclip_jax.checkpoint.rules import karlo
-    from unclip_jax.generate import SamplingOptions, TextConditioning, build_model, sample_prior
+    from unclip_jax.checkpoint.public import load_public
+    from unclip_jax.generate import SamplingOptions, TextConditioning, build_model, sample_decoder, sample_prior, sample_upsampler
+    from unclip_jax.sharding import compute_dtype, placer, sampling_mesh
 
-    model_config = karlo.prior_model(read_json(folder / "config.json"))
-    dim = model_config["embed_dim"]
-    config = {"kind": "prior_diffusion", "model": model_config, "diffusion": karlo.schedule({}, "x0", "prior")}
-    config["embedding_space"] = {"kind": "whitened", "mean": np.zeros(dim), "std": np.ones(dim)}
-    model = build_model(config)
-    text = {"text_embed": jnp.zeros((1, dim)), "text_states": jnp.zeros((1, LENGTH, dim)), "text_mask": jnp.ones((1, LENGTH), bool)}
-    shapes = shapes_of(model.init, jnp.zeros((1, dim)), jnp.zeros(1), **text)
-    params = jax.device_put(convert(open_weights(folder), karlo.PRIOR, shapes, "the prior"))
-    given = inputs(captions, dim)
-    mask = jnp.arange(LENGTH)[None] < 20
-    conditioning = TextConditioning(given["embed"][1:], given["states"][1:], jnp.repeat(mask, captions, axis=0))
+    mesh = sampling_mesh()
+    names = {"upsampler": [f"upsampler_{sides[1]}", f"upsampler_{sides[1]}_last"]}.get(part, [part])
+    bundles = [load_public(folder, name, placer(mesh)) for name in names]
+    parts = [bundle.parts[name] for bundle, name in zip(bundles, names)]
+    config, params = parts[0].config, [part.params for part in parts]
+    models = [build_model(part.config, compute_dtype("auto", mesh)) for part in parts]
+    options = SamplingOptions(**bundles[0].sampling[names[0]] | {"steps": steps, "guidance_scale": PARTS[part]["guidance"]})
+    given, mask = inputs(captions, sides), jnp.arange(LENGTH)[None] < WORDS
+    text = TextConditioning(given["embed"][1:], given["states"][1:], jnp.repeat(mask, captions, axis=0))
     empty = TextConditioning(given["embed"][:1], given["states"][:1], mask)
-    options = SamplingOptions(steps, guidance_scale=GUIDANCE, clip=5.0)
-    run = jax.jit(lambda params, text, empty, key: sample_prior(model, params, config, text, empty, key, options))
-    return lambda: np.asarray(run(params, conditioning, empty, jax.random.key(0)))
+    both = lambda a: jnp.concatenate([jnp.repeat(a[:1], captions, axis=0), a[1:]])  # noqa: E731
+    texts = {"text_embed": both(given["embed"]), "text_states": both(given["states"]), "text_mask": jnp.repeat(mask, 2 * captions, axis=0)}
+    twice, z, low = (lambda a: jnp.concatenate([a, a])), given["z_image"], given["low_res"]
+    # The peer has the unconditional half first.
+    drop = {"image_embed": twice(z), "drop_image": jnp.arange(2 * captions) < captions}
+    samplers = {
+        "prior": lambda p, text, empty, key: sample_prior(models[0], p[0], config, text, empty, key, options),
+        "decoder": lambda p, text, empty, key: sample_decoder(models[0], p[0], config, jnp.asarray(z), text, empty, key, options),
+        "upsampler": lambda p, text, empty, key: sample_upsampler(models[0], p[0], config, low, key, options, (models[-1], p[-1])),
+    }
+    networks = {
+        "prior": lambda p, x, t: models[0].apply({"params": p[0]}, twice(x), twice(t), **texts),
+        "decoder": lambda p, x, t: models[0].apply({"params": p[0]}, twice(x), twice(t), **drop, **texts),
+        "upsampler": lambda p, x, t: models[0].apply({"params": p[0]}, x, t, low_res=low),
+    }
+    run, network = jax.jit(samplers[part]), jax.jit(networks[part])
+    sample = lambda: np.asarray(run(params, text, empty, jax.random.key(0)))  # noqa: E731
+    return sample, lambda: np.asarray(network(params, given[part], jnp.full(captions, 500)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- measuring
+class Peak:
+    """The largest anonymous resident memory since it was made, in GiB, sampled every 5 ms; 0 where the system does not tell."""
+
+    def __init__(self):
+        self.gib = 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while Path("/proc/self/status").exists():
+            lines = Path("/proc/self/status").read_text().splitlines()
+            self.gib = max(self.gib, next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0) / 2**20)
+            time.sleep(5e-3)
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Loads and samples in one library; prints what it took as JSON."""
+    """Loads and samples in one library; prints what it took as JSON and writes one step's output."""
+    peak, sides = Peak(), SIZES[args.size]["sides"]
     started = time.perf_counter()
     if args.worker == "unclip_jax":
-        sample = our_sampler(args.folder, args.captions, args.steps)
+        sample, step = our_sampler(args.folder, args.part, args.captions, args.steps, sides)
     else:
-        sample = diffusers_sampler(args.folder, args.captions, args.steps, args.worker == "diffusers compiled")
+        compiled = args.worker == "diffusers compiled"
+        sample, step = diffusers_sampler(args.folder, args.part, args.captions, args.steps, sides, compiled)
     seconds = [time.perf_counter() - started]
     for _ in range(1 + args.repeats):
         started = time.perf_counter()
         assert np.isfinite(sample()).all()
         seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"load": seconds[0], "first": seconds[1], "later": min(seconds[2:]), "peak": peak}))
+    told = {"load": seconds[0], "first": seconds[1], "later": min(seconds[2:])}
+    told |= {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "anonymous": peak.gib}
+    if args.outputs:
+        np.save(args.outputs, step())
+    print(json.dumps(told))
 
 
 def main() -> None:
     """Runs the libraries in turn and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=["prior"], default="prior")
+    parser.add_argument("--part", choices=list(PARTS), default="prior")
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--captions", type=int, default=1, metavar="N")
-    parser.add_argument("--steps", type=int, default=25, metavar="N")
+    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps (the pipeline's: 25, 25, 7)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each library (3)")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="later samples in each process, of which the best counts (1)")
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
     parser.add_argument("--folder", type=Path, help="where the random weights are kept (a temporary folder)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--outputs", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.steps = args.steps or PARTS[args.part]["steps"]
     if args.worker:
         worker(args)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.folder or Path(scratch) / "prior"
-        make(folder, args.size)
+        folder = args.folder or Path(scratch) / "karlo"
+        make(folder, args.size, args.part)
         peers = ["diffusers", *(["diffusers compiled"] if args.compile else []), "unclip_jax"]
         rows: dict[str, list[dict]] = {peer: [] for peer in peers}
+        outputs = {peer: str(Path(scratch) / f"{i}.npy") for i, peer in enumerate(peers)}
         for i in range(args.rounds):
             for peer in peers:
-                command = [sys.executable, __file__, "--worker", peer, "--folder", str(folder), "--size", args.size]
-                for name in ("captions", "steps", "repeats"):
+                command = [sys.executable, __file__, "--worker", peer, "--folder", str(folder)]
+                for name in ("part", "size", "captions", "steps", "repeats"):
                     command += [f"--{name}", str(getattr(args, name))]
+                command += ["--outputs", outputs[peer]] if i == 0 else []
                 env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
                 rows[peer].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"round {i + 1}  {peer:20}" + "".join(f"  {k} {v:.2f}" for k, v in rows[peer][-1].items()), flush=True)
-    print(f"\n{args.part}, {args.size}, {args.captions} captions, {args.steps} steps, guided; seconds and GiB, medians of {args.rounds}")
+        theirs, ours = (np.load(outputs[peer]) for peer in ("diffusers", "unclip_jax"))
+    print(f"\n{args.part}, {args.size}, {args.captions} captions, {args.steps} steps; seconds and GiB, medians of {args.rounds}")
     for peer in peers:
         print(f"{peer:20}" + "".join(f"  {k} {np.median([r[k] for r in rows[peer]]):7.2f}" for k in rows[peer][0]))
     for peer in peers[:-1]:
         ratios = [theirs["later"] / ours["later"] for theirs, ours in zip(rows[peer], rows["unclip_jax"])]
         print(f"{peer} / unclip_jax: {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"one step of the network: {np.abs(theirs - ours).max():.1e} apart, of outputs up to {np.abs(theirs).max():.2g}")
 
 
 if __name__ == "__main__":

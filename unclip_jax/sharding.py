@@ -22,6 +22,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 FSDP_MIN_SIZE = 2**14  # smaller leaves are replicated: gathering them costs more than keeping them
 WEIGHTS_SHARE = 0.6  # of a device's memory that weights may fill; the rest is for what is computed
+BLOCK = re.compile(r"(^|/)(block_\d+|(down|up)_\d+_[a-z]+(_\d+)?|middle_[a-z]+(_\d+)?)/")  # what the models' `gather` hook is called on
 
 Rules = Sequence[tuple[str, P]]
 
@@ -144,14 +145,33 @@ def placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
 
 
 def make_gather(mesh: Mesh):
-    """The models' `gather` hook for this mesh: parameters sharded over `fsdp` alone are gathered block by block before use.
+    """The models' `gather` hook for this mesh: parameters sharded over `fsdp` alone are gathered block by block before use, and their
+    gradients go back into the shards as they are reduced.
 
     None when there is nothing to gather, or when `tensor` is in use (the partitioner then places the collectives).
     """
     if mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
         return None
     replicated = NamedSharding(mesh, P())
-    return lambda params: jax.lax.with_sharding_constraint(params, replicated)
+
+    @jax.custom_vjp
+    def gather(params):
+        return jax.lax.with_sharding_constraint(params, replicated)
+
+    def backward(_, gradient):  # without it the gradient would be reduced whole on every device, as the parameters were needed
+        return (jax.lax.with_sharding_constraint(gradient, infer_shardings(gradient, mesh)),)
+
+    gather.defvjp(lambda params: (gather(params), None), backward)
+    return gather
+
+
+def gather_rest(params: Any, mesh: Mesh) -> Any:
+    """Parameters with those outside of blocks gathered: embeddings, first and last layers. Left sharded by some axis of theirs, they would
+    make what they compute sharded so too, and every block after them would move it back."""
+    gather = make_gather(mesh)
+    if gather is None:
+        return params
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf if BLOCK.search(path_name(path)) else gather(leaf), params)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

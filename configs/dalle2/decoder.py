@@ -38,6 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 800_000
     config.batch_size = 2048
     config.dtype = "auto"
+    config.grad_accumulation = 1
     config.remat = True
     config.mesh = {"data": -1, "fsdp": 8, "tensor": 1}
     config.data = {
@@ -76,6 +77,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-8,
         "weight_decay": 0.0,
         "clip_norm": 1.0,
+        "mu_dtype": None,
     }
     config.ema_decay = 0.9999
     config.sampling = {"steps": 250, "sampler": "ddpm", "variance": "learned", "guidance_scale": 1.25, "clip": 1.0}
@@ -84,6 +86,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 10_000
     config.checkpoint_every = 2000
     config.keep = 3
+    config.watchdog = 1800.0
+    config.profile = None
     if variant == "inpaint":
         config.model.inpaint = True
         config.steps = 100_000

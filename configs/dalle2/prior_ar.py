@@ -35,6 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 1_000_000
     config.batch_size = 4096
     config.dtype = "auto"
+    config.grad_accumulation = 1
     config.remat = True
     config.mesh = {"data": -1, "fsdp": 8, "tensor": 1}
     config.data = {
@@ -65,6 +66,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-10,
         "weight_decay": 4e-2,
         "clip_norm": 1.0,
+        "mu_dtype": None,
     }
     config.ema_decay = 0.999
     config.sampling = {"guidance_scale": 1.0, "temperature": 1.0, "dot_quantile": 0.5}
@@ -73,6 +75,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 10_000
     config.checkpoint_every = 2000
     config.keep = 3
+    config.watchdog = 1800.0
+    config.profile = None
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

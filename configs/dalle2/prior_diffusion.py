@@ -33,6 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 600_000
     config.batch_size = 4096
     config.dtype = "auto"
+    config.grad_accumulation = 1
     config.remat = True
     config.mesh = {"data": -1, "fsdp": 8, "tensor": 1}
     config.data = {
@@ -56,6 +57,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-6,
         "weight_decay": 6e-2,
         "clip_norm": 1.0,
+        "mu_dtype": None,
     }
     config.ema_decay = 0.9999
     config.sampling = {"steps": 64, "sampler": "ddpm", "variance": "analytic", "guidance_scale": 1.0, "clip": 2.0, "candidates": 2}
@@ -64,6 +66,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 10_000
     config.checkpoint_every = 2000
     config.keep = 3
+    config.watchdog = 1800.0
+    config.profile = None
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

@@ -31,6 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 1_000_000
     config.batch_size = 1024
     config.dtype = "auto"
+    config.grad_accumulation = 1
     config.remat = True
     config.mesh = {"data": -1, "fsdp": 8, "tensor": 1}
     config.data = {
@@ -67,6 +68,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-8,
         "weight_decay": 0.0,
         "clip_norm": 1.0,
+        "mu_dtype": None,
     }
     config.ema_decay = 0.9999
     config.sampling = {"steps": "fast27", "sampler": "ddim", "eta": 0.0, "clip": 1.0}
@@ -75,6 +77,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 10_000
     config.checkpoint_every = 2000
     config.keep = 3
+    config.watchdog = 1800.0
+    config.profile = None
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

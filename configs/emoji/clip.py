@@ -48,6 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-6,
         "weight_decay": 0.2,
         "clip_norm": 1.0,
+        "mu_dtype": None,
     }
     config.sam = {"rho": 0.0, "group_size": 64}  # off
     config.ema_decay = 0.995
@@ -56,6 +57,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 500
     config.checkpoint_every = 250
     config.keep = 2
+    config.watchdog = 1800.0
+    config.profile = None
     if variant == "quick":
         config.checkpoint_every = 40
         config.steps = 220

@@ -31,6 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 7000
     config.batch_size = 32
     config.dtype = "auto"
+    config.grad_accumulation = 1
     config.remat = False
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.data = {
@@ -69,6 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-8,
         "weight_decay": 0.0,
         "clip_norm": 1.0,
+        "mu_dtype": None,
     }
     config.ema_decay = 0.999
     config.sampling = {"steps": 32, "sampler": "ddpm", "variance": "small", "guidance_scale": 2.0, "clip": 1.0}
@@ -77,6 +79,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 1000
     config.checkpoint_every = 250
     config.keep = 2
+    config.watchdog = 1800.0
+    config.profile = None
     if variant == "inpaint":
         config.model.inpaint = True
         config.steps = 2000

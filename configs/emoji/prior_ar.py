@@ -29,6 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 400
     config.batch_size = 128
     config.dtype = "auto"
+    config.grad_accumulation = 1
     config.remat = False
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.data = {
@@ -50,6 +51,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-10,
         "weight_decay": 4e-2,
         "clip_norm": 1.0,
+        "mu_dtype": None,
     }
     config.ema_decay = 0.99
     config.sampling = {"guidance_scale": 2.0, "temperature": 1.0, "dot_quantile": 0.5, "candidates": 2}
@@ -58,6 +60,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 400
     config.checkpoint_every = 250
     config.keep = 2
+    config.watchdog = 1800.0
+    config.profile = None
     if variant == "quick":
         config.checkpoint_every = 40
         config.steps = 80

@@ -27,6 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 500
     config.batch_size = 128
     config.dtype = "auto"
+    config.grad_accumulation = 1
     config.remat = False
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.data = {
@@ -50,6 +51,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-6,
         "weight_decay": 6e-2,
         "clip_norm": 1.0,
+        "mu_dtype": None,
     }
     config.ema_decay = 0.99
     config.sampling = {"steps": 32, "sampler": "ddpm", "variance": "small", "guidance_scale": 2.0, "clip": 5.0, "candidates": 2}
@@ -58,6 +60,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 500
     config.checkpoint_every = 250
     config.keep = 2
+    config.watchdog = 1800.0
+    config.profile = None
     if variant == "quick":
         config.checkpoint_every = 40
         config.steps = 120

@@ -27,6 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 1500
     config.batch_size = 32
     config.dtype = "auto"
+    config.grad_accumulation = 1
     config.remat = False
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.data = {
@@ -63,6 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-8,
         "weight_decay": 0.0,
         "clip_norm": 1.0,
+        "mu_dtype": None,
     }
     config.ema_decay = 0.998
     config.sampling = {"steps": 12, "sampler": "ddim", "eta": 0.0, "clip": 1.0}
@@ -71,6 +73,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 500
     config.checkpoint_every = 250
     config.keep = 2
+    config.watchdog = 1800.0
+    config.profile = None
     if variant == "quick":
         config.checkpoint_every = 40
         config.steps = 140

@@ -54,6 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-6,
         "weight_decay": 0.2,
         "clip_norm": None,
+        "mu_dtype": None,
     }
     config.sam = {"rho": 0.0, "group_size": 64}
     config.ema_decay = 0.999
@@ -62,6 +63,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 10_000
     config.checkpoint_every = 2000
     config.keep = 3
+    config.watchdog = 1800.0
+    config.profile = None
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

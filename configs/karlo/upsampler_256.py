@@ -29,6 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 1_000_000
     config.batch_size = 1024
     config.dtype = "auto"
+    config.grad_accumulation = 1
     config.remat = True
     config.mesh = {"data": -1, "fsdp": 8, "tensor": 1}
     config.data = {
@@ -66,6 +67,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "eps": 1e-8,
         "weight_decay": 0.0,
         "clip_norm": 1.0,
+        "mu_dtype": None,
     }
     config.ema_decay = 0.9999
     config.sampling = {"steps": 7, "sampler": "ddpm", "variance": "small", "clip": 1.0}
@@ -74,6 +76,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 10_000
     config.checkpoint_every = 2000
     config.keep = 3
+    config.watchdog = 1800.0
+    config.profile = None
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

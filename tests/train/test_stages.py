@@ -13,6 +13,7 @@ from unclip_jax.checkpoint.bundle import load_bundle
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.main import main
 from unclip_jax.data import ops
+from unclip_jax.train import common
 
 
 @pytest.fixture(params=list(STAGES))
@@ -70,7 +71,7 @@ def test_stopped_and_resumed_equals_running_through(name, tiny_run, beside, monk
         wrap_batches(patch, lambda inner: Signalling(inner, at=5))
         with pytest.raises(SystemExit) as stopped:
             train_tiny(name, beside)
-        assert stopped.value.code == 130
+        assert stopped.value.code == common.RESTART
     assert load_run(beside)[2] == 5
     train_tiny(name, beside)
     (_, resumed, step), (_, through, _) = load_run(beside), load_run(tiny_run(name))
@@ -84,12 +85,11 @@ def test_codec_is_the_pca_of_the_training_embeddings(tiny_run, tmp_path):
     left alone; the mesh does not matter."""
     from unclip_jax.data import pipeline, sources
     from unclip_jax.models.prior_ar import Codec, project
-    from unclip_jax.train import common
     from unclip_jax.train.clip import make_example
 
     workdir = tiny_run("pca")
     meta, params, steps = load_run(workdir)
-    clip = common.frozen_clip(str(tiny_run("clip")), workdir, sharding.make_mesh(None, jax.devices()[:1]), np.float32)
+    clip = common.frozen_clip(str(tiny_run("clip")), workdir, sharding.make_mesh(None, jax.devices()[:1]), "float32")
     assert meta["part"]["clip"] == clip.hash and steps == 2
     example = lambda record, rng: make_example(record, rng, tokenizer=clip.tokenizer, size=clip.image_size, crop_scale=0.95)
     source = sources.make_source(meta["config"]["data"]["train"])

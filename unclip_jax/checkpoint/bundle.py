@@ -111,6 +111,7 @@ def read_part(path: Path, expected_hash: str | None = None, place: Place = keep)
         value = weights[name]
         made.update(name, value)
         flat[tuple(name.split("/"))] = place(name, keep(name, value))
+        weights.release(name)
     if expected_hash not in (None, made.digest()):
         raise ValueError(f"{path} does not hold the network that bundle.json describes (hash differs); copy the bundle again")
     return Part(config, traverse_util.unflatten_dict(flat), made.digest())

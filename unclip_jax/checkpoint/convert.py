@@ -151,10 +151,12 @@ def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, pla
     def read(tensor: str) -> list[tuple[tuple[str, ...], Any]]:
         held = plan[tensor]
         pieces = np.split(weights[tensor], len(held)) if len(held) > 1 else [weights[tensor]]
-        return [
+        placed = [
             (tuple(target.split("/")), place(target, keep(target, transform.forward(piece, wanted[target]))))
             for (target, transform), piece in zip(held, pieces)
         ]
+        weights.release(tensor)
+        return placed
 
     with ThreadPoolExecutor(THREADS) as pool:
         return traverse_util.unflatten_dict(dict(pair for pairs in pool.map(read, plan) for pair in pairs))

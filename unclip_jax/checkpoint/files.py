@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,23 +42,36 @@ def read_json(path: Path, whole: str = "folder") -> dict:
 
 class Weights(Mapping):
     """The tensors of a folder's files by name: read-only views of the files in memory, of which the machine reads what is looked at.
-    `shape(name)` looks at no values."""
+    `shape(name)` looks at no values; `release(name)` lets go of the memory of a tensor that is no longer needed."""
 
     def __init__(self, files: Mapping[str, Path]):
         self._files, self._headers, self._maps = dict(files), {}, {}
         for path in set(self._files.values()):
-            self._maps[path] = np.memmap(path, np.uint8, "r")
-            length = int(self._maps[path][:8].view("<u8")[0])
-            self._headers[path] = json.loads(bytes(self._maps[path][8 : 8 + length])) | {"start": 8 + length}
+            with open(path, "rb") as file:
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            length = int.from_bytes(self._maps[path][:8], "little")
+            self._headers[path] = json.loads(self._maps[path][8 : 8 + length]) | {"start": 8 + length}
+
+    def _range(self, name: str) -> tuple[int, int]:
+        header = self._headers[self._files[name]]
+        first, last = header[name]["data_offsets"]
+        return header["start"] + first, header["start"] + last
+
+    def release(self, name: str) -> None:
+        """Gives a tensor's whole pages back; looked at again, it is read again."""
+        first, last = self._range(name)
+        first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[self._files[name]].madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, from the file's header."""
         return tuple(self._headers[self._files[name]][name]["shape"])
 
     def __getitem__(self, name: str) -> np.ndarray:
-        header = self._headers[self._files[name]]
-        first, last = (header["start"] + offset for offset in header[name]["data_offsets"])
-        return self._maps[self._files[name]][first:last].view(DTYPES[header[name]["dtype"]]).reshape(self.shape(name))
+        (first, last), path = self._range(name), self._files[name]
+        dtype = np.dtype(DTYPES[self._headers[path][name]["dtype"]])
+        return np.frombuffer(self._maps[path], dtype, (last - first) // dtype.itemsize, first).reshape(self.shape(name))
 
     def __iter__(self):
         return iter(self._files)

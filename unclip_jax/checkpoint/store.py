@@ -7,17 +7,20 @@ frozen network is read without its optimizer, and `meta` (JSON: stage, configura
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from unclip_jax.sharding import path_name
 
 FOLDER = "checkpoints"
+log = logging.getLogger("unclip_jax")
 
 
 class CheckpointStore:
@@ -43,50 +46,74 @@ class CheckpointStore:
         """Writes a checkpoint in the background; a step already written is left alone. `state` is a TrainState."""
         if self.latest() == step:
             return
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave({"step": state.step, "params": state.params, "opt_state": state.opt_state}),
-                ema_params=ocp.args.StandardSave(state.ema_params),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
+        items = {"state": {"step": state.step, "params": state.params, "opt_state": state.opt_state}, "ema_params": state.ema_params}
+        sums = {name: int(_checksum(tree)) for name, tree in items.items()}
+        saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta | {"checksums": sums}), **saved))
 
     def meta(self, step: int) -> dict:
         """The JSON of a checkpoint."""
         return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
-    def restore(self, step: int, state: Any, shardings: Any) -> Any:
-        """Reads a checkpoint onto the mesh.
+    def restore(self, state: Any, shardings: Any) -> tuple[Any, int]:
+        """Reads the newest checkpoint that can be read onto the mesh; newer ones that cannot are then removed.
 
         Args:
-          step: which.
           state: a TrainState (arrays or shapes) of the expected structure.
           shardings: its tree of shardings.
 
+        Returns:
+          The state and its step.
+
         Raises:
-          ValueError: when the checkpoint holds another model.
+          ValueError: when no checkpoint can be read, as they hold another model, or are damaged.
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-        try:
-            items = self.manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore({"step": target.step, "params": target.params, "opt_state": target.opt_state}),
-                    ema_params=ocp.args.StandardRestore(target.ema_params),
-                ),
-            )
-        except (ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"checkpoint {step} in {self.manager.directory} does not fit this configuration ({reason}); use another workdir"
-            ) from error
-        return state.replace(**items["state"], ema_params=items["ema_params"])
+        wanted = ocp.args.Composite(
+            state=ocp.args.StandardRestore({"step": target.step, "params": target.params, "opt_state": target.opt_state}),
+            ema_params=ocp.args.StandardRestore(target.ema_params),
+        )
+        failed: dict[int, Exception] = {}
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                items = self.manager.restore(step, args=wanted)
+                _check(self.meta(step), {name: items[name] for name in ("state", "ema_params")})
+            except (ValueError, KeyError, OSError) as error:
+                failed[step] = error
+                continue
+            for damaged, error in failed.items():  # the older one has the same shapes, so it is the file
+                log.warning("checkpoint %d in %s is damaged (%s); going back to %d", damaged, self.manager.directory, _line(error), step)
+                self.manager.delete(damaged)
+            return state.replace(**items["state"], ema_params=items["ema_params"]), step
+        newest, error = next(iter(failed.items()))
+        raise ValueError(
+            f"checkpoint {newest} in {self.manager.directory} does not fit this configuration ({_line(error)}); use another workdir"
+        ) from error
 
     def close(self) -> None:
         """Waits for writes under way."""
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+@jax.jit
+def _checksum(tree: Any) -> jax.Array:
+    # The sum of all bits read as integers, modulo 2^32: the same however they are spread, another when a byte is.
+    total = jnp.uint32(0)
+    for i, leaf in enumerate(jax.tree.leaves(tree)):
+        bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
+        total += jnp.uint32(2 * i + 1) * jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+    return total
+
+
+def _check(meta: dict, items: dict[str, Any]) -> None:
+    for name, tree in items.items():
+        if meta.get("checksums", {}).get(name, expected := int(_checksum(tree))) != expected:
+            raise ValueError(f"the values of {name} are not those that were written")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def folder(workdir: str | os.PathLike) -> Path:
@@ -98,7 +125,7 @@ def load_run(workdir: str | os.PathLike) -> tuple[dict, Any, int]:
     """The newest checkpoint of a run: its meta, its averaged parameters as NumPy arrays, and its step.
 
     Raises:
-      FileNotFoundError: when the folder holds no checkpoint.
+      FileNotFoundError: when the folder holds no checkpoint; ValueError: when it is damaged.
     """
     if not folder(workdir).is_dir():
         raise FileNotFoundError(f"no checkpoint in {workdir}; train that stage first, or name another folder")
@@ -107,10 +134,14 @@ def load_run(workdir: str | os.PathLike) -> tuple[dict, Any, int]:
         if step is None:
             raise FileNotFoundError(f"no complete checkpoint in {workdir}; train that stage first, or name another folder")
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        shapes = manager.item_metadata(step)["ema_params"]
-        target = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), getattr(shapes, "tree", shapes))
-        items = manager.restore(step, args=ocp.args.Composite(ema_params=ocp.args.StandardRestore(target)))
-    return meta, jax.tree.map(np.asarray, items["ema_params"]), step
+    with ocp.StandardCheckpointer() as reader:
+        path = folder(workdir) / str(step) / "ema_params"
+        shapes = reader.metadata(path)
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])  # those that wrote it need not be here
+        target = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), getattr(shapes, "item_metadata", shapes))
+        params = reader.restore(path, getattr(target, "tree", target))
+    _check(meta, {"ema_params": params})
+    return meta, jax.tree.map(np.asarray, params), step
 
 
 class ParamsHash:

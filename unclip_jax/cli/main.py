@@ -13,6 +13,7 @@ import unclip_jax
 # verb -> (module, what it does)
 VERBS = {
     "train": ("unclip_jax.cli.train", "train one stage of the cascade"),
+    "compile": ("unclip_jax.cli.compile", "compile a stage's train step for a pod that is not there, and say what it needs"),
     "bundle": ("unclip_jax.cli.bundle", "collect trained stages into a release bundle"),
     "convert": ("unclip_jax.cli.convert", "make a bundle of public weights: Karlo, CLIP"),
     "export": ("unclip_jax.cli.export", "write a bundle of Karlo's topology as diffusers' folder"),
@@ -39,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 1 for an error told in one line, 2 for a wrong command line, 130 when stopped."""
+    """Runs the command; returns its exit status: 0, 1 for an error told in one line, 2 for a wrong command line, 130 when interrupted, 75
+    when a training run was told to stop (SIGTERM) or hangs: what was done is saved, and the same command goes on."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("absl", "jax", "orbax", "tensorflow"):
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("unclip: stopped", file=sys.stderr)
         return 130
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, MemoryError, ArithmeticError) as error:
         if os.environ.get("UNCLIP_DEBUG"):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="assignments",
         help="override a setting, e.g. optimizer.learning_rate=3e-4",
     )
+    parser.add_argument("--profile", metavar="A:B", help="trace the steps from A to B of this process into WORKDIR/profile")
     parser.add_argument("--distributed", action="store_true", help="join the other hosts first (cloud TPU pods, SLURM)")
 
 
@@ -92,6 +93,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"the {config.stage} stage has no frozen CLIP; leave out --clip")
         # As typed on the command line, a relative path is relative to the current folder.
         assignments["clip"] = str(Path(args.clip).resolve()) if Path(args.clip).exists() else args.clip
+    if args.profile is not None:
+        assignments["profile"] = args.profile
+    if "://" in args.workdir:
+        raise ValueError(f"--workdir {args.workdir}: runs are written to folders; mount the bucket (gcsfuse) and name its folder")
     for key, value in assignments.items():
         override(config, key, value)
     if config.stage not in STAGES:

@@ -16,11 +16,11 @@ from unclip_jax.data import ops, pipeline, sources
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.evaluate.retrieval import retrieval_at_1
 from unclip_jax.models.clip import CLIP, MAX_LOGIT_SCALE
-from unclip_jax.sharding import compute_dtype, make_gather, make_mesh, shard_batch
+from unclip_jax.sharding import compute_dtype, gather_rest, make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
-from unclip_jax.train.optim import make_optimizer, updates_applied
+from unclip_jax.train.optim import make_optimizer
 from unclip_jax.train.sam import sam_gradient
-from unclip_jax.train.state import apply_gradients, create_state
+from unclip_jax.train.state import abstract_state, create_state, make_update
 
 
 # ---------------------------------------------------------------------------------------------------------------------- example
@@ -68,6 +68,42 @@ def loss_fn(params, rng, batch, *, model: CLIP):
     return loss_of_embeddings(params, embed_rows(params, batch, model=model))
 
 
+# ---------------------------------------------------------------------------------------------------------------------- network
+def example_of(config, clip=None):
+    """`make_example` as the configuration wants it."""
+    tokenizer, size = ClipTokenizer(**config.tokenizer), config.model.image.image_size
+    return functools.partial(make_example, tokenizer=tokenizer, size=size, crop_scale=config.data.crop_scale)
+
+
+def build(config, mesh, clip=None):
+    """The CLIP, its keyword arguments, and its initialisation (key -> parameters)."""
+    tokenizer, model_config = ClipTokenizer(**config.tokenizer), common.config_json(config.model)
+    model_config["text"] |= {"vocab_size": tokenizer.vocab_size, "length": tokenizer.length}
+    model = CLIP(**model_config, dtype=compute_dtype(config.dtype, mesh), remat=config.remat, gather=make_gather(mesh))
+
+    def init(key):
+        size = config.model.image.image_size
+        return model.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros((1, tokenizer.length), jnp.int32))["params"]
+
+    return model, model_config, init
+
+
+def gradient_of(config, mesh, model, clip=None):
+    """The gradient of the contrastive loss, or SAM's (appendix C). The loss compares all rows of a batch, so it has no parts."""
+    if config.sam.rho:
+        embed = lambda params, batch: embed_rows(gather_rest(params, mesh), batch, model=model)  # noqa: E731
+        lanes = mesh.shape["data"] * mesh.shape["fsdp"]
+        settings = {"rho": config.sam.rho, "group_size": config.sam.group_size, "lanes": lanes}
+        return lambda params, rng, frozen, batch: sam_gradient(embed, loss_of_embeddings, params, batch, **settings)
+    gradient = jax.value_and_grad(lambda params, rng, batch: loss_fn(gather_rest(params, mesh), rng, batch, model=model), has_aux=True)
+    return lambda params, rng, frozen, batch: gradient(params, rng, batch)
+
+
+def clamped(params):
+    """The temperature's bound (section 2.5) is kept in the parameter itself, so that it can come back from it."""
+    return params | {"logit_scale": jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)}
+
+
 # ---------------------------------------------------------------------------------------------------------------------- training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
     """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
@@ -82,38 +118,17 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     tokenizer = ClipTokenizer(**config.tokenizer)
     source = sources.make_source(config.data.train)
     evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
-    example = functools.partial(make_example, tokenizer=tokenizer, size=config.model.image.image_size, crop_scale=config.data.crop_scale)
+    example = example_of(config)
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
-    dtype = compute_dtype(config.dtype)
-    model_config = common.config_json(config.model)
-    model_config["text"] |= {"vocab_size": tokenizer.vocab_size, "length": tokenizer.length}
-    model = CLIP(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
-    tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
-
-    def init(key):
-        size = config.model.image.image_size
-        return model.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros((1, tokenizer.length), jnp.int32))["params"]
-
-    state, shardings = create_state(init, tx, config.seed, mesh)
+    model, model_config, init = build(config, mesh)
+    optimizer = make_optimizer(steps=config.steps, **config.optimizer)
+    _, shardings = abstract_state(init, optimizer[0], mesh)
+    state = create_state(init, optimizer[0], config.seed, shardings)
 
     # ------------------------------------------------------------------------------------------------------------------ update step
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def update(state, batch):
-        if config.sam.rho:
-            (loss, metrics), grads = sam_gradient(
-                functools.partial(embed_rows, model=model), loss_of_embeddings, state.params, batch,
-                rho=config.sam.rho, group_size=config.sam.group_size, lanes=mesh.shape["data"] * mesh.shape["fsdp"],
-            )  # fmt: skip
-        else:
-            grad_fn = jax.value_and_grad(functools.partial(loss_fn, model=model), has_aux=True)
-            (loss, metrics), grads = grad_fn(state.params, None, batch)
-        rate = learning_rate(updates_applied(state.opt_state))
-        state, update_metrics = apply_gradients(state, grads, tx, config.ema_decay)
-        # The clamp of the temperature (section 2.5) is kept in the parameter itself, so that it can come back from the bound.
-        clamp = lambda params: params | {"logit_scale": jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)}  # noqa: E731
-        state = state.replace(params=clamp(state.params), ema_params=clamp(state.ema_params))
-        return state, {"loss": loss, "learning_rate": rate, **metrics, **update_metrics}
+    gradient = gradient_of(config, mesh, model)
+    update = make_update(gradient, optimizer, shardings, seed=config.seed, ema_decay=config.ema_decay, project=clamped)
 
     # ------------------------------------------------------------------------------------------------------------------ restore
     store = CheckpointStore(workdir, config.keep)
@@ -143,17 +158,23 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return figures
 
     # ------------------------------------------------------------------------------------------------------------------ loop
-    logger = common.Logger(workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="clip")
+    logger = common.Logger(
+        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="clip",
+        patience=config.watchdog, profile=config.profile,
+    )  # fmt: skip
     batches = common.batches(config, source, example, start)
     figures: dict[str, float] = {}
     with common.closing(store, batches, logger), common.stop_signals() as stop:
         for step in range(start + 1, config.steps + 1):
-            state, metrics = update(state, shard_batch(next(batches), mesh))
+            arguments = state, {}, shard_batch(next(batches), mesh)
+            update = common.compiled_together(update, *arguments) if step == start + 1 else update
+            state, metrics = update(*arguments)
             logger.step(step, metrics)
-            if common.due(step, config.checkpoint_every, config.steps) or stop:
+            stopping = stop.after(step)
+            if common.due(step, config.checkpoint_every, config.steps) or stopping:
                 with logger.paused():
                     store.save(step, state, common.with_time(meta, logger))
-            if stop:
+            if stopping:
                 break
             if common.due(step, config.eval_every, config.steps):
                 with logger.paused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib.util
 import json
 import logging
@@ -11,6 +12,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -32,10 +35,14 @@ from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.generate import TextConditioning, build_model, encode_text
 from unclip_jax.grid import save_grid
 from unclip_jax.models.clip import CLIP
-from unclip_jax.sharding import Mesh, infer_shardings, path_name
+from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_shardings, make_gather, path_name
 from unclip_jax.train.state import TrainState
 
 log = logging.getLogger("unclip_jax")
+
+RESTART = 75  # exit status (EX_TEMPFAIL): nothing is wrong with the run itself, start the same command again
+MAX_SKIPPED = 50  # updates skipped in a row that stop a run
+COMPILE_TIMEOUT = 3600  # seconds that hosts wait for one another's compilers
 
 
 def resolve(path: str, workdir: str | os.PathLike) -> str:
@@ -81,6 +88,51 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
+def parse_profile(text: str | None) -> tuple[int, ...]:
+    """"10:20" -> (10, 20), None -> (). Raises ValueError on anything else."""
+    if text is None:
+        return ()
+    first, colon, last = str(text).partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
+        raise ValueError(f"profile must be FIRST:LAST, steps from 1, the first less than the last; got {text!r}")
+    return int(first), int(last)
+
+
+class Watchdog:
+    """Ends the process, with every thread's stack and status RESTART, when nothing was heard for `patience` seconds: a device or another
+    host that is alive but stuck is not noticed by jax. It sleeps until it first hears something; 0 seconds: it never wakes."""
+
+    def __init__(self, patience: float):
+        self.patience, self.heard, self.asleep = patience, time.monotonic(), True
+        self.closed = threading.Event()
+        if patience > 0:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def hear(self) -> None:
+        """Something went on."""
+        self.heard, self.asleep = time.monotonic(), False
+
+    def sleep(self) -> None:
+        """What comes may take any time."""
+        self.asleep = True
+
+    def close(self) -> None:
+        """Ends it."""
+        self.closed.set()
+
+    def _watch(self) -> None:
+        while not self.closed.wait(min(self.patience / 4, 5.0)):
+            silent = time.monotonic() - self.heard
+            if not self.asleep and silent > self.patience:
+                faulthandler.dump_traceback(all_threads=True)
+                print(
+                    f"host {jax.process_index()}: no step finished for {silent:.0f} s (config.watchdog {self.patience:g}): a device or "
+                    "another host hangs. The newest checkpoint is whole; the same command goes on from it",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+                os._exit(RESTART)
+
+
 class Logger:
     """Metrics of a run: `metrics.jsonl`, TensorBoard (`tb/`), and a progress bar or plain lines on standard error.
 
@@ -90,15 +142,34 @@ class Logger:
       batch_size: examples a step, for the rate.
       every: steps between two records.
       name: of the stage, on the progress bar.
+      patience: seconds without a finished step after which the process ends (`Watchdog`); 0: never.
+      profile: "10:20" traces these steps of this process, counted from its first, into `profile/`; None: none.
+
+    Raises:
+      ValueError: when `profile` is not two numbers, the first less than the second.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, start: int, total: int, batch_size: int, every: int, name: str):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        start: int,
+        total: int,
+        batch_size: int,
+        every: int,
+        name: str,
+        patience: float = 0.0,
+        profile: str | None = None,
+    ):
         self.start, self.total, self.batch_size, self.every, self.name = start, total, batch_size, every, name
         self.main = jax.process_index() == 0
         self.file = self.events = self.bar = None
         self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         self.made = self.clock = time.perf_counter()
         self.clock_step = start
+        self.profiled, self.traces = parse_profile(profile), str(Path(workdir) / "profile")
+        self.tracing = False
+        self.skipped, self.watchdog = 0, Watchdog(patience)
         if not self.main:
             return
         Path(workdir).mkdir(parents=True, exist_ok=True)
@@ -117,19 +188,33 @@ class Logger:
             self.bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of the step just dispatched (`step` counts from 1); fetches them only when a record is due."""
+        """Takes the metrics of the step just dispatched (`step` counts from 1); fetches them only when a record is due.
+
+        Raises:
+          FloatingPointError: when too many updates in a row were skipped; it names what was not finite.
+        """
         self.pending.append((step, metrics))
+        if step - self.start in self.profiled:
+            jax.block_until_ready(metrics)  # the trace begins and ends between steps
+            if step - self.start == self.profiled[0]:
+                jax.profiler.start_trace(self.traces)
+            else:
+                jax.profiler.stop_trace()
+            self.tracing = not self.tracing
         if self.bar is not None:
             self.bar.update(1)
         if not due(step, self.every, self.total):
             return
         values = jax.device_get([m for _, m in self.pending])
         self.pending.clear()
+        self.watchdog.hear()
+        self._count_skipped(step, values)
         now = time.perf_counter()
         seconds = (now - self.clock) / max(step - self.clock_step, 1)
         self.clock, self.clock_step = now, step
         record = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
         record |= {"step_time": seconds, "examples_per_second": self.batch_size / seconds}
+        record["examples_per_second_per_device"] = record["examples_per_second"] / jax.device_count()
         self.record(step, record)
         words = (f"loss {record['loss']:.4f}  " if "loss" in record else "") + f"{record['examples_per_second']:.1f} examples/s"
         if self.bar is not None:
@@ -138,11 +223,24 @@ class Logger:
             left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - step)))
             log.info("%s step %d/%d  %s  left %s", self.name, step, self.total, words, left)
 
+    def _count_skipped(self, step: int, values: list[dict[str, np.ndarray]]) -> None:
+        for value in values:
+            self.skipped = self.skipped + 1 if value.get("skipped") else 0
+            if self.skipped >= MAX_SKIPPED:
+                bad = ", ".join(key for key, number in value.items() if not np.isfinite(number))
+                raise FloatingPointError(
+                    f"{self.name} step {step}: {self.skipped} updates in a row were skipped, their {bad} not finite; parameters are those "
+                    "of before, and the last checkpoint is whole: lower the learning rate or look at the data, and run the command again"
+                )
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves what is done inside (evaluation, samples, checkpoints) out of the step time."""
-        started = time.perf_counter()
+        started, asleep = time.perf_counter(), self.watchdog.asleep
+        self.watchdog.sleep()
         yield
+        if not asleep:
+            self.watchdog.hear()
         self.clock += time.perf_counter() - started
 
     def seconds(self) -> float:
@@ -164,32 +262,65 @@ class Logger:
 
     def close(self) -> None:
         """Flushes and closes everything."""
-        for thing in (self.bar, self.file, self.events):
+        if self.tracing:  # the run ended before the last step to trace
+            jax.profiler.stop_trace()
+        for thing in (self.watchdog, self.bar, self.file, self.events):
             if thing is not None:
                 thing.close()
 
 
+class Stop:
+    """Whether the run shall save and leave; `received` holds the signals."""
+
+    def __init__(self):
+        self.received: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.received)
+
+    def after(self, step: int) -> bool:
+        """Whether to leave after this step; every host calls it at every step, and all of them leave after the same one."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.received.append(signal.SIGTERM)
+        return bool(self)
+
+
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yields a list that is empty until SIGTERM or SIGINT arrives: the loop then saves and leaves. A second one acts at once."""
-    received: list[int] = []
-    before = {}
+def stop_signals() -> Iterator[Stop]:
+    """Notes SIGTERM (a maintenance notice too) and SIGINT: the loop then saves and leaves. A second one acts at once. With several hosts
+    jax itself listens for SIGTERM, as all must leave after the same step."""
+    stop, before = Stop(), {}
 
     def note(number, frame):
-        received.append(number)
+        stop.received.append(number)
         signal.signal(number, before[number])
         log.info("stopping after this step: saving a checkpoint")
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
             before[number] = signal.signal(number, note)
     except ValueError:  # not the main thread: signals stay with whoever runs us
         pass
     try:
-        yield received
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def compiled_together(update: Callable, *arguments: Any) -> Callable:
+    """The update compiled on every host before any of them runs it: hosts that compile longer than a collective waits would break it."""
+    if jax.process_count() == 1:
+        return update
+    import orbax.checkpoint as ocp
+
+    compiled = update.lower(*arguments).compile()
+    barrier = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
+    barrier(key="unclip_jax_update_compiled", timeout_ms=COMPILE_TIMEOUT * 1000)
+    return compiled
 
 
 def say(text: str) -> None:
@@ -224,8 +355,9 @@ def restore_or_init(
                 f"this run was trained with CLIP {old['part'].get('clip')}, but {meta['part'].get('clip')} is given now; "
                 "use another workdir, or the same CLIP"
             )
-        say(f"{meta['name']}: going on from step {step}")
-        return store.restore(step, state, shardings), {**meta, "provenance": old["provenance"]}, step, old["part"]
+        state, step = store.restore(state, shardings)
+        say(f"{meta['name']}: going on from step {step}" + _differences(old["config"], meta["config"]))
+        return state, {**meta, "provenance": store.meta(step)["provenance"]}, step, old["part"]
     old_part: dict = {}
     if init_from is not None:
         part, old = load(init_from, meta["name"])
@@ -245,6 +377,13 @@ def restore_or_init(
     return state, meta, 0, old_part
 
 
+def _differences(before: dict, now: dict) -> str:
+    flat = lambda config: {"/".join(map(str, k)): v for k, v in traverse_util.flatten_dict(config).items()}  # noqa: E731
+    before, now = flat(before), flat(now)
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    return "".join(f"\n  {key.replace('/', '.')} was {before.get(key)}, is {now.get(key)}" for key in keys)
+
+
 @dataclass(frozen=True)
 class FrozenClip:
     """The CLIP under a stage. `params` are a step argument, never closed over; `hash` names its embedding space."""
@@ -256,10 +395,12 @@ class FrozenClip:
     image_size: int
     embed_dim: int
     empty: dict[str, np.ndarray]  # the empty caption, one row of what a batch holds of captions
+    own: ClipTokenizer | None  # of the stage's own text encoder
+    mesh: Mesh
 
     def text(self, params: Any, batch: Mapping[str, jax.Array]) -> TextConditioning:
         """A batch's captions -> conditioning; no gradient."""
-        return jax.lax.stop_gradient(encode_text(self.model, params, batch))
+        return jax.lax.stop_gradient(encode_text(self.model, gather_rest(params, self.mesh), batch))
 
     def zeros(self) -> TextConditioning:
         """Zeros in the shapes of one caption's conditioning, to initialise networks with."""
@@ -267,6 +408,7 @@ class FrozenClip:
 
     def image(self, params: Any, image: jax.Array) -> jax.Array:
         """(B, Hc, Wc, 3) in [-1, 1] -> raw z_i (B, D); no gradient."""
+        params = gather_rest(params, self.mesh)
         return jax.lax.stop_gradient(self.model.apply({"params": params}, image, method="encode_image"))
 
 
@@ -286,18 +428,19 @@ def tokenizer_of(own: ClipTokenizer | None) -> dict:
     return {} if own is None else {"text_tokenizer": own.config()}
 
 
-def frozen_clip(path: str, workdir: str | os.PathLike, mesh: Mesh, dtype: Any, text_tokenizer: ClipTokenizer | None = None) -> FrozenClip:
+def frozen_clip(path: str, workdir: str | os.PathLike, mesh: Mesh, dtype: str, own: ClipTokenizer | None = None) -> FrozenClip:
     """Loads the CLIP of a run or a bundle onto the mesh.
 
     Args:
       path: a bundle, a run's folder, or a path relative to this run's folder ("../clip").
-      text_tokenizer: of the stage's own text encoder, if it has one.
+      dtype: that it computes in (`sharding.compute_dtype`).
+      own: the tokenizer of the stage's own text encoder, if it has one.
 
     Raises:
       FileNotFoundError, ValueError, KeyError: one line naming what is missing.
     """
     part, meta = load_part(resolve(path, workdir), "clip")
-    model = build_model(part.config, dtype)
+    model = build_model(part.config, compute_dtype(dtype, mesh), gather=make_gather(mesh))
     tokenizer = ClipTokenizer.from_config(meta["tokenizer"])
     return FrozenClip(
         model=model,
@@ -306,7 +449,9 @@ def frozen_clip(path: str, workdir: str | os.PathLike, mesh: Mesh, dtype: Any, t
         tokenizer=tokenizer,
         image_size=model.image["image_size"],
         embed_dim=model.embed_dim,
-        empty=caption_arrays([""], tokenizer, text_tokenizer),
+        empty=caption_arrays([""], tokenizer, own),
+        own=own,
+        mesh=mesh,
     )
 
 
@@ -357,11 +502,12 @@ def closing(*things: Any) -> Iterator[None]:
         yield
 
 
-def leave_if_stopped(stop: list[int]) -> None:
-    """Leaves with status 130 if a signal stopped the run; its work is saved."""
+def leave_if_stopped(stop: Stop) -> None:
+    """Leaves if a signal stopped the run; its work is saved. The status is 130 after SIGINT, and RESTART after SIGTERM, on which a launcher
+    shall start the command again."""
     if stop:
         say("stopped; the same command goes on from here")
-        raise SystemExit(130)
+        raise SystemExit(130 if signal.SIGINT in stop.received else RESTART)
 
 
 def crossed(array: jax.Array) -> np.ndarray:

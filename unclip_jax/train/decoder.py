@@ -24,8 +24,8 @@ from unclip_jax.generate import options_from, sample_decoder, select_text, text_
 from unclip_jax.models.unet import Decoder
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
-from unclip_jax.train.optim import make_optimizer, updates_applied
-from unclip_jax.train.state import apply_gradients, create_state, step_rng
+from unclip_jax.train.optim import make_optimizer
+from unclip_jax.train.state import abstract_state, accumulated, create_state, make_update, step_rng
 
 
 # ---------------------------------------------------------------------------------------------------------------------- example
@@ -95,6 +95,46 @@ def loss_fn(params, rng, batch, *, frozen, clip, model, tables, diffusion, freez
     return simple + diffusion["vb_weight"] * diffusion["num_steps"] * bits, {"simple": simple, "vb_bits": bits}
 
 
+# ---------------------------------------------------------------------------------------------------------------------- network
+def example_of(config, clip):
+    """`make_example` as the configuration wants it."""
+    return functools.partial(
+        make_example, tokenizer=clip.tokenizer, own=clip.own, size=config.model.unet.image_size, clip_size=clip.image_size,
+        crop_scale=config.data.crop_scale, inpaint=config.model.inpaint,
+    )  # fmt: skip
+
+
+def build(config, mesh, clip):
+    """The decoder, its keyword arguments, and its initialisation (key -> parameters)."""
+    model_config, size = common.config_json(config.model), config.model.unet.image_size
+    if clip.own is not None:
+        model_config["text"] |= {"vocab_size": clip.own.vocab_size, "length": clip.own.length}
+    model = Decoder(**model_config, dtype=compute_dtype(config.dtype, mesh), remat=config.remat, gather=make_gather(mesh))
+
+    def init(key):
+        text = clip.zeros()
+        x, drop = jnp.zeros((1, size, size, 3)), jnp.zeros(1, bool)
+        known = known_part({"image": x, "known": x[..., :1] == 0} if config.model.inpaint else {})
+        return model.init(key, x, jnp.zeros(1), image_embed=text.embed, drop_image=drop, **text_inputs(model, text), **known)["params"]
+
+    return model, model_config, init
+
+
+def objective(config, model, clip):
+    """`loss_fn` as the configuration wants it: (params, rng, batch, frozen=) -> loss and metrics."""
+    diffusion = common.config_json(config.diffusion)
+    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
+    return functools.partial(
+        loss_fn, clip=clip, model=model, tables=tables, diffusion=diffusion,
+        freeze_text=config.freeze_text, drop_embedding=config.drop_embedding, drop_text=config.drop_text,
+    )  # fmt: skip
+
+
+def gradient_of(config, mesh, model, clip):
+    """The gradient of the objective, over the parts of the batch that the configuration asks for."""
+    return accumulated(objective(config, model, clip), config.grad_accumulation, mesh)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
     """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
@@ -106,36 +146,21 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
-    dtype = compute_dtype(config.dtype)
     own = common.own_tokenizer(config)
     if config.freeze_text and (own is None or config.optimizer.weight_decay):
         raise ValueError("freeze_text keeps the decoder's own text encoder: it needs one, and no weight decay, which would shrink it")
-    clip = common.frozen_clip(config.clip, workdir, mesh, dtype, own)
+    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, own)
     source = sources.make_source(config.data.train)
     held_out = sources.make_source(config.data.eval)
-    size = config.model.unet.image_size
     inpaint = config.model.inpaint
-    example = functools.partial(
-        make_example, tokenizer=clip.tokenizer, own=own, size=size, clip_size=clip.image_size, crop_scale=config.data.crop_scale,
-        inpaint=inpaint,
-    )  # fmt: skip
+    example = example_of(config, clip)
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
-    model_config = common.config_json(config.model)
-    if own is not None:
-        model_config["text"] |= {"vocab_size": own.vocab_size, "length": own.length}
-    model = Decoder(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
+    model, model_config, init = build(config, mesh, clip)
     diffusion = common.config_json(config.diffusion)
-    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
-    tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
-
-    def init(key):
-        text = clip.zeros()
-        x, drop = jnp.zeros((1, size, size, 3)), jnp.zeros(1, bool)
-        known = known_part({"image": x, "known": x[..., :1] == 0} if inpaint else {})
-        return model.init(key, x, jnp.zeros(1), image_embed=text.embed, drop_image=drop, **text_inputs(model, text), **known)["params"]
-
-    state, shardings = create_state(init, tx, config.seed, mesh)
+    optimizer = make_optimizer(steps=config.steps, **config.optimizer)
+    _, shardings = abstract_state(init, optimizer[0], mesh)
+    state = create_state(init, optimizer[0], config.seed, shardings)
 
     # ------------------------------------------------------------------------------------------------------------------ restore
     store = CheckpointStore(workdir, config.keep)
@@ -151,18 +176,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     # ------------------------------------------------------------------------------------------------------------------ update step
     frozen = {"clip": clip.params}
-    loss_of = functools.partial(
-        loss_fn, clip=clip, model=model, tables=tables, diffusion=diffusion,
-        freeze_text=config.freeze_text, drop_embedding=config.drop_embedding, drop_text=config.drop_text,
-    )  # fmt: skip
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def update(state, frozen, batch):
-        rng = step_rng(config.seed, state.step)
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, rng, batch, frozen=frozen)
-        rate = learning_rate(updates_applied(state.opt_state))
-        state, update_metrics = apply_gradients(state, grads, tx, config.ema_decay)
-        return state, {"loss": loss, "learning_rate": rate, **metrics, **update_metrics}
+    loss_of = objective(config, model, clip)
+    gradient = gradient_of(config, mesh, model, clip)
+    update = make_update(gradient, optimizer, shardings, seed=config.seed, ema_decay=config.ema_decay)
 
     # ------------------------------------------------------------------------------------------------------------------ evaluators
     options = options_from(config.sampling)
@@ -192,18 +208,22 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     # ------------------------------------------------------------------------------------------------------------------ loop
     logger = common.Logger(
-        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name=meta["name"]
-    )
+        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name=meta["name"],
+        patience=config.watchdog, profile=config.profile,
+    )  # fmt: skip
     batches = common.batches(config, source, example, start)
     figures: dict[str, float] = {}
     with common.closing(store, batches, logger), common.stop_signals() as stop:
         for step in range(start + 1, config.steps + 1):
-            state, metrics = update(state, frozen, shard_batch(next(batches), mesh))
+            arguments = state, frozen, shard_batch(next(batches), mesh)
+            update = common.compiled_together(update, *arguments) if step == start + 1 else update
+            state, metrics = update(*arguments)
             logger.step(step, metrics)
-            if common.due(step, config.checkpoint_every, config.steps) or stop:
+            stopping = stop.after(step)
+            if common.due(step, config.checkpoint_every, config.steps) or stopping:
                 with logger.paused():
                     store.save(step, state, common.with_time(meta, logger))
-            if stop:
+            if stopping:
                 break
             if common.due(step, config.eval_every, config.steps):
                 with logger.paused():

@@ -28,6 +28,7 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
+    mu_dtype: str | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer and its learning-rate schedule.
 
@@ -37,12 +38,15 @@ def make_optimizer(
       warmup_steps: linear from zero to the peak.
       schedule: `cosine` or `constant` after the warmup.
       clip_norm: largest global gradient norm, None for no clipping.
+      mu_dtype: `bfloat16` keeps the first moment in half the memory; None: float32.
 
     Raises:
-      ValueError: on an unknown schedule, or a warmup as long as the training.
+      ValueError: on an unknown schedule or mu_dtype, or a warmup as long as the training.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown learning-rate schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if mu_dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"unknown mu_dtype {mu_dtype!r}; choose float32, bfloat16 or None")
     if warmup_steps >= steps:
         raise ValueError(f"warmup_steps {warmup_steps} must be fewer than steps {steps}")
     if schedule == "cosine":
@@ -52,7 +56,7 @@ def make_optimizer(
             [optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1)), optax.constant_schedule(learning_rate)], [warmup_steps]
         )
     chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    chain.append(optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask))
+    chain.append(optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask, mu_dtype=mu_dtype))
     return optax.chain(*chain), rate
 
 

@@ -17,10 +17,10 @@ import optax
 from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.data import sources
 from unclip_jax.models.prior_ar import Codec, project
-from unclip_jax.sharding import compute_dtype, make_mesh, shard_batch
+from unclip_jax.sharding import make_mesh, shard_batch
 from unclip_jax.train import common
 from unclip_jax.train.clip import make_example
-from unclip_jax.train.state import create_state
+from unclip_jax.train.state import abstract_state, create_state
 
 
 # ---------------------------------------------------------------------------------------------------------------------- fit
@@ -62,7 +62,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         raise ValueError("the pca stage starts from nothing; leave out --init-from")
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
-    clip = common.frozen_clip(config.clip, workdir, mesh, compute_dtype(config.dtype))
+    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype)
     source = sources.make_source(config.data.train)
     example = functools.partial(make_example, tokenizer=clip.tokenizer, size=clip.image_size, crop_scale=config.data.crop_scale)
     dim, rows = clip.embed_dim, config.steps * config.batch_size
@@ -74,7 +74,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     # ------------------------------------------------------------------------------------------------------------------ restore
     store = CheckpointStore(workdir, config.keep)
     zeros = {"mean": (dim,), "components": (dim, dim), "eigenvalues": (dim,), "low": (dim,), "high": (dim,)}
-    state, shardings = create_state(lambda key: {k: jnp.zeros(shape) for k, shape in zeros.items()}, optax.identity(), config.seed, mesh)
+    empty = lambda key: {k: jnp.zeros(shape) for k, shape in zeros.items()}  # noqa: E731
+    _, shardings = abstract_state(empty, optax.identity(), mesh)
+    state = create_state(empty, optax.identity(), config.seed, shardings)
     meta = {
         "name": "pca",
         "part": {"kind": "pca", "embed_dim": dim, "dims": config.dims, "clip": clip.hash},

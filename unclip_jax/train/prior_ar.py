@@ -21,8 +21,8 @@ from unclip_jax.models.prior_ar import ARPrior, Codec, cosine, dot_token, projec
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
 from unclip_jax.train.clip import make_example  # the same row: an image and a caption as CLIP sees them
-from unclip_jax.train.optim import make_optimizer, updates_applied
-from unclip_jax.train.state import apply_gradients, create_state, step_rng
+from unclip_jax.train.optim import make_optimizer
+from unclip_jax.train.state import abstract_state, accumulated, create_state, make_update, step_rng
 
 
 # ---------------------------------------------------------------------------------------------------------------------- statistics
@@ -58,6 +58,38 @@ def loss_fn(params, rng, batch, *, frozen, clip, model, edges, drop_text):
     return -jnp.mean(log_prob), {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == codes)}
 
 
+# ---------------------------------------------------------------------------------------------------------------------- network
+def example_of(config, clip):
+    """`make_example` as the configuration wants it."""
+    crop_scale = config.data.crop_scale
+    return functools.partial(make_example, tokenizer=clip.tokenizer, own=clip.own, size=clip.image_size, crop_scale=crop_scale)
+
+
+def build(config, mesh, clip):
+    """The prior, its keyword arguments, and its initialisation (key -> parameters)."""
+    model_config = common.config_json(config.model) | {"length": (clip.own or clip.tokenizer).length}
+    if clip.own is not None:
+        model_config["text"] |= {"vocab_size": clip.own.vocab_size, "length": clip.own.length}
+    model = ARPrior(**model_config, dtype=compute_dtype(config.dtype, mesh), remat=config.remat, gather=make_gather(mesh))
+
+    def init(key):
+        text = text_inputs(model, clip.zeros())
+        codes, dot = jnp.zeros((1, model.codes), jnp.int32), jnp.zeros(1, jnp.int32)
+        return model.init(key, codes, dot, **text)["params"]
+
+    return model, model_config, init
+
+
+def objective(config, model, clip, edges):
+    """`loss_fn` as the configuration wants it: (params, rng, batch, frozen=) -> loss and metrics."""
+    return functools.partial(loss_fn, clip=clip, model=model, edges=edges, drop_text=config.drop_text)
+
+
+def gradient_of(config, mesh, model, clip, edges):
+    """The gradient of the objective, over the parts of the batch that the configuration asks for."""
+    return accumulated(objective(config, model, clip, edges), config.grad_accumulation, mesh)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
     """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
@@ -72,9 +104,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
-    dtype = compute_dtype(config.dtype)
     own = common.own_tokenizer(config)
-    clip = common.frozen_clip(config.clip, workdir, mesh, dtype, own)
+    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, own)
     pca, _ = load_part(common.resolve(config.pca, workdir), "pca")
     if pca.config["clip"] != clip.hash:
         raise ValueError(f"the codec was fitted in the embedding space of CLIP {pca.config['clip']}, but the CLIP given is {clip.hash}")
@@ -83,21 +114,13 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     codec = jax.device_put(Codec(**pca.params))
     source = sources.make_source(config.data.train)
     evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
-    example = functools.partial(make_example, tokenizer=clip.tokenizer, own=own, size=clip.image_size, crop_scale=config.data.crop_scale)
+    example = example_of(config, clip)
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
-    model_config = common.config_json(config.model) | {"length": (own or clip.tokenizer).length}
-    if own is not None:
-        model_config["text"] |= {"vocab_size": own.vocab_size, "length": own.length}
-    model = ARPrior(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
-    tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
-
-    def init(key):
-        text = text_inputs(model, clip.zeros())
-        codes, dot = jnp.zeros((1, model.codes), jnp.int32), jnp.zeros(1, jnp.int32)
-        return model.init(key, codes, dot, **text)["params"]
-
-    state, shardings = create_state(init, tx, config.seed, mesh)
+    model, model_config, init = build(config, mesh, clip)
+    optimizer = make_optimizer(steps=config.steps, **config.optimizer)
+    _, shardings = abstract_state(init, optimizer[0], mesh)
+    state = create_state(init, optimizer[0], config.seed, shardings)
 
     # ------------------------------------------------------------------------------------------------------------------ restore
     store = CheckpointStore(workdir, config.keep)
@@ -118,15 +141,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     # ------------------------------------------------------------------------------------------------------------------ update step
     frozen = {"clip": clip.params, "codec": codec}
-    loss_of = functools.partial(loss_fn, clip=clip, model=model, edges=edges, drop_text=config.drop_text)
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def update(state, frozen, batch):
-        rng = step_rng(config.seed, state.step)
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, rng, batch, frozen=frozen)
-        rate = learning_rate(updates_applied(state.opt_state))
-        state, update_metrics = apply_gradients(state, grads, tx, config.ema_decay)
-        return state, {"loss": loss, "learning_rate": rate, **metrics, **update_metrics}
+    gradient = gradient_of(config, mesh, model, clip, edges)
+    update = make_update(gradient, optimizer, shardings, seed=config.seed, ema_decay=config.ema_decay)
 
     # ------------------------------------------------------------------------------------------------------------------ evaluators
     options = options_from(config.sampling, "prior_ar")
@@ -157,17 +173,23 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return figures
 
     # ------------------------------------------------------------------------------------------------------------------ loop
-    logger = common.Logger(workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="prior_ar")
+    logger = common.Logger(
+        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="prior_ar",
+        patience=config.watchdog, profile=config.profile,
+    )  # fmt: skip
     batches = common.batches(config, source, example, start)
     figures: dict[str, float] = {}
     with common.closing(store, batches, logger), common.stop_signals() as stop:
         for step in range(start + 1, config.steps + 1):
-            state, metrics = update(state, frozen, shard_batch(next(batches), mesh))
+            arguments = state, frozen, shard_batch(next(batches), mesh)
+            update = common.compiled_together(update, *arguments) if step == start + 1 else update
+            state, metrics = update(*arguments)
             logger.step(step, metrics)
-            if common.due(step, config.checkpoint_every, config.steps) or stop:
+            stopping = stop.after(step)
+            if common.due(step, config.checkpoint_every, config.steps) or stopping:
                 with logger.paused():
                     store.save(step, state, common.with_time(meta, logger))
-            if stop:
+            if stopping:
                 break
             if common.due(step, config.eval_every, config.steps):
                 with logger.paused():

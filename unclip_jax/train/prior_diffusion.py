@@ -19,13 +19,13 @@ from unclip_jax.diffusion.losses import sample_noised, simple_loss, training_tab
 from unclip_jax.diffusion.process import add_noise, to_x0_eps
 from unclip_jax.diffusion.schedule import make_schedule, strided_steps
 from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.generate import options_from, part_space, sample_prior, select_text, text_inputs
+from unclip_jax.generate import options_from, part_schedule, part_space, sample_prior, select_text, text_inputs
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
 from unclip_jax.train.clip import make_example  # the same row: an image and a caption as CLIP sees them
-from unclip_jax.train.optim import make_optimizer, updates_applied
-from unclip_jax.train.state import apply_gradients, create_state, step_rng
+from unclip_jax.train.optim import make_optimizer
+from unclip_jax.train.state import abstract_state, accumulated, create_state, make_update, step_rng
 
 ERROR_TIMES, ERROR_BATCHES = 50, 2  # time steps at which the errors for analytic variance are measured, and batches at each
 
@@ -67,6 +67,42 @@ def loss_fn(params, rng, batch, *, frozen, clip, model, space, tables, predictio
     return jnp.mean(simple_loss(out, z, eps, t, tables, prediction)), {}
 
 
+# ---------------------------------------------------------------------------------------------------------------------- network
+def example_of(config, clip):
+    """`make_example` as the configuration wants it."""
+    crop_scale = config.data.crop_scale
+    return functools.partial(make_example, tokenizer=clip.tokenizer, own=clip.own, size=clip.image_size, crop_scale=crop_scale)
+
+
+def build(config, mesh, clip):
+    """The prior, its keyword arguments, and its initialisation (key -> parameters)."""
+    model_config = common.config_json(config.model) | {"embed_dim": clip.embed_dim, "length": (clip.own or clip.tokenizer).length}
+    if clip.own is not None:
+        model_config["text"] |= {"num_embeddings": clip.own.vocab_size}
+    model = DiffusionPrior(**model_config, dtype=compute_dtype(config.dtype, mesh), remat=config.remat, gather=make_gather(mesh))
+
+    def init(key):
+        text = text_inputs(model, clip.zeros())
+        return model.init(key, jnp.zeros((1, clip.embed_dim)), jnp.zeros(1), **text)["params"]
+
+    return model, model_config, init
+
+
+def objective(config, model, clip, space):
+    """`loss_fn` as the configuration wants it: (params, rng, batch, frozen=) -> loss and metrics."""
+    diffusion = common.config_json(config.diffusion)
+    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
+    prediction = diffusion["prediction"]
+    return functools.partial(
+        loss_fn, clip=clip, model=model, space=space, tables=tables, prediction=prediction, drop_text=config.drop_text
+    )
+
+
+def gradient_of(config, mesh, model, clip, space):
+    """The gradient of the objective, over the parts of the batch that the configuration asks for."""
+    return accumulated(objective(config, model, clip, space), config.grad_accumulation, mesh)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
     """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
@@ -78,27 +114,18 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
-    dtype = compute_dtype(config.dtype)
     own = common.own_tokenizer(config)
-    clip = common.frozen_clip(config.clip, workdir, mesh, dtype, own)
+    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, own)
     source = sources.make_source(config.data.train)
     evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
-    example = functools.partial(make_example, tokenizer=clip.tokenizer, own=own, size=clip.image_size, crop_scale=config.data.crop_scale)
+    example = example_of(config, clip)
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
-    model_config = common.config_json(config.model) | {"embed_dim": clip.embed_dim, "length": (own or clip.tokenizer).length}
-    if own is not None:
-        model_config["text"] |= {"num_embeddings": own.vocab_size}
-    model = DiffusionPrior(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
+    model, model_config, init = build(config, mesh, clip)
     diffusion = common.config_json(config.diffusion)
-    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
-    tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
-
-    def init(key):
-        text = text_inputs(model, clip.zeros())
-        return model.init(key, jnp.zeros((1, clip.embed_dim)), jnp.zeros(1), **text)["params"]
-
-    state, shardings = create_state(init, tx, config.seed, mesh)
+    optimizer = make_optimizer(steps=config.steps, **config.optimizer)
+    _, shardings = abstract_state(init, optimizer[0], mesh)
+    state = create_state(init, optimizer[0], config.seed, shardings)
 
     # ------------------------------------------------------------------------------------------------------------------ restore
     store = CheckpointStore(workdir, config.keep)
@@ -121,17 +148,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     # ------------------------------------------------------------------------------------------------------------------ update step
     frozen = {"clip": clip.params}
-    loss_of = functools.partial(
-        loss_fn, clip=clip, model=model, space=space, tables=tables, prediction=diffusion["prediction"], drop_text=config.drop_text
-    )
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def update(state, frozen, batch):
-        rng = step_rng(config.seed, state.step)
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, rng, batch, frozen=frozen)
-        rate = learning_rate(updates_applied(state.opt_state))
-        state, update_metrics = apply_gradients(state, grads, tx, config.ema_decay)
-        return state, {"loss": loss, "learning_rate": rate, **metrics, **update_metrics}
+    gradient = gradient_of(config, mesh, model, clip, space)
+    update = make_update(gradient, optimizer, shardings, seed=config.seed, ema_decay=config.ema_decay)
 
     # ------------------------------------------------------------------------------------------------------------------ evaluators
     options = options_from(config.sampling)
@@ -166,7 +184,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         z = normalize(space, clip.image(frozen["clip"], batch["clip_image"]))
         text = clip.text(frozen["clip"], batch)
         times = strided_steps(diffusion["num_steps"], min(ERROR_TIMES, diffusion["num_steps"]))
-        abar, kind = jnp.asarray(tables.alphas_cumprod), diffusion["prediction"]
+        abar, kind = jnp.asarray(part_schedule(meta["part"]).alphas_cumprod, jnp.float32), diffusion["prediction"]
 
         def at(t):
             z_t = add_noise(z, jax.random.normal(jax.random.fold_in(rng, t), z.shape), abar[t])
@@ -186,19 +204,25 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return error_table(dict(zip(times.astype(int).tolist(), errors.tolist())), float(variance), diffusion["num_steps"])
 
     # ------------------------------------------------------------------------------------------------------------------ loop
-    logger = common.Logger(workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="prior")
+    logger = common.Logger(
+        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="prior",
+        patience=config.watchdog, profile=config.profile,
+    )  # fmt: skip
     batches = common.batches(config, source, example, start)
     figures: dict[str, float] = {}
     with common.closing(store, batches, logger), common.stop_signals() as stop:
         for step in range(start + 1, config.steps + 1):
-            state, metrics = update(state, frozen, shard_batch(next(batches), mesh))
+            arguments = state, frozen, shard_batch(next(batches), mesh)
+            update = common.compiled_together(update, *arguments) if step == start + 1 else update
+            state, metrics = update(*arguments)
             logger.step(step, metrics)
-            if common.due(step, config.checkpoint_every, config.steps) or stop:
+            stopping = stop.after(step)
+            if common.due(step, config.checkpoint_every, config.steps) or stopping:
                 with logger.paused():
                     if step == config.steps:
                         meta["part"]["x0_error"] = measure_errors(state)
                     store.save(step, state, common.with_time(meta, logger))
-            if stop:
+            if stopping:
                 break
             if common.due(step, config.eval_every, config.steps):
                 with logger.paused():

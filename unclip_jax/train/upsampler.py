@@ -21,8 +21,8 @@ from unclip_jax.generate import options_from, sample_upsampler
 from unclip_jax.models.unet import Upsampler
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh, shard_batch
 from unclip_jax.train import common
-from unclip_jax.train.optim import make_optimizer, updates_applied
-from unclip_jax.train.state import apply_gradients, create_state, step_rng
+from unclip_jax.train.optim import make_optimizer
+from unclip_jax.train.state import abstract_state, accumulated, create_state, make_update, step_rng
 
 
 # ---------------------------------------------------------------------------------------------------------------------- example
@@ -42,7 +42,7 @@ def make_example(record, rng, *, size, crop_size, factor, degradation, blur_prob
 
 
 # ---------------------------------------------------------------------------------------------------------------------- loss
-def loss_fn(params, rng, batch, *, model, tables, diffusion):
+def loss_fn(params, rng, batch, *, model, tables, diffusion, frozen=None):
     """Loss () and metrics of a global batch."""
     rng_noise, rng_dropout = jax.random.split(rng)
     x0 = batch["image"]
@@ -59,6 +59,48 @@ def loss_fn(params, rng, batch, *, model, tables, diffusion):
     return simple + diffusion["vb_weight"] * diffusion["num_steps"] * bits, {"simple": simple, "vb_bits": bits}
 
 
+# ---------------------------------------------------------------------------------------------------------------------- network
+def example_of(config, clip=None):
+    """`make_example` as the configuration wants it; there is no CLIP in this stage.
+
+    Raises:
+      ValueError: on sizes that do not fit the factor, or an unknown degradation.
+    """
+    size, factor = config.model.unet.image_size, config.factor
+    if size % factor or config.data.crop_size % factor:
+        raise ValueError(f"image_size {size} and crop_size {config.data.crop_size} must be multiples of the factor {factor}")
+    if config.data.degradation not in ("blur", "bsr_light"):
+        raise ValueError(f"unknown degradation {config.data.degradation!r}; choose blur or bsr_light")
+    return functools.partial(
+        make_example, size=size, crop_size=config.data.crop_size, factor=factor, degradation=config.data.degradation,
+        blur_prob=config.data.blur_prob,
+    )  # fmt: skip
+
+
+def build(config, mesh, clip=None):
+    """The upsampler, its keyword arguments, and its initialisation (key -> parameters)."""
+    model_config, size = common.config_json(config.model), config.model.unet.image_size
+    model = Upsampler(**model_config, dtype=compute_dtype(config.dtype, mesh), remat=config.remat, gather=make_gather(mesh))
+
+    def init(key):
+        small = jnp.zeros((1, size // config.factor, size // config.factor, 3))
+        return model.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros(1), low_res=small)["params"]
+
+    return model, model_config, init
+
+
+def objective(config, model, clip=None):
+    """`loss_fn` as the configuration wants it: (params, rng, batch, frozen=) -> loss and metrics."""
+    diffusion = common.config_json(config.diffusion)
+    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
+    return functools.partial(loss_fn, model=model, tables=tables, diffusion=diffusion)
+
+
+def gradient_of(config, mesh, model, clip=None):
+    """The gradient of the objective, over the parts of the batch that the configuration asks for."""
+    return accumulated(objective(config, model, clip), config.grad_accumulation, mesh)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
     """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
@@ -70,31 +112,17 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
-    dtype = compute_dtype(config.dtype)
     source = sources.make_source(config.data.train)
     held_out = sources.make_source(config.data.eval)
     size, factor = config.model.unet.image_size, config.factor
-    if size % factor or config.data.crop_size % factor:
-        raise ValueError(f"image_size {size} and crop_size {config.data.crop_size} must be multiples of the factor {factor}")
-    if config.data.degradation not in ("blur", "bsr_light"):
-        raise ValueError(f"unknown degradation {config.data.degradation!r}; choose blur or bsr_light")
-    example = functools.partial(
-        make_example, size=size, crop_size=config.data.crop_size, factor=factor, degradation=config.data.degradation,
-        blur_prob=config.data.blur_prob,
-    )  # fmt: skip
+    example = example_of(config)
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
-    model_config = common.config_json(config.model)
-    model = Upsampler(**model_config, dtype=dtype, remat=config.remat, gather=make_gather(mesh))
+    model, model_config, init = build(config, mesh)
     diffusion = common.config_json(config.diffusion)
-    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
-    tx, learning_rate = make_optimizer(steps=config.steps, **config.optimizer)
-
-    def init(key):
-        small = jnp.zeros((1, size // factor, size // factor, 3))
-        return model.init(key, jnp.zeros((1, size, size, 3)), jnp.zeros(1), low_res=small)["params"]
-
-    state, shardings = create_state(init, tx, config.seed, mesh)
+    optimizer = make_optimizer(steps=config.steps, **config.optimizer)
+    _, shardings = abstract_state(init, optimizer[0], mesh)
+    state = create_state(init, optimizer[0], config.seed, shardings)
 
     # ------------------------------------------------------------------------------------------------------------------ restore
     store = CheckpointStore(workdir, config.keep)
@@ -108,15 +136,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     state, meta, start, _ = common.restore_or_init(store, state, shardings, meta, init_from)
 
     # ------------------------------------------------------------------------------------------------------------------ update step
-    loss_of = functools.partial(loss_fn, model=model, tables=tables, diffusion=diffusion)
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def update(state, batch):
-        rng = step_rng(config.seed, state.step)
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, rng, batch)
-        rate = learning_rate(updates_applied(state.opt_state))
-        state, update_metrics = apply_gradients(state, grads, tx, config.ema_decay)
-        return state, {"loss": loss, "learning_rate": rate, **metrics, **update_metrics}
+    loss_of = objective(config, model)
+    gradient = gradient_of(config, mesh, model)
+    update = make_update(gradient, optimizer, shardings, seed=config.seed, ema_decay=config.ema_decay)
 
     # ------------------------------------------------------------------------------------------------------------------ evaluators
     options = options_from(config.sampling)
@@ -138,18 +160,22 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     # ------------------------------------------------------------------------------------------------------------------ loop
     logger = common.Logger(
-        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name=meta["name"]
-    )
+        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name=meta["name"],
+        patience=config.watchdog, profile=config.profile,
+    )  # fmt: skip
     batches = common.batches(config, source, example, start)
     figures: dict[str, float] = {}
     with common.closing(store, batches, logger), common.stop_signals() as stop:
         for step in range(start + 1, config.steps + 1):
-            state, metrics = update(state, shard_batch(next(batches), mesh))
+            arguments = state, {}, shard_batch(next(batches), mesh)
+            update = common.compiled_together(update, *arguments) if step == start + 1 else update
+            state, metrics = update(*arguments)
             logger.step(step, metrics)
-            if common.due(step, config.checkpoint_every, config.steps) or stop:
+            stopping = stop.after(step)
+            if common.due(step, config.checkpoint_every, config.steps) or stopping:
                 with logger.paused():
                     store.save(step, state, common.with_time(meta, logger))
-            if stop:
+            if stopping:
                 break
             if common.due(step, config.eval_every, config.steps):
                 with logger.paused():

@@ -1,0 +1,164 @@
+"""The train step on paper: operations and collectives counted, and what a compiled step of the tiny networks does to a mesh."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip_jax import sharding
+from unclip_jax.cli.main import main
+from unclip_jax.cli.train import load_config
+from unclip_jax.train import aot
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def count(function, *shapes):
+    return aot.flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
+
+
+def test_operations():
+    """Products, convolutions (also strided, and their gradients), loops, and what remat computes twice."""
+    product = 2 * 8 * 16 * 32
+    matmul = lambda a, b: a @ b
+    assert count(matmul, (8, 16), (16, 32)) == product
+    assert count(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (5, 8, 16), (5, 16, 32)) == 5 * product
+    assert count(lambda a, b: jax.lax.scan(lambda c, _: (c, (c @ b)), a, None, length=7)[1], (8, 16), (16, 32)) == 7 * product
+    conv = lambda stride: lambda x, k: jax.lax.conv_general_dilated(
+        x, k, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    forward = 2 * 2 * 8 * 8 * 3 * 3 * 4 * 6
+    assert count(conv(1), (2, 8, 8, 4), (3, 3, 4, 6)) == forward
+    assert count(conv(2), (2, 8, 8, 4), (3, 3, 4, 6)) == forward / 4
+    both = count(jax.grad(lambda x, k: jnp.sum(conv(1)(x, k) ** 2), argnums=(0, 1)), (2, 8, 8, 4), (3, 3, 4, 6))
+    assert both == pytest.approx(3 * forward, rel=0.3)  # borders: the gradient's padded sums count products with zeros
+    layer = lambda a, b: jnp.sum(jnp.tanh(a @ b) ** 2)
+    plain, again = (count(jax.grad(f, argnums=(0, 1)), (8, 16), (16, 32)) for f in (layer, jax.checkpoint(layer)))
+    assert (plain, again) == (3 * product, 4 * product)
+
+
+HLO = """
+HloModule m
+
+%body (p: (f32[8])) -> (f32[8]) {
+  %g = f32[64,8]{1,0} all-gather(f32[8,8]{1,0} %x), replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (f32[8]) while((f32[8]) %t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %r = f32[8,8]{1,0} reduce-scatter(f32[64,8]{1,0} %y), replica_groups=[2,4]<=[8], dimensions={0}
+  %s = (bf16[4]{0}, bf16[4]{0}) all-reduce(bf16[4]{0} %a, bf16[4]{0} %b), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %p = f32[16]{0} collective-permute(f32[16]{0} %z), source_target_pairs={{0,1}}
+}
+"""
+
+
+def test_collectives_of_a_program():
+    """Counted through loops; bytes that arrive at a device of its group."""
+    found = aot.collectives(HLO)
+    assert found["all-gather"] == (5, 5 * 64 * 8 * 4 * 7 // 8)
+    assert found["reduce-scatter"] == (1, 8 * 8 * 4 * 3)
+    assert found["all-reduce"] == (1, 2 * 8 * 2 // 2)
+    assert found["collective-permute"] == (1, 64)
+    assert aot.collectives("") == {}
+
+
+def tiny(name, mesh, **changes):
+    config = load_config(str(ROOT / f"configs/dalle2/{name}.py:tiny"))
+    with config.unlocked():
+        config.update(changes)
+    clip = load_config(str(ROOT / "configs/dalle2/clip.py:tiny")) if "clip" in config else None
+    return aot.compile_step(config, clip, aot.make_abstract_mesh("cpu:8", mesh))[0]
+
+
+@pytest.mark.parametrize("name", ["upsampler_256", "prior_diffusion"])
+def test_fsdp_moves_parameters_and_nothing_else(name, monkeypatch):
+    """Parameters are gathered before use, gradients reduced; no activation changes its place. A U-Net, and a transformer over CLIP."""
+    monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 256)
+    report = tiny(name, {"data": 2, "fsdp": 4})
+    assert set(report.collectives) <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert report.collectives["all-gather"][0] > 10
+    # What is reduced is the gradient, a share of it, and scalars; what is gathered no more than forward and backward need.
+    reduced = sum(report.collectives.get(kind, (0, 0))[1] for kind in ("all-reduce", "reduce-scatter"))
+    whole = 4 * report.parameters
+    assert reduced < 3 * whole and report.collectives["all-gather"][1] < 3 * (whole + 4 * report.frozen)
+    assert report.averages == report.parameters and report.optimizer >= 2 * report.parameters
+    assert report.model_flops == report.flops > 0
+
+
+@pytest.mark.parametrize("name", ["clip", "prior_diffusion", "prior_ar", "decoder", "upsampler_256", "upsampler_1024"])
+def test_nothing_large_is_replicated(name):
+    """The paper's sizes on eight devices: of every parameter, average and moment of more than a million elements each holds an eighth."""
+    config = load_config(str(ROOT / f"configs/dalle2/{name}.py"))
+    with config.unlocked():
+        config.batch_size = 8
+    clip = load_config(str(ROOT / "configs/dalle2/clip.py")) if "clip" in config else None
+    step = aot.train_step(config, clip, sharding.make_mesh({"data": 1, "fsdp": 8}))
+    large = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path((step.state, step.frozen))[0]:
+        if np.prod(leaf.shape) > 1e6 and "codec" not in sharding.path_name(path):
+            large += 1
+            assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 == np.prod(leaf.shape), sharding.path_name(path)
+    assert large > 50
+
+
+def test_the_command(capsys, tmp_path):
+    """Its figures, and one line for every mistake."""
+    arguments = ["compile", str(ROOT / "configs/dalle2/upsampler_256.py:tiny"), "--topology", "cpu:8"]
+    assert main([*arguments, "--mesh", "data=8", "--batch", "16", "--save", str(tmp_path / "step")]) == 0
+    out = capsys.readouterr().out
+    assert "8 devices of cpu:8, mesh data=8 x fsdp=1 x tensor=1, batch 16" in out and "all-reduce:" in out and "operations a step" in out
+    assert (tmp_path / "step").stat().st_size > 1000
+    for change, message in (
+        (["--mesh", "data=3"], "does not fit 8 devices"),
+        (["--batch", "9"], "a batch of 9 does not divide over data x fsdp = 8 devices"),
+        (["--topology", "v5e"], "unknown topology 'v5e'"),
+        (["--topology", "cpu:64"], "8 CPU devices are there"),
+        (["--set", "model.unet.chanels=3"], "did you mean 'channels'"),
+    ):
+        assert main([*arguments, *change]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["compile", str(ROOT / "configs/dalle2/pca.py"), "--topology", "cpu:8"]) == 1
+    assert "no train step" in capsys.readouterr().err
+
+
+def test_without_the_compiler(capsys, monkeypatch):
+    if importlib.util.find_spec("libtpu"):
+        monkeypatch.setitem(sys.modules, "libtpu", None)
+    assert main(["compile", str(ROOT / "configs/dalle2/upsampler_256.py:tiny"), "--topology", "v5e:2x2"]) == 1
+    assert 'pip install "unclip_jax[tpu]"' in capsys.readouterr().err
+
+
+def test_a_step_too_large(capsys):
+    """The verdict of a chip's memory, and what the compiler says where it gives up itself."""
+    from unclip_jax.cli.compile import describe
+
+    chip = aot.CHIPS["TPU v5 lite"]
+    links = {"all-gather": (2, 10**9)}
+    report = aot.Report(4, chip, {"data": 4}, 8, *[int(4e9)] * 6, flops=4e12, model_flops=3e12, traffic=1e9, collectives=links)
+    assert report.limit == "arithmetic" or report.seconds[report.limit] == max(report.seconds.values())
+    assert report.mfu == pytest.approx(3e12 / 4 / chip.flops / max(report.seconds.values()))
+    with pytest.raises(MemoryError, match="does NOT fit: raise mesh.fsdp"):
+        describe(report, "v5e:2x2")
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G.\n"
+        'Largest program allocations in hbm:\n  1. Size: 8.00G\n     Operator: op_name="jit(update)/x/dot"\n     Shape: f32[1,2]{1,0}\n'
+    )
+    said = aot._buffers(message)
+    assert "needs 20.10G of 15.75G" in said and "8.00G f32[1,2]{1,0} jit(update)/x/dot" in said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_with_the_tpu_compiler():
+    """The real compiler, in a process of its own: a pod's report."""
+    command = [sys.executable, "-m", "unclip_jax.cli.main", "compile", "configs/dalle2/prior_diffusion.py:tiny", "--topology", "v5e:4x4"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([*command, "--mesh", "data=2,fsdp=8"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "16 devices of v5e:4x4" in done.stdout and "roofline, ms" in done.stdout and "it fits" in done.stdout

@@ -1,0 +1,204 @@
+"""What a run survives: other hosts, kills at any moment, damaged checkpoints, devices that hang, numbers that are not finite."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.runs import STEPS, Repeating, losses, train_tiny, wrap_batches
+from unclip_jax.checkpoint.store import load_run
+from unclip_jax.cli.main import main
+from unclip_jax.train import common
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+RUN = """
+import sys
+import jax
+address, count, index, workdir = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+if count > 1:
+    jax.distributed.initialize(address, count, index)
+from tests.runs import train_tiny
+train_tiny("upsampler_16", workdir, **eval(sys.argv[5]))
+"""
+
+
+def start(workdir, index=0, count=1, port=0, devices=4, log=subprocess.PIPE, **changes):
+    """A training process; on several hosts each holds `devices` devices."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FLAGS}"}
+    command = [sys.executable, "-c", RUN, f"127.0.0.1:{port}", str(count), str(index), str(workdir), repr(changes)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=log, text=True)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def steps_done(workdir):
+    path = workdir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for_step(workdir, step, processes, timeout=240):
+    end = time.monotonic() + timeout
+    while steps_done(workdir) < step:
+        ended = [p.communicate() for p in processes if p.poll() is not None]
+        assert time.monotonic() < end and not ended, ended
+        time.sleep(0.02)
+
+
+def test_two_hosts_are_one(tiny_run, tmp_path):
+    """Two processes of four devices, each reading its own rows, draw the curve of one with eight; SIGTERM to one of them stops both after
+    the same step; one process with eight devices goes on from what the two wrote."""
+    port, run = free_port(), tmp_path / "run"
+    hosts = [start(run, i, 2, port, checkpoint_every=100, eval_every=0) for i in range(2)]
+    try:
+        wait_for_step(run, 3, hosts)
+        hosts[1].send_signal(signal.SIGTERM)
+        errors = [host.communicate(timeout=240)[1] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [common.RESTART] * 2, errors
+    meta, _, stopped = load_run(run)
+    assert 3 <= stopped < STEPS and meta["name"] == "upsampler_16"
+    train_tiny("upsampler_16", run, eval_every=0)
+    curve, expected = losses(run), losses(tiny_run("upsampler_16"))
+    assert len(curve) == STEPS
+    np.testing.assert_allclose(curve[:stopped], expected[:stopped], rtol=1e-4)
+    np.testing.assert_allclose(curve, expected, rtol=1e-3)
+
+
+def kill_and_resume(workdir, reference, kills, seed):
+    """SIGKILL after a random time, again and again; each start goes on, and the end is that of a run that was left alone."""
+    chance = random.Random(seed)
+    for _ in range(kills):
+        before = steps_done(workdir)
+        process = start(workdir, devices=8, checkpoint_every=1, eval_every=0)
+        while process.poll() is None and steps_done(workdir) <= before:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.4))  # the next step, or the checkpoint being written
+        process.kill()
+        process.communicate()
+    train_tiny("upsampler_16", workdir, checkpoint_every=1, eval_every=0)
+    (_, resumed, step), (_, through, _) = load_run(workdir), load_run(reference)
+    assert step == STEPS
+    jax.tree.map(np.testing.assert_array_equal, resumed, through)
+    assert losses(workdir) == losses(reference)
+
+
+def test_killed_at_any_moment(tiny_run, tmp_path):
+    """SIGKILL, also while a checkpoint is being written: bit for bit the parameters and the losses of a run left alone."""
+    kill_and_resume(tmp_path / "run", tiny_run("upsampler_16"), kills=2, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_many_times(tiny_run, tmp_path):
+    for seed in range(5):
+        kill_and_resume(tmp_path / f"run{seed}", tiny_run("upsampler_16"), kills=6, seed=seed)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, tiny_run, caplog):
+    """A flipped byte in the newest one's data: the one before is used, said, and the run ends as if nothing had happened."""
+    run = tmp_path / "run"
+    train_tiny("upsampler_16", run, eval_every=0, checkpoint_every=4)
+    steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+    assert steps == [8, STEPS]
+    for file in (run / "checkpoints" / str(STEPS) / "state").rglob("d/*"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        file.write_bytes(bytes(data))
+    with caplog.at_level("WARNING", logger="unclip_jax"):
+        train_tiny("upsampler_16", run, eval_every=0, checkpoint_every=4)
+    assert f"checkpoint {STEPS} in" in caplog.text and "is damaged" in caplog.text and "going back to 8" in caplog.text
+    (_, again, step), (_, through, _) = load_run(run), load_run(tiny_run("upsampler_16"))
+    assert step == STEPS
+    jax.tree.map(np.testing.assert_array_equal, again, through)
+
+
+def test_changed_settings_are_printed(tmp_path, tiny_run, capsys):
+    """A resumed run says what its configuration has and the checkpoint's had not."""
+    shutil.copytree(tiny_run("upsampler_16"), tmp_path / "run")
+    train_tiny("upsampler_16", tmp_path / "run", eval_every=0, ema_decay=0.5)
+    error = capsys.readouterr().err
+    assert f"going on from step {STEPS}" in error and "ema_decay was" in error and "is 0.5" in error
+    assert "learning_rate was" not in error
+
+
+def test_too_many_skipped_updates_stop_the_run(tmp_path, monkeypatch):
+    """They name what was not finite; parameters are finite, and the checkpoint of before is there."""
+    monkeypatch.setattr(common, "MAX_SKIPPED", 4)
+
+    class Poisoned(Repeating):
+        count = 0
+
+        def __next__(self):
+            self.count += 1
+            batch = super().__next__()
+            return {k: np.full_like(v, np.nan) for k, v in batch.items()} if self.count > 3 else batch
+
+    wrap_batches(monkeypatch, Poisoned)
+    with pytest.raises(FloatingPointError, match=r"step 7: 4 updates in a row were skipped, their .*loss.* not finite"):
+        train_tiny("upsampler_16", tmp_path / "run", eval_every=0, checkpoint_every=2)
+    _, params, step = load_run(tmp_path / "run")
+    assert step >= 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 1, 1]
+
+
+HANGING = """
+import sys, time
+from tests.runs import train_tiny
+from unclip_jax.train import common
+original = common.batches
+
+class Hanging:
+    def __init__(self, inner): self.inner, self.count = inner, 0
+    def __next__(self):
+        self.count += 1
+        if self.count == 4: time.sleep(600)
+        return next(self.inner)
+    def close(self): self.inner.close()
+
+common.batches = lambda *args: Hanging(original(*args))
+train_tiny("upsampler_16", sys.argv[1], eval_every=0, checkpoint_every=2, watchdog=3.0)
+"""
+
+
+def test_a_run_that_hangs_ends(tmp_path):
+    """With the stack of where it hangs, and the status to start it again; the last checkpoint is whole."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", HANGING, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == common.RESTART, done.stderr
+    assert "no step finished for" in done.stderr and "__next__" in done.stderr
+    assert load_run(tmp_path / "run")[2] == 2
+
+
+def test_traced_steps(tmp_path, monkeypatch):
+    """A trace of the steps asked for, also when the run ends before the last of them; anything but two numbers is refused."""
+    train_tiny("upsampler_16", tmp_path / "run", eval_every=0, profile="10:20", steps=12)
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    assert common.parse_profile("10:20") == (10, 20) and common.parse_profile(None) == ()
+    for text in ("10", "20:10", "a:b", "0:3"):
+        with pytest.raises(ValueError, match="profile must be FIRST:LAST"):
+            common.parse_profile(text)
+
+
+def test_a_bucket_is_not_a_folder(capsys):
+    """A run is not written into a folder that is called gs:."""
+    assert main(["train", str(ROOT / "configs/emoji/upsampler.py:tiny"), "--workdir", "gs://bucket/run"]) == 1
+    assert "mount the bucket" in capsys.readouterr().err and not Path("gs:").exists()

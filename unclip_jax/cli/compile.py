@@ -1,0 +1,98 @@
+"""`unclip compile CONFIG --topology v5e:4x4`: compiles a stage's train step for devices that need not be there, and says what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("config", metavar="CONFIG", help="a configuration file, with :VARIANT if wanted, as for `unclip train`")
+    parser.add_argument("--topology", required=True, metavar="T", help="v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2 (needs libtpu), or cpu:8")
+    parser.add_argument("--mesh", metavar="AXIS=N,...", help="data=2,fsdp=8 (the configuration's); one number may be -1")
+    parser.add_argument("--batch", type=int, metavar="N", help="the global batch (the configuration's)")
+    parser.add_argument("--clip", metavar="CONFIG", help="the frozen CLIP's configuration (clip.py beside the stage's)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="as for `unclip train`")
+    parser.add_argument("--save", metavar="FILE", help="write the compiled program, for `jax.experimental.serialize_executable`")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the verb."""
+    kind, _, count = args.topology.partition(":")
+    if "jax" not in sys.modules:  # it reads these once
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        if kind == "cpu" and count.isdigit():
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+    from unclip_jax.cli.options import parse_assignments, use_compilation_cache
+    from unclip_jax.cli.train import load_config, override
+    from unclip_jax.train import aot
+
+    config = load_config(args.config)
+    for key, value in parse_assignments(args.assignments).items():
+        override(config, key, value)
+    if args.batch is not None:
+        override(config, "batch_size", args.batch)
+    shape = dict(config.mesh) if args.mesh is None else parse_assignments(args.mesh.split(","))
+    mesh = aot.make_abstract_mesh(args.topology, shape)
+    clip_config = None
+    if "clip" in config:
+        path, _, variant = args.config.partition(":")
+        beside = f"{Path(path).parent / 'clip.py'}" + (":tiny" if variant == "tiny" else "")
+        clip_config = load_config(args.clip or beside)
+    use_compilation_cache()
+    report, compiled = aot.compile_step(config, clip_config, mesh)
+    print(describe(report, args.topology))
+    if args.save:
+        save(compiled, Path(args.save))
+        print(f"saved {args.save}")
+
+
+def describe(report, topology: str) -> str:
+    """The report as lines of text."""
+    gib, lines = 2**30, []
+    sizes = " x ".join(f"{axis}={n}" for axis, n in report.mesh.items())
+    lines.append(f"{report.devices} devices of {topology}, mesh {sizes}, batch {report.batch_size}")
+    held = ("parameters", "averages", "optimizer", "frozen", "batch", "temporary")
+    parts = ", ".join(f"{name} {getattr(report, name) / gib:.2f}" for name in held)
+    limit = "" if report.chip is None else f" of {report.chip.memory / gib:.1f}"
+    lines.append(f"memory a device: {report.memory / gib:.2f}{limit} GiB ({parts})")
+    extra = report.flops / report.model_flops - 1
+    each = report.flops / report.devices
+    lines.append(f"operations a step: {report.flops:.3e}, {each:.3e} a device; {100 * extra:.0f}% of the model's are done twice")
+    lines.append(f"bytes moved a device: {report.traffic / gib:.1f} GiB (loops counted once)")
+    for kind, (times, size) in sorted(report.collectives.items()):
+        lines.append(f"{kind}: {times} a step, {size / gib:.3f} GiB arrive at a device")
+    if report.chip is not None:
+        took = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in report.seconds.items())
+        lines.append(f"roofline, ms: {took}; limited by {report.limit}, MFU at most {100 * report.mfu:.0f}%")
+        per_second = report.batch_size / report.seconds[report.limit]
+        lines.append(f"at most {per_second:.1f} examples/s, {per_second / report.devices:.2f} a chip")
+        fits = report.memory <= report.chip.memory
+        lines.append("it fits" if fits else "it does NOT fit: " + advice())
+        if not fits:
+            raise MemoryError("\n".join(lines))
+    return "\n".join(lines)
+
+
+def advice() -> str:
+    """What helps when memory does not suffice."""
+    return "raise mesh.fsdp, lower --batch or raise grad_accumulation, set remat=true, optimizer.mu_dtype=bfloat16, or take more chips"
+
+
+def save(compiled, path: Path) -> None:
+    """Writes the program and the trees of its arguments and results; it appears whole or not at all."""
+    import pickle
+
+    from jax.experimental import serialize_executable
+
+    try:
+        data = serialize_executable.serialize(compiled)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"this platform's program cannot be stored ({' '.join(str(error).split())[:200]})") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(pickle.dumps(data))
+    temporary.replace(path)

@@ -1,0 +1,351 @@
+"""The train step compiled ahead of time for devices that need not be there: what it needs of them, known before they are rented.
+
+The step is the stage's own (`example_of`, `build`, `gradient_of`, `state.make_update`), on abstract arrays. Memory, buffers and collectives
+are the compiler's; operations are counted in the traced program, where loops are known to the last turn, and the time is a roofline: the
+largest of what arithmetic, memory and links take when each runs at its peak. It is a bound, not a forecast.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from unclip_jax.data.sources import Record
+from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
+from unclip_jax.diffusion.embedding_space import EmbeddingSpace
+from unclip_jax.models.prior_ar import Codec
+from unclip_jax.sharding import BATCH, infer_shardings, make_mesh
+from unclip_jax.train import clip as clip_stage
+from unclip_jax.train import common
+from unclip_jax.train.optim import make_optimizer
+from unclip_jax.train.state import TrainState, abstract_state, make_update
+
+
+class Chip(NamedTuple):
+    """One chip's peaks: flops (bfloat16) and bytes per second of memory and of all its links one way; memory in bytes."""
+
+    name: str
+    flops: float
+    memory: float
+    bandwidth: float
+    links: float
+
+
+# The vendor's specifications, by the platform's name of the device.
+CHIPS = {
+    "TPU v4": Chip("v4", 275e12, 32e9, 1228e9, 300e9),
+    "TPU v5 lite": Chip("v5e", 197e12, 16e9, 819e9, 200e9),
+    "TPU v5": Chip("v5p", 459e12, 95e9, 2765e9, 600e9),
+    "TPU v6 lite": Chip("v6e", 918e12, 32e9, 1640e9, 448e9),
+}
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+CALLED = re.compile(
+    r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)=\{?((?:%?[\w.\-]+(?:, )?)+)"
+)
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled train step needs. Bytes and counts are per device unless said otherwise.
+
+    chip: None where the device's peaks are not known (CPU); parameters, averages, optimizer, frozen: bytes of the state's parts and of the
+    frozen networks; batch: of the input; temporary: of everything computed on the way; flops, model_flops: of a whole step on all devices,
+    with and without what remat computes twice; traffic: bytes read and written; collectives: kind -> (times, bytes that arrive).
+    """
+
+    devices: int
+    chip: Chip | None
+    mesh: dict[str, int]
+    batch_size: int
+    parameters: int
+    averages: int
+    optimizer: int
+    frozen: int
+    batch: int
+    temporary: int
+    flops: float
+    model_flops: float
+    traffic: float
+    collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> int:
+        """All of it."""
+        return self.parameters + self.averages + self.optimizer + self.frozen + self.batch + self.temporary
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What a step takes of each resource at its peak; nothing where the peaks are not known."""
+        if self.chip is None:
+            return {}
+        links = sum(size for _, size in self.collectives.values())
+        return {
+            "arithmetic": self.flops / self.devices / self.chip.flops,
+            "memory": self.traffic / self.chip.bandwidth,
+            "links": links / self.chip.links,
+        }
+
+    @property
+    def limit(self) -> str:
+        """The resource that takes longest."""
+        return max(self.seconds, key=self.seconds.get)
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the chips could do in the roofline's time."""
+        return self.model_flops / self.devices / self.chip.flops / self.seconds[self.limit]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- devices
+def topology(name: str) -> list[Any]:
+    """Devices of "v5e:4x4" and the like, or of "cpu:8", which need not be there.
+
+    Raises:
+      ValueError: on another name, or more CPU devices than there are; ImportError without libtpu.
+    """
+    kind, _, shape = name.partition(":")
+    if kind == "cpu" and shape.isdigit():
+        devices = jax.devices("cpu")
+        if int(shape) > len(devices):
+            raise ValueError(f"{name}: {len(devices)} CPU devices are there; set XLA_FLAGS=--xla_force_host_platform_device_count={shape}")
+        return devices[: int(shape)]
+    if not re.fullmatch(r"v\d+[a-z]*:\d+(x\d+)+", name):
+        raise ValueError(f"unknown topology {name!r}; write v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2 or cpu:8")
+    try:
+        importlib.import_module("libtpu")
+    except ImportError:
+        raise ImportError('the TPU compiler is in libtpu: pip install "unclip_jax[tpu]"') from None
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:  # the compiler's own
+        raise ValueError(f"libtpu knows no topology {name!r} ({' '.join(str(error).split())[:200]})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the step
+def abstract_clip(config: Any, mesh: Mesh, dtype: str, own: ClipTokenizer | None) -> common.FrozenClip:
+    """The frozen CLIP of a `clip` configuration, its parameters shapes on the mesh."""
+    model, model_config, init = clip_stage.build(config, mesh)
+    model = model.clone(dtype=clip_stage.compute_dtype(dtype, mesh), remat=False)
+    tokenizer = ClipTokenizer(**config.tokenizer)
+    params = _placed(jax.eval_shape(init, jax.random.key(0)), mesh)
+    size, empty = model_config["image"]["image_size"], caption_arrays([""], tokenizer, own)
+    return common.FrozenClip(model, params, "", tokenizer, size, config.model.embed_dim, empty, own, mesh)
+
+
+def _placed(shapes: Any, mesh: Mesh, shardings: Any = None) -> Any:
+    shardings = infer_shardings(shapes, mesh) if shardings is None else shardings
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def abstract_batch(example: Any, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of what `example` makes of one blank picture."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    row = example(Record("0", file.getvalue(), ("a",), {}, ""), np.random.default_rng(0))
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.ShapeDtypeStruct((batch_size, *np.shape(v)), np.asarray(v).dtype, sharding=sharding) for k, v in row.items()}
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """A stage's jitted update and the abstract arguments of it: state, frozen networks, batch."""
+
+    update: Any
+    state: TrainState
+    frozen: dict
+    batch: dict
+
+
+def train_step(config: Any, clip_config: Any, mesh: Mesh) -> TrainStep:
+    """The update step of a stage's configuration, as its `train_and_evaluate` makes it.
+
+    Args:
+      config: of the stage; clip_config: of the CLIP under it, None for the stages without one.
+
+    Raises:
+      ValueError: on a stage that has no update step, or a batch that does not divide over the mesh.
+    """
+    from unclip_jax.train import decoder, prior_ar, prior_diffusion, upsampler
+
+    stages = {"clip": clip_stage, "prior_diffusion": prior_diffusion, "prior_ar": prior_ar, "decoder": decoder, "upsampler": upsampler}
+    if config.stage not in stages:
+        raise ValueError(f"the {config.stage} stage has no train step to compile; choose one of {', '.join(stages)}")
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % ways:
+        raise ValueError(f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; change --batch or --mesh")
+    stage, clip, frozen, learned = stages[config.stage], None, {}, ()
+    if "clip" in config:
+        clip = abstract_clip(clip_config, mesh, config.dtype, common.own_tokenizer(config))
+        frozen["clip"] = clip.params
+    if config.stage == "prior_diffusion":  # what a run learns of its data before the first step
+        dim = clip.embed_dim
+        learned = (EmbeddingSpace(config.space.kind, config.space.scale, np.zeros(dim, np.float32), np.ones(dim, np.float32)),)
+    if config.stage == "prior_ar":
+        dim = clip.embed_dim
+        shapes = {"mean": (dim,), "components": (dim, dim), "eigenvalues": (dim,), "low": (dim,), "high": (dim,)}
+        codec = {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, P())) for name, shape in shapes.items()}
+        frozen["codec"], learned = Codec(**codec), (np.linspace(-1, 1, config.model.dot_bins - 1, dtype=np.float32),)
+    model, _, init = stage.build(config, mesh, clip)
+    optimizer = make_optimizer(steps=config.steps, **config.optimizer)
+    shapes, shardings = abstract_state(init, optimizer[0], mesh)
+    gradient = stage.gradient_of(config, mesh, model, clip, *learned)
+    project = {"project": clip_stage.clamped} if config.stage == "clip" else {}
+    update = make_update(gradient, optimizer, shardings, seed=config.seed, ema_decay=config.ema_decay, **project)
+    batch = abstract_batch(stage.example_of(config, clip), config.batch_size, mesh)
+    return TrainStep(update, _placed(shapes, mesh, shardings), frozen, batch)
+
+
+def compile_step(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Report, Any]:
+    """Compiles the update step for the mesh's devices.
+
+    Returns:
+      The report, and the compiled program.
+
+    Raises:
+      ValueError, as `train_step`; MemoryError, naming the largest buffers, when the compiler finds that it does not fit.
+    """
+    step = train_step(config, clip_config, mesh)
+    arguments = (step.state, step.frozen, step.batch)
+    try:
+        compiled = step.update.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(_buffers(str(error))) from None
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    plain = config.copy_and_resolve_references()
+    with plain.unlocked():
+        plain.remat = False
+    again = train_step(plain, clip_config, mesh)
+    report = Report(
+        devices=mesh.size,
+        chip=CHIPS.get(mesh.devices.flat[0].device_kind),
+        mesh=dict(mesh.shape),
+        batch_size=config.batch_size,
+        parameters=_held(step.state.params),
+        averages=_held(step.state.ema_params),
+        optimizer=_held(step.state.opt_state),
+        frozen=_held(step.frozen),
+        batch=_held(step.batch),
+        temporary=memory.temp_size_in_bytes,
+        flops=flops(jax.make_jaxpr(step.update)(*arguments)),
+        model_flops=flops(jax.make_jaxpr(again.update)(again.state, again.frozen, again.batch)),
+        traffic=costs.get("bytes accessed", 0.0),
+        collectives=collectives(compiled.as_text()),
+    )
+    return report, compiled
+
+
+def make_abstract_mesh(name: str, shape: dict[str, int] | None) -> Mesh:
+    """The mesh over a `topology`; the error of a shape that does not fit is `make_mesh`'s."""
+    return make_mesh(shape, topology(name))
+
+
+def _held(tree: Any) -> int:
+    # Bytes on one device.
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- counting
+def flops(jaxpr: Any) -> float:
+    """Operations of the products and convolutions of a traced program, two for each multiply-add, loops counted out."""
+    total = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        kind, parameters = equation.primitive.name, equation.params
+        out = equation.outvars[0].aval
+        if kind == "dot_general":
+            (contracted, _), _ = parameters["dimension_numbers"]
+            total += 2 * math.prod(out.shape) * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        elif kind == "conv_general_dilated":
+            kernel, numbers = equation.invars[1].aval.shape, parameters["dimension_numbers"]
+            each = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+            # Where zeros were put between inputs (the gradient of strides) only one product in so many is.
+            total += 2 * math.prod(out.shape) * each / math.prod(parameters["lhs_dilation"]) / math.prod(parameters["rhs_dilation"])
+        times = parameters.get("length", 1) if kind == "scan" else 1
+        inner = [flops(part) for value in parameters.values() for part in _programs(value)]
+        total += times * (max(inner, default=0.0) if kind == "cond" else sum(inner))
+    return total
+
+
+def _programs(value: Any) -> Iterator[Any]:
+    for part in value if isinstance(value, (tuple, list)) else (value,):
+        if hasattr(getattr(part, "jaxpr", part), "eqns"):
+            yield part
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Of a compiled program's text: kind -> (how often a device takes part in a step, bytes that arrive there), loops counted out."""
+    bodies: dict[str, list[str]] = {}
+    name, entry = "", ""
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if head and not line.startswith(" "):
+            name = head[2]
+            entry = name if head[1] else entry
+            bodies[name] = []
+        elif line.startswith(" "):
+            bodies.setdefault(name, []).append(line)
+
+    @functools.cache
+    def count(body: str) -> dict[str, tuple[int, int]]:
+        found: dict[str, tuple[int, int]] = {}
+
+        def add(kind: str, times: int, size: int) -> None:
+            before = found.get(kind, (0, 0))
+            found[kind] = before[0] + times, before[1] + size
+
+        for line in bodies.get(body, []):
+            made = re.search(r"= (.*?) (" + "|".join(COLLECTIVES) + r")(-start)?\(", line)
+            if made:
+                add(made[2], 1, _arriving(made[1], made[2], bool(made[3]), line))
+            called = CALLED.findall(line)
+            turns = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', line)
+            for group in called:
+                for inner in group.replace("%", "").split(", "):
+                    for kind, (times, size) in count(inner).items():
+                        factor = int(turns[1]) if turns and " while(" in line else 1
+                        add(kind, factor * times, factor * size)
+        return found
+
+    return count(entry)
+
+
+def _arriving(shapes: str, kind: str, started: bool, line: str) -> int:
+    sizes = [
+        math.prod(int(n) for n in dims.split(",") if n) * _BYTES.get(dtype, int(re.sub(r"\D", "", dtype) or 8) / 8)
+        for dtype, dims in re.findall(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", shapes)
+    ]
+    if started and len(sizes) > 1:  # operand, result and flags
+        sizes = [max(sizes)] if kind in ("all-gather", "collective-permute") else [sizes[0]] if kind == "all-reduce" else [min(sizes[:2])]
+    groups = re.search(r"replica_groups=\[\d+,(\d+)\]", line) or re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    ways = 1 if groups is None else int(groups[1]) if "," not in groups[1] else groups[1].count(",") + 1
+    share = (ways - 1) / ways if ways > 1 else 1.0
+    factor = {"all-gather": share, "reduce-scatter": ways * share, "all-reduce": 2 * share, "all-to-all": share}.get(kind, 1.0)
+    return int(sum(sizes) * factor)
+
+
+def _buffers(message: str) -> str:
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+    said = f"the step needs {used[1]} of {used[2]} memory on a device" if used else "the step does not fit the devices' memory"
+    largest = re.findall(r"Size: ([\d.]+\w)(.*?)Shape: (\S+)", message, re.DOTALL)
+    named = [(size, shape, re.search(r'op_name="([^"]*)"', between)) for size, between, shape in largest[:5]]
+    listed = "; ".join(" ".join([size, shape] + ([where[1]] if where else [])) for size, shape, where in named)
+    return said + (f"; largest: {listed}" if listed else "")
