@@ -135,7 +135,7 @@ def is_guided(options: Options) -> bool:
 
 
 def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> nn.Module:
-    """The linen module a part's configuration describes. `hooks`: remat, gather.
+    """The linen module a part's configuration describes. `hooks`: remat, scan, gather.
 
     Raises:
       ValueError: on an unknown kind; TypeError on an unknown model option.

@@ -40,6 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.dtype = "auto"
     config.grad_accumulation = 1
     config.remat = True
+    config.scan_layers = True
     config.mesh = {"data": -1, "fsdp": 8, "tensor": 1}
     config.data = {
         "train": {"name": "tfrecord", "pattern": "data/train/*.tfrecord"},
@@ -96,6 +97,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.steps = 4
         config.batch_size = 16
         config.remat = False
+        config.scan_layers = False
         config.mesh.fsdp = 1
         config.text_tokenizer = {"length": 12, "vocab_size": 8192}
         config.data.train = {"name": "emoji", "split": "train"}

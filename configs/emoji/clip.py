@@ -24,6 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.batch_size = 128
     config.dtype = "auto"
     config.remat = False
+    config.scan_layers = False
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.tokenizer = {"length": 24, "vocab_size": 8192}
     config.data = {

@@ -31,6 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.dtype = "auto"
     config.grad_accumulation = 1
     config.remat = False
+    config.scan_layers = False
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.data = {
         "train": {"name": "emoji", "split": "train"},

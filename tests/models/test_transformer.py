@@ -80,3 +80,39 @@ def test_heads_must_divide_the_width():
 def test_size_of_the_papers_blocks():
     """24 blocks of width 2048."""
     assert param_count(param_shapes(Transformer(layers=24, heads=32), struct(1, 4, 2048))) == 1_208_598_528
+
+
+SAME = {"gather": lambda params: jax.tree.map(lambda p: p * 1.0, params)}
+
+
+@pytest.mark.parametrize("options", [{}, {"remat": True}, SAME], ids=["plain", "remat", "gather"])
+def test_blocks_in_one_loop(setup, options):
+    """Scanned, the same parameters by the same names give the same output and gradient; masks and contexts too."""
+    x, params = setup
+    loss = lambda scan: jax.jit(
+        jax.value_and_grad(
+            lambda params: jnp.sum(Transformer(**TINY, scan=scan, **options).apply({"params": params}, x, causal_mask(L)) ** 2)
+        )
+    )
+    (one, one_grad), (other, other_grad) = loss(False)(params), loss(True)(params)
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one_grad, other_grad)
+    fresh = param_shapes(Transformer(**TINY, scan=True, **options), x)
+    assert jax.tree.structure(fresh) == jax.tree.structure(params)
+
+
+def test_a_loop_does_not_grow_with_depth(setup):
+    """The traced program of a scanned stack has as many equations whatever the depth but for the stacking; dropout differs by layer."""
+    x, _ = setup
+
+    def equations(layers, scan):
+        model = Transformer(layers=layers, heads=2, scan=scan)
+        jaxpr = jax.make_jaxpr(lambda p: model.apply({"params": p}, x))(param_shapes(model, x)).jaxpr
+        return sum(e.primitive.name in ("dot_general", "tanh", "erf", "exp") for e in jaxpr.eqns), len(jaxpr.eqns)
+
+    assert equations(2, True)[0] == equations(8, True)[0] == 0 and equations(8, False)[0] == 4 * equations(2, False)[0] > 0
+    model = Transformer(layers=2, heads=2, scan=True, dropout=0.5)
+    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), param_shapes(model, x))
+    draw = lambda seed: model.apply({"params": params}, x, None, False, rngs={"dropout": jax.random.key(seed)})
+    np.testing.assert_array_equal(draw(0), draw(0))
+    assert np.abs(draw(0) - draw(1)).max() > 1e-3

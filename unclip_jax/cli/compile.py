@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         if kind == "cpu" and count.isdigit():
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
-    from unclip_jax.cli.options import parse_assignments, use_compilation_cache
+    from unclip_jax.cli.options import parse_assignments
     from unclip_jax.cli.train import load_config, override
     from unclip_jax.train import aot
 
@@ -42,7 +42,6 @@ def run(args: argparse.Namespace) -> None:
         path, _, variant = args.config.partition(":")
         beside = f"{Path(path).parent / 'clip.py'}" + (":tiny" if variant == "tiny" else "")
         clip_config = load_config(args.clip or beside)
-    use_compilation_cache()
     report, compiled = aot.compile_step(config, clip_config, mesh)
     print(describe(report, args.topology))
     if args.save:

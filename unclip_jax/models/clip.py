@@ -40,6 +40,7 @@ class ImageTower(nn.Module):
     activation: str = "quick_gelu"
     mlp_ratio: float = 4.0
     remat: bool = False
+    scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
@@ -66,7 +67,7 @@ class ImageTower(nn.Module):
         x = LayerNorm(dtype=self.dtype, name="ln_pre")(x + positions.astype(x.dtype))
         x = Transformer(
             self.layers, self.heads, self.mlp_ratio, self.activation,
-            remat=self.remat, dtype=self.dtype, gather=self.gather, name="transformer",
+            remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather, name="transformer",
         )(x)  # fmt: skip
         x = LayerNorm(dtype=self.dtype, name="ln_post")(x[:, 0])
         if not project:
@@ -87,6 +88,7 @@ class TextTower(nn.Module):
     activation: str = "quick_gelu"
     mlp_ratio: float = 4.0
     remat: bool = False
+    scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
@@ -101,7 +103,7 @@ class TextTower(nn.Module):
         x = jnp.take(table, tokens, axis=0).astype(self.dtype) + positions.astype(self.dtype)
         x = Transformer(
             self.layers, self.heads, self.mlp_ratio, self.activation,
-            remat=self.remat, dtype=self.dtype, gather=self.gather, name="transformer",
+            remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather, name="transformer",
         )(x, causal_mask(length))  # fmt: skip
         states = LayerNorm(dtype=self.dtype, name="ln_final")(x)
         pooled = states[jnp.arange(b), jnp.argmax(tokens, axis=-1)]
@@ -126,11 +128,13 @@ class CLIP(nn.Module):
     text: dict | None
     activation: str = "quick_gelu"
     remat: bool = False
+    scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
     def setup(self):
-        shared = dict(embed_dim=self.embed_dim, activation=self.activation, remat=self.remat, dtype=self.dtype, gather=self.gather)
+        shared = dict(embed_dim=self.embed_dim, activation=self.activation, dtype=self.dtype)
+        shared |= dict(remat=self.remat, scan=self.scan, gather=self.gather)
         if self.image is not None:
             self.image_tower = ImageTower(**self.image, **shared)
         if self.text is not None:

@@ -97,6 +97,7 @@ class ARPrior(nn.Module):
     activation: str = "gelu"
     dropout: float = 0.0
     remat: bool = False
+    scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
@@ -104,12 +105,12 @@ class ARPrior(nn.Module):
         embed = lambda count: nn.Embed(count, self.width, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02))  # noqa: E731
         self.code_embedding, self.dot_embedding = embed(self.buckets), embed(self.dot_bins)
         if self.text is not None:
-            self.text_encoder = TextEncoder(**self.text, remat=self.remat, dtype=self.dtype, gather=self.gather)
+            self.text_encoder = TextEncoder(**self.text, remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather)
         self.text_embed_in = nn.Dense(self.width, dtype=self.dtype)
         self.position_embedding = self.param("position_embedding", nn.initializers.normal(0.01), (self.codes + 1, self.width))
         self.transformer = Transformer(
             self.layers, self.heads, mlp_ratio=self.mlp_ratio, activation=self.activation, dropout=self.dropout,
-            remat=self.remat, dtype=self.dtype, gather=self.gather,
+            remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather,
         )  # fmt: skip
         self.ln_out = LayerNorm(dtype=self.dtype)
         self.logits_out = nn.Dense(self.buckets, dtype=self.dtype)

@@ -41,6 +41,7 @@ class DiffusionPrior(nn.Module):
     activation: str = "gelu"
     dropout: float = 0.0
     remat: bool = False
+    scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
@@ -57,7 +58,7 @@ class DiffusionPrior(nn.Module):
         self.position_embedding = self.param("position_embedding", nn.initializers.normal(0.01), (slots, self.width))
         self.transformer = Transformer(
             self.layers, self.heads, mlp_ratio=self.mlp_ratio, activation=self.activation, dropout=self.dropout,
-            remat=self.remat, dtype=self.dtype, gather=self.gather,
+            remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather,
         )  # fmt: skip
         self.ln_out = LayerNorm(dtype=self.dtype)
         self.z_out = nn.Dense(self.embed_dim, dtype=self.dtype)

@@ -30,6 +30,7 @@ class TextEncoder(nn.Module):
     heads: int
     dropout: float = 0.0
     remat: bool = False
+    scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
@@ -54,7 +55,8 @@ class TextEncoder(nn.Module):
         x = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), name="token_embedding")(tokens)
         x = jnp.where(mask[..., None], x + table("position_embedding", 0.01), table("padding_embedding", 0.01)).astype(self.dtype)
         x = Transformer(
-            self.layers, self.heads, dropout=self.dropout, remat=self.remat, dtype=self.dtype, gather=self.gather, name="transformer"
-        )(x, None, deterministic)
+            self.layers, self.heads, dropout=self.dropout, remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather,
+            name="transformer",
+        )(x, None, deterministic)  # fmt: skip
         x = LayerNorm(dtype=self.dtype, name="ln_out")(x)
         return x, x[:, -1]

@@ -288,6 +288,7 @@ class Decoder(nn.Module):
       conditioning: keyword arguments of `ClipConditioning` but for cond_dim (context_dim, clip_tokens, ...).
       text: keyword arguments of the decoder's own `TextEncoder` (the paper), of width context_dim; None: CLIP's states (Karlo), or none.
       inpaint: it also sees the known part of the image: four more input channels, RGB and mask (GLIDE, on inpainting).
+      scan: the text encoder's blocks in one loop (`Transformer`).
 
     What image and caption say is the same at every step of a sampler: the conditioning, and the keys and values of its tokens in every
     attention, are kept in the collection `fixed` (`layers.once`).
@@ -298,6 +299,7 @@ class Decoder(nn.Module):
     text: dict | None = None
     inpaint: bool = False
     remat: bool = False
+    scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
@@ -363,7 +365,7 @@ class Decoder(nn.Module):
             image_embed, drop_image, text_embed, text_states, text_mask
         )
         if self.text is not None:
-            encoder = TextEncoder(**self.text, remat=self.remat, dtype=self.dtype, gather=self.gather, name="text")
+            encoder = TextEncoder(**self.text, remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather, name="text")
             states, last = encoder(tokens, token_mask, deterministic)
             cond = cond + nn.Dense(cond_dim, dtype=self.dtype, name="text_cond")(last)
             context = jnp.concatenate([context, states], axis=1)

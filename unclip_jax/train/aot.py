@@ -138,10 +138,10 @@ def topology(name: str) -> list[Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the step
-def abstract_clip(config: Any, mesh: Mesh, dtype: str, own: ClipTokenizer | None) -> common.FrozenClip:
-    """The frozen CLIP of a `clip` configuration, its parameters shapes on the mesh."""
+def abstract_clip(config: Any, mesh: Mesh, dtype: str, own: ClipTokenizer | None, scan: bool) -> common.FrozenClip:
+    """The frozen CLIP of a `clip` configuration, its parameters shapes on the mesh; the rest as in `common.frozen_clip`."""
     model, model_config, init = clip_stage.build(config, mesh)
-    model = model.clone(dtype=clip_stage.compute_dtype(dtype, mesh), remat=False)
+    model = model.clone(dtype=clip_stage.compute_dtype(dtype, mesh), remat=False, scan=scan)
     tokenizer = ClipTokenizer(**config.tokenizer)
     params = _placed(jax.eval_shape(init, jax.random.key(0)), mesh)
     size, empty = model_config["image"]["image_size"], caption_arrays([""], tokenizer, own)
@@ -193,7 +193,7 @@ def train_step(config: Any, clip_config: Any, mesh: Mesh) -> TrainStep:
         raise ValueError(f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; change --batch or --mesh")
     stage, clip, frozen, learned = stages[config.stage], None, {}, ()
     if "clip" in config:
-        clip = abstract_clip(clip_config, mesh, config.dtype, common.own_tokenizer(config))
+        clip = abstract_clip(clip_config, mesh, config.dtype, common.own_tokenizer(config), config.scan_layers)
         frozen["clip"] = clip.params
     if config.stage == "prior_diffusion":  # what a run learns of its data before the first step
         dim = clip.embed_dim
@@ -270,7 +270,7 @@ def flops(jaxpr: Any) -> float:
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         kind, parameters = equation.primitive.name, equation.params
-        out = equation.outvars[0].aval
+        out = equation.outvars[0].aval if equation.outvars else None
         if kind == "dot_general":
             (contracted, _), _ = parameters["dimension_numbers"]
             total += 2 * math.prod(out.shape) * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
@@ -278,7 +278,7 @@ def flops(jaxpr: Any) -> float:
             kernel, numbers = equation.invars[1].aval.shape, parameters["dimension_numbers"]
             each = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
             # Where zeros were put between inputs (the gradient of strides) only one product in so many is.
-            total += 2 * math.prod(out.shape) * each / math.prod(parameters["lhs_dilation"]) / math.prod(parameters["rhs_dilation"])
+            total += 2 * math.prod(out.shape) * each / math.prod(parameters["lhs_dilation"])
         times = parameters.get("length", 1) if kind == "scan" else 1
         inner = [flops(part) for value in parameters.values() for part in _programs(value)]
         total += times * (max(inner, default=0.0) if kind == "cond" else sum(inner))

@@ -79,7 +79,8 @@ def build(config, mesh, clip=None):
     """The CLIP, its keyword arguments, and its initialisation (key -> parameters)."""
     tokenizer, model_config = ClipTokenizer(**config.tokenizer), common.config_json(config.model)
     model_config["text"] |= {"vocab_size": tokenizer.vocab_size, "length": tokenizer.length}
-    model = CLIP(**model_config, dtype=compute_dtype(config.dtype, mesh), remat=config.remat, gather=make_gather(mesh))
+    hooks = {"remat": config.remat, "scan": config.scan_layers, "gather": make_gather(mesh)}
+    model = CLIP(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
 
     def init(key):
         size = config.model.image.image_size

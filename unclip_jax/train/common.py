@@ -428,19 +428,22 @@ def tokenizer_of(own: ClipTokenizer | None) -> dict:
     return {} if own is None else {"text_tokenizer": own.config()}
 
 
-def frozen_clip(path: str, workdir: str | os.PathLike, mesh: Mesh, dtype: str, own: ClipTokenizer | None = None) -> FrozenClip:
+def frozen_clip(
+    path: str, workdir: str | os.PathLike, mesh: Mesh, dtype: str, own: ClipTokenizer | None = None, scan: bool = False
+) -> FrozenClip:
     """Loads the CLIP of a run or a bundle onto the mesh.
 
     Args:
       path: a bundle, a run's folder, or a path relative to this run's folder ("../clip").
       dtype: that it computes in (`sharding.compute_dtype`).
       own: the tokenizer of the stage's own text encoder, if it has one.
+      scan: its layers in one loop (`Transformer`).
 
     Raises:
       FileNotFoundError, ValueError, KeyError: one line naming what is missing.
     """
     part, meta = load_part(resolve(path, workdir), "clip")
-    model = build_model(part.config, compute_dtype(dtype, mesh), gather=make_gather(mesh))
+    model = build_model(part.config, compute_dtype(dtype, mesh), scan=scan, gather=make_gather(mesh))
     tokenizer = ClipTokenizer.from_config(meta["tokenizer"])
     return FrozenClip(
         model=model,

@@ -109,7 +109,8 @@ def build(config, mesh, clip):
     model_config, size = common.config_json(config.model), config.model.unet.image_size
     if clip.own is not None:
         model_config["text"] |= {"vocab_size": clip.own.vocab_size, "length": clip.own.length}
-    model = Decoder(**model_config, dtype=compute_dtype(config.dtype, mesh), remat=config.remat, gather=make_gather(mesh))
+    hooks = {"remat": config.remat, "scan": config.scan_layers, "gather": make_gather(mesh)}
+    model = Decoder(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
 
     def init(key):
         text = clip.zeros()
@@ -149,7 +150,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     own = common.own_tokenizer(config)
     if config.freeze_text and (own is None or config.optimizer.weight_decay):
         raise ValueError("freeze_text keeps the decoder's own text encoder: it needs one, and no weight decay, which would shrink it")
-    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, own)
+    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, own, config.scan_layers)
     source = sources.make_source(config.data.train)
     held_out = sources.make_source(config.data.eval)
     inpaint = config.model.inpaint

@@ -70,7 +70,8 @@ def build(config, mesh, clip):
     model_config = common.config_json(config.model) | {"length": (clip.own or clip.tokenizer).length}
     if clip.own is not None:
         model_config["text"] |= {"vocab_size": clip.own.vocab_size, "length": clip.own.length}
-    model = ARPrior(**model_config, dtype=compute_dtype(config.dtype, mesh), remat=config.remat, gather=make_gather(mesh))
+    hooks = {"remat": config.remat, "scan": config.scan_layers, "gather": make_gather(mesh)}
+    model = ARPrior(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
 
     def init(key):
         text = text_inputs(model, clip.zeros())
@@ -105,7 +106,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
     own = common.own_tokenizer(config)
-    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, own)
+    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, own, config.scan_layers)
     pca, _ = load_part(common.resolve(config.pca, workdir), "pca")
     if pca.config["clip"] != clip.hash:
         raise ValueError(f"the codec was fitted in the embedding space of CLIP {pca.config['clip']}, but the CLIP given is {clip.hash}")

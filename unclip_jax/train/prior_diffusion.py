@@ -79,7 +79,8 @@ def build(config, mesh, clip):
     model_config = common.config_json(config.model) | {"embed_dim": clip.embed_dim, "length": (clip.own or clip.tokenizer).length}
     if clip.own is not None:
         model_config["text"] |= {"num_embeddings": clip.own.vocab_size}
-    model = DiffusionPrior(**model_config, dtype=compute_dtype(config.dtype, mesh), remat=config.remat, gather=make_gather(mesh))
+    hooks = {"remat": config.remat, "scan": config.scan_layers, "gather": make_gather(mesh)}
+    model = DiffusionPrior(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
 
     def init(key):
         text = text_inputs(model, clip.zeros())
@@ -115,7 +116,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
     own = common.own_tokenizer(config)
-    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, own)
+    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, own, config.scan_layers)
     source = sources.make_source(config.data.train)
     evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
     example = example_of(config, clip)
