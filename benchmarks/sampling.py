@@ -176,19 +176,22 @@ def diffusers_sampler(folder: Path, part: str, captions: int, steps: int, sides:
 # ---------------------------------------------------------------------------------------------------------------------- here
 def our_sampler(folder: Path, part: str, captions: int, steps: int, sides: tuple[int, int]) -> tuple[Sample, Sample]:
     """`generate.sample_*` in one compiled program, and one call of the network at step 500."""
+    from unclip_jax.cli.options import save_memory_on_cpu
+
+    save_memory_on_cpu()
     import jax
     import jax.numpy as jnp
 
     from unclip_jax.checkpoint.public import load_public
-    from unclip_jax.generate import SamplingOptions, TextConditioning, build_model, sample_decoder, sample_prior, sample_upsampler
-    from unclip_jax.sharding import compute_dtype, placer, sampling_mesh
+    from unclip_jax.generate import SamplingOptions, TextConditioning, sample_decoder, sample_prior, sample_upsampler, sampling_model
+    from unclip_jax.sharding import placer, sampling_mesh
 
     mesh = sampling_mesh()
     names = {"upsampler": [f"upsampler_{sides[1]}", f"upsampler_{sides[1]}_last"]}.get(part, [part])
     bundles = [load_public(folder, name, placer(mesh)) for name in names]
     parts = [bundle.parts[name] for bundle, name in zip(bundles, names)]
     config, params = parts[0].config, [part.params for part in parts]
-    models = [build_model(part.config, compute_dtype("auto", mesh)) for part in parts]
+    models = [sampling_model(part.config, mesh) for part in parts]
     options = SamplingOptions(**bundles[0].sampling[names[0]] | {"steps": steps, "guidance_scale": PARTS[part]["guidance"]})
     given, mask = inputs(captions, sides), jnp.arange(LENGTH)[None] < WORDS
     text = TextConditioning(given["embed"][1:], given["states"][1:], jnp.repeat(mask, captions, axis=0))

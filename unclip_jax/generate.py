@@ -26,6 +26,7 @@ from unclip_jax.models.layers import Dtype
 from unclip_jax.models.prior_ar import ARPrior, Codec, cosine, dequantize, unproject
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.unet import Decoder, Upsampler
+from unclip_jax.sharding import Mesh, compute_dtype, make_gather
 
 MODELS = {"clip": CLIP, "prior_diffusion": DiffusionPrior, "prior_ar": ARPrior, "decoder": Decoder, "upsampler": Upsampler}
 
@@ -135,7 +136,7 @@ def is_guided(options: Options) -> bool:
 
 
 def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> nn.Module:
-    """The linen module a part's configuration describes. `hooks`: remat, scan, gather.
+    """The linen module a part's configuration describes. `hooks`: remat, scan, gather, and winograd of the U-Nets.
 
     Raises:
       ValueError: on an unknown kind; TypeError on an unknown model option.
@@ -144,6 +145,12 @@ def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> 
     if kind not in MODELS:
         raise ValueError(f"unknown kind of network {kind!r}; known: {', '.join(MODELS)}")
     return MODELS[kind](**part_config["model"], dtype=dtype, **hooks)
+
+
+def sampling_model(part_config: dict, mesh: Mesh) -> nn.Module:
+    """The module to sample a part with on a mesh, in the mesh's compute dtype; on CPU the U-Nets convolve with fewer products."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu" and part_config["kind"] in ("decoder", "upsampler")
+    return build_model(part_config, compute_dtype("auto", mesh), gather=make_gather(mesh), **({"winograd": True} if on_cpu else {}))
 
 
 def part_schedule(part_config: dict) -> Schedule:

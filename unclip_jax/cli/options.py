@@ -64,6 +64,16 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def save_memory_on_cpu() -> None:
+    """XLA's CPU backend orders a program for threads that run many operations at once, and so keeps what they need at once. Where two
+    cores share one large convolution this only costs memory (docs/performance.md). To be called before JAX first looks for devices."""
+    import jax
+
+    flags, option = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_enable_concurrency_optimized_scheduler"
+    if option not in flags and jax.__version_info__ < (0, 11):  # a flag that a later version does not know would end the process
+        os.environ["XLA_FLAGS"] = f"{flags} {option}=false".strip()
+
+
 def progress_bar(words: str) -> Callable[[int, int], None]:
     """A function of (done, total): a bar with rate and remaining time when a person watches, plain lines when not."""
     if not sys.stderr.isatty():
@@ -118,6 +128,7 @@ def open_bundle(args: argparse.Namespace) -> Any:
     from unclip_jax.checkpoint.bundle import load_bundle, stored_bytes
     from unclip_jax.sharding import sampling_mesh
 
+    save_memory_on_cpu()
     shape = None if args.mesh is None else parse_assignments(args.mesh.split(","))
     if shape and not all(isinstance(size, int) for size in shape.values()):
         raise ValueError(f"--mesh {args.mesh}: sizes are whole numbers, as in data=4,fsdp=2")

@@ -171,7 +171,6 @@ class Transformer(nn.Module):
             kept.append(layer)
         return x, kept
 
-
     def _scanned(self, x: jax.Array, mask: jax.Array | None, deterministic: bool, context: jax.Array | None) -> jax.Array:
         block = Block(self.heads, self.layers, self.mlp_ratio, self.activation, self.dropout, self.dtype, parent=None)
         params = self.variables["params"]

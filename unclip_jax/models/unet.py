@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from unclip_jax.models.layers import Dtype, Gather, LayerNorm, TimeMLP, attend, hooked, once
 from unclip_jax.models.text_encoder import TextEncoder
+from unclip_jax.models.winograd import conv3x3
 
 ZEROS = nn.initializers.zeros_init()
 
@@ -79,12 +80,16 @@ class ResBlock(nn.Module):
     dropout: float = 0.0
     scale_shift: bool = True
     dtype: Dtype = jnp.float32
+    winograd: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool = True) -> jax.Array:
         """x (B, H, W, C_in), emb (B, E) -> (B, H', W', channels)."""
         resample = RESAMPLE[self.resample]
-        conv = lambda name, init: nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, kernel_init=init, name=name)
+        way = conv3x3 if self.winograd else None
+        conv = lambda name, init: nn.Conv(
+            self.channels, (3, 3), padding=1, dtype=self.dtype, kernel_init=init, conv_general_dilated=way, name=name
+        )
         h = conv("conv1", nn.initializers.lecun_normal())(resample(nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))))
         norm2 = GroupNorm(self.groups, self.dtype, name="norm2")
         time = nn.Dense((1 + self.scale_shift) * self.channels, dtype=self.dtype, name="time")(nn.silu(emb))[:, None, None]
@@ -144,6 +149,7 @@ class UNet(nn.Module):
       dropout: inside the residual blocks, in [0, 1).
       scale_shift: the time embedding scales and shifts after the norm; False adds it before (Karlo's upsamplers).
       remat: recompute blocks in the backward pass.
+      winograd: convolutions of the residual blocks with fewer products (`winograd.conv3x3`): for sampling in float32 on CPU.
       gather: hook on each block's parameters.
     """
 
@@ -159,6 +165,7 @@ class UNet(nn.Module):
     dropout: float = 0.0
     scale_shift: bool = True
     remat: bool = False
+    winograd: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
@@ -201,7 +208,7 @@ class UNet(nn.Module):
             context = context.astype(self.dtype)
 
         def res(x, name, channels, resample=None):
-            block = res_class(channels, self.groups, resample, self.dropout, self.scale_shift, self.dtype, name=name)
+            block = res_class(channels, self.groups, resample, self.dropout, self.scale_shift, self.dtype, self.winograd, name=name)
             return block(x, emb, deterministic)
 
         def attention(x, name):
@@ -299,6 +306,7 @@ class Decoder(nn.Module):
     text: dict | None = None
     inpaint: bool = False
     remat: bool = False
+    winograd: bool = False
     scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
@@ -344,7 +352,8 @@ class Decoder(nn.Module):
         )
         if self.inpaint:
             x = jnp.concatenate([x, jnp.where(known, known_image, 0), known.astype(x.dtype)], axis=-1)
-        return UNet(**self.unet, remat=self.remat, dtype=self.dtype, gather=self.gather, name="unet")(
+        hooks = {"remat": self.remat, "winograd": self.winograd, "gather": self.gather}
+        return UNet(**self.unet, dtype=self.dtype, name="unet", **hooks)(
             x, t, cond=cond, context=context, context_mask=mask, deterministic=deterministic
         )
 
@@ -384,6 +393,7 @@ class Upsampler(nn.Module):
     unet: dict
     resize: str = "cubic"
     remat: bool = False
+    winograd: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
@@ -395,6 +405,7 @@ class Upsampler(nn.Module):
     def __call__(self, x: jax.Array, t: jax.Array, *, low_res: jax.Array, deterministic: bool = True) -> jax.Array:
         """x (B, H, W, 3) noised, t (B,), low_res (B, h, w, 3) in [-1, 1] -> (B, H, W, 3 or 6) float32."""
         enlarged = self.enlarge(low_res, x.shape[1:3])
-        return UNet(**self.unet, remat=self.remat, dtype=self.dtype, gather=self.gather, name="unet")(
+        hooks = {"remat": self.remat, "winograd": self.winograd, "gather": self.gather}
+        return UNet(**self.unet, dtype=self.dtype, name="unet", **hooks)(
             jnp.concatenate([x, enlarged.astype(x.dtype)], axis=-1), t, deterministic=deterministic
         )

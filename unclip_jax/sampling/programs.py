@@ -22,16 +22,16 @@ from unclip_jax.diffusion.process import fold_in
 from unclip_jax.generate import (
     Options,
     TextConditioning,
-    build_model,
     check_options,
     encode_text,
     is_guided,
     options_from,
     sample_prior,
     sample_upsampler,
+    sampling_model,
 )
 from unclip_jax.models.prior_ar import Codec
-from unclip_jax.sharding import BATCH, compute_dtype, make_gather, path_name, placer, replicate, sampling_mesh
+from unclip_jax.sharding import BATCH, compute_dtype, path_name, placer, replicate, sampling_mesh
 
 MAX_BATCH = 16
 
@@ -89,8 +89,7 @@ def tokenizer(bundle: Bundle) -> ClipTokenizer:
 
 def models_of(bundle: Bundle) -> dict[str, nn.Module]:
     """Every network's module, in the compute dtype of the bundle's mesh."""
-    dtype, gather = compute_dtype("auto", mesh_of(bundle)), make_gather(mesh_of(bundle))
-    return {name: build_model(part.config, dtype, gather=gather) for name, part in bundle.parts.items() if name != "pca"}
+    return {name: sampling_model(part.config, mesh_of(bundle)) for name, part in bundle.parts.items() if name != "pca"}
 
 
 def program(bundle: Bundle, key: Hashable, make: Callable[[], Callable]) -> Callable:
