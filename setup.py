@@ -43,9 +43,11 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10,<0.12"],
         "web": ["huggingface_hub>=0.30,<2", "transformers>=4.50,<6"],
         "eval": ["scikit-learn>=1.5,<2"],
+        "mlflow": ["mlflow>=3,<4"],
         "test": [
             "diffusers>=0.35,<0.43",
             "filelock>=3,<5",
+            "mlflow>=3,<4",
             "pytest>=8,<10",
             "pytest-xdist>=3.5,<4",
             "ruff>=0.9,<1",

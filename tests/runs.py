@@ -123,7 +123,7 @@ class Signalling:
     """Training batches that send this process SIGTERM while the `at`-th one is handed out."""
 
     def __init__(self, inner, at):
-        self.inner, self.at, self.count = inner, at, 0
+        self.inner, self.at, self.count, self.stats = inner, at, 0, inner.stats
 
     def __next__(self):
         self.count += 1
@@ -139,7 +139,7 @@ class Repeating:
     """The first training batch, again and again."""
 
     def __init__(self, inner):
-        self.inner, self.first = inner, None
+        self.inner, self.first, self.stats = inner, None, inner.stats
 
     def __next__(self):
         if self.first is None:

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from tests.helpers import random_params
 from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.sharding import BATCH, infer_shardings, leaf_spec, make_gather, make_mesh, path_name, replicate, shard_batch
+from unclip_jax.sharding import AXES, BATCH, infer_shardings, leaf_spec, make_gather, make_mesh, own_rows, path_name, replicate, shard_batch
 
 
 def test_mesh_shapes():
@@ -87,9 +88,38 @@ def test_shard_batch():
     assert {shard.data.shape for shard in arrays["image"].addressable_shards} == {(2, 3)}
     for name, value in batch.items():
         np.testing.assert_array_equal(arrays[name], value)
-    with pytest.raises(ValueError, match="a batch of 12 does not divide over data x fsdp = 8"):
-        shard_batch({"image": np.zeros((12, 3))}, mesh)
+    for refused in (lambda: shard_batch({"image": np.zeros((12, 3))}, mesh), lambda: own_rows(mesh, 12)):
+        with pytest.raises(ValueError, match="a batch of 12 does not divide over data x fsdp = 8"):
+            refused()
+    np.testing.assert_array_equal(own_rows(mesh, 16), np.arange(16))
     assert replicate({"a": np.ones(3)}, mesh)["a"].sharding.is_fully_replicated
+
+
+class Device:
+    """A device that is not there."""
+
+    platform = "tpu"
+
+    def __init__(self, number, host, slice_index=0):
+        self.id, self.process_index, self.slice_index = number, host, slice_index
+        self.coords, self.core_on_chip, self.device_kind = (number % 4, number // 4 % 4, 0), 0, "TPU v5 lite"
+
+
+def test_rows_of_a_host():
+    """Those on its devices, wherever these stand in the mesh; hosts that share tensor axes read the same ones."""
+    grid = lambda hosts, shape: Mesh(np.array([Device(i, host) for i, host in enumerate(hosts)]).reshape(shape), AXES)
+    np.testing.assert_array_equal(own_rows(grid([0, 1, 0, 1], (2, 2, 1)), 8), [0, 1, 4, 5])
+    np.testing.assert_array_equal(own_rows(grid([0, 1, 0, 1], (2, 1, 2)), 4), [0, 1, 2, 3])
+    np.testing.assert_array_equal(own_rows(grid([1, 1, 0, 0], (2, 1, 2)), 4), [2, 3])
+
+
+def test_slices_are_joined_by_data_alone():
+    devices = [Device(i, i // 4, i // 16) for i in range(32)]
+    mesh = make_mesh({"data": 4, "fsdp": 8}, devices)
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(32))
+    with pytest.raises(ValueError, match="2 slices are joined by the data axis alone, so data=1 must be a multiple of 2"):
+        make_mesh({"data": 1, "fsdp": 32}, devices)
 
 
 def test_gather_is_there_when_needed():

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -40,11 +41,15 @@ TENSOR_RULES: Rules = (
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all of them) with axes `data, fsdp, tensor`.
 
+    Where the devices are several slices, joined by the data centre's network alone, `data` runs over the slices first, so that no other
+    axis crosses it. On TPUs, neighbours along an axis are neighbours on the links.
+
     Args:
       shape: size of each axis; absent axes are 1, but for `data`, which by default takes what is left. One axis may be -1.
 
     Raises:
-      ValueError: on an unknown axis, more than one -1, or sizes whose product is not the number of devices.
+      ValueError: on an unknown axis, more than one -1, sizes whose product is not the number of devices, or a `data` that is not a multiple
+        of the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": -1, "fsdp": 1, "tensor": 1}
@@ -60,7 +65,15 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
         raise ValueError(f"a mesh of {wanted} does not fit {len(devices)} devices; the sizes must multiply to {len(devices)}")
     if free:
         sizes[free[0]] = len(devices) // known
-    return Mesh(np.asarray(devices).reshape([sizes[a] for a in AXES]), AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise ValueError(f"{slices} slices are joined by the data axis alone, so data={sizes['data']} must be a multiple of {slices}")
+    within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    if slices > 1:
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True), AXES)
+    if devices[0].platform == "tpu":
+        return Mesh(mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True), AXES)
+    return Mesh(np.asarray(devices).reshape(within), AXES)
 
 
 def compute_dtype(name: str, mesh: Mesh | None = None) -> Any:
@@ -179,15 +192,45 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
-def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows of a batch -> global arrays split over `data` and `fsdp`: an explicit transfer.
+def own_blocks(mesh: Mesh) -> list[int]:
+    """A batch is split into data x fsdp blocks of rows; these of them lie on this host's devices, ascending. Hosts that share a `tensor`
+    axis hold the same blocks."""
+    blocks = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    return [i for i, devices in enumerate(blocks) if any(d.process_index == jax.process_index() for d in devices)]
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch this host's devices hold, ascending: what the host has to read.
 
     Raises:
       ValueError: when the rows do not divide over the devices.
     """
-    sharding = NamedSharding(mesh, BATCH)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = len(next(iter(batch.values()))) * jax.process_count()
-    if rows % ways:
+    if batch_size % ways:
+        raise ValueError(f"a batch of {batch_size} does not divide over data x fsdp = {ways} devices; change batch_size or the mesh")
+    return np.arange(batch_size).reshape(ways, -1)[own_blocks(mesh)].reshape(-1)
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, whole: bool = False) -> dict[str, jax.Array]:
+    """A batch's `own_rows` (or, if `whole`, all of its rows, the same on every host) -> global arrays split over `data` and `fsdp`: an
+    explicit transfer.
+
+    Raises:
+      ValueError: when the rows do not divide over the devices.
+    """
+    sharding, ways = NamedSharding(mesh, BATCH), mesh.shape["data"] * mesh.shape["fsdp"]
+    blocks = list(range(ways)) if whole else own_blocks(mesh)
+    here = len(next(iter(batch.values())))
+    if here % len(blocks):
+        rows = here * ways // len(blocks)
         raise ValueError(f"a batch of {rows} does not divide over data x fsdp = {ways} devices; change batch_size or the mesh")
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for name, value in batch.items()}
+    each = here // len(blocks)
+
+    def put(value: np.ndarray) -> jax.Array:
+        def block(index: tuple[slice, ...]) -> np.ndarray:
+            first = blocks.index((index[0].start or 0) // each) * each
+            return value[first : first + each]
+
+        return jax.make_array_from_callback((each * ways, *value.shape[1:]), sharding, block)
+
+    return {name: put(np.asarray(value)) for name, value in batch.items()}

@@ -76,8 +76,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 10_000
     config.checkpoint_every = 2000
     config.keep = 3
+    config.keep_best = None
     config.watchdog = 1800.0
     config.profile = None
+    config.track = {"tensorboard": True, "mlflow": None, "experiment": "unclip_jax", "wandb": None}
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16

@@ -80,8 +80,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 1000
     config.checkpoint_every = 250
     config.keep = 2
+    config.keep_best = None
     config.watchdog = 1800.0
     config.profile = None
+    config.track = {"tensorboard": True, "mlflow": None, "experiment": "unclip_jax", "wandb": None}
     if variant == "inpaint":
         config.model.inpaint = True
         config.steps = 2000

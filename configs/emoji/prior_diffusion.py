@@ -61,8 +61,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval_every = 500
     config.checkpoint_every = 250
     config.keep = 2
+    config.keep_best = None
     config.watchdog = 1800.0
     config.profile = None
+    config.track = {"tensorboard": True, "mlflow": None, "experiment": "unclip_jax", "wandb": None}
     if variant == "quick":
         config.checkpoint_every = 40
         config.steps = 120

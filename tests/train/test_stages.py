@@ -94,7 +94,7 @@ def test_codec_is_the_pca_of_the_training_embeddings(tiny_run, tmp_path):
     example = lambda record, rng: make_example(record, rng, tokenizer=clip.tokenizer, size=clip.image_size, crop_scale=0.95)
     source = sources.make_source(meta["config"]["data"]["train"])
     rows = list(pipeline.train_batches(source, example, batch_size=16, seed=0, num_steps=2, backend="numpy"))
-    z = np.concatenate([jax.jit(clip.image)(clip.params, row["clip_image"]) for row in rows]).astype(np.float64)
+    z = np.concatenate([jax.jit(clip.image)(clip.params, row) for row in rows]).astype(np.float64)
     np.testing.assert_allclose(params["mean"], z.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(params["components"] @ params["components"].T, np.eye(16), atol=1e-5)
     covariance = params["components"] @ np.cov(z.T, bias=True) @ params["components"].T

@@ -13,6 +13,7 @@ import unclip_jax
 # verb -> (module, what it does)
 VERBS = {
     "train": ("unclip_jax.cli.train", "train one stage of the cascade"),
+    "embed": ("unclip_jax.cli.embed", "embed a dataset with CLIP, once, for the priors to train from"),
     "compile": ("unclip_jax.cli.compile", "compile a stage's train step for a pod that is not there, and say what it needs"),
     "bundle": ("unclip_jax.cli.bundle", "collect trained stages into a release bundle"),
     "convert": ("unclip_jax.cli.convert", "make a bundle of public weights: Karlo, CLIP"),

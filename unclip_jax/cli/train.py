@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         dest="assignments",
         help="override a setting, e.g. optimizer.learning_rate=3e-4",
+    )
+    parser.add_argument(
+        "--embeddings",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="train on what `unclip embed` wrote, not on pictures; with a name, evaluate on it; where all is embedded no CLIP is needed",
     )
     parser.add_argument("--profile", metavar="A:B", help="trace the steps from A to B of this process into WORKDIR/profile")
     parser.add_argument("--distributed", action="store_true", help="join the other hosts first (cloud TPU pods, SLURM)")
@@ -82,6 +90,29 @@ def override(config, key: str, value: Any) -> None:
         parent[last] = value
 
 
+def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
+    """Puts folders of embeddings, "DIR" or "NAME=DIR", in place of the training source or of the evaluation source NAME; where no picture
+    is left, the training source's in place of the CLIP too, unless `keep_clip`.
+
+    Raises:
+      ValueError: for a stage that needs pictures, or an evaluation that the configuration does not have.
+    """
+    if config.stage not in ("prior_diffusion", "prior_ar", "pca"):
+        raise ValueError(f"the {config.stage} stage needs pictures; embeddings are for the priors and pca")
+    evaluations = config.data.get("eval", {})
+    with config.unlocked():
+        for item in folders:
+            name, equals, folder = item.rpartition("=")
+            if equals and name not in evaluations:
+                raise ValueError(f"--embeddings {item}: there is no evaluation {name!r}; there are {', '.join(evaluations) or 'none'}")
+            # A ConfigDict keeps old keys where it is given a dict: the source is another one as a whole.
+            where, key = (evaluations, name) if equals else (config.data, "train")
+            del where[key]
+            where[key] = {"name": "embeddings", "path": str(Path(folder).expanduser().resolve())}
+        if not keep_clip and all(source.name == "embeddings" for source in (config.data.train, *evaluations.values())):
+            config.clip = config.data.train.path
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     from unclip_jax.cli.options import parse_assignments, use_compilation_cache
@@ -93,6 +124,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"the {config.stage} stage has no frozen CLIP; leave out --clip")
         # As typed on the command line, a relative path is relative to the current folder.
         assignments["clip"] = str(Path(args.clip).resolve()) if Path(args.clip).exists() else args.clip
+    if args.embeddings:
+        use_embeddings(config, args.embeddings, keep_clip="clip" in assignments)
     if args.profile is not None:
         assignments["profile"] = args.profile
     if "://" in args.workdir:

@@ -21,6 +21,7 @@ import functools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -52,10 +53,12 @@ class BadDataError(ValueError):
 
 @dataclasses.dataclass
 class Stats:
-    """Of the batches handed out so far, on this host: records `seen` (replacements included) and how many of them were `bad`."""
+    """Of the batches handed out so far, on this host: records `seen` (replacements included), how many of them were `bad`, and the seconds
+    that the taker `waited` for batches."""
 
     seen: int = 0
     bad: int = 0
+    waited: float = 0.0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,9 +136,9 @@ def example_rng(seed: int, position: int, attempt: int = 0) -> np.random.Generat
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, attempt], np.uint64)))
 
 
-def choose_caption(record: Record, rng: np.random.Generator) -> str:
-    """One of the record's captions that are not blank, uniformly. Raises `ValueError` if there is none."""
-    captions = [caption for caption in record.captions if caption.strip()]
+def choose_caption(record: Record, rng: np.random.Generator) -> int:
+    """The number of one of the record's captions that are not blank, uniformly. Raises `ValueError` if there is none."""
+    captions = [i for i, caption in enumerate(record.captions) if caption.strip()]
     if not captions:
         raise ValueError("the record has no caption")
     return captions[int(rng.integers(len(captions)))]
@@ -224,6 +227,7 @@ def train_batches(
     num_steps: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    local_rows: np.ndarray | None = None,
     backend: str = "tf",
     block: int | None = None,
     max_bad_fraction: float = 0.01,
@@ -233,9 +237,10 @@ def train_batches(
     """This host's rows of the global batches of steps start_step, start_step + 1, ...: an iterator of flat dicts of arrays.
 
     `make_example(record, rng) -> {name: array}` makes one row; it runs in several threads at once, takes all randomness from `rng`,
-    and returns the same names, shapes and dtypes for every record. Each array of a batch is (batch_size / process_count, ...): rows
-    process_index * that ... of the global batch of `batch_size`. Ends after `num_steps` batches, never if None. `num_workers` threads
-    (default: the number of cores, at most 32) keep `prefetch` batches ahead. The iterator has `.stats` (seen, bad) and `.close()`.
+    and returns the same names, shapes and dtypes for every record. Each array of a batch holds the rows `local_rows` of the global batch of
+    `batch_size`; without them its batch_size / process_count rows from process_index * that on. Ends after `num_steps` batches, never if
+    None. `num_workers` threads (default: the number of cores, at most 32) keep `prefetch` batches ahead. The iterator has `.stats` and
+    `.close()`.
 
     Both backends ("tf", "numpy") and any number of hosts give the same rows, and starting at step k equals skipping k batches.
 
@@ -257,25 +262,29 @@ def train_batches(
     if len(source) < 1:
         raise ValueError(f"{source.name} holds no records")
     order = _Order(len(source), seed, block)
-    rows = _Rows(batch_size, process_index, batch_size // process_count, start_step, num_steps)
+    if local_rows is None:
+        local_rows = np.arange(batch_size).reshape(process_count, -1)[process_index]
+    rows = _Rows(batch_size, np.asarray(local_rows, np.int64), start_step, num_steps)
     workers = num_workers or min(32, os.cpu_count() or 1)
     return TrainBatches(source, make_example, order, rows, backend, max_bad_fraction, workers, max(1, prefetch))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Which positions this host makes: `local` of every global batch, from `start_step` on."""
+    """Which positions this host makes: `rows` of every global batch, from `start_step` on."""
 
     batch_size: int
-    process_index: int
-    local: int
+    rows: np.ndarray
     start_step: int
     num_steps: int | None
 
+    @property
+    def local(self) -> int:
+        return len(self.rows)
+
     def positions(self, step: int) -> np.ndarray:
         # Of the step-th batch after the start: int64 (local,).
-        first = (self.start_step + step) * self.batch_size + self.process_index * self.local
-        return first + np.arange(self.local, dtype=np.int64)
+        return (self.start_step + step) * self.batch_size + self.rows
 
 
 class TrainBatches:
@@ -310,6 +319,7 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Example:
+        asked = time.perf_counter()
         try:
             batch = next(self._batches)
         except StopIteration:
@@ -319,6 +329,7 @@ class TrainBatches:
             if self._failure is not None and isinstance(error, Exception):  # the worker's own error, not the backend's account of it
                 raise self._failure from None
             raise
+        self.stats.waited += time.perf_counter() - asked
         self._account()
         return batch
 

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from unclip_jax.data import ops, tfrecord
+from unclip_jax.data.embeddings import Embedded, Shard, open_embedded, read_json, shard_path
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +41,15 @@ OPEN_FILES = 256  # shards kept open per source; beyond, a shard is opened for e
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One captioned image: `image` is encoded bytes or a decoded array (H, W[, C]), `captions` may be empty, `meta` is flat JSON."""
+    """One captioned image: `image` is encoded bytes or a decoded array (H, W[, C]), `captions` may be empty, `meta` is flat JSON. Of the
+    `embeddings` source the image is empty, and `embeds` holds what CLIP makes of it and of each caption (`embeddings.Shard.row`)."""
 
     key: str
     image: bytes | np.ndarray
     captions: tuple[str, ...]
     meta: dict
     shard: str
+    embeds: Mapping[str, np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +82,8 @@ class Source:
     """An indexed dataset: `len(source)` records, `source.read(i) -> Record` from any thread.
 
     `checksum` (sha256, hex) identifies the contents and does not depend on where they lie; `n_filtered` counts the records the filters
-    dropped. `read` raises `IndexError` outside [0, len), and `ValueError` or `OSError` for a damaged record.
+    dropped. `read` raises `IndexError` outside [0, len), and `ValueError` or `OSError` for a damaged record. `embedded` describes
+    the embeddings of a source that holds some, None for pictures.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Source:
     n_filtered: int
     length: int
     fetch: Callable[[int], Record] = dataclasses.field(repr=False)
+    embedded: Embedded | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -274,8 +279,33 @@ def tfds(
     return Source(name, checksum, total - len(kept), len(kept), lambda i: _trim_captions(read(int(kept[i])), filters))
 
 
+def embeddings(path: str) -> Source:
+    """What `unclip embed` made of another source (`data.embeddings`): the priors and the codec train from it, without the pictures.
+
+    Raises `FileNotFoundError` or `ValueError` if the folder is none, is unfinished, or lacks a shard.
+    """
+    embedded = open_embedded(path)
+    manifest = read_json(Path(embedded.path) / "manifest.json")
+    shards = [Shard(shard_path(embedded.path, number), embedded.states) for number in range(len(manifest["shards"]))]
+    for shard, described in zip(shards, manifest["shards"]):
+        if read_json(shard.folder / "shard.json")["sha256"] != described["sha256"]:
+            raise ValueError(f"{shard.folder} is not the shard that {embedded.path}/manifest.json describes: copy the embeddings again")
+    ends = np.cumsum([shard["images"] for shard in manifest["shards"]])
+
+    def fetch(i: int) -> Record:
+        number = int(np.searchsorted(ends, i, side="right"))
+        shard, row = shards[number], i - int(ends[number - 1] if number else 0)
+        return Record(str(i), b"", shard.captions(row), {}, str(shard.folder), shard.row(row))
+
+    checksum = _digest([shard["sha256"] for shard in manifest["shards"]])
+    return Source(f"embeddings:{path}", checksum, 0, int(ends[-1]), fetch, embedded)
+
+
 # The whole choice of sources, by the name used in configs.
-SOURCES = {"emoji": emoji, "tfrecord": tfrecord_shards, "webdataset": webdataset, "tfds": tfds, "folder": folder}
+SOURCES = {
+    **{"emoji": emoji, "tfrecord": tfrecord_shards, "webdataset": webdataset},
+    **{"tfds": tfds, "folder": folder, "embeddings": embeddings},
+}
 
 
 def make_source(config: Mapping) -> Source:

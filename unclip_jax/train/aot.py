@@ -13,9 +13,8 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,27 +28,10 @@ from unclip_jax.models.prior_ar import Codec
 from unclip_jax.sharding import BATCH, infer_shardings, make_mesh
 from unclip_jax.train import clip as clip_stage
 from unclip_jax.train import common
+from unclip_jax.train.hardware import CHIPS, Chip, flops
 from unclip_jax.train.optim import make_optimizer
 from unclip_jax.train.state import TrainState, abstract_state, make_update
 
-
-class Chip(NamedTuple):
-    """One chip's peaks: flops (bfloat16) and bytes per second of memory and of all its links one way; memory in bytes."""
-
-    name: str
-    flops: float
-    memory: float
-    bandwidth: float
-    links: float
-
-
-# The vendor's specifications, by the platform's name of the device.
-CHIPS = {
-    "TPU v4": Chip("v4", 275e12, 32e9, 1228e9, 300e9),
-    "TPU v5 lite": Chip("v5e", 197e12, 16e9, 819e9, 200e9),
-    "TPU v5": Chip("v5p", 459e12, 95e9, 2765e9, 600e9),
-    "TPU v6 lite": Chip("v6e", 918e12, 32e9, 1640e9, 448e9),
-}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 CALLED = re.compile(
     r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)=\{?((?:%?[\w.\-]+(?:, )?)+)"
@@ -111,7 +93,7 @@ class Report:
 
 # ---------------------------------------------------------------------------------------------------------------------- devices
 def topology(name: str) -> list[Any]:
-    """Devices of "v5e:4x4" and the like, or of "cpu:8", which need not be there.
+    """Devices of "v5e:4x4" and the like, "2*v5e:4x4" for two slices of it, or "cpu:8"; but for the last they need not be there.
 
     Raises:
       ValueError: on another name, or more CPU devices than there are; ImportError without libtpu.
@@ -122,8 +104,9 @@ def topology(name: str) -> list[Any]:
         if int(shape) > len(devices):
             raise ValueError(f"{name}: {len(devices)} CPU devices are there; set XLA_FLAGS=--xla_force_host_platform_device_count={shape}")
         return devices[: int(shape)]
-    if not re.fullmatch(r"v\d+[a-z]*:\d+(x\d+)+", name):
-        raise ValueError(f"unknown topology {name!r}; write v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2 or cpu:8")
+    written = re.fullmatch(r"(?:([1-9]\d*)\*)?(v\d+[a-z]*:\d+(?:x\d+)+)", name)
+    if written is None:
+        raise ValueError(f"unknown topology {name!r}; write v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2, 2*v5e:4x4 or cpu:8")
     try:
         importlib.import_module("libtpu")
     except ImportError:
@@ -132,7 +115,8 @@ def topology(name: str) -> list[Any]:
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        slices = {"num_slices": int(written[1])} if written[1] else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=written[2], **slices).devices)
     except Exception as error:  # the compiler's own
         raise ValueError(f"libtpu knows no topology {name!r} ({' '.join(str(error).split())[:200]})") from None
 
@@ -265,32 +249,6 @@ def _held(tree: Any) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- counting
-def flops(jaxpr: Any) -> float:
-    """Operations of the products and convolutions of a traced program, two for each multiply-add, loops counted out."""
-    total = 0.0
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        kind, parameters = equation.primitive.name, equation.params
-        out = equation.outvars[0].aval if equation.outvars else None
-        if kind == "dot_general":
-            (contracted, _), _ = parameters["dimension_numbers"]
-            total += 2 * math.prod(out.shape) * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        elif kind == "conv_general_dilated":
-            kernel, numbers = equation.invars[1].aval.shape, parameters["dimension_numbers"]
-            each = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
-            # Where zeros were put between inputs (the gradient of strides) only one product in so many is.
-            total += 2 * math.prod(out.shape) * each / math.prod(parameters["lhs_dilation"])
-        times = parameters.get("length", 1) if kind == "scan" else 1
-        inner = [flops(part) for value in parameters.values() for part in _programs(value)]
-        total += times * (max(inner, default=0.0) if kind == "cond" else sum(inner))
-    return total
-
-
-def _programs(value: Any) -> Iterator[Any]:
-    for part in value if isinstance(value, (tuple, list)) else (value,):
-        if hasattr(getattr(part, "jaxpr", part), "eqns"):
-            yield part
-
-
 def collectives(text: str) -> dict[str, tuple[int, int]]:
     """Of a compiled program's text: kind -> (how often a device takes part in a step, bytes that arrive there), loops counted out."""
     bodies: dict[str, list[str]] = {}

@@ -29,16 +29,29 @@ def make_example(record, rng, *, tokenizer, size: int, crop_scale: float = 1.0, 
     text encoder also `tokens` (L',), `token_mask` (L',).
 
     In training a random square crop of at least `crop_scale` of the shorter side and a random caption; else the centre and the first.
+    Of a record of embeddings: `image_embed` (D,) in place of the image and, where nothing else of CLIP's is needed, `text_embed` (D,) and
+    `text_states` (L, W) in place of CLIP's tokens.
     """
+    if record.embeds is not None:
+        return _embedded_example(record, rng, tokenizer, training, own)
     image = ops.decode_image(record.image)
     if training:
         side = int(round(min(image.shape[:2]) * rng.uniform(crop_scale, 1.0)))
         image = ops.resize(ops.random_crop(image, side, rng), size)
-        caption = pipeline.choose_caption(record, rng)
+        caption = record.captions[pipeline.choose_caption(record, rng)]
     else:
         image = ops.resize_then_crop(image, size)
         caption = record.captions[0]
     return {"clip_image": ops.to_float(image), **{k: v[0] for k, v in caption_arrays([caption], tokenizer, own).items()}}
+
+
+def _embedded_example(record, rng, tokenizer, training: bool, own) -> dict[str, np.ndarray]:
+    chosen = pipeline.choose_caption(record, rng) if training else 0
+    row = {k: v[0] for k, v in caption_arrays([record.captions[chosen]], tokenizer, own).items()}
+    texts = {k: np.float32(v[chosen]) for k, v in record.embeds.items() if k == "text_embed" or (k == "text_states" and own is None)}
+    if own is not None or "text_states" in texts:
+        row = texts | {k: v for k, v in row.items() if k != "clip_tokens" and (own is None or k != "clip_token_mask")}
+    return {"image_embed": record.embeds["image_embed"], **row}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- loss
@@ -152,35 +165,35 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
             rows = []
             example_eval = functools.partial(example, training=False)
             for batch, valid in pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows):
-                image, text = encode(state.ema_params, shard_batch(common.host_rows(batch), mesh))
+                image, text = encode(state.ema_params, shard_batch(batch, mesh, whole=True))
                 rows.append((common.crossed(image)[:valid], common.crossed(text)[:valid]))
             image, text = (np.concatenate(column) for column in zip(*rows))
             figures[f"{name}_retrieval_at_1"] = retrieval_at_1(image, text, config.eval.candidates)
         return figures
 
     # ------------------------------------------------------------------------------------------------------------------ loop
-    logger = common.Logger(
-        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="clip",
-        patience=config.watchdog, profile=config.profile,
-    )  # fmt: skip
-    batches = common.batches(config, source, example, start)
+    batches = common.batches(config, source, example, mesh, start)
+    logger = common.make_logger(config, workdir, "clip", start, batches)
     figures: dict[str, float] = {}
     with common.closing(store, batches, logger), common.stop_signals() as stop:
         for step in range(start + 1, config.steps + 1):
             arguments = state, {}, shard_batch(next(batches), mesh)
-            update = common.compiled_together(update, *arguments) if step == start + 1 else update
+            if step == start + 1:
+                update = common.compiled_together(update, *arguments)
+                logger.operations = common.model_operations(build, gradient_of, config, mesh, None, arguments)
             state, metrics = update(*arguments)
             logger.step(step, metrics)
             stopping = stop.after(step)
             if common.due(step, config.checkpoint_every, config.steps) or stopping:
-                with logger.paused():
+                with logger.paused("checkpoint"):
                     store.save(step, state, common.with_time(meta, logger))
             if stopping:
                 break
             if common.due(step, config.eval_every, config.steps):
-                with logger.paused():
+                with logger.paused("evaluation"):
                     figures = evaluate(state)
                     logger.record(step, figures)
+                    common.keep_best(config, workdir, step, state, common.with_time(meta, logger), figures)
                     common.say(f"clip step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
     common.leave_if_stopped(stop)
     return figures

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import importlib.util
 import json
 import logging
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,16 @@ from tqdm import tqdm
 from unclip_jax.checkpoint.bundle import load_part
 from unclip_jax.checkpoint.store import CheckpointStore, params_hash
 from unclip_jax.data import ops, pipeline
+from unclip_jax.data.embeddings import Embedded, is_embedded, open_embedded
 from unclip_jax.data.sources import Source
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.generate import TextConditioning, build_model, encode_text
 from unclip_jax.grid import save_grid
 from unclip_jax.models.clip import CLIP
-from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_shardings, make_gather, path_name
+from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_shardings, make_gather, own_rows, path_name
+from unclip_jax.train.hardware import CHIPS, flops
 from unclip_jax.train.state import TrainState
+from unclip_jax.train.trackers import Trackers
 
 log = logging.getLogger("unclip_jax")
 
@@ -134,7 +138,7 @@ class Watchdog:
 
 
 class Logger:
-    """Metrics of a run: `metrics.jsonl`, TensorBoard (`tb/`), and a progress bar or plain lines on standard error.
+    """Metrics of a run: `metrics.jsonl`, trackers, and a progress bar or plain lines on standard error.
 
     Args:
       workdir: the run's folder.
@@ -144,6 +148,13 @@ class Logger:
       name: of the stage, on the progress bar.
       patience: seconds without a finished step after which the process ends (`Watchdog`); 0: never.
       profile: "10:20" traces these steps of this process, counted from its first, into `profile/`; None: none.
+      trackers: where figures and pictures go too.
+      stats: of the training batches.
+
+    Besides what a step returns, a record holds: `step_time`, and of it `input_wait`, in which the host waited for the next batch (s/step);
+    `examples_per_second`, also `_per_device`; `checkpoint_seconds` and `evaluation_seconds` since the last record; `host_memory_gib`, and
+    `device_memory_gib` where devices tell, at their peaks; `bad_records` so far on this host; and `mfu`, the share of the chips' peak
+    arithmetic that the model itself needs, where `operations` was set and the chip is known.
 
     Raises:
       ValueError: when `profile` is not two numbers, the first less than the second.
@@ -160,10 +171,16 @@ class Logger:
         name: str,
         patience: float = 0.0,
         profile: str | None = None,
+        trackers: Trackers | None = None,
+        stats: pipeline.Stats | None = None,
     ):
         self.start, self.total, self.batch_size, self.every, self.name = start, total, batch_size, every, name
         self.main = jax.process_index() == 0
-        self.file = self.events = self.bar = None
+        self.file = self.bar = None
+        self.workdir, self.trackers, self.last = Path(workdir), trackers, start
+        self.stats, self.waited = stats, 0.0
+        self.spent: dict[str, float] = {}
+        self.operations = 0.0  # of a step, without what is computed twice
         self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         self.made = self.clock = time.perf_counter()
         self.clock_step = start
@@ -178,12 +195,6 @@ class Logger:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start), encoding="utf-8")
         self.file = open(path, "a", encoding="utf-8")
-        try:
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-            self.events = EventFileWriter(str(Path(workdir) / "tb"))
-        except ImportError:
-            log.warning("tensorboard is not installed; metrics go to metrics.jsonl alone")
         if sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
 
@@ -194,6 +205,7 @@ class Logger:
           FloatingPointError: when too many updates in a row were skipped; it names what was not finite.
         """
         self.pending.append((step, metrics))
+        self.last = step
         if step - self.start in self.profiled:
             jax.block_until_ready(metrics)  # the trace begins and ends between steps
             if step - self.start == self.profiled[0]:
@@ -215,6 +227,7 @@ class Logger:
         record = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
         record |= {"step_time": seconds, "examples_per_second": self.batch_size / seconds}
         record["examples_per_second_per_device"] = record["examples_per_second"] / jax.device_count()
+        record |= self._resources(seconds, len(values))
         self.record(step, record)
         words = (f"loss {record['loss']:.4f}  " if "loss" in record else "") + f"{record['examples_per_second']:.1f} examples/s"
         if self.bar is not None:
@@ -222,6 +235,21 @@ class Logger:
         elif self.main:
             left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - step)))
             log.info("%s step %d/%d  %s  left %s", self.name, step, self.total, words, left)
+
+    def _resources(self, seconds: float, steps: int) -> dict[str, float]:
+        # What the machine did since the last record.
+        found, chip = {f"{key}_seconds": value for key, value in self.spent.items()}, CHIPS.get(jax.devices()[0].device_kind)
+        self.spent = {}
+        if self.stats is not None:
+            found |= {"input_wait": (self.stats.waited - self.waited) / steps, "bad_records": self.stats.bad}
+            self.waited = self.stats.waited
+        found["host_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        memory = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            found["device_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
+        if self.operations and chip is not None:
+            found["mfu"] = self.operations / seconds / jax.device_count() / chip.flops
+        return found
 
     def _count_skipped(self, step: int, values: list[dict[str, np.ndarray]]) -> None:
         for value in values:
@@ -234,14 +262,16 @@ class Logger:
                 )
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves what is done inside (evaluation, samples, checkpoints) out of the step time."""
+    def paused(self, what: str) -> Iterator[None]:
+        """Leaves what is done inside out of the step time; the next record tells it as `<what>_seconds`."""
         started, asleep = time.perf_counter(), self.watchdog.asleep
         self.watchdog.sleep()
         yield
         if not asleep:
             self.watchdog.hear()
-        self.clock += time.perf_counter() - started
+        took = time.perf_counter() - started
+        self.clock += took
+        self.spent[what] = self.spent.get(what, 0.0) + took
 
     def seconds(self) -> float:
         """Wall time since the logger was made."""
@@ -253,20 +283,66 @@ class Logger:
             return
         self.file.write(json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in values.items()}}) + "\n")
         self.file.flush()
-        if self.events is not None:
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.compat.proto.summary_pb2 import Summary
+        if self.trackers is not None:
+            self.trackers.scalars(step, values)
 
-            summary = Summary(value=[Summary.Value(tag=f"{self.name}/{k}", simple_value=v) for k, v in values.items()])
-            self.events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+    def samples(self, step: int, images: jax.Array, captions: list[str], valid: int) -> None:
+        """Writes `samples/<step>.png`, a labelled grid of the first `valid` of float images in [-1, 1], on the first host, and gives it to
+        the trackers; every host must call it."""
+        images = crossed(images)[:valid]
+        if self.main:
+            path = save_grid(self.workdir / "samples" / f"{step:07d}.png", ops.to_uint8(images), captions[:valid], cell=128)
+            if self.trackers is not None:
+                self.trackers.picture(step, Path(path))
 
     def close(self) -> None:
         """Flushes and closes everything."""
         if self.tracing:  # the run ended before the last step to trace
             jax.profiler.stop_trace()
-        for thing in (self.watchdog, self.bar, self.file, self.events):
+        for thing in (self.watchdog, self.bar, self.file):
             if thing is not None:
                 thing.close()
+        if self.trackers is not None:
+            self.trackers.close(finished=self.last >= self.total)
+
+
+def make_logger(config: ConfigDict, workdir: str | os.PathLike, name: str, start: int, batches: pipeline.TrainBatches) -> Logger:
+    """The logger of a stage's training loop, as its configuration says; trackers on the first host alone."""
+    main = jax.process_index() == 0
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    return Logger(
+        workdir,
+        start=start,
+        total=config.steps,
+        batch_size=config.batch_size,
+        every=config.log_every,
+        name=name,
+        patience=config.watchdog,
+        profile=config.profile,
+        trackers=Trackers(workdir, name, config_json(config), config_json(config.track)) if main else None,
+        stats=batches.stats,
+    )
+
+
+def model_operations(
+    build: Callable, gradient_of: Callable, config: ConfigDict, mesh: Mesh, clip: Any, arguments: tuple, *learned: Any
+) -> float:
+    """Operations of a step's gradient on all devices, each counted once where remat computes some twice; 0 where the devices' peak is not
+    known, as nothing is compared with it.
+
+    Args:
+      build, gradient_of, config, mesh, clip, learned: the stage's.
+      arguments: of the update step.
+    """
+    if jax.devices()[0].device_kind not in CHIPS:
+        return 0.0
+    plain = config.copy_and_resolve_references()
+    with plain.unlocked():
+        plain.remat = False
+    model = build(plain, mesh, clip)[0]
+    state, frozen, batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
+    gradient = gradient_of(plain, mesh, model, clip, *learned)
+    return flops(jax.make_jaxpr(gradient)(state.params, jax.random.key(0), frozen, batch))
 
 
 class Stop:
@@ -315,18 +391,46 @@ def compiled_together(update: Callable, *arguments: Any) -> Callable:
     """The update compiled on every host before any of them runs it: hosts that compile longer than a collective waits would break it."""
     if jax.process_count() == 1:
         return update
-    import orbax.checkpoint as ocp
-
     compiled = update.lower(*arguments).compile()
-    barrier = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
-    barrier(key="unclip_jax_update_compiled", timeout_ms=COMPILE_TIMEOUT * 1000)
+    wait_for_hosts("update_compiled", COMPILE_TIMEOUT)
     return compiled
+
+
+def wait_for_hosts(key: str, seconds: int = 24 * 3600) -> None:
+    """Returns when every host has come to this call; `key` names it. An error after so many seconds."""
+    if jax.process_count() > 1:
+        import orbax.checkpoint as ocp
+
+        barrier = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
+        barrier(key=f"unclip_jax_{key}", timeout_ms=seconds * 1000)
 
 
 def say(text: str) -> None:
     """A line for the person who watches, from the first host alone; it does not tear a progress bar."""
     if jax.process_index() == 0:
         tqdm.write(text, file=sys.stderr)
+
+
+def keep_best(
+    config: ConfigDict, workdir: str | os.PathLike, step: int, state: TrainState, meta: dict, figures: Mapping[str, float]
+) -> None:
+    """Where `config.keep_best` names a figure of the evaluation ("val_cosine"; "-eval_loss": the lower the better), keeps the checkpoint at
+    which it was best in the run's folder `best/`, which may be named wherever a run's folder may.
+
+    Raises:
+      ValueError: when there is no such figure.
+    """
+    if config.keep_best is None:
+        return
+    name = config.keep_best.removeprefix("-")
+    if name not in figures:
+        raise ValueError(f"keep_best names {name!r}; the evaluation's figures are {', '.join(figures)}")
+    value = -figures[name] if config.keep_best.startswith("-") else figures[name]
+    store = CheckpointStore(Path(workdir) / "best", keep=1)
+    with closing(store):
+        before = store.latest()
+        if before is None or (before != step and value > store.meta(before)["best"]):
+            store.save(step, state, meta | {"best": value, "figures": dict(figures)})
 
 
 def with_time(meta: dict, logger: Logger) -> dict:
@@ -378,17 +482,17 @@ def restore_or_init(
 
 
 def _differences(before: dict, now: dict) -> str:
-    flat = lambda config: {"/".join(map(str, k)): v for k, v in traverse_util.flatten_dict(config).items()}  # noqa: E731
-    before, now = flat(before), flat(now)
+    before, now = traverse_util.flatten_dict(before, sep="."), traverse_util.flatten_dict(now, sep=".")
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    return "".join(f"\n  {key.replace('/', '.')} was {before.get(key)}, is {now.get(key)}" for key in keys)
+    return "".join(f"\n  {key} was {before.get(key)}, is {now.get(key)}" for key in keys)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class FrozenClip:
-    """The CLIP under a stage. `params` are a step argument, never closed over; `hash` names its embedding space."""
+    """The CLIP under a stage. `params` are a step argument, never closed over; `hash` names its embedding space. Where a batch holds
+    embeddings they are taken as they are; `model` is None when there are but embeddings."""
 
-    model: CLIP
+    model: CLIP | None
     params: Any
     hash: str
     tokenizer: ClipTokenizer
@@ -399,17 +503,23 @@ class FrozenClip:
     mesh: Mesh
 
     def text(self, params: Any, batch: Mapping[str, jax.Array]) -> TextConditioning:
-        """A batch's captions -> conditioning; no gradient."""
-        return jax.lax.stop_gradient(encode_text(self.model, gather_rest(params, self.mesh), batch))
+        """A batch's captions -> conditioning; no gradient. CLIP's states are None for a stage with a text encoder of its own."""
+        if "text_embed" in batch:
+            text = TextConditioning(*(batch.get(k) for k in ("text_embed", "text_states", "clip_token_mask", "tokens", "token_mask")))
+        else:
+            text = encode_text(self.model, gather_rest(params, self.mesh), batch)
+        return jax.lax.stop_gradient(text if self.own is None else text._replace(states=None, mask=None))
 
     def zeros(self) -> TextConditioning:
         """Zeros in the shapes of one caption's conditioning, to initialise networks with."""
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(self.text, self.params, self.empty))
 
-    def image(self, params: Any, image: jax.Array) -> jax.Array:
-        """(B, Hc, Wc, 3) in [-1, 1] -> raw z_i (B, D); no gradient."""
+    def image(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """A batch's `clip_image` (B, Hc, Wc, 3) in [-1, 1] -> raw z_i (B, D); no gradient."""
+        if "image_embed" in batch:
+            return batch["image_embed"]
         params = gather_rest(params, self.mesh)
-        return jax.lax.stop_gradient(self.model.apply({"params": params}, image, method="encode_image"))
+        return jax.lax.stop_gradient(self.model.apply({"params": params}, batch["clip_image"], method="encode_image"))
 
 
 def own_tokenizer(config: ConfigDict) -> ClipTokenizer | None:
@@ -434,7 +544,8 @@ def frozen_clip(
     """Loads the CLIP of a run or a bundle onto the mesh.
 
     Args:
-      path: a bundle, a run's folder, or a path relative to this run's folder ("../clip").
+      path: a bundle, a run's folder, or a path relative to this run's folder ("../clip"); a folder of embeddings stands for the CLIP that
+        made them, where nothing is left to embed.
       dtype: that it computes in (`sharding.compute_dtype`).
       own: the tokenizer of the stage's own text encoder, if it has one.
       scan: its layers in one loop (`Transformer`).
@@ -442,7 +553,13 @@ def frozen_clip(
     Raises:
       FileNotFoundError, ValueError, KeyError: one line naming what is missing.
     """
-    part, meta = load_part(resolve(path, workdir), "clip")
+    path = resolve(path, workdir)
+    if is_embedded(path):
+        embedded = open_embedded(path)
+        tokenizer = ClipTokenizer.from_config(embedded.tokenizer)
+        empty = _embedded_empty(embedded, tokenizer, own)
+        return FrozenClip(None, {}, embedded.clip, tokenizer, 0, embedded.embed_dim, empty, own, mesh)
+    part, meta = load_part(path, "clip")
     model = build_model(part.config, compute_dtype(dtype, mesh), scan=scan, gather=make_gather(mesh))
     tokenizer = ClipTokenizer.from_config(meta["tokenizer"])
     return FrozenClip(
@@ -458,11 +575,35 @@ def frozen_clip(
     )
 
 
-def save_samples(workdir: str | os.PathLike, step: int, images: jax.Array, captions: list[str], valid: int) -> None:
-    """Writes `samples/<step>.png`, a labelled grid of float images in [-1, 1], on the first host; every host must call it."""
-    images = crossed(images)[:valid]
-    if jax.process_index() == 0:
-        save_grid(Path(workdir) / "samples" / f"{step:07d}.png", ops.to_uint8(images), captions[:valid], cell=128)
+def _embedded_empty(embedded: Embedded, tokenizer: ClipTokenizer, own: ClipTokenizer | None) -> dict[str, np.ndarray]:
+    if own is not None:
+        tokens = caption_arrays([""], tokenizer, own)
+        return {"text_embed": embedded.empty["text_embed"], **{k: tokens[k] for k in ("tokens", "token_mask")}}
+    if not embedded.states:
+        raise ValueError(f"{embedded.path} holds no text states, which this stage needs: embed with --states, or give the CLIP itself")
+    return {k: np.float32(v) if k == "text_states" else v for k, v in embedded.empty.items()}
+
+
+def matched(clip: FrozenClip, train: Source, *others: Source, pictures: bool = False) -> FrozenClip:
+    """The CLIP under a stage that reads these sources: where it trains on embeddings, what those say of the empty caption is used too.
+
+    Raises:
+      ValueError: when a source holds embeddings of another CLIP or, where `pictures` are needed, any; when it holds pictures and CLIP is
+        not there to embed them.
+    """
+    for source in (train, *others):
+        embedded = source.embedded
+        if embedded is None and clip.model is None:
+            raise ValueError(f"{source.name} holds pictures, and the CLIP given is a folder of embeddings: give the CLIP itself")
+        if embedded is not None and pictures:
+            raise ValueError(f"{source.name} holds no pictures, which this stage needs: give it the source that was embedded")
+        if embedded is not None and embedded.clip != clip.hash:
+            raise ValueError(
+                f"{source.name} was made with CLIP {embedded.clip}, but the CLIP given is {clip.hash}: embed again, or give that CLIP"
+            )
+    if train.embedded is None or (clip.own is None and not train.embedded.states):
+        return clip
+    return dataclasses.replace(clip, empty=_embedded_empty(train.embedded, clip.tokenizer, clip.own))
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -470,7 +611,7 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def batches(
-    config: ConfigDict, source: Source, make_example: pipeline.MakeExample, start: int, stop: int | None = None
+    config: ConfigDict, source: Source, make_example: pipeline.MakeExample, mesh: Mesh, start: int, stop: int | None = None
 ) -> pipeline.TrainBatches:
     """This host's training batches of the steps from `start` to `stop` (the run's last when None), as `config.data` says."""
     backend = config.data.backend
@@ -483,17 +624,10 @@ def batches(
         seed=config.seed,
         start_step=start,
         num_steps=(config.steps if stop is None else stop) - start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        local_rows=own_rows(mesh, config.batch_size),
         backend=backend,
         max_bad_fraction=config.data.max_bad_fraction,
     )
-
-
-def host_rows(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """This host's slice of a batch that every host holds whole (evaluation)."""
-    count, index = jax.process_count(), jax.process_index()
-    return {k: v.reshape(count, len(v) // count, *v.shape[1:])[index] for k, v in batch.items()}
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def make_example(
     image = ops.decode_image(record.image)
     if training:
         image = ops.random_crop(image, int(round(min(image.shape[:2]) * rng.uniform(crop_scale, 1.0))), rng)
-        caption = pipeline.choose_caption(record, rng)
+        caption = record.captions[pipeline.choose_caption(record, rng)]
     else:
         image = ops.center_crop_square(image)
         caption = record.captions[0]
@@ -73,7 +73,7 @@ def loss_fn(params, rng, batch, *, frozen, clip, model, tables, diffusion, freez
         params = params | {"text": jax.lax.stop_gradient(params["text"])}
     rng_embedding, rng_text, rng_noise, rng_dropout = jax.random.split(rng, 4)
     x0 = batch["image"]
-    z_image = clip.image(frozen["clip"], batch["clip_image"])
+    z_image = clip.image(frozen["clip"], batch)
     text = clip.text(frozen["clip"], batch)
     empty = clip.text(frozen["clip"], clip.empty)
     text = select_text(jax.random.uniform(rng_text, (len(x0),)) >= drop_text, text, empty)
@@ -153,6 +153,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, own, config.scan_layers)
     source = sources.make_source(config.data.train)
     held_out = sources.make_source(config.data.eval)
+    clip = common.matched(clip, source, held_out, pictures=True)
     inpaint = config.model.inpaint
     example = example_of(config, clip)
 
@@ -189,7 +190,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     def draw(params, frozen, batch, rng):
         text = clip.text(frozen["clip"], batch)
         empty = clip.text(frozen["clip"], clip.empty)
-        z_image = clip.image(frozen["clip"], batch["clip_image"])
+        z_image = clip.image(frozen["clip"], batch)
         return sample_decoder(model, params, meta["part"], z_image, text, empty, rng, options, **known_part(batch))
 
     @jax.jit
@@ -200,36 +201,36 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         example_eval = functools.partial(example, training=False)
         losses = []
         for i, (batch, _) in enumerate(pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows)):
-            arrays = shard_batch(common.host_rows(batch), mesh)
+            arrays = shard_batch(batch, mesh, whole=True)
             losses.append(held_out_loss(state.ema_params, frozen, arrays, step_rng(config.seed, i)))
         batch, valid = next(pipeline.eval_batches(held_out, example_eval, config.eval.samples))
-        images = draw(state.ema_params, frozen, shard_batch(common.host_rows(batch), mesh), step_rng(config.seed, step))
-        common.save_samples(workdir, step, images, captions, valid)
+        images = draw(state.ema_params, frozen, shard_batch(batch, mesh, whole=True), step_rng(config.seed, step))
+        logger.samples(step, images, captions, valid)
         return {"eval_loss": float(np.mean(jax.device_get(losses)))}
 
     # ------------------------------------------------------------------------------------------------------------------ loop
-    logger = common.Logger(
-        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name=meta["name"],
-        patience=config.watchdog, profile=config.profile,
-    )  # fmt: skip
-    batches = common.batches(config, source, example, start)
+    batches = common.batches(config, source, example, mesh, start)
+    logger = common.make_logger(config, workdir, meta["name"], start, batches)
     figures: dict[str, float] = {}
     with common.closing(store, batches, logger), common.stop_signals() as stop:
         for step in range(start + 1, config.steps + 1):
             arguments = state, frozen, shard_batch(next(batches), mesh)
-            update = common.compiled_together(update, *arguments) if step == start + 1 else update
+            if step == start + 1:
+                update = common.compiled_together(update, *arguments)
+                logger.operations = common.model_operations(build, gradient_of, config, mesh, clip, arguments)
             state, metrics = update(*arguments)
             logger.step(step, metrics)
             stopping = stop.after(step)
             if common.due(step, config.checkpoint_every, config.steps) or stopping:
-                with logger.paused():
+                with logger.paused("checkpoint"):
                     store.save(step, state, common.with_time(meta, logger))
             if stopping:
                 break
             if common.due(step, config.eval_every, config.steps):
-                with logger.paused():
+                with logger.paused("evaluation"):
                     figures = evaluate(state, step)
                     logger.record(step, figures)
+                    common.keep_best(config, workdir, step, state, common.with_time(meta, logger), figures)
                     common.say(f"{meta['name']} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
     common.leave_if_stopped(stop)
     return figures

@@ -64,6 +64,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     mesh = make_mesh(config.mesh)
     clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype)
     source = sources.make_source(config.data.train)
+    clip = common.matched(clip, source)
     example = functools.partial(make_example, tokenizer=clip.tokenizer, size=clip.image_size, crop_scale=config.data.crop_scale)
     dim, rows = clip.embed_dim, config.steps * config.batch_size
     if not 1 <= config.dims <= dim:
@@ -93,13 +94,13 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     # ------------------------------------------------------------------------------------------------------------------ passes
     @jax.jit
-    def sums(params, image):
-        z = clip.image(params, image).astype(jnp.float32)
+    def sums(params, batch):
+        z = clip.image(params, batch).astype(jnp.float32)
         return jnp.sum(z, axis=0), jnp.einsum("bi,bj->ij", z, z, precision="highest")
 
     @jax.jit
-    def extremes(params, codec, image):
-        y = project(codec, clip.image(params, image), dim)
+    def extremes(params, codec, batch):
+        y = project(codec, clip.image(params, batch), dim)
         return jnp.min(y, axis=0), jnp.max(y, axis=0)
 
     logger = common.Logger(workdir, start=0, total=2 * config.steps, batch_size=config.batch_size, every=config.log_every, name="pca")
@@ -108,15 +109,15 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         low, high = np.full(dim, np.inf), np.full(dim, -np.inf)
         codec = None
         for second in (False, True):
-            batches = common.batches(config, source, example, 0)
+            batches = common.batches(config, source, example, mesh, 0)
             with common.closing(batches):
                 for step in range(1, config.steps + 1):
-                    image = shard_batch(next(batches), mesh)["clip_image"]
+                    batch = shard_batch(next(batches), mesh)
                     if second:
-                        least, most = jax.device_get(extremes(clip.params, codec, image))
+                        least, most = jax.device_get(extremes(clip.params, codec, batch))
                         low, high = np.minimum(low, least), np.maximum(high, most)
                     else:
-                        batch_total, batch_outer = jax.device_get(sums(clip.params, image))
+                        batch_total, batch_outer = jax.device_get(sums(clip.params, batch))
                         total, outer = total + batch_total, outer + batch_outer
                     logger.step(second * config.steps + step, {})
                     if stop:

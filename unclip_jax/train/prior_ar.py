@@ -29,9 +29,9 @@ from unclip_jax.train.state import abstract_state, accumulated, create_state, ma
 def dot_edges(clip: common.FrozenClip, config, source, example, mesh) -> np.ndarray:
     """Edges (bins - 1,) that cut z_i.z_t of the first training batches into equally frequent bins."""
 
-    dots = jax.jit(lambda params, batch: cosine(clip.image(params, batch["clip_image"]), clip.text(params, batch).embed))
+    dots = jax.jit(lambda params, batch: cosine(clip.image(params, batch), clip.text(params, batch).embed))
     rows = []
-    batches = common.batches(config, source, example, 0, config.statistics_batches)
+    batches = common.batches(config, source, example, mesh, 0, config.statistics_batches)
     with common.closing(batches):
         for _ in range(config.statistics_batches):
             rows.append(common.crossed(dots(clip.params, shard_batch(next(batches), mesh))))
@@ -43,7 +43,7 @@ def dot_edges(clip: common.FrozenClip, config, source, example, mesh) -> np.ndar
 def loss_fn(params, rng, batch, *, frozen, clip, model, edges, drop_text):
     """Loss () in nats per code and metrics of a global batch; `frozen` holds the CLIP's parameters and the codec."""
     rng_drop, rng_dropout = jax.random.split(rng)
-    z = clip.image(frozen["clip"], batch["clip_image"])
+    z = clip.image(frozen["clip"], batch)
     text = clip.text(frozen["clip"], batch)
     empty = clip.text(frozen["clip"], clip.empty)
     dot = dot_token(edges, z, text.embed)
@@ -115,6 +115,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     codec = jax.device_put(Codec(**pca.params))
     source = sources.make_source(config.data.train)
     evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
+    clip = common.matched(clip, source, *evaluations.values())
     example = example_of(config, clip)
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
@@ -153,7 +154,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         text = clip.text(frozen["clip"], batch)
         empty = clip.text(frozen["clip"], clip.empty)
         z_hat = sample_prior(model, params, meta["part"], text, empty, rng, options, frozen["codec"])
-        return z_hat, clip.image(frozen["clip"], batch["clip_image"]), text.embed
+        return z_hat, clip.image(frozen["clip"], batch), text.embed
 
     def evaluate(state) -> dict[str, float]:
         figures = {}
@@ -161,7 +162,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
             rows = []
             example_eval = functools.partial(example, training=False)
             for i, (batch, valid) in enumerate(pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows)):
-                arrays = shard_batch(common.host_rows(batch), mesh)
+                arrays = shard_batch(batch, mesh, whole=True)
                 outs = predict(state.ema_params, frozen, arrays, step_rng(config.seed, i))
                 rows.append([common.crossed(out)[:valid] for out in outs])
             z_hat, z_image, z_text = (np.concatenate(column) for column in zip(*rows))
@@ -174,28 +175,28 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return figures
 
     # ------------------------------------------------------------------------------------------------------------------ loop
-    logger = common.Logger(
-        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="prior_ar",
-        patience=config.watchdog, profile=config.profile,
-    )  # fmt: skip
-    batches = common.batches(config, source, example, start)
+    batches = common.batches(config, source, example, mesh, start)
+    logger = common.make_logger(config, workdir, "prior_ar", start, batches)
     figures: dict[str, float] = {}
     with common.closing(store, batches, logger), common.stop_signals() as stop:
         for step in range(start + 1, config.steps + 1):
             arguments = state, frozen, shard_batch(next(batches), mesh)
-            update = common.compiled_together(update, *arguments) if step == start + 1 else update
+            if step == start + 1:
+                update = common.compiled_together(update, *arguments)
+                logger.operations = common.model_operations(build, gradient_of, config, mesh, clip, arguments, edges)
             state, metrics = update(*arguments)
             logger.step(step, metrics)
             stopping = stop.after(step)
             if common.due(step, config.checkpoint_every, config.steps) or stopping:
-                with logger.paused():
+                with logger.paused("checkpoint"):
                     store.save(step, state, common.with_time(meta, logger))
             if stopping:
                 break
             if common.due(step, config.eval_every, config.steps):
-                with logger.paused():
+                with logger.paused("evaluation"):
                     figures = evaluate(state)
                     logger.record(step, figures)
+                    common.keep_best(config, workdir, step, state, common.with_time(meta, logger), figures)
                     common.say(f"prior_ar step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
     common.leave_if_stopped(stop)
     return figures

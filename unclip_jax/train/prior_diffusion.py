@@ -32,12 +32,15 @@ ERROR_TIMES, ERROR_BATCHES = 50, 2  # time steps at which the errors for analyti
 
 # ---------------------------------------------------------------------------------------------------------------------- statistics
 def embedding_statistics(clip: common.FrozenClip, config, source, example, mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (D,) of the raw image embeddings of the first training batches, on the host in float64."""
+    """Mean and standard deviation (D,) of the raw image embeddings of the first training batches, on the host in float64; of all of them
+    where the source holds embeddings."""
+    if source.embedded is not None:
+        return source.embedded.mean, source.embedded.std
     encode, rows = jax.jit(clip.image), []
-    batches = common.batches(config, source, example, 0, config.statistics_batches)
+    batches = common.batches(config, source, example, mesh, 0, config.statistics_batches)
     with common.closing(batches):
         for _ in range(config.statistics_batches):
-            rows.append(common.crossed(encode(clip.params, shard_batch(next(batches), mesh)["clip_image"])))
+            rows.append(common.crossed(encode(clip.params, shard_batch(next(batches), mesh))))
     z = np.concatenate(rows).astype(np.float64)
     return z.mean(axis=0), np.maximum(z.std(axis=0), 1e-6)
 
@@ -54,7 +57,7 @@ def error_table(errors: dict[int, float], variance: float, num_steps: int) -> li
 def loss_fn(params, rng, batch, *, frozen, clip, model, space, tables, prediction, drop_text):
     """Loss () and metrics of a global batch; `frozen` holds the CLIP's parameters."""
     rng_drop, rng_noise, rng_dropout = jax.random.split(rng, 3)
-    z = normalize(space, clip.image(frozen["clip"], batch["clip_image"]))
+    z = normalize(space, clip.image(frozen["clip"], batch))
     text = clip.text(frozen["clip"], batch)
     empty = clip.text(frozen["clip"], clip.empty)
     text = select_text(jax.random.uniform(rng_drop, (len(z),)) >= drop_text, text, empty)
@@ -119,6 +122,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, own, config.scan_layers)
     source = sources.make_source(config.data.train)
     evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
+    clip = common.matched(clip, source, *evaluations.values())
     example = example_of(config, clip)
 
     # ------------------------------------------------------------------------------------------------------------------ model and optimizer
@@ -160,7 +164,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         text = clip.text(frozen["clip"], batch)
         empty = clip.text(frozen["clip"], clip.empty)
         z_hat = sample_prior(model, params, meta["part"], text, empty, rng, options)
-        return z_hat, clip.image(frozen["clip"], batch["clip_image"]), text.embed
+        return z_hat, clip.image(frozen["clip"], batch), text.embed
 
     def evaluate(state) -> dict[str, float]:
         figures = {}
@@ -168,7 +172,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
             rows = []
             example_eval = functools.partial(example, training=False)
             for i, (batch, valid) in enumerate(pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows)):
-                arrays = shard_batch(common.host_rows(batch), mesh)
+                arrays = shard_batch(batch, mesh, whole=True)
                 outs = predict(state.ema_params, frozen, arrays, step_rng(config.seed, i))
                 rows.append([common.crossed(out)[:valid] for out in outs])
             z_hat, z_image, z_text = (np.concatenate(column) for column in zip(*rows))
@@ -182,7 +186,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     @jax.jit
     def x0_error(params, frozen, batch, rng):
-        z = normalize(space, clip.image(frozen["clip"], batch["clip_image"]))
+        z = normalize(space, clip.image(frozen["clip"], batch))
         text = clip.text(frozen["clip"], batch)
         times = strided_steps(diffusion["num_steps"], min(ERROR_TIMES, diffusion["num_steps"]))
         abar, kind = jnp.asarray(part_schedule(meta["part"]).alphas_cumprod, jnp.float32), diffusion["prediction"]
@@ -197,7 +201,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     def measure_errors(state) -> list[float]:
         """The errors over some training rows, captions kept."""
         rows = []
-        measured = common.batches(config, source, example, 0, ERROR_BATCHES)
+        measured = common.batches(config, source, example, mesh, 0, ERROR_BATCHES)
         with common.closing(measured):
             for i in range(ERROR_BATCHES):
                 rows.append(jax.device_get(x0_error(state.ema_params, frozen, shard_batch(next(measured), mesh), step_rng(config.seed, i))))
@@ -205,30 +209,30 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return error_table(dict(zip(times.astype(int).tolist(), errors.tolist())), float(variance), diffusion["num_steps"])
 
     # ------------------------------------------------------------------------------------------------------------------ loop
-    logger = common.Logger(
-        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name="prior",
-        patience=config.watchdog, profile=config.profile,
-    )  # fmt: skip
-    batches = common.batches(config, source, example, start)
+    batches = common.batches(config, source, example, mesh, start)
+    logger = common.make_logger(config, workdir, "prior", start, batches)
     figures: dict[str, float] = {}
     with common.closing(store, batches, logger), common.stop_signals() as stop:
         for step in range(start + 1, config.steps + 1):
             arguments = state, frozen, shard_batch(next(batches), mesh)
-            update = common.compiled_together(update, *arguments) if step == start + 1 else update
+            if step == start + 1:
+                update = common.compiled_together(update, *arguments)
+                logger.operations = common.model_operations(build, gradient_of, config, mesh, clip, arguments, space)
             state, metrics = update(*arguments)
             logger.step(step, metrics)
             stopping = stop.after(step)
             if common.due(step, config.checkpoint_every, config.steps) or stopping:
-                with logger.paused():
+                with logger.paused("checkpoint"):
                     if step == config.steps:
                         meta["part"]["x0_error"] = measure_errors(state)
                     store.save(step, state, common.with_time(meta, logger))
             if stopping:
                 break
             if common.due(step, config.eval_every, config.steps):
-                with logger.paused():
+                with logger.paused("evaluation"):
                     figures = evaluate(state)
                     logger.record(step, figures)
+                    common.keep_best(config, workdir, step, state, common.with_time(meta, logger), figures)
                     common.say(f"prior step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
     common.leave_if_stopped(stop)
     return figures

@@ -151,36 +151,36 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         example_eval = functools.partial(example, training=False)
         losses = []
         for i, (batch, _) in enumerate(pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows)):
-            arrays = shard_batch(common.host_rows(batch), mesh)
+            arrays = shard_batch(batch, mesh, whole=True)
             losses.append(held_out_loss(state.ema_params, arrays, step_rng(config.seed, i)))
         batch, valid = next(pipeline.eval_batches(held_out, example_eval, config.eval.samples))
-        images = draw(state.ema_params, shard_batch(common.host_rows(batch), mesh), step_rng(config.seed, step))
-        common.save_samples(workdir, step, images, captions, valid)
+        images = draw(state.ema_params, shard_batch(batch, mesh, whole=True), step_rng(config.seed, step))
+        logger.samples(step, images, captions, valid)
         return {"eval_loss": float(np.mean(jax.device_get(losses)))}
 
     # ------------------------------------------------------------------------------------------------------------------ loop
-    logger = common.Logger(
-        workdir, start=start, total=config.steps, batch_size=config.batch_size, every=config.log_every, name=meta["name"],
-        patience=config.watchdog, profile=config.profile,
-    )  # fmt: skip
-    batches = common.batches(config, source, example, start)
+    batches = common.batches(config, source, example, mesh, start)
+    logger = common.make_logger(config, workdir, meta["name"], start, batches)
     figures: dict[str, float] = {}
     with common.closing(store, batches, logger), common.stop_signals() as stop:
         for step in range(start + 1, config.steps + 1):
             arguments = state, {}, shard_batch(next(batches), mesh)
-            update = common.compiled_together(update, *arguments) if step == start + 1 else update
+            if step == start + 1:
+                update = common.compiled_together(update, *arguments)
+                logger.operations = common.model_operations(build, gradient_of, config, mesh, None, arguments)
             state, metrics = update(*arguments)
             logger.step(step, metrics)
             stopping = stop.after(step)
             if common.due(step, config.checkpoint_every, config.steps) or stopping:
-                with logger.paused():
+                with logger.paused("checkpoint"):
                     store.save(step, state, common.with_time(meta, logger))
             if stopping:
                 break
             if common.due(step, config.eval_every, config.steps):
-                with logger.paused():
+                with logger.paused("evaluation"):
                     figures = evaluate(state, step)
                     logger.record(step, figures)
+                    common.keep_best(config, workdir, step, state, common.with_time(meta, logger), figures)
                     common.say(f"{meta['name']} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
     common.leave_if_stopped(stop)
     return figures

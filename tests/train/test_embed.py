@@ -1,0 +1,229 @@
+"""`unclip embed`: what lies in the folder is what CLIP says of the source, whatever happened on the way; and the priors train from it."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.runs import losses, tiny_config, train_tiny
+from unclip_jax import sharding
+from unclip_jax.checkpoint.bundle import load_part
+from unclip_jax.checkpoint.store import load_run
+from unclip_jax.cli.main import main
+from unclip_jax.cli.train import use_embeddings
+from unclip_jax.data import embeddings, sources
+from unclip_jax.data.pipeline import BadDataError
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.models.prior_ar import Codec, project
+from unclip_jax.train import common, prior_diffusion
+from unclip_jax.train import embed as stage
+from unclip_jax.train.clip import make_example
+
+COUNT, SHARD = 70, 32  # records, of which a shard holds so many
+
+
+@pytest.fixture(scope="module")
+def source():
+    return dataclasses.replace(sources.make_source({"name": "emoji", "split": "val"}), length=COUNT)
+
+
+def run(clip, source, out, states=True, **settings):
+    settings = {"batch_size": 16, "shard_records": SHARD, "states": states, "dtype": "float32"} | settings
+    return stage.embed(str(clip), source, out, sharding.make_mesh(), **settings)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_run, source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("embedded") / "val"
+    run(tiny_run("clip"), source, out)
+    return out
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_run):
+    return common.frozen_clip(str(tiny_run("clip")), ".", sharding.make_mesh(None, jax.devices()[:1]), "float32")
+
+
+def hashes(out):
+    return [shard["sha256"] for shard in json.loads((out / "manifest.json").read_text())["shards"]]
+
+
+def test_what_is_read_is_what_clip_says(folder, source, clip):
+    """Every image and every caption, in the source's order, across shards; states to half precision."""
+    embedded = sources.make_source({"name": "embeddings", "path": str(folder)})
+    assert len(embedded) == COUNT and embedded.embedded.clip == clip.hash
+    example = lambda record: make_example(record, None, tokenizer=clip.tokenizer, size=clip.image_size, training=False)
+    image, text = jax.jit(clip.image), jax.jit(clip.text)
+    for i in (0, SHARD - 1, SHARD, COUNT - 1):
+        record, picture = embedded.read(i), source.read(i)
+        assert record.captions == picture.captions and len(record.embeds["text_embed"]) == len(picture.captions)
+        for n, caption in enumerate(picture.captions):
+            row = {k: v[None] for k, v in example(dataclasses.replace(picture, captions=(caption,))).items()}
+            np.testing.assert_allclose(record.embeds["image_embed"], image(clip.params, row)[0], atol=1e-4)
+            said = text(clip.params, row)
+            np.testing.assert_allclose(record.embeds["text_embed"][n], said.embed[0], atol=1e-4)
+            np.testing.assert_allclose(record.embeds["text_states"][n], said.states[0], atol=1e-2, rtol=1e-3)
+
+
+def test_manifest_and_codec(folder, source, clip):
+    """Counts; mean, deviation and principal components of the embeddings that lie there; extremes hold all of them."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    embedded = sources.make_source({"name": "embeddings", "path": str(folder)})
+    z = np.stack([embedded.read(i).embeds["image_embed"] for i in range(COUNT)]).astype(np.float64)
+    captions = sum(len(source.read(i).captions) for i in range(COUNT))
+    assert (manifest["images"], manifest["captions"], manifest["bad"]) == (COUNT, captions, 0)
+    assert manifest["clip"] == clip.hash and manifest["alignment"]["pairs"] == COUNT
+    np.testing.assert_allclose(manifest["image_embed"]["mean"], z.mean(0), atol=1e-6)
+    np.testing.assert_allclose(manifest["image_embed"]["std"], z.std(0), rtol=1e-5)
+    part, _ = load_part(folder / "codec", "pca")
+    assert part.config["clip"] == clip.hash
+    components = part.params["components"].astype(np.float64)
+    np.testing.assert_allclose(components @ np.cov(z.T, bias=True) @ components.T, np.diag(part.params["eigenvalues"]), atol=1e-5)
+    y = np.asarray(project(Codec(**part.params), np.float32(z), z.shape[1]))
+    np.testing.assert_allclose([y.min(0), y.max(0)], [part.params["low"], part.params["high"]], atol=1e-4)
+
+
+def test_cut_off_and_gone_on_with(copy, folder, tiny_run, source, monkeypatch, caplog):
+    """Missing and damaged shards alone are made again, and come out the same; half-written ones do not count."""
+    made, original = [], stage._embed_shard
+    monkeypatch.setattr(stage, "_embed_shard", lambda *args: made.append(args[2].start) or original(*args))
+    (copy / "manifest.json").unlink()
+    shutil.rmtree(copy / "00002")
+    (copy / ".00002.tmp").mkdir()
+    (copy / ".00002.tmp" / "image_embed.npy").write_bytes(b"half")
+    file = copy / "00001" / "text_embed.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(FileNotFoundError, match="did not finish"):
+        sources.make_source({"name": "embeddings", "path": str(copy)})
+    run(tiny_run("clip"), source, copy)
+    assert made == [SHARD, 2 * SHARD] and hashes(copy) == hashes(folder)
+    assert "text_embed.npy is damaged" in caplog.text and not list(copy.glob(".*"))
+
+
+def test_two_hosts_share_the_shards(folder, tiny_run, source, tmp_path, monkeypatch):
+    """The second host makes the odd shards, the first one the rest and the manifest; together they are one host's."""
+    towers = stage._towers(str(tiny_run("clip")), sharding.make_mesh(), "float32", 16)
+    monkeypatch.setattr(stage, "_towers", lambda *args: towers)  # Orbax would ask the other host
+    turn = {"host": 0}
+
+    def wait(key):
+        if key == "embedded" and turn["host"] == 0:  # the first host is done with its shards: now the second one
+            assert not (tmp_path / "out" / "00001").exists() and (tmp_path / "out" / "00002").is_dir()
+            turn["host"] = 1
+            with pytest.raises(FileNotFoundError, match="manifest.json is missing"):  # it would wait for it
+                run(tiny_run("clip"), source, tmp_path / "out")
+            turn["host"] = 0
+
+    monkeypatch.setattr(common, "wait_for_hosts", wait)
+    monkeypatch.setattr(stage.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(stage.jax, "process_index", lambda: turn["host"])
+    run(tiny_run("clip"), source, tmp_path / "out")
+    assert hashes(tmp_path / "out") == hashes(folder)
+
+
+def test_bad_records(tiny_run, source, tmp_path, caplog):
+    """A record that cannot be read is left out, counted and named; too many stop it."""
+    spoil = lambda record: dataclasses.replace(record, image=b"no picture")
+    broken = dataclasses.replace(source, fetch=lambda i: spoil(source.fetch(i)) if i in (3, 40) else source.fetch(i))
+    manifest = run(tiny_run("clip"), broken, tmp_path / "some", states=False)
+    assert (manifest["images"], manifest["bad"]) == (COUNT - 2, 2) and "skipped record 40" in caplog.text
+    embedded = sources.make_source({"name": "embeddings", "path": str(tmp_path / "some")})
+    assert embedded.read(3).captions == source.read(4).captions
+    with pytest.raises(BadDataError, match="1 of 32 records cannot be used.*record 3 of"):
+        run(tiny_run("clip"), broken, tmp_path / "none", max_bad_fraction=0.0)
+
+
+def test_refusals(copy, tiny_run, source, tmp_path, capsys):
+    """Another plan, a folder of something else, embeddings of embeddings, rows that were exchanged: one line each."""
+    with pytest.raises(ValueError, match="holds other embeddings .*shard_records was 32, is 16"):
+        run(tiny_run("clip"), source, copy, shard_records=16)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="exists and holds no embeddings"):
+        run(tiny_run("clip"), source, tmp_path / "full")
+    with pytest.raises(ValueError, match="holds embeddings already"):
+        run(tiny_run("clip"), sources.make_source({"name": "embeddings", "path": str(copy)}), tmp_path / "out")
+    shard = embeddings.Shard(copy / "00001", True)
+    arrays = {file.stem: np.array(shard.array(file.stem)) for file in sorted(shard.folder.glob("*.npy"))}
+    arrays["image_embed"] = arrays["image_embed"][::-1]
+    described = embeddings.read_json(shard.folder / "shard.json")
+    embeddings.write_arrays(shard.folder, arrays, {k: v for k, v in described.items() if k != "sha256"})
+    with pytest.raises(ValueError, match="00001 is not the shard that .*manifest.json describes"):
+        sources.make_source({"name": "embeddings", "path": str(copy)})
+    with pytest.raises(ValueError, match="00001 does not hold what CLIP says of record"):
+        run(tiny_run("clip"), source, copy)
+    assert main(["embed", "--clip", str(tiny_run("clip")), "--out", str(tmp_path / "x")]) == 1
+    assert "say what to embed" in capsys.readouterr().err
+
+
+def config_of(name, folder, keep_clip=False, **changes):
+    config = tiny_config(name, **changes)
+    use_embeddings(config, [str(folder), *(f"{key}={folder}" for key in config.data.get("eval", {}))], keep_clip)
+    return config
+
+
+def test_a_prior_trains_from_it(folder, tiny_run, tmp_path):
+    """Without the CLIP, which is not looked for; it says whose space it works in, and takes the mean of all embeddings."""
+    prior_diffusion.train_and_evaluate(config_of("prior", folder, eval__rows=16), str(tmp_path / "prior"))
+    meta = load_run(tmp_path / "prior")[0]
+    assert meta["part"]["clip"] == load_run(tiny_run("prior"))[0]["part"]["clip"]
+    mean = json.loads((folder / "manifest.json").read_text())["image_embed"]["mean"]
+    np.testing.assert_allclose(meta["part"]["embedding_space"]["mean"], mean, rtol=1e-6)
+    assert np.mean(losses(tmp_path / "prior")[-4:]) < np.mean(losses(tmp_path / "prior")[:4])
+
+
+def test_the_other_prior_trains_from_it(folder, tiny_run, tmp_path):
+    """By the command, with the codec that lies in the folder; the evaluation still embeds pictures, with the CLIP named."""
+    settings = {"pca": folder / "codec", "steps": 2, "eval_every": 2, "checkpoint_every": 2, "data.backend": "numpy"}
+    command = ["train", "configs/emoji/prior_ar.py:tiny", "--workdir", str(tmp_path / "ar"), "--embeddings", str(folder)]
+    command += ["--clip", str(tiny_run("clip")), *(part for k, v in settings.items() for part in ("--set", f"{k}={v}"))]
+    assert main(command) == 0
+    assert len(losses(tmp_path / "ar")) == 2
+
+
+def test_the_same_loss_as_from_pictures(folder, source, tiny_run):
+    """One batch, as pictures and as embeddings, in both priors' ways: CLIP's states, and a text encoder of the prior's own."""
+    own = ClipTokenizer(length=12, vocab_size=8192)
+    embedded = sources.make_source({"name": "embeddings", "path": str(folder)})
+    mesh = sharding.make_mesh(None, jax.devices()[:1])
+    for mine in (None, own):
+        clip = common.frozen_clip(str(tiny_run("clip")), ".", mesh, "float32", mine)
+        without = common.frozen_clip(str(folder), ".", mesh, "float32", mine)
+        about, told = {"tokenizer": clip.tokenizer, "size": clip.image_size, "training": False, "own": mine}, []
+        for read, its in ((source.read, clip), (embedded.read, common.matched(clip, embedded)), (embedded.read, without)):
+            rows = [make_example(read(i), None, **about) for i in range(4)]
+            batch = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+            told.append((its.image(clip.params, batch), *its.text(clip.params, batch), *its.text(clip.params, its.empty)))
+        for others in told[1:]:
+            for a, b in zip(told[0], others, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    np.testing.assert_allclose(np.float32(a), np.float32(b), atol=1e-2, rtol=1e-3)
+
+
+def test_what_does_not_fit_is_refused(folder, clip, tmp_path):
+    """Another CLIP, a stage that needs pictures, pictures without a CLIP, states that were not kept."""
+    with pytest.raises(ValueError, match="was made with CLIP .* but the CLIP given is"):
+        prior_diffusion.train_and_evaluate(config_of("prior", folder, True, clip="emoji"), str(tmp_path / "a"))
+    with pytest.raises(ValueError, match="the decoder stage needs pictures"):
+        use_embeddings(tiny_config("decoder"), [str(folder)], False)
+    with pytest.raises(ValueError, match="there is no evaluation 'test'; there are"):
+        use_embeddings(tiny_config("prior"), [f"test={folder}"], False)
+    with pytest.raises(ValueError, match="holds no pictures, which this stage needs"):
+        common.matched(clip, sources.make_source({"name": "embeddings", "path": str(folder)}), pictures=True)
+    with pytest.raises(ValueError, match="holds pictures, and the CLIP given is a folder of embeddings"):
+        train_tiny("prior", tmp_path / "d", clip=str(folder))
+    manifest = embeddings.read_json(folder / "manifest.json")
+    bare = Path(shutil.copytree(folder, tmp_path / "bare"))
+    embeddings.write_json(bare / "manifest.json", manifest | {"states": False})
+    with pytest.raises(ValueError, match="holds no text states, which this stage needs"):
+        common.frozen_clip(str(bare), ".", sharding.make_mesh(), "float32")

@@ -1,0 +1,311 @@
+"""CLIP embeddings of a whole source, once: what the priors train from at the speed of memory (`data.embeddings` says how they lie there).
+
+Every host embeds its own shards, runs of records in the source's order, on its own devices: hosts share nothing but the folder. A shard's
+folder appears whole or not at all, so that a run which was cut off goes on with the shards that are missing. Sums for mean, deviation and
+the codec of the autoregressive prior (unCLIP section 2.2) are taken in the same pass.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from unclip_jax.checkpoint.bundle import Bundle, Part, save_bundle
+from unclip_jax.data import embeddings, ops
+from unclip_jax.data.pipeline import DATA_ERRORS, MAX_LOGGED, MIN_BAD, BadDataError
+from unclip_jax.data.sources import Source, one_line
+from unclip_jax.data.tokenizer import caption_arrays
+from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
+from unclip_jax.sharding import BATCH
+from unclip_jax.train import common
+from unclip_jax.train.pca import explained, principal_components
+
+log = logging.getLogger("unclip_jax")
+
+CHECKED = 2048  # pairs of the alignment check
+AGAIN = 8  # records embedded a second time, and compared with what lies in the folder
+TOLERANCE = 0.02  # of their relative difference: programs of other batch sizes round differently in bfloat16
+REPORTED = (16, 64, 319, 512)  # dimensions whose share of the variance the manifest tells
+CHUNK = 4096  # embeddings looked at together in the second pass
+
+
+@dataclasses.dataclass(frozen=True)
+class _Towers:
+    """CLIP on this host's devices: `image` of (rows, Hc, Wc, 3) pictures, `text` of as many captions."""
+
+    clip: common.FrozenClip
+    rows: int
+    image: Callable
+    text: Callable
+
+
+def embed(
+    clip: str,
+    source: Source,
+    out: str | os.PathLike,
+    mesh: Mesh,
+    *,
+    batch_size: int = 256,
+    shard_records: int = 8192,
+    states: bool = False,
+    dtype: str = "auto",
+    max_bad_fraction: float = 0.01,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Embeds images and all their captions, or goes on where an earlier call stopped. Images are scaled and cropped to the centre.
+
+    Args:
+      clip: a run, a bundle or public weights.
+      source: pictures with captions.
+      out: the folder.
+      mesh: of this host's own devices.
+      batch_size: images, and captions, on this host at a time.
+      shard_records: records of the source in a shard.
+      states: keep the text states (L, W) of every caption too, float16: for priors that see CLIP's states (Karlo's).
+      dtype: that CLIP computes in (`sharding.compute_dtype`).
+      max_bad_fraction: of the records; more that cannot be read stop it.
+      progress: called with (shards done, shards in all) of this host.
+
+    Returns:
+      The manifest, on every host.
+
+    Raises:
+      ValueError: when the folder holds other embeddings, a source holds embeddings, or what lies in the folder is not what CLIP says
+        of the source's records; BadDataError; OSError.
+    """
+    if source.embedded is not None:
+        raise ValueError(f"{source.name} holds embeddings already")
+    if batch_size < 1 or shard_records < 1:
+        raise ValueError(f"batch_size {batch_size} and shard_records {shard_records} must be at least 1")
+    out, towers = Path(out).expanduser(), _towers(clip, mesh, dtype, batch_size)
+    plan = {
+        "format_version": embeddings.FORMAT_VERSION,
+        "clip": towers.clip.hash,
+        "source": source.checksum,
+        "records": len(source),
+        "shard_records": shard_records,
+        "states": states,
+    }
+    _check_plan(out, plan)
+    count = -(-len(source) // shard_records)
+    mine = range(jax.process_index(), count, jax.process_count())
+    seen = bad = 0
+    with common.stop_signals() as stop, ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="unclip-data") as pool:
+        for done, number in enumerate(mine):
+            folder = embeddings.shard_path(out, number)
+            records = range(number * shard_records, min((number + 1) * shard_records, len(source)))
+            described = _finished(folder)
+            if described is None:
+                arrays, described = _embed_shard(towers, source, records, states, pool, stop)
+                if stop:
+                    break
+                embeddings.write_arrays(folder, arrays, described)
+            seen, bad = seen + len(records), bad + described["bad"]
+            if bad > max(MIN_BAD if max_bad_fraction else 0, max_bad_fraction * seen):
+                raise BadDataError(
+                    f"{bad} of {seen} records cannot be used, more than max_bad_fraction={max_bad_fraction}; the last is "
+                    f"{described['last_bad']}; mend the data, or raise max_bad_fraction"
+                )
+            if progress is not None:
+                progress(done + 1, len(mine))
+    common.leave_if_stopped(stop)
+    common.wait_for_hosts("embedded")
+    if jax.process_index() == 0:
+        _finish(out, plan, towers, source, count)
+    common.wait_for_hosts("embedded_manifest")
+    embeddings.open_embedded.cache_clear()
+    return embeddings.read_json(out / "manifest.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------- one shard
+def _towers(path: str, mesh: Mesh, dtype: str, batch_size: int) -> _Towers:
+    clip = common.frozen_clip(path, ".", mesh, dtype)
+    if clip.model is None:
+        raise ValueError(f"{path} holds embeddings, not the CLIP that makes them")
+    ways, sharding = mesh.shape["data"] * mesh.shape["fsdp"], NamedSharding(mesh, BATCH)
+    image, text = jax.jit(clip.image), jax.jit(clip.text)
+    return _Towers(
+        clip,
+        -(-batch_size // ways) * ways,
+        lambda pictures: image(clip.params, jax.device_put({"clip_image": pictures}, sharding)),
+        lambda captions: text(clip.params, jax.device_put(caption_arrays(captions, clip.tokenizer), sharding)),
+    )
+
+
+def _in_batches(run: Callable, rows: Sequence, size: int) -> Iterator[Any]:
+    # run(size rows) for all of them, the last batch padded; results on the host, one batch behind the device.
+    waiting = collections.deque()
+    for first in range(0, len(rows), size):
+        some = list(rows[first : first + size])
+        waiting.append((run(some + [some[-1]] * (size - len(some))), len(some)))
+        if len(waiting) > 1:
+            result, valid = waiting.popleft()
+            yield jax.tree.map(lambda a: np.asarray(a)[:valid], result)  # noqa: B023  it is used at once
+    for result, valid in waiting:
+        yield jax.tree.map(lambda a: np.asarray(a)[:valid], result)  # noqa: B023
+
+
+def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...]] | str:
+    # The picture, uint8, and its captions; in words, why there is none.
+    try:
+        record = source.read(i)
+        return ops.resize_then_crop(ops.decode_image(record.image), size), record.captions
+    except DATA_ERRORS as error:
+        return f"record {i} of {source.name}: {one_line(error)}"
+
+
+def _embed_shard(
+    towers: _Towers, source: Source, records: range, states: bool, pool: ThreadPoolExecutor, stop: common.Stop
+) -> tuple[dict[str, np.ndarray], dict]:
+    # The arrays of one shard, and what shard.json says of it; cut short when `stop` is.
+    kept, captions, z_image, bad = [], [], [], []
+    chunks = [records[i : i + towers.rows] for i in range(0, len(records), towers.rows)]
+    load = functools.partial(_load, source, towers.clip.image_size)
+    ahead = collections.deque(pool.map(load, chunk) for chunk in chunks[:2])  # decoded while the devices work
+    waiting = None
+    for n, chunk in enumerate(chunks):
+        loaded = list(ahead.popleft())
+        if n + 2 < len(chunks):
+            ahead.append(pool.map(load, chunks[n + 2]))
+        rows = [row for row in loaded if not isinstance(row, str)]
+        bad += [row for row in loaded if isinstance(row, str)]
+        kept += [i for i, row in zip(chunk, loaded) if not isinstance(row, str)]
+        captions += [own for _, own in rows]
+        if stop:
+            return {}, {}
+        if rows:
+            pictures = ops.to_float(np.stack([picture for picture, _ in rows]))
+            pictures = np.concatenate([pictures, np.repeat(pictures[-1:], towers.rows - len(rows), axis=0)])
+            z_image += [] if waiting is None else [np.asarray(waiting[0], np.float32)[: waiting[1]]]
+            waiting = towers.image(pictures), len(rows)
+    dim = towers.clip.embed_dim
+    z_image += [np.zeros((0, dim), np.float32)] if waiting is None else [np.asarray(waiting[0], np.float32)[: waiting[1]]]
+    z = np.concatenate(z_image)
+    texts = [caption for own in captions for caption in own]
+    told = list(_in_batches(towers.text, texts, towers.rows))
+    arrays = {
+        "image_embed": z,
+        "text_embed": np.concatenate([np.zeros((0, dim), np.float32), *(np.float32(text.embed) for text in told)]),
+        "record": np.asarray(kept, np.int64),
+        "sum": z.sum(axis=0, dtype=np.float64),
+        "outer": z.astype(np.float64).T @ z.astype(np.float64),
+        **embeddings.join_captions(captions),
+    }
+    if states:
+        arrays["text_states"] = np.concatenate([np.float16(text.states) for text in told])
+    for line in bad[:MAX_LOGGED]:
+        log.warning("skipped %s", line)
+    described = {"first_record": records.start, "records": len(records), "images": len(kept), "captions": len(texts), "bad": len(bad)}
+    return arrays, described | {"last_bad": bad[-1] if bad else ""}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the folder
+def _check_plan(out: Path, plan: dict) -> None:
+    # The folder is new, or was begun with this plan; the first host writes it down.
+    file = out / "plan.json"
+    if file.is_file():
+        before = embeddings.read_json(file)
+        differing = [f"{key} was {before.get(key)}, is {plan[key]}" for key in plan if before.get(key) != plan[key]]
+        if differing:
+            raise ValueError(f"{out} holds other embeddings ({'; '.join(differing)}); name another folder")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and holds no embeddings; name another folder")
+    common.wait_for_hosts("embed_plan")
+    if jax.process_index() == 0 and not file.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        embeddings.write_json(file, plan)
+
+
+def _finished(folder: Path) -> dict | None:
+    # What shard.json says if the shard is there whole.
+    if not (folder / "shard.json").is_file():
+        return None
+    try:
+        embeddings.check_hashes(folder)
+    except (ValueError, OSError) as error:
+        log.warning("%s: embedding this shard again", one_line(error))
+        return None
+    return embeddings.read_json(folder / "shard.json")
+
+
+def _finish(out: Path, plan: dict, towers: _Towers, source: Source, count: int) -> None:
+    # The manifest, the empty caption and the codec, from all hosts' shards.
+    shards = [embeddings.Shard(embeddings.shard_path(out, number), plan["states"]) for number in range(count)]
+    described = [embeddings.read_json(shard.folder / "shard.json") for shard in shards]
+    images = sum(shard["images"] for shard in described)
+    if images == 0:
+        raise BadDataError(f"none of the {len(source)} records of {source.name} can be used")
+    total, outer = (sum(np.asarray(shard.array(name)) for shard in shards) for name in ("sum", "outer"))
+    mean, eigenvalues, components = principal_components(images, total, outer)
+    std = np.sqrt(np.maximum(np.diag(outer) / images - np.square(mean), 1e-12))
+    low, high = np.full(len(mean), np.inf), np.full(len(mean), -np.inf)
+    for shard in shards:
+        for first in range(0, len(shard.array("image_embed")), CHUNK):
+            projected = (shard.array("image_embed")[first : first + CHUNK] - mean) @ components.T
+            low, high = np.minimum(low, projected.min(axis=0)), np.maximum(high, projected.max(axis=0))
+
+    empty = towers.text([""] * towers.rows)
+    arrays = {"text_embed": np.asarray(empty.embed, np.float32)[:1]}
+    if plan["states"]:
+        arrays |= {"text_states": np.asarray(empty.states, np.float16)[:1], "clip_token_mask": np.asarray(empty.mask)[:1]}
+    embeddings.write_arrays(out / embeddings.EMPTY, arrays, {})
+    codec = {"mean": mean, "components": components, "eigenvalues": eigenvalues, "low": low, "high": high}
+    config = {"kind": "pca", "embed_dim": len(mean), "dims": len(mean), "clip": plan["clip"]}
+    part = Part(config, {name: np.asarray(value, np.float32) for name, value in codec.items()})
+    save_bundle(Bundle({"pca": part}, towers.clip.tokenizer.config(), {}, {"embedded": source.name, "images": images}), out / "codec")
+    embeddings.write_json(
+        out / "manifest.json",
+        plan
+        | {
+            "images": images,
+            "captions": sum(shard["captions"] for shard in described),
+            "bad": sum(shard["bad"] for shard in described),
+            "embed_dim": len(mean),
+            "tokenizer": towers.clip.tokenizer.config(),
+            "source_name": source.name,
+            "image_embed": {"mean": mean.tolist(), "std": std.tolist()},
+            "explained_variance": {str(k): explained(eigenvalues, k) for k in sorted({k for k in REPORTED if k < len(mean)})},
+            "alignment": _alignment(shards, described, towers, source),
+            "shards": [{"images": shard["images"], "captions": shard["captions"], "sha256": shard["sha256"]} for shard in described],
+        },
+    )
+
+
+def _alignment(shards: list[embeddings.Shard], described: list[dict], towers: _Towers, source: Source) -> dict[str, float]:
+    # Pairs that belong together against pairs that do not; and some records embedded once more.
+    z_image, z_text, again = [], [], []
+    for shard, about in zip(shards, described):
+        first = np.asarray(shard.array("first_caption"))
+        told = np.flatnonzero(np.diff(first) > 0)[: -(-CHECKED // len(shards))]
+        z_image.append(np.asarray(shard.array("image_embed")[told]))
+        z_text.append(np.asarray(shard.array("text_embed")[first[told]]))
+        again += [(shard, int(i)) for i in ([0, about["images"] - 1] if about["images"] else [])]
+    again = [again[i] for i in np.linspace(0, len(again) - 1, min(AGAIN, len(again))).astype(int)]
+    for shard, i in again:
+        record = int(shard.array("record")[i])
+        picture, captions = _load(source, towers.clip.image_size, record)
+        pairs = [(shard.array("image_embed")[i], towers.image(np.repeat(ops.to_float(picture)[None], towers.rows, axis=0))[0])]
+        if captions:
+            pairs.append((shard.row(i)["text_embed"][0], towers.text([captions[0]] * towers.rows).embed[0]))
+        for lies, now in pairs:
+            if np.linalg.norm(lies - now) > TOLERANCE * np.linalg.norm(now) or captions != shard.captions(i):
+                raise ValueError(f"{shard.folder} does not hold what CLIP says of record {record}; delete it and run the command again")
+    z_image, z_text = np.concatenate(z_image), np.concatenate(z_text)
+    if len(z_image) < 2:
+        return {"pairs": len(z_image)}
+    own, other = mean_cosine(z_image, z_text), mean_cosine(z_image, np.roll(z_text, 1, axis=0))
+    if own <= other:
+        log.warning("captions fit their own images no better (mean cosine %.4f) than others' (%.4f): is this CLIP trained?", own, other)
+    found = {"pairs": len(z_image), "cosine": own, "cosine_of_others": other}
+    return found | ({"retrieval_at_1": retrieval_at_1(z_image, z_text)} if len(z_image) >= 100 else {})
