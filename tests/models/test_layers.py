@@ -34,6 +34,33 @@ def test_attention_in_half_precision_keeps_its_softmax():
     np.testing.assert_allclose(half.astype(jnp.float32), attend(q, k, v), atol=0.03)
 
 
+def test_fused_attention_is_asked_for_on_gpus(monkeypatch):
+    """In half precision, with arguments that mean the same; where it refuses, and on other platforms, ours is used."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, n, 2, 8), jnp.bfloat16) for i, n in enumerate((4, 6, 6)))
+    mask = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 1, 1, 6)).at[..., 0].set(True)
+    expected, asked, original = attend(q, k, v, mask), [], jax.nn.dot_product_attention
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def cudnn(*args, implementation, **settings):
+        assert implementation == "cudnn"
+        asked.append(settings)
+        return original(*args, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    ours = attend(q, k, v, mask)
+    assert len(asked) >= 1
+    np.testing.assert_array_equal(ours, expected)  # this is no GPU
+    fused = original(q, k, v, implementation="xla", **asked[0])
+    np.testing.assert_allclose(fused.astype(jnp.float32), expected.astype(jnp.float32), atol=0.03)
+
+    def refuses(*args, **settings):
+        raise NotImplementedError("odd lengths")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", refuses)
+    np.testing.assert_array_equal(attend(q, k, v, mask), expected)
+    attend(*(a.astype(jnp.float32) for a in (q, k, v)), mask)
+
+
 def test_timestep_embedding_by_hand():
     """Cosines first, periods from 2 pi to 10,000 x 2 pi exclusive."""
     out = np.asarray(timestep_embedding(jnp.array([0, 3]), 8))

@@ -131,6 +131,31 @@ def test_the_command(capsys, tmp_path):
     assert "no train step" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["prior_diffusion", "prior_ar", "decoder", "upsampler_256"])
+def test_samplers(name, capsys):
+    """Of every stage that draws, on a mesh that shards its parameters; a row a device is the batch, and nothing is held for training."""
+    arguments = ["compile", str(ROOT / f"configs/dalle2/{name}.py:tiny"), "--topology", "cpu:8", "--mesh", "data=4,fsdp=2", "--sample"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "mesh data=4 x fsdp=2 x tensor=1, batch 8" in out and "parameters" in out and "optimizer" not in out
+
+
+def test_a_sampler_costs_its_steps():
+    config = load_config(str(ROOT / "configs/dalle2/upsampler_256.py:tiny"))
+    found = []
+    for steps in (2, 6):
+        with config.unlocked():
+            config.sampling.steps, config.batch_size = steps, 8
+        draw, *arguments = aot.sampler(config, None, sharding.make_mesh())
+        found.append(aot.flops(jax.make_jaxpr(draw)(*arguments)))
+    assert found[1] == pytest.approx(3 * found[0], rel=0.05)
+
+
+def test_clip_has_no_sampler(capsys):
+    assert main(["compile", str(ROOT / "configs/dalle2/clip.py:tiny"), "--topology", "cpu:8", "--sample"]) == 1
+    assert "the clip stage draws nothing" in capsys.readouterr().err
+
+
 def test_without_the_compiler(capsys, monkeypatch):
     if importlib.util.find_spec("libtpu"):
         monkeypatch.setitem(sys.modules, "libtpu", None)

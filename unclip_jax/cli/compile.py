@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+ADVICE = "raise mesh.fsdp, lower --batch or raise grad_accumulation, set remat=true, optimizer.mu_dtype=bfloat16, or take more chips"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
@@ -14,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, metavar="T", help="v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2 (needs libtpu), or cpu:8")
     parser.add_argument("--mesh", metavar="AXIS=N,...", help="data=2,fsdp=8 (the configuration's); one number may be -1")
     parser.add_argument("--batch", type=int, metavar="N", help="the global batch (the configuration's)")
+    parser.add_argument("--sample", action="store_true", help="the stage's sampler in place of its train step (--batch: one row a device)")
     parser.add_argument("--clip", metavar="CONFIG", help="the frozen CLIP's configuration (clip.py beside the stage's)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="as for `unclip train`")
     parser.add_argument("--save", metavar="FILE", help="write the compiled program, for `jax.experimental.serialize_executable`")
@@ -33,16 +36,16 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config)
     for key, value in parse_assignments(args.assignments).items():
         override(config, key, value)
-    if args.batch is not None:
-        override(config, "batch_size", args.batch)
     shape = dict(config.mesh) if args.mesh is None else parse_assignments(args.mesh.split(","))
     mesh = aot.make_abstract_mesh(args.topology, shape)
+    if args.batch is not None or args.sample:
+        override(config, "batch_size", args.batch or mesh.shape["data"] * mesh.shape["fsdp"])
     clip_config = None
     if "clip" in config:
         path, _, variant = args.config.partition(":")
         beside = f"{Path(path).parent / 'clip.py'}" + (":tiny" if variant == "tiny" else "")
         clip_config = load_config(args.clip or beside)
-    report, compiled = aot.compile_step(config, clip_config, mesh)
+    report, compiled = (aot.compile_sampler if args.sample else aot.compile_step)(config, clip_config, mesh)
     print(describe(report, args.topology))
     if args.save:
         save(compiled, Path(args.save))
@@ -51,11 +54,12 @@ def run(args: argparse.Namespace) -> None:
 
 def describe(report, topology: str) -> str:
     """The report as lines of text."""
+    from unclip_jax.train.aot import HELD
+
     gib, lines = 2**30, []
     sizes = " x ".join(f"{axis}={n}" for axis, n in report.mesh.items())
     lines.append(f"{report.devices} devices of {topology}, mesh {sizes}, batch {report.batch_size}")
-    held = ("parameters", "averages", "optimizer", "frozen", "batch", "temporary")
-    parts = ", ".join(f"{name} {getattr(report, name) / gib:.2f}" for name in held)
+    parts = ", ".join(f"{name} {getattr(report, name) / gib:.2f}" for name in (*HELD, "temporary") if getattr(report, name))
     limit = "" if report.chip is None else f" of {report.chip.memory / gib:.1f}"
     lines.append(f"memory a device: {report.memory / gib:.2f}{limit} GiB ({parts})")
     extra = report.flops / report.model_flops - 1
@@ -70,15 +74,10 @@ def describe(report, topology: str) -> str:
         per_second = report.batch_size / report.seconds[report.limit]
         lines.append(f"at most {per_second:.1f} examples/s, {per_second / report.devices:.2f} a chip")
         fits = report.memory <= report.chip.memory
-        lines.append("it fits" if fits else "it does NOT fit: " + advice())
+        lines.append("it fits" if fits else f"it does NOT fit: {ADVICE}")
         if not fits:
             raise MemoryError("\n".join(lines))
     return "\n".join(lines)
-
-
-def advice() -> str:
-    """What helps when memory does not suffice."""
-    return "raise mesh.fsdp, lower --batch or raise grad_accumulation, set remat=true, optimizer.mu_dtype=bfloat16, or take more chips"
 
 
 def save(compiled, path: Path) -> None:

@@ -24,14 +24,16 @@ from jax.sharding import PartitionSpec as P
 from unclip_jax.data.sources import Record
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace
+from unclip_jax.generate import options_from, sample_decoder, sample_prior, sample_upsampler, sampling_model
 from unclip_jax.models.prior_ar import Codec
-from unclip_jax.sharding import BATCH, infer_shardings, make_mesh
+from unclip_jax.sharding import BATCH, compute_dtype, infer_shardings, make_mesh
 from unclip_jax.train import clip as clip_stage
 from unclip_jax.train import common
 from unclip_jax.train.hardware import CHIPS, Chip, flops
 from unclip_jax.train.optim import make_optimizer
 from unclip_jax.train.state import TrainState, abstract_state, make_update
 
+HELD = ("parameters", "averages", "optimizer", "frozen", "batch")  # what lies on a device before a step
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 CALLED = re.compile(
     r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)=\{?((?:%?[\w.\-]+(?:, )?)+)"
@@ -45,7 +47,8 @@ class Report:
 
     chip: None where the device's peaks are not known (CPU); parameters, averages, optimizer, frozen: bytes of the state's parts and of the
     frozen networks; batch: of the input; temporary: of everything computed on the way; flops, model_flops: of a whole step on all devices,
-    with and without what remat computes twice; traffic: bytes read and written; collectives: kind -> (times, bytes that arrive).
+    with and without what remat computes twice; traffic: bytes read and written; collectives: kind -> (times, bytes that arrive). Of a
+    sampler, a step is one call of it.
     """
 
     devices: int
@@ -125,7 +128,7 @@ def topology(name: str) -> list[Any]:
 def abstract_clip(config: Any, mesh: Mesh, dtype: str, own: ClipTokenizer | None, scan: bool) -> common.FrozenClip:
     """The frozen CLIP of a `clip` configuration, its parameters shapes on the mesh; the rest as in `common.frozen_clip`."""
     model, model_config, init = clip_stage.build(config, mesh)
-    model = model.clone(dtype=clip_stage.compute_dtype(dtype, mesh), remat=False, scan=scan)
+    model = model.clone(dtype=compute_dtype(dtype, mesh), remat=False, scan=scan)
     tokenizer = ClipTokenizer(**config.tokenizer)
     params = _placed(jax.eval_shape(init, jax.random.key(0)), mesh)
     size, empty = model_config["image"]["image_size"], caption_arrays([""], tokenizer, own)
@@ -158,6 +161,31 @@ class TrainStep:
     batch: dict
 
 
+def _prologue(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict, tuple]:
+    # The stage's module, the CLIP under it, all frozen networks, and what a run learns of its data before the first step.
+    from unclip_jax.train import decoder, prior_ar, prior_diffusion, upsampler
+
+    stages = {"clip": clip_stage, "prior_diffusion": prior_diffusion, "prior_ar": prior_ar, "decoder": decoder, "upsampler": upsampler}
+    if config.stage not in stages:
+        raise ValueError(f"the {config.stage} stage has no train step to compile; choose one of {', '.join(stages)}")
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % ways:
+        raise ValueError(f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; change --batch or --mesh")
+    clip, frozen, learned = None, {}, ()
+    if "clip" in config:
+        clip = abstract_clip(clip_config, mesh, config.dtype, common.own_tokenizer(config), config.scan_layers)
+        frozen["clip"] = clip.params
+    if config.stage == "prior_diffusion":
+        dim = clip.embed_dim
+        learned = (EmbeddingSpace(config.space.kind, config.space.scale, np.zeros(dim, np.float32), np.ones(dim, np.float32)),)
+    if config.stage == "prior_ar":
+        dim = clip.embed_dim
+        shapes = {"mean": (dim,), "components": (dim, dim), "eigenvalues": (dim,), "low": (dim,), "high": (dim,)}
+        codec = {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, P())) for name, shape in shapes.items()}
+        frozen["codec"], learned = Codec(**codec), (np.linspace(-1, 1, config.model.dot_bins - 1, dtype=np.float32),)
+    return stages[config.stage], clip, frozen, learned
+
+
 def train_step(config: Any, clip_config: Any, mesh: Mesh) -> TrainStep:
     """The update step of a stage's configuration, as its `train_and_evaluate` makes it.
 
@@ -167,26 +195,7 @@ def train_step(config: Any, clip_config: Any, mesh: Mesh) -> TrainStep:
     Raises:
       ValueError: on a stage that has no update step, or a batch that does not divide over the mesh.
     """
-    from unclip_jax.train import decoder, prior_ar, prior_diffusion, upsampler
-
-    stages = {"clip": clip_stage, "prior_diffusion": prior_diffusion, "prior_ar": prior_ar, "decoder": decoder, "upsampler": upsampler}
-    if config.stage not in stages:
-        raise ValueError(f"the {config.stage} stage has no train step to compile; choose one of {', '.join(stages)}")
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % ways:
-        raise ValueError(f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; change --batch or --mesh")
-    stage, clip, frozen, learned = stages[config.stage], None, {}, ()
-    if "clip" in config:
-        clip = abstract_clip(clip_config, mesh, config.dtype, common.own_tokenizer(config), config.scan_layers)
-        frozen["clip"] = clip.params
-    if config.stage == "prior_diffusion":  # what a run learns of its data before the first step
-        dim = clip.embed_dim
-        learned = (EmbeddingSpace(config.space.kind, config.space.scale, np.zeros(dim, np.float32), np.ones(dim, np.float32)),)
-    if config.stage == "prior_ar":
-        dim = clip.embed_dim
-        shapes = {"mean": (dim,), "components": (dim, dim), "eigenvalues": (dim,), "low": (dim,), "high": (dim,)}
-        codec = {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, P())) for name, shape in shapes.items()}
-        frozen["codec"], learned = Codec(**codec), (np.linspace(-1, 1, config.model.dot_bins - 1, dtype=np.float32),)
+    stage, clip, frozen, learned = _prologue(config, clip_config, mesh)
     model, _, init = stage.build(config, mesh, clip)
     optimizer = make_optimizer(steps=config.steps, **config.optimizer)
     shapes, shardings = abstract_state(init, optimizer[0], mesh)
@@ -195,6 +204,54 @@ def train_step(config: Any, clip_config: Any, mesh: Mesh) -> TrainStep:
     update = make_update(gradient, optimizer, shardings, seed=config.seed, ema_decay=config.ema_decay, **project)
     batch = abstract_batch(stage.example_of(config, clip), config.batch_size, mesh)
     return TrainStep(update, _placed(shapes, mesh, shardings), frozen, batch)
+
+
+def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
+    """The sampler of a stage as `sampling` runs it on a mesh, of `config.batch_size` rows that CLIP has embedded already.
+
+    Returns:
+      The jitted function, and its abstract arguments: parameters in the compute dtype, and what it is given.
+
+    Raises:
+      ValueError: on a stage that draws nothing, as `train_step`.
+    """
+    if config.stage == "clip":
+        raise ValueError("the clip stage draws nothing; --sample is for priors, decoder and upsamplers")
+    stage, clip, frozen, _ = _prologue(config, clip_config, mesh)
+    _, model_config, init = stage.build(config, mesh, clip)
+    part = {"kind": config.stage, "model": model_config}
+    if "diffusion" in config:
+        part["diffusion"] = common.config_json(config.diffusion)
+        part["x0_error"] = [0.1] * part["diffusion"]["num_steps"]
+    if "space" in config:
+        dim = clip.embed_dim
+        part["embedding_space"] = {"kind": config.space.kind, "scale": config.space.scale, "mean": [0.0] * dim, "std": [1.0] * dim}
+    model, options, rows = sampling_model(part, mesh), options_from(config.sampling, config.stage), config.batch_size
+    shapes, dtype = jax.eval_shape(init, jax.random.key(0)), compute_dtype("auto", mesh)
+    params = _placed(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype), shapes), mesh)
+
+    def many(tree: Any, count: int, spec: P) -> Any:
+        place = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=place), tree)
+
+    given = {"keys": many(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1)), rows, BATCH)}
+    if clip is not None:
+        text = jax.eval_shape(clip.zeros)
+        given |= {"text": many(text, rows, BATCH), "empty": many(text, 1, P()), "z_image": many(text.embed, rows, BATCH)}
+    if config.stage == "upsampler":
+        size, part["factor"] = config.model.unet.image_size // config.factor, config.factor
+        given["low_res"] = jax.ShapeDtypeStruct((rows, size, size, 3), np.float32, sharding=NamedSharding(mesh, BATCH))
+    codec = {"codec": frozen["codec"]} if "codec" in frozen else {}
+
+    def draw(params, given):
+        if config.stage == "upsampler":
+            return sample_upsampler(model, params, part, given["low_res"], given["keys"], options)
+        texts = given["text"], given["empty"], given["keys"], options
+        if config.stage == "decoder":
+            return sample_decoder(model, params, part, given["z_image"], *texts)
+        return sample_prior(model, params, part, *texts, given.get("codec"))
+
+    return jax.jit(draw, out_shardings=NamedSharding(mesh, P())), params, given | codec
 
 
 def compile_step(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Report, Any]:
@@ -207,32 +264,42 @@ def compile_step(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Report, Any
       ValueError, as `train_step`; MemoryError, naming the largest buffers, when the compiler finds that it does not fit.
     """
     step = train_step(config, clip_config, mesh)
-    arguments = (step.state, step.frozen, step.batch)
-    try:
-        compiled = step.update.lower(*arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise MemoryError(_buffers(str(error))) from None
-    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
         plain.remat = False
     again = train_step(plain, clip_config, mesh)
+    model_flops = flops(jax.make_jaxpr(again.update)(again.state, again.frozen, again.batch))
+    held = {"parameters": step.state.params, "averages": step.state.ema_params, "optimizer": step.state.opt_state}
+    held |= {"frozen": step.frozen, "batch": step.batch}
+    return _compile(step.update, (step.state, step.frozen, step.batch), held, config.batch_size, mesh, model_flops)
+
+
+def compile_sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Report, Any]:
+    """Compiles the `sampler` for the mesh's devices; all else as `compile_step`. What its loop moves is counted once."""
+    draw, params, given = sampler(config, clip_config, mesh)
+    return _compile(draw, (params, given), {"parameters": params, "batch": given}, config.batch_size, mesh, None)
+
+
+def _compile(
+    program: Any, arguments: tuple, held: dict[str, Any], batch_size: int, mesh: Mesh, model_flops: float | None
+) -> tuple[Report, Any]:
+    try:
+        compiled = program.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(_buffers(str(error))) from None
+    operations = flops(jax.make_jaxpr(program)(*arguments))
     report = Report(
         devices=mesh.size,
         chip=CHIPS.get(mesh.devices.flat[0].device_kind),
         mesh=dict(mesh.shape),
-        batch_size=config.batch_size,
-        parameters=_held(step.state.params),
-        averages=_held(step.state.ema_params),
-        optimizer=_held(step.state.opt_state),
-        frozen=_held(step.frozen),
-        batch=_held(step.batch),
-        temporary=memory.temp_size_in_bytes,
-        flops=flops(jax.make_jaxpr(step.update)(*arguments)),
-        model_flops=flops(jax.make_jaxpr(again.update)(again.state, again.frozen, again.batch)),
-        traffic=costs.get("bytes accessed", 0.0),
+        batch_size=batch_size,
+        **{name: _held(held.get(name, ())) for name in HELD},
+        temporary=compiled.memory_analysis().temp_size_in_bytes,
+        flops=operations,
+        model_flops=operations if model_flops is None else model_flops,
+        traffic=compiled.cost_analysis().get("bytes accessed", 0.0),
         collectives=collectives(compiled.as_text()),
     )
     return report, compiled

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -143,17 +143,21 @@ def _towers(path: str, mesh: Mesh, dtype: str, batch_size: int) -> _Towers:
     )
 
 
-def _in_batches(run: Callable, rows: Sequence, size: int) -> Iterator[Any]:
-    # run(size rows) for all of them, the last batch padded; results on the host, one batch behind the device.
-    waiting = collections.deque()
-    for first in range(0, len(rows), size):
-        some = list(rows[first : first + size])
-        waiting.append((run(some + [some[-1]] * (size - len(some))), len(some)))
+def _behind(dispatched: Iterable[tuple[Any, int]]) -> Iterator[Any]:
+    # Of (arrays on devices, rows that count): those rows on the host, one batch behind the devices.
+    waiting: collections.deque = collections.deque()
+    first = lambda tree, count: jax.tree.map(lambda a: np.asarray(a)[:count], tree)  # noqa: E731
+    for item in dispatched:
+        waiting.append(item)
         if len(waiting) > 1:
-            result, valid = waiting.popleft()
-            yield jax.tree.map(lambda a: np.asarray(a)[:valid], result)  # noqa: B023  it is used at once
-    for result, valid in waiting:
-        yield jax.tree.map(lambda a: np.asarray(a)[:valid], result)  # noqa: B023
+            yield first(*waiting.popleft())
+    for item in waiting:
+        yield first(*item)
+
+
+def _filled(rows: list, count: int) -> list:
+    # `count` rows, the last one repeated.
+    return rows + [rows[-1]] * (count - len(rows))
 
 
 def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...]] | str:
@@ -168,32 +172,28 @@ def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...
 def _embed_shard(
     towers: _Towers, source: Source, records: range, states: bool, pool: ThreadPoolExecutor, stop: common.Stop
 ) -> tuple[dict[str, np.ndarray], dict]:
-    # The arrays of one shard, and what shard.json says of it; cut short when `stop` is.
-    kept, captions, z_image, bad = [], [], [], []
-    chunks = [records[i : i + towers.rows] for i in range(0, len(records), towers.rows)]
+    # The arrays of one shard, and what shard.json says of it; worth nothing when `stop` cut it short.
+    kept, captions, bad, size, dim = [], [], [], towers.rows, towers.clip.embed_dim
+    chunks = [records[i : i + size] for i in range(0, len(records), size)]
     load = functools.partial(_load, source, towers.clip.image_size)
     ahead = collections.deque(pool.map(load, chunk) for chunk in chunks[:2])  # decoded while the devices work
-    waiting = None
-    for n, chunk in enumerate(chunks):
-        loaded = list(ahead.popleft())
-        if n + 2 < len(chunks):
-            ahead.append(pool.map(load, chunks[n + 2]))
-        rows = [row for row in loaded if not isinstance(row, str)]
-        bad += [row for row in loaded if isinstance(row, str)]
-        kept += [i for i, row in zip(chunk, loaded) if not isinstance(row, str)]
-        captions += [own for _, own in rows]
-        if stop:
-            return {}, {}
-        if rows:
-            pictures = ops.to_float(np.stack([picture for picture, _ in rows]))
-            pictures = np.concatenate([pictures, np.repeat(pictures[-1:], towers.rows - len(rows), axis=0)])
-            z_image += [] if waiting is None else [np.asarray(waiting[0], np.float32)[: waiting[1]]]
-            waiting = towers.image(pictures), len(rows)
-    dim = towers.clip.embed_dim
-    z_image += [np.zeros((0, dim), np.float32)] if waiting is None else [np.asarray(waiting[0], np.float32)[: waiting[1]]]
-    z = np.concatenate(z_image)
-    texts = [caption for own in captions for caption in own]
-    told = list(_in_batches(towers.text, texts, towers.rows))
+
+    def images() -> Iterator[tuple[Any, int]]:
+        for n, chunk in enumerate(chunks):
+            loaded = list(zip(chunk, ahead.popleft()))
+            if n + 2 < len(chunks):
+                ahead.append(pool.map(load, chunks[n + 2]))
+            rows = [(i, *row) for i, row in loaded if not isinstance(row, str)]
+            bad.extend(row for _, row in loaded if isinstance(row, str))
+            kept.extend(i for i, _, _ in rows)
+            captions.extend(own for _, _, own in rows)
+            if rows and not stop:
+                yield towers.image(ops.to_float(np.stack(_filled([picture for _, picture, _ in rows], size)))), len(rows)
+
+    z = np.concatenate([np.zeros((0, dim), np.float32), *(np.float32(each) for each in _behind(images()))])
+    texts = [caption for own in captions for caption in own] if not stop else []
+    batches = (texts[i : i + size] for i in range(0, len(texts), size))
+    told = list(_behind((towers.text(_filled(some, size)), len(some)) for some in batches))
     arrays = {
         "image_embed": z,
         "text_embed": np.concatenate([np.zeros((0, dim), np.float32), *(np.float32(text.embed) for text in told)]),
@@ -202,7 +202,7 @@ def _embed_shard(
         "outer": z.astype(np.float64).T @ z.astype(np.float64),
         **embeddings.join_captions(captions),
     }
-    if states:
+    if states and told:
         arrays["text_states"] = np.concatenate([np.float16(text.states) for text in told])
     for line in bad[:MAX_LOGGED]:
         log.warning("skipped %s", line)
