@@ -98,10 +98,8 @@ def test_shard_batch():
 class Device:
     """A device that is not there."""
 
-    platform = "tpu"
-
-    def __init__(self, number, host, slice_index=0):
-        self.id, self.process_index, self.slice_index = number, host, slice_index
+    def __init__(self, number, host, slice_index=0, platform="tpu"):
+        self.id, self.process_index, self.slice_index, self.platform = number, host, slice_index, platform
         self.coords, self.core_on_chip, self.device_kind = (number % 4, number // 4 % 4, 0), 0, "TPU v5 lite"
 
 
@@ -120,6 +118,8 @@ def test_slices_are_joined_by_data_alone():
     assert sorted(d.id for d in mesh.devices.flat) == list(range(32))
     with pytest.raises(ValueError, match="2 slices are joined by the data axis alone, so data=1 must be a multiple of 2"):
         make_mesh({"data": 1, "fsdp": 32}, devices)
+    gpus = [Device(i, i // 8, i // 8, "gpu") for i in range(16)]  # every host a slice, by their own account
+    assert make_mesh({"data": 1, "fsdp": 16}, gpus).shape["fsdp"] == 16
 
 
 def test_gather_is_there_when_needed():

@@ -65,7 +65,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
         raise ValueError(f"a mesh of {wanted} does not fit {len(devices)} devices; the sizes must multiply to {len(devices)}")
     if free:
         sizes[free[0]] = len(devices) // known
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Elsewhere hosts are said to be slices, but every axis may cross them.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if sizes["data"] % slices:
         raise ValueError(f"{slices} slices are joined by the data axis alone, so data={sizes['data']} must be a multiple of {slices}")
     within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])

@@ -86,6 +86,6 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optimizer.warmup_steps = 1
         config.eval.update({"batch_size": 16, "rows": 16, "candidates": 8})
         config.log_every = 1
-        config.eval_every = 4
+        config.eval_every = 2
         config.checkpoint_every = 2
     return config.lock()

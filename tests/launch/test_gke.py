@@ -31,6 +31,7 @@ def test_manifest():
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     (volume,) = pod["volumes"]
+    assert "rename-dir-limit=" in volume["csi"]["volumeAttributes"]["mountOptions"]
     assert volume["csi"]["volumeAttributes"]["bucketName"] == "mine" and container["volumeMounts"][0]["name"] == volume["name"]
     args = build_parser().parse_args(container["command"][1:])
     assert args.verb == "train" and args.distributed and args.workdir == "/bucket/runs/decoder" and args.assignments == ["batch_size=64"]

@@ -144,7 +144,7 @@ def test_a_sampler_costs_its_steps():
     config = load_config(str(ROOT / "configs/dalle2/upsampler_256.py:tiny"))
     found = []
     for steps in (2, 6):
-        with config.unlocked():
+        with config.unlocked(), config.ignore_type():
             config.sampling.steps, config.batch_size = steps, 8
         draw, *arguments = aot.sampler(config, None, sharding.make_mesh())
         found.append(aot.flops(jax.make_jaxpr(draw)(*arguments)))

@@ -111,7 +111,7 @@ def test_cut_off_and_gone_on_with(copy, folder, tiny_run, source, monkeypatch, c
 
 def test_two_hosts_share_the_shards(folder, tiny_run, source, tmp_path, monkeypatch):
     """The second host makes the odd shards, the first one the rest and the manifest; together they are one host's."""
-    towers = stage._towers(str(tiny_run("clip")), sharding.make_mesh(), "float32", 16)
+    towers = stage._towers(str(tiny_run("clip")), sharding.make_mesh(), "float32", 16, True)
     monkeypatch.setattr(stage, "_towers", lambda *args: towers)  # Orbax would ask the other host
     turn = {"host": 0}
 

@@ -126,8 +126,11 @@ def test_wandb(tmp_path, monkeypatch):
     train_tiny(NAME, tmp_path / "run", track__wandb="project")
     first, second = made
     assert first.settings["project"] == "project" and first.settings["id"] is None and second.settings["id"] == "abc"
-    assert sorted(first.logged) == [1, 2] and sorted(second.logged) == list(range(3, STEPS + 1)) and (first.code, second.code) == (1, 0)
+    assert sorted(first.logged) == [1, 2] and sorted(second.logged) == list(range(3, STEPS + 1)) and (first.code, second.code) == (0, 0)
     assert second.logged[STEPS]["samples"] == ("image", str(tmp_path / "run" / "samples" / f"{STEPS:07d}.png"))
+    monkeypatch.setattr(fake, "init", lambda **settings: (_ for _ in ()).throw(RuntimeError("not logged in")))
+    with pytest.raises(OSError, match="cannot be used .not logged in."):
+        train_tiny(NAME, tmp_path / "other", track__wandb="project")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"):
         train_tiny(NAME, tmp_path / "other", track__wandb="project")
@@ -168,5 +171,9 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     train_tiny(NAME, tmp_path / "run", eval_every=4, keep_best="-eval_loss")
     meta, _, step = load_run(tmp_path / "run" / "best")
     assert step == 8 and meta["figures"] == {"eval_loss": 1.0} and load_run(tmp_path / "run")[2] == STEPS
+    original(types.SimpleNamespace(keep_best="eval_loss"), tmp_path / "new", 1, None, {}, {"eval_loss": float("nan")})
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="keep_best=eval_loss needs evaluations"):
+        train_tiny(NAME, tmp_path / "new", eval_every=0, keep_best="eval_loss")
     with pytest.raises(ValueError, match="keep_best names 'cosine'; the evaluation's figures are eval_loss"):
         original(types.SimpleNamespace(keep_best="cosine"), tmp_path, 1, None, {}, {"eval_loss": 1.0})

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder; one begun with the same arguments is gone on with")
     parser.add_argument("--states", action="store_true", help="keep CLIP's text states too (for priors that see them: Karlo's, emoji's)")
     parser.add_argument("--batch", type=int, default=256, metavar="N", help="images at a time on each host (256)")
-    parser.add_argument("--shard", type=int, default=8192, metavar="N", help="records in a shard: what a kill can lose (8192)")
+    parser.add_argument("--shard", type=int, default=8192, metavar="N", help="records in a shard: what a kill loses, memory holds (8192)")
     parser.add_argument("--dtype", default="auto", metavar="T", help="that CLIP computes in: float32, bfloat16 or auto (auto)")
     parser.add_argument("--max-bad", type=float, default=0.01, metavar="F", help="fraction of records that may be unreadable (0.01)")
     parser.add_argument("--distributed", action="store_true", help="join the other hosts first (cloud TPU pods, SLURM)")
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    from unclip_jax.cli.options import parse_assignments, progress_bar, use_compilation_cache
+    from unclip_jax.cli.options import join_hosts, parse_assignments, progress_bar, use_compilation_cache
     from unclip_jax.data.sources import make_source
 
     if not args.data:
@@ -28,11 +28,11 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.max_bad <= 1:
         raise ValueError(f"--max-bad must be in [0, 1], got {args.max_bad}")
     source = make_source(parse_assignments(args.data))
+    if args.distributed:
+        join_hosts()
+    use_compilation_cache()
     import jax
 
-    if args.distributed:
-        jax.distributed.initialize()
-    use_compilation_cache()
     from unclip_jax.sharding import make_mesh
     from unclip_jax.train.embed import embed
 

@@ -60,6 +60,13 @@ def main(argv: list[str] | None = None) -> int:
         line = " ".join(str(text).split())
         print(f"unclip {args.verb}: error: {line[:500] or type(error).__name__} (UNCLIP_DEBUG=1 shows the traceback)", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not getattr(args, "distributed", False):
+            raise
+        line = " ".join(str(error).split())[:500]  # jax's, of a collective or of the hosts' service
+        print(f"unclip {args.verb}: error: another host is gone or does not answer; start the same command again ({line})", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(75)  # jax would wait for the others
     return 0
 
 

@@ -64,6 +64,13 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def join_hosts() -> None:
+    """Joins the other hosts of the job, which may come half an hour later."""
+    import jax
+
+    jax.distributed.initialize(initialization_timeout=1800)
+
+
 def save_memory_on_cpu() -> None:
     """XLA's CPU backend orders a program for threads that run many operations at once, and so keeps what they need at once. Where two
     cores share one large convolution this only costs memory (docs/performance.md). To be called before JAX first looks for devices."""

@@ -115,7 +115,7 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    from unclip_jax.cli.options import parse_assignments, use_compilation_cache
+    from unclip_jax.cli.options import join_hosts, parse_assignments, use_compilation_cache
 
     config = load_config(args.config)
     assignments = parse_assignments(args.assignments)
@@ -134,9 +134,7 @@ def run(args: argparse.Namespace) -> None:
         override(config, key, value)
     if config.stage not in STAGES:
         raise ValueError(f"unknown stage {config.stage!r}; choose one of {', '.join(STAGES)}")
-    import jax
-
     if args.distributed:
-        jax.distributed.initialize()
+        join_hosts()
     use_compilation_cache()
     importlib.import_module(STAGES[config.stage]).train_and_evaluate(config, args.workdir, args.init_from)

@@ -106,14 +106,16 @@ def read_array(folder: Path, name: str) -> np.ndarray:
     """An array of a shard, through a memory map.
 
     Raises:
-      ValueError: naming the file when it is missing, cut short or no array.
+      OSError, ValueError: naming the file when it is missing, cut short or no array.
     """
     file = folder / f"{name}.npy"
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except OSError as error:  # the machine's, perhaps: too many open files, no memory
+        raise OSError(f"{file} cannot be read ({' '.join(str(error).split())[:200]})") from None
+    except (ValueError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} cannot be read ({reason}); delete {folder} and run `unclip embed` again") from None
+        raise ValueError(f"{file} is damaged ({reason}); delete {folder} and run `unclip embed` again") from None
 
 
 class Shard:
@@ -133,7 +135,7 @@ class Shard:
         first, last = self.array("first_caption")[i : i + 2].tolist()
         ends = [0 if j < 0 else int(self.array("caption_end")[j]) for j in range(first - 1, last)]
         text = self.array("captions_utf8")[ends[0] : ends[-1]].tobytes()
-        return tuple(text[a - ends[0] : b - ends[0]].decode("utf-8") for a, b in zip(ends, ends[1:]))
+        return tuple(text[a - ends[0] : b - ends[0]].decode("utf-8", "surrogatepass") for a, b in zip(ends, ends[1:]))
 
     def row(self, i: int) -> dict[str, np.ndarray]:
         """Of image i: `image_embed` (D,), `text_embed` (captions, D), and `text_states` (captions, L, W) where there are any."""
@@ -144,7 +146,7 @@ class Shard:
 
 def join_captions(captions: list[tuple[str, ...]]) -> dict[str, np.ndarray]:
     """Captions of images -> the arrays that hold them (module docstring)."""
-    texts = [caption.encode("utf-8") for own in captions for caption in own]
+    texts = [caption.encode("utf-8", "surrogatepass") for own in captions for caption in own]
     return {
         "first_caption": np.cumsum([0, *(len(own) for own in captions)], dtype=np.int64),
         "captions_utf8": np.frombuffer(b"".join(texts), np.uint8),

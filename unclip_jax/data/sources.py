@@ -11,6 +11,7 @@ Paths with "://" are read through `tf.io.gfile`; nothing else here needs TensorF
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import inspect
@@ -37,6 +38,7 @@ IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 INDEX_VERSION = 1  # part of every cache key: raise it when the meaning of an index changes
 OPEN_FILES = 256  # shards kept open per source; beyond, a shard is opened for every read
+OPEN_EMBEDDED = 2048  # shards of embeddings whose files stay mapped; a process may have some 65,000 maps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,15 +288,16 @@ def embeddings(path: str) -> Source:
     """
     embedded = open_embedded(path)
     manifest = read_json(Path(embedded.path) / "manifest.json")
-    shards = [Shard(shard_path(embedded.path, number), embedded.states) for number in range(len(manifest["shards"]))]
-    for shard, described in zip(shards, manifest["shards"]):
-        if read_json(shard.folder / "shard.json")["sha256"] != described["sha256"]:
-            raise ValueError(f"{shard.folder} is not the shard that {embedded.path}/manifest.json describes: copy the embeddings again")
+    for number, described in enumerate(manifest["shards"]):
+        folder = shard_path(embedded.path, number)
+        if read_json(folder / "shard.json")["sha256"] != described["sha256"]:
+            raise ValueError(f"{folder} is not the shard that {embedded.path}/manifest.json describes: copy the embeddings again")
+    opened = functools.lru_cache(OPEN_EMBEDDED)(lambda number: Shard(shard_path(embedded.path, number), embedded.states))
     ends = np.cumsum([shard["images"] for shard in manifest["shards"]])
 
     def fetch(i: int) -> Record:
         number = int(np.searchsorted(ends, i, side="right"))
-        shard, row = shards[number], i - int(ends[number - 1] if number else 0)
+        shard, row = opened(number), i - int(ends[number - 1] if number else 0)
         return Record(str(i), b"", shard.captions(row), {}, str(shard.folder), shard.row(row))
 
     checksum = _digest([shard["sha256"] for shard in manifest["shards"]])

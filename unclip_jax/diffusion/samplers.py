@@ -78,7 +78,8 @@ def ddpm(
     if variance == "analytic":
         if x0_error is None:
             raise ValueError("variance 'analytic' needs the network's measured errors (x0_error), which this one lacks")
-        small = np.logaddexp(small, np.log(post.x0_coef**2 * np.maximum(np.asarray(x0_error, np.float64)[t], 1e-30)))
+        errors = jnp.maximum(jnp.asarray(x0_error, jnp.float32)[t], 1e-30)
+        small = jnp.logaddexp(jnp.asarray(small, jnp.float32), 2 * jnp.log(jnp.asarray(post.x0_coef, jnp.float32)) + jnp.log(errors))
     columns = (post.x0_coef, post.x_t_coef, small, post.log_variance_large)
     xs = (jnp.asarray(t), jnp.asarray(r != CLEAN, x.dtype), *(jnp.asarray(c, x.dtype) for c in columns), jnp.arange(len(t)))
 

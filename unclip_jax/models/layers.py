@@ -32,7 +32,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Scaled dot-product attention. On NVIDIA GPUs, in half precision, cuDNN's fused one where it takes the shapes.
+    """Scaled dot-product attention. On NVIDIA GPUs, in half precision and at even lengths, cuDNN's fused one.
 
     Args:
       q: (B, Lq, K, D) queries.
@@ -53,13 +53,15 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
         return jnp.einsum("bkqp,bpkd->bqkd", weights, v)
 
     def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        every = None if mask is None else jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
+        return jax.nn.dot_product_attention(q, k, v, mask=every, implementation="cudnn")
 
-    if v.dtype.itemsize == 2 and jax.default_backend() == "gpu":
+    # Its gradient refuses masks of odd lengths, and says so when it is too late to do without.
+    if v.dtype.itemsize == 2 and jax.default_backend() == "gpu" and q.shape[1] % 2 == k.shape[1] % 2 == 0:
         try:
             jax.eval_shape(fused, q, k, v)
             return jax.lax.platform_dependent(q, k, v, cuda=fused, default=plain)
-        except (ValueError, NotImplementedError, RuntimeError):  # shapes that it does not take, or no cuDNN
+        except (ValueError, NotImplementedError, RuntimeError):  # other shapes that it does not take, or no cuDNN
             pass
     return plain(q, k, v)
 

@@ -303,11 +303,18 @@ class Logger:
             if thing is not None:
                 thing.close()
         if self.trackers is not None:
-            self.trackers.close(finished=self.last >= self.total)
+            failed = sys.exc_info()[0] is not None
+            self.trackers.close("failed" if failed else "finished" if self.last >= self.total else "stopped")
 
 
 def make_logger(config: ConfigDict, workdir: str | os.PathLike, name: str, start: int, batches: pipeline.TrainBatches) -> Logger:
-    """The logger of a stage's training loop, as its configuration says; trackers on the first host alone."""
+    """The logger of a stage's training loop, as its configuration says; trackers on the first host alone.
+
+    Raises:
+      ValueError: when `keep_best` is set and there are no evaluations; as `Logger` and `Trackers`.
+    """
+    if config.keep_best is not None and not config.eval_every:
+        raise ValueError(f"keep_best={config.keep_best} needs evaluations; set eval_every")
     main = jax.process_index() == 0
     Path(workdir).mkdir(parents=True, exist_ok=True)
     return Logger(
@@ -319,7 +326,7 @@ def make_logger(config: ConfigDict, workdir: str | os.PathLike, name: str, start
         name=name,
         patience=config.watchdog,
         profile=config.profile,
-        trackers=Trackers(workdir, name, config_json(config), config_json(config.track)) if main else None,
+        trackers=Trackers(workdir, name, config_json(config), config_json(config.track), start) if main else None,
         stats=batches.stats,
     )
 
@@ -365,18 +372,18 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
+def stop_signals(alone: bool = False) -> Iterator[Stop]:
     """Notes SIGTERM (a maintenance notice too) and SIGINT: the loop then saves and leaves. A second one acts at once. With several hosts
-    jax itself listens for SIGTERM, as all must leave after the same step."""
+    jax itself listens for SIGTERM, as all must leave after the same step, unless this one works `alone`."""
     stop, before = Stop(), {}
 
     def note(number, frame):
         stop.received.append(number)
         signal.signal(number, before[number])
-        log.info("stopping after this step: saving a checkpoint")
+        log.info("stopping after this step")
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
+        for number in (signal.SIGTERM, signal.SIGINT) if alone or jax.process_count() == 1 else ():
             before[number] = signal.signal(number, note)
     except ValueError:  # not the main thread: signals stay with whoever runs us
         pass
@@ -426,10 +433,14 @@ def keep_best(
     if name not in figures:
         raise ValueError(f"keep_best names {name!r}; the evaluation's figures are {', '.join(figures)}")
     value = -figures[name] if config.keep_best.startswith("-") else figures[name]
+    if not np.isfinite(value):
+        return
     store = CheckpointStore(Path(workdir) / "best", keep=1)
     with closing(store):
         before = store.latest()
         if before is None or (before != step and value > store.meta(before)["best"]):
+            if before is not None and before > step:  # of a run that was cut off later than it goes on from
+                store.manager.delete(before)
             store.save(step, state, meta | {"best": value, "figures": dict(figures)})
 
 

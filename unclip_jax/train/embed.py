@@ -27,7 +27,7 @@ from unclip_jax.data.pipeline import DATA_ERRORS, MAX_LOGGED, MIN_BAD, BadDataEr
 from unclip_jax.data.sources import Source, one_line
 from unclip_jax.data.tokenizer import caption_arrays
 from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.sharding import BATCH
+from unclip_jax.sharding import BATCH, compute_dtype
 from unclip_jax.train import common
 from unclip_jax.train.pca import explained, principal_components
 
@@ -42,7 +42,8 @@ CHUNK = 4096  # embeddings looked at together in the second pass
 
 @dataclasses.dataclass(frozen=True)
 class _Towers:
-    """CLIP on this host's devices: `image` of (rows, Hc, Wc, 3) pictures, `text` of as many captions."""
+    """CLIP on this host's devices: `image` of (rows, Hc, Wc, 3) pictures; `text` of as many captions: embeddings, states (float16, or None
+    where they are not kept), masks."""
 
     clip: common.FrozenClip
     rows: int
@@ -88,7 +89,7 @@ def embed(
         raise ValueError(f"{source.name} holds embeddings already")
     if batch_size < 1 or shard_records < 1:
         raise ValueError(f"batch_size {batch_size} and shard_records {shard_records} must be at least 1")
-    out, towers = Path(out).expanduser(), _towers(clip, mesh, dtype, batch_size)
+    out, towers = Path(out).expanduser(), _towers(clip, mesh, dtype, batch_size, states)
     plan = {
         "format_version": embeddings.FORMAT_VERSION,
         "clip": towers.clip.hash,
@@ -96,12 +97,13 @@ def embed(
         "records": len(source),
         "shard_records": shard_records,
         "states": states,
+        "dtype": np.dtype(compute_dtype(dtype, mesh)).name,
     }
     _check_plan(out, plan)
     count = -(-len(source) // shard_records)
     mine = range(jax.process_index(), count, jax.process_count())
     seen = bad = 0
-    with common.stop_signals() as stop, ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="unclip-data") as pool:
+    with common.stop_signals(alone=True) as stop, ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="unclip-data") as pool:
         for done, number in enumerate(mine):
             folder = embeddings.shard_path(out, number)
             records = range(number * shard_records, min((number + 1) * shard_records, len(source)))
@@ -110,13 +112,16 @@ def embed(
                 arrays, described = _embed_shard(towers, source, records, states, pool, stop)
                 if stop:
                     break
-                embeddings.write_arrays(folder, arrays, described)
+            else:
+                arrays = None
             seen, bad = seen + len(records), bad + described["bad"]
             if bad > max(MIN_BAD if max_bad_fraction else 0, max_bad_fraction * seen):
                 raise BadDataError(
                     f"{bad} of {seen} records cannot be used, more than max_bad_fraction={max_bad_fraction}; the last is "
                     f"{described['last_bad']}; mend the data, or raise max_bad_fraction"
                 )
+            if arrays is not None:
+                embeddings.write_arrays(folder, arrays, described)
             if progress is not None:
                 progress(done + 1, len(mine))
     common.leave_if_stopped(stop)
@@ -129,12 +134,18 @@ def embed(
 
 
 # ---------------------------------------------------------------------------------------------------------------------- one shard
-def _towers(path: str, mesh: Mesh, dtype: str, batch_size: int) -> _Towers:
+def _towers(path: str, mesh: Mesh, dtype: str, batch_size: int, states: bool) -> _Towers:
     clip = common.frozen_clip(path, ".", mesh, dtype)
     if clip.model is None:
         raise ValueError(f"{path} holds embeddings, not the CLIP that makes them")
     ways, sharding = mesh.shape["data"] * mesh.shape["fsdp"], NamedSharding(mesh, BATCH)
-    image, text = jax.jit(clip.image), jax.jit(clip.text)
+    image = jax.jit(clip.image)
+
+    @jax.jit
+    def text(params, batch):
+        told = clip.text(params, batch)
+        return told.embed, told.states.astype(np.float16) if states else None, told.mask
+
     return _Towers(
         clip,
         -(-batch_size // ways) * ways,
@@ -161,9 +172,15 @@ def _filled(rows: list, count: int) -> list:
 
 
 def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...]] | str:
-    # The picture, uint8, and its captions; in words, why there is none.
+    # The picture, uint8, and its captions; in words, why there is none. A disk or network that fails is no fault of the record.
     try:
         record = source.read(i)
+    except DATA_ERRORS as error:
+        if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+            reason = one_line(error)
+            raise OSError(f"record {i} of {source.name} cannot be reached ({reason}); the same command goes on from here") from None
+        return f"record {i} of {source.name}: {one_line(error)}"
+    try:
         return ops.resize_then_crop(ops.decode_image(record.image), size), record.captions
     except DATA_ERRORS as error:
         return f"record {i} of {source.name}: {one_line(error)}"
@@ -196,14 +213,18 @@ def _embed_shard(
     told = list(_behind((towers.text(_filled(some, size)), len(some)) for some in batches))
     arrays = {
         "image_embed": z,
-        "text_embed": np.concatenate([np.zeros((0, dim), np.float32), *(np.float32(text.embed) for text in told)]),
+        "text_embed": np.concatenate([np.zeros((0, dim), np.float32), *(np.float32(embed) for embed, _, _ in told)]),
         "record": np.asarray(kept, np.int64),
         "sum": z.sum(axis=0, dtype=np.float64),
         "outer": z.astype(np.float64).T @ z.astype(np.float64),
         **embeddings.join_captions(captions),
     }
     if states and told:
-        arrays["text_states"] = np.concatenate([np.float16(text.states) for text in told])
+        arrays["text_states"] = np.concatenate([kept_states for _, kept_states, _ in told])
+    for name in ("image_embed", "text_embed", "text_states"):
+        if name in arrays and not np.isfinite(arrays[name]).all():
+            at = f"records {records.start} to {records.stop - 1} of {source.name}"
+            raise ValueError(f"{name} of {at} is not finite: look at this CLIP, or embed with --dtype float32")
     for line in bad[:MAX_LOGGED]:
         log.warning("skipped %s", line)
     described = {"first_record": records.start, "records": len(records), "images": len(kept), "captions": len(texts), "bad": len(bad)}
@@ -255,10 +276,10 @@ def _finish(out: Path, plan: dict, towers: _Towers, source: Source, count: int) 
             projected = (shard.array("image_embed")[first : first + CHUNK] - mean) @ components.T
             low, high = np.minimum(low, projected.min(axis=0)), np.maximum(high, projected.max(axis=0))
 
-    empty = towers.text([""] * towers.rows)
-    arrays = {"text_embed": np.asarray(empty.embed, np.float32)[:1]}
+    embed, kept_states, mask = towers.text([""] * towers.rows)
+    arrays = {"text_embed": np.asarray(embed, np.float32)[:1]}
     if plan["states"]:
-        arrays |= {"text_states": np.asarray(empty.states, np.float16)[:1], "clip_token_mask": np.asarray(empty.mask)[:1]}
+        arrays |= {"text_states": np.asarray(kept_states)[:1], "clip_token_mask": np.asarray(mask)[:1]}
     embeddings.write_arrays(out / embeddings.EMPTY, arrays, {})
     codec = {"mean": mean, "components": components, "eigenvalues": eigenvalues, "low": low, "high": high}
     config = {"kind": "pca", "embed_dim": len(mean), "dims": len(mean), "clip": plan["clip"]}
@@ -294,12 +315,15 @@ def _alignment(shards: list[embeddings.Shard], described: list[dict], towers: _T
     again = [again[i] for i in np.linspace(0, len(again) - 1, min(AGAIN, len(again))).astype(int)]
     for shard, i in again:
         record = int(shard.array("record")[i])
-        picture, captions = _load(source, towers.clip.image_size, record)
+        loaded = _load(source, towers.clip.image_size, record)
+        if isinstance(loaded, str):
+            raise OSError(f"{loaded}, but it was read before; run the same command again")
+        picture, captions = loaded
         pairs = [(shard.array("image_embed")[i], towers.image(np.repeat(ops.to_float(picture)[None], towers.rows, axis=0))[0])]
         if captions:
-            pairs.append((shard.row(i)["text_embed"][0], towers.text([captions[0]] * towers.rows).embed[0]))
+            pairs.append((shard.row(i)["text_embed"][0], towers.text([captions[0]] * towers.rows)[0][0]))
         for lies, now in pairs:
-            if np.linalg.norm(lies - now) > TOLERANCE * np.linalg.norm(now) or captions != shard.captions(i):
+            if not np.linalg.norm(lies - now) <= TOLERANCE * np.linalg.norm(now) or captions != shard.captions(i):
                 raise ValueError(f"{shard.folder} does not hold what CLIP says of record {record}; delete it and run the command again")
     z_image, z_text = np.concatenate(z_image), np.concatenate(z_text)
     if len(z_image) < 2:

@@ -160,20 +160,23 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     options = options_from(config.sampling)
 
     @jax.jit
-    def predict(params, frozen, batch, rng):
+    def predict(params, frozen, batch, rng, errors):
         text = clip.text(frozen["clip"], batch)
         empty = clip.text(frozen["clip"], clip.empty)
-        z_hat = sample_prior(model, params, meta["part"], text, empty, rng, options)
+        z_hat = sample_prior(model, params, meta["part"] | {"x0_error": errors}, text, empty, rng, options)
         return z_hat, clip.image(frozen["clip"], batch), text.embed
 
     def evaluate(state) -> dict[str, float]:
-        figures = {}
+        figures, errors = {}, None
+        if options.variance == "analytic":  # its table is measured on the weights that draw
+            meta["part"]["x0_error"] = measure_errors(state)
+            errors = np.asarray(meta["part"]["x0_error"], np.float32)
         for name, held_out in evaluations.items():
             rows = []
             example_eval = functools.partial(example, training=False)
             for i, (batch, valid) in enumerate(pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows)):
                 arrays = shard_batch(batch, mesh, whole=True)
-                outs = predict(state.ema_params, frozen, arrays, step_rng(config.seed, i))
+                outs = predict(state.ema_params, frozen, arrays, step_rng(config.seed, i), errors)
                 rows.append([common.crossed(out)[:valid] for out in outs])
             z_hat, z_image, z_text = (np.concatenate(column) for column in zip(*rows))
             figures |= {

@@ -5,7 +5,8 @@
     track.wandb = "project"                       needs the package wandb, logged in
     track.experiment = "unclip_jax"               MLflow's experiment
 
-A run that is gone on with is the same run there. Training does not stop because a tracker does: what it missed is in `metrics.jsonl`.
+A run that is gone on with is the same run there; of a run that was killed, the steps since its last checkpoint come twice to MLflow, and
+W&B keeps the first. Training does not stop because a tracker does: what it missed is in `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -33,17 +34,21 @@ class Tracker(Protocol):
     def picture(self, step: int, path: Path) -> None:
         """Takes a PNG file."""
 
-    def close(self, finished: bool) -> None:
-        """Ends it; `finished` says whether the run came to its last step."""
+    def close(self, end: str) -> None:
+        """Ends it: `finished` at the last step, `stopped` before it, or `failed`."""
 
 
 class TensorBoard:
     """Event files in the run's folder."""
 
-    def __init__(self, workdir: Path, name: str, config: Mapping, settings: Mapping):
+    def __init__(self, workdir: Path, name: str, config: Mapping, settings: Mapping, start: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.name, self.writer = name, EventFileWriter(str(workdir / "tb"))
+        if start:  # what an earlier process wrote of later steps is not to be shown
+            session = SessionLog(status=SessionLog.START)
+            self.writer.add_event(Event(step=start + 1, wall_time=time.time(), session_log=session))
 
     def _add(self, step: int, values: list) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -63,7 +68,7 @@ class TensorBoard:
 
         self._add(step, [Summary.Value(tag=f"{self.name}/samples", image=Summary.Image(encoded_image_string=path.read_bytes()))])
 
-    def close(self, finished: bool) -> None:
+    def close(self, end: str) -> None:
         """See `Tracker`."""
         self.writer.close()
 
@@ -72,7 +77,7 @@ class MLflow:
     """A run on a tracking server: settings as parameters and `config.json`, figures as metrics, sample grids as artifacts. Its id is kept
     in the run's folder, `mlflow_run`."""
 
-    def __init__(self, workdir: Path, name: str, config: Mapping, settings: Mapping):
+    def __init__(self, workdir: Path, name: str, config: Mapping, settings: Mapping, start: int):
         try:
             import mlflow
         except ImportError:
@@ -112,15 +117,15 @@ class MLflow:
         """See `Tracker`."""
         self.client.log_artifact(self.run, str(path), "samples")
 
-    def close(self, finished: bool) -> None:
+    def close(self, end: str) -> None:
         """See `Tracker`."""
-        self.client.set_terminated(self.run, status="FINISHED" if finished else "KILLED")
+        self.client.set_terminated(self.run, status={"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[end])
 
 
 class WandB:
     """A run of Weights & Biases. Its id is kept in the run's folder, `wandb_run`."""
 
-    def __init__(self, workdir: Path, name: str, config: Mapping, settings: Mapping):
+    def __init__(self, workdir: Path, name: str, config: Mapping, settings: Mapping, start: int):
         try:
             import wandb
         except ImportError:
@@ -128,9 +133,12 @@ class WandB:
         file = workdir / "wandb_run"
         before = file.read_text(encoding="utf-8").strip() if file.is_file() else None
         self.wandb = wandb
-        self.run = wandb.init(
-            project=settings["wandb"], name=f"{name} {workdir.name}", id=before, resume="allow", dir=str(workdir), config=dict(config)
-        )
+        about = {"project": settings["wandb"], "name": f"{name} {workdir.name}", "dir": str(workdir), "config": dict(config)}
+        try:
+            self.run = wandb.init(id=before, resume="allow", **about)
+        except Exception as error:  # its own and the network's are many
+            reason = " ".join(str(error).split())[:300]
+            raise OSError(f"Weights & Biases cannot be used ({reason}); log in, or set track.wandb=None") from None
         file.write_text(self.run.id + "\n", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -141,9 +149,9 @@ class WandB:
         """See `Tracker`."""
         self.run.log({"samples": self.wandb.Image(str(path))}, step=step)
 
-    def close(self, finished: bool) -> None:
+    def close(self, end: str) -> None:
         """See `Tracker`."""
-        self.run.finish(exit_code=0 if finished else 1)
+        self.run.finish(exit_code=int(end == "failed"))
 
 
 TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
@@ -153,19 +161,19 @@ class Trackers:
     """Those that `settings` (config.track) ask for.
 
     Args:
-      workdir: the run's folder; name: of the stage; config: all settings, JSON; settings: see the module's docstring.
+      workdir: the run's folder; name: of the stage; config: all settings, JSON; settings: see the module's docstring; start: steps done.
 
     Raises:
       ImportError: when one is not installed; OSError: when a server does not answer.
     """
 
-    def __init__(self, workdir: str | os.PathLike, name: str, config: Mapping, settings: Mapping):
+    def __init__(self, workdir: str | os.PathLike, name: str, config: Mapping, settings: Mapping, start: int = 0):
         self.all: dict[str, Tracker] = {}
         self.failures = dict.fromkeys(TRACKERS, 0)
         for key, make in TRACKERS.items():
             if settings.get(key):
                 try:
-                    self.all[key] = make(Path(workdir), name, config, settings)
+                    self.all[key] = make(Path(workdir), name, config, settings, start)
                 except ImportError:
                     if key != "tensorboard":  # which nobody asked for
                         raise
@@ -179,9 +187,9 @@ class Trackers:
         """A PNG file, to all of them."""
         self._each(lambda tracker: tracker.picture(step, path))
 
-    def close(self, finished: bool) -> None:
+    def close(self, end: str) -> None:
         """Ends them."""
-        self._each(lambda tracker: tracker.close(finished))
+        self._each(lambda tracker: tracker.close(end))
 
     def _each(self, call: Callable[[Tracker], Any]) -> None:
         for key, tracker in list(self.all.items()):
