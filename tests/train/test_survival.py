@@ -22,6 +22,7 @@ from unclip_jax.train import common
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+LONG = ("steps=5000", "eval_every=0", "data.backend=numpy")
 RUN = """
 import sys
 import jax
@@ -83,6 +84,35 @@ def test_two_hosts_are_one(tiny_run, tmp_path):
     assert len(curve) == STEPS
     np.testing.assert_allclose(curve[:stopped], expected[:stopped], rtol=1e-4)
     np.testing.assert_allclose(curve, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "lost, statuses",
+    [
+        pytest.param(1, {common.RESTART}, id="other"),
+        pytest.param(0, {common.RESTART, -signal.SIGABRT}, id="coordinator", marks=pytest.mark.slow),
+    ],
+)
+def test_a_lost_host_ends_the_others(tmp_path, lost, statuses):
+    """At once, with a status that starts the job again; jax itself aborts those whose coordinator is gone."""
+    run, port = tmp_path / "run", free_port()
+    command = [sys.executable, "-m", "unclip_jax.cli.main", "train", "configs/emoji/upsampler.py:tiny", "--workdir", str(run)]
+    command += ["--distributed", *(part for setting in LONG for part in ("--set", setting))]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {FLAGS}"}
+    # As a SLURM job of two tasks, which jax finds by itself; its port is made of the job's number.
+    env |= {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    about = lambda i: env | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+    hosts = [subprocess.Popen(command, cwd=ROOT, env=about(i), stderr=subprocess.PIPE, text=True) for i in range(2)]
+    try:
+        wait_for_step(run, 2, hosts)
+        hosts[lost].kill()
+        error = hosts[1 - lost].communicate(timeout=120)[1]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert hosts[1 - lost].returncode in statuses, error
+    if hosts[1 - lost].returncode == common.RESTART:
+        assert "another host is gone or does not answer; start the same command again" in error
 
 
 def kill_and_resume(workdir, reference, kills, seed):
