@@ -49,12 +49,12 @@ def test_operations():
 HLO = """
 HloModule m
 
-%body (p: (f32[8])) -> (f32[8]) {
+%wide.region_1.2 (p: (f32[8])) -> (f32[8]) {
   %g = f32[64,8]{1,0} all-gather(f32[8,8]{1,0} %x), replica_groups=[1,8]<=[8], dimensions={0}
 }
 
 ENTRY %main (a: f32[8]) -> f32[8] {
-  %w = (f32[8]) while((f32[8]) %t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %w = (f32[8]) while((f32[8]) %t), condition=%region_2.c, body=%wide.region_1.2, backend_config={"known_trip_count":{"n":"5"}}
   %r = f32[8,8]{1,0} reduce-scatter(f32[64,8]{1,0} %y), replica_groups=[2,4]<=[8], dimensions={0}
   %s = (bf16[4]{0}, bf16[4]{0}) all-reduce(bf16[4]{0} %a, bf16[4]{0} %b), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
   %p = f32[16]{0} collective-permute(f32[16]{0} %z), source_target_pairs={{0,1}}
@@ -70,6 +70,16 @@ def test_collectives_of_a_program():
     assert found["all-reduce"] == (1, 2 * 8 * 2 // 2)
     assert found["collective-permute"] == (1, 64)
     assert aot.collectives("") == {}
+    # The TPU's compiler notes no count: the counter is compared with it.
+    condition = """
+%region_2.c (p: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT, metadata={op_name="while/cond/lt"}
+}
+"""
+    without = HLO.replace(', backend_config={"known_trip_count":{"n":"5"}}', "").replace("\n%wide", condition + "\n%wide")
+    assert aot.collectives(without)["all-gather"] == (7, 7 * 64 * 8 * 4 * 7 // 8)
 
 
 def tiny(name, mesh, **changes):
@@ -165,15 +175,16 @@ def test_without_the_compiler(capsys, monkeypatch):
 
 def test_a_step_too_large(capsys):
     """The verdict of a chip's memory, and what the compiler says where it gives up itself."""
-    from unclip_jax.cli.compile import describe
+    from unclip_jax.cli.compile import describe, verdict
 
     chip = aot.CHIPS["TPU v5 lite"]
     links = {"all-gather": (2, 10**9)}
     report = aot.Report(4, chip, {"data": 4}, 8, *[int(4e9)] * 6, flops=4e12, model_flops=3e12, traffic=1e9, collectives=links)
     assert report.limit == "arithmetic" or report.seconds[report.limit] == max(report.seconds.values())
     assert report.mfu == pytest.approx(3e12 / 4 / chip.flops / max(report.seconds.values()))
+    assert "memory a device: 22.35 of 14.9 GiB" in describe(report, "v5e:2x2")
     with pytest.raises(MemoryError, match="does NOT fit: raise mesh.fsdp"):
-        describe(report, "v5e:2x2")
+        verdict(report)
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G.\n"
         'Largest program allocations in hbm:\n  1. Size: 8.00G\n     Operator: op_name="jit(update)/x/dot"\n     Shape: f32[1,2]{1,0}\n'

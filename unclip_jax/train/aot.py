@@ -36,7 +36,7 @@ from unclip_jax.train.state import TrainState, abstract_state, make_update
 HELD = ("parameters", "averages", "optimizer", "frozen", "batch")  # what lies on a device before a step
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 CALLED = re.compile(
-    r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)=\{?((?:%?[\w.\-]+(?:, )?)+)"
+    r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1}
 
@@ -117,6 +117,7 @@ def topology(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held, so several may compile at once
     try:
         slices = {"num_slices": int(written[1])} if written[1] else {}
         return list(topologies.get_topology_desc(platform="tpu", topology_name=written[2], **slices).devices)
@@ -341,16 +342,25 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             made = re.search(r"= (.*?) (" + "|".join(COLLECTIVES) + r")(-start)?\(", line)
             if made:
                 add(made[2], 1, _arriving(made[1], made[2], bool(made[3]), line))
-            called = CALLED.findall(line)
-            turns = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', line)
-            for group in called:
-                for inner in group.replace("%", "").split(", "):
+            factor = _turns(line, bodies) if " while(" in line else 1
+            for several, one in CALLED.findall(line):
+                for inner in (several or one).replace("%", "").split(", "):
                     for kind, (times, size) in count(inner).items():
-                        factor = int(turns[1]) if turns and " while(" in line else 1
                         add(kind, factor * times, factor * size)
         return found
 
     return count(entry)
+
+
+def _turns(line: str, bodies: dict[str, list[str]]) -> int:
+    # How often a loop goes round: as the compiler notes it, or the constant that its counter, which starts at 0, is compared with.
+    noted = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', line)
+    if noted:
+        return int(noted[1])
+    condition = "\n".join(bodies.get(re.search(r"condition=%?([\w.\-]+)", line)[1], []))
+    limit = re.search(r"ROOT .* compare\((?:\S+ )?%?[\w.\-]+, (?:\S+ )?%?([\w.\-]+)\), direction=LT", condition)
+    constant = limit and re.search(rf"%?{re.escape(limit[1])} = s32\[\]\S* constant\((\d+)\)", condition)
+    return int(constant[1]) if constant else 1
 
 
 def _arriving(shapes: str, kind: str, started: bool, line: str) -> int:
