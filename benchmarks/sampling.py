@@ -4,7 +4,7 @@
 
 Each library runs in a process of its own, in turn, so that neither holds memory or threads while the other is timed. Told are: seconds to
 load, to the first sample, of a later one; peak memory (resident, and anonymous: without the pages of files); the ratio of the later ones,
-pair by pair; and how far one step of the network is from the peer's. The whole pipeline's time is the sum of the parts'.
+pair by pair; and how far one step of the network is from the peer's. The whole pipeline's time (`--part whole`) is the sum of the parts'.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -217,17 +216,23 @@ def our_sampler(folder: Path, part: str, captions: int, steps: int, sides: tuple
 
 
 # ---------------------------------------------------------------------------------------------------------------------- measuring
+def memory(field: str) -> float:
+    """GiB of a field of this process's status (Linux); 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0) / 2**20
+
+
 class Peak:
-    """The largest anonymous resident memory since it was made, in GiB, sampled every 5 ms; 0 where the system does not tell."""
+    """The largest anonymous resident memory since it was made, in GiB, sampled every 5 ms."""
 
     def __init__(self):
         self.gib = 0.0
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while Path("/proc/self/status").exists():
-            lines = Path("/proc/self/status").read_text().splitlines()
-            self.gib = max(self.gib, next((int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0) / 2**20)
+        while True:
+            self.gib = max(self.gib, memory("RssAnon"))
             time.sleep(5e-3)
 
 
@@ -246,19 +251,48 @@ def worker(args: argparse.Namespace) -> None:
         assert np.isfinite(sample()).all()
         seconds.append(time.perf_counter() - started)
     told = {"load": seconds[0], "first": seconds[1], "later": min(seconds[2:])}
-    told |= {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "anonymous": peak.gib}
+    told |= {"resident": memory("VmHWM"), "anonymous": peak.gib}  # getrusage would remember the parent's
     if args.outputs:
         np.save(args.outputs, step())
     print(json.dumps(told))
 
 
+def compare(args: argparse.Namespace, part: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Runs the libraries in turn on a part, prints its table, and returns the medians by library."""
+    steps = args.steps or PARTS[part]["steps"]
+    make(folder, args.size, part)
+    peers = ["diffusers", *(["diffusers compiled"] if args.compile else []), "unclip_jax"]
+    rows: dict[str, list[dict]] = {peer: [] for peer in peers}
+    outputs = {peer: str(folder / f"output-{i}.npy") for i, peer in enumerate(peers)}
+    for i in range(args.rounds):
+        for peer in peers:
+            command = [sys.executable, __file__, "--worker", peer, "--folder", str(folder), "--part", part, "--steps", str(steps)]
+            for name in ("size", "captions", "repeats"):
+                command += [f"--{name}", str(getattr(args, name))]
+            command += ["--outputs", outputs[peer]] if i == 0 else []
+            env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+            rows[peer].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {i + 1}  {peer:20}" + "".join(f"  {k} {v:.2f}" for k, v in rows[peer][-1].items()), flush=True)
+    theirs, ours = (np.load(outputs[peer]) for peer in ("diffusers", "unclip_jax"))
+    print(f"\n{part}, {args.size}, {args.captions} captions, {steps} steps; seconds and GiB, medians of {args.rounds}")
+    medians = {peer: {k: float(np.median([r[k] for r in rows[peer]])) for k in rows[peer][0]} for peer in peers}
+    for peer in peers:
+        print(f"{peer:20}" + "".join(f"  {k} {v:7.2f}" for k, v in medians[peer].items()))
+    for peer in peers[:-1]:
+        ratios = [theirs["later"] / ours["later"] for theirs, ours in zip(rows[peer], rows["unclip_jax"])]
+        print(f"{peer} / unclip_jax: {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"one step of the network: {np.abs(theirs - ours).max():.1e} apart, of outputs up to {np.abs(theirs).max():.2g}\n", flush=True)
+    return medians
+
+
 def main() -> None:
-    """Runs the libraries in turn and prints the table."""
+    """Compares the libraries on one part, or on all of them and their sum."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=list(PARTS), default="prior")
+    parser.add_argument("--part", choices=[*PARTS, "whole"], default="prior", help="whole: all three, one after the other, and their sum")
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--captions", type=int, default=1, metavar="N")
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps (the pipeline's: 25, 25, 7)")
+    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps of every part (the pipeline's: 25, 25, 7)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each library (3)")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="later samples in each process, of which the best counts (1)")
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
@@ -266,34 +300,19 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--outputs", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.steps = args.steps or PARTS[args.part]["steps"]
     if args.worker:
         worker(args)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch) / "karlo"
-        make(folder, args.size, args.part)
-        peers = ["diffusers", *(["diffusers compiled"] if args.compile else []), "unclip_jax"]
-        rows: dict[str, list[dict]] = {peer: [] for peer in peers}
-        outputs = {peer: str(Path(scratch) / f"{i}.npy") for i, peer in enumerate(peers)}
-        for i in range(args.rounds):
-            for peer in peers:
-                command = [sys.executable, __file__, "--worker", peer, "--folder", str(folder)]
-                for name in ("part", "size", "captions", "steps", "repeats"):
-                    command += [f"--{name}", str(getattr(args, name))]
-                command += ["--outputs", outputs[peer]] if i == 0 else []
-                env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
-                rows[peer].append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"round {i + 1}  {peer:20}" + "".join(f"  {k} {v:.2f}" for k, v in rows[peer][-1].items()), flush=True)
-        theirs, ours = (np.load(outputs[peer]) for peer in ("diffusers", "unclip_jax"))
-    print(f"\n{args.part}, {args.size}, {args.captions} captions, {args.steps} steps; seconds and GiB, medians of {args.rounds}")
-    for peer in peers:
-        print(f"{peer:20}" + "".join(f"  {k} {np.median([r[k] for r in rows[peer]]):7.2f}" for k in rows[peer][0]))
-    for peer in peers[:-1]:
-        ratios = [theirs["later"] / ours["later"] for theirs, ours in zip(rows[peer], rows["unclip_jax"])]
-        print(f"{peer} / unclip_jax: {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    print(f"one step of the network: {np.abs(theirs - ours).max():.1e} apart, of outputs up to {np.abs(theirs).max():.2g}")
+        found = [compare(args, part, folder) for part in (PARTS if args.part == "whole" else [args.part])]
+    if args.part == "whole":
+        total = {peer: {k: sum(part[peer][k] for part in found) for k in ("load", "first", "later")} for peer in found[0]}
+        print("whole, the sum of the parts")
+        for peer, sums in total.items():
+            print(f"{peer:20}" + "".join(f"  {k} {v:7.2f}" for k, v in sums.items()))
+        for peer in [peer for peer in total if peer != "unclip_jax"]:
+            print(f"{peer} / unclip_jax: {total[peer]['later'] / total['unclip_jax']['later']:.2f}")
 
 
 if __name__ == "__main__":
