@@ -49,7 +49,7 @@ def test_where_sampling_runs_by_default(monkeypatch):
     """One CPU device; all accelerators, with the weights split where one cannot hold them."""
 
     class Chip:
-        platform, limit = "tpu", {"bytes_limit": 16 * 2**30}
+        platform, limit = "gpu", {"bytes_limit": 16 * 2**30}
         memory_stats = lambda self: self.limit
 
     assert sampling_mesh().size == 1 and sampling_mesh({"fsdp": 4}).shape["data"] == 2
