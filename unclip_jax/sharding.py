@@ -207,9 +207,13 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
       ValueError: when the rows do not divide over the devices.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % ways:
-        raise ValueError(f"a batch of {batch_size} does not divide over data x fsdp = {ways} devices; change batch_size or the mesh")
+    _check_divides(batch_size, ways)
     return np.arange(batch_size).reshape(ways, -1)[own_blocks(mesh)].reshape(-1)
+
+
+def _check_divides(rows: int, ways: int) -> None:
+    if rows % ways:
+        raise ValueError(f"a batch of {rows} does not divide over data x fsdp = {ways} devices; change batch_size or the mesh")
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, whole: bool = False) -> dict[str, jax.Array]:
@@ -221,11 +225,9 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, whole: bool = False
     """
     sharding, ways = NamedSharding(mesh, BATCH), mesh.shape["data"] * mesh.shape["fsdp"]
     blocks = list(range(ways)) if whole else own_blocks(mesh)
-    here = len(next(iter(batch.values())))
-    if here % len(blocks):
-        rows = here * ways // len(blocks)
-        raise ValueError(f"a batch of {rows} does not divide over data x fsdp = {ways} devices; change batch_size or the mesh")
-    each = here // len(blocks)
+    rows = len(next(iter(batch.values()))) * ways // len(blocks)
+    _check_divides(rows, ways)
+    each = rows // ways
 
     def put(value: np.ndarray) -> jax.Array:
         def block(index: tuple[slice, ...]) -> np.ndarray:

@@ -63,10 +63,12 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not getattr(args, "distributed", False):
             raise
+        from unclip_jax.train.common import RESTART
+
         line = " ".join(str(error).split())[:500]  # jax's, of a collective or of the hosts' service
         print(f"unclip {args.verb}: error: another host is gone or does not answer; start the same command again ({line})", file=sys.stderr)
         sys.stderr.flush()
-        os._exit(75)  # jax would wait for the others
+        os._exit(RESTART)  # jax would wait for the others
     return 0
 
 

@@ -19,7 +19,6 @@ Everything is plain `.npy`, read through memory maps; a shard's folder appears w
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -38,7 +37,7 @@ class Embedded:
     """What a folder of embeddings says of itself.
 
     clip: hash of the CLIP that made them; embed_dim: D; states: whether text states are there; tokenizer: CLIP's; mean, std: (D,) float64
-    of the image embeddings; empty: the empty caption's arrays, one row each.
+    of the image embeddings; empty: the empty caption's arrays, one row each; shards: images, captions and hashes of each.
     """
 
     path: str
@@ -49,6 +48,7 @@ class Embedded:
     mean: np.ndarray = dataclasses.field(repr=False, compare=False)
     std: np.ndarray = dataclasses.field(repr=False, compare=False)
     empty: Mapping[str, np.ndarray] = dataclasses.field(repr=False, compare=False)
+    shards: tuple[dict, ...] = dataclasses.field(repr=False)
 
 
 def shard_path(folder: str | os.PathLike, number: int) -> Path:
@@ -154,7 +154,6 @@ def join_captions(captions: list[tuple[str, ...]]) -> dict[str, np.ndarray]:
     }
 
 
-@functools.lru_cache(maxsize=8)
 def open_embedded(path: str) -> Embedded:
     """A finished folder of embeddings.
 
@@ -169,7 +168,8 @@ def open_embedded(path: str) -> Embedded:
         raise ValueError(f"{folder}/manifest.json has format version {manifest.get('format_version')}; this version reads {FORMAT_VERSION}")
     empty = {file.stem: np.array(read_array(folder / EMPTY, file.stem)) for file in sorted((folder / EMPTY).glob("*.npy"))}
     mean, std = (np.asarray(manifest["image_embed"][name], np.float64) for name in ("mean", "std"))
-    return Embedded(str(folder), manifest["clip"], manifest["embed_dim"], manifest["states"], manifest["tokenizer"], mean, std, empty)
+    about = (manifest[name] for name in ("clip", "embed_dim", "states", "tokenizer"))
+    return Embedded(str(folder), *about, mean, std, empty, tuple(manifest["shards"]))
 
 
 def is_embedded(path: str | os.PathLike) -> bool:

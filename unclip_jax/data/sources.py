@@ -287,20 +287,19 @@ def embeddings(path: str) -> Source:
     Raises `FileNotFoundError` or `ValueError` if the folder is none, is unfinished, or lacks a shard.
     """
     embedded = open_embedded(path)
-    manifest = read_json(Path(embedded.path) / "manifest.json")
-    for number, described in enumerate(manifest["shards"]):
+    for number, described in enumerate(embedded.shards):
         folder = shard_path(embedded.path, number)
         if read_json(folder / "shard.json")["sha256"] != described["sha256"]:
             raise ValueError(f"{folder} is not the shard that {embedded.path}/manifest.json describes: copy the embeddings again")
     opened = functools.lru_cache(OPEN_EMBEDDED)(lambda number: Shard(shard_path(embedded.path, number), embedded.states))
-    ends = np.cumsum([shard["images"] for shard in manifest["shards"]])
+    ends = np.cumsum([shard["images"] for shard in embedded.shards])
 
     def fetch(i: int) -> Record:
         number = int(np.searchsorted(ends, i, side="right"))
         shard, row = opened(number), i - int(ends[number - 1] if number else 0)
         return Record(str(i), b"", shard.captions(row), {}, str(shard.folder), shard.row(row))
 
-    checksum = _digest([shard["sha256"] for shard in manifest["shards"]])
+    checksum = _digest([shard["sha256"] for shard in embedded.shards])
     return Source(f"embeddings:{path}", checksum, 0, int(ends[-1]), fetch, embedded)
 
 

@@ -109,7 +109,7 @@ def embed(
             records = range(number * shard_records, min((number + 1) * shard_records, len(source)))
             described = _finished(folder)
             if described is None:
-                arrays, described = _embed_shard(towers, source, records, states, pool, stop)
+                arrays, described = _embed_shard(towers, source, records, pool, stop)
                 if stop:
                     break
             else:
@@ -129,7 +129,6 @@ def embed(
     if jax.process_index() == 0:
         _finish(out, plan, towers, source, count)
     common.wait_for_hosts("embedded_manifest")
-    embeddings.open_embedded.cache_clear()
     return embeddings.read_json(out / "manifest.json")
 
 
@@ -187,7 +186,7 @@ def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...
 
 
 def _embed_shard(
-    towers: _Towers, source: Source, records: range, states: bool, pool: ThreadPoolExecutor, stop: common.Stop
+    towers: _Towers, source: Source, records: range, pool: ThreadPoolExecutor, stop: common.Stop
 ) -> tuple[dict[str, np.ndarray], dict]:
     # The arrays of one shard, and what shard.json says of it; worth nothing when `stop` cut it short.
     kept, captions, bad, size, dim = [], [], [], towers.rows, towers.clip.embed_dim
@@ -219,7 +218,7 @@ def _embed_shard(
         "outer": z.astype(np.float64).T @ z.astype(np.float64),
         **embeddings.join_captions(captions),
     }
-    if states and told:
+    if told and told[0][1] is not None:
         arrays["text_states"] = np.concatenate([kept_states for _, kept_states, _ in told])
     for name in ("image_embed", "text_embed", "text_states"):
         if name in arrays and not np.isfinite(arrays[name]).all():

@@ -166,10 +166,11 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         z_hat = sample_prior(model, params, meta["part"] | {"x0_error": errors}, text, empty, rng, options)
         return z_hat, clip.image(frozen["clip"], batch), text.embed
 
-    def evaluate(state) -> dict[str, float]:
+    def evaluate(state, step) -> dict[str, float]:
         figures, errors = {}, None
-        if options.variance == "analytic":  # its table is measured on the weights that draw
-            meta["part"]["x0_error"] = measure_errors(state)
+        if options.variance == "analytic":  # its table is measured on the weights that draw; of the last ones it is there already
+            if step != config.steps:
+                meta["part"]["x0_error"] = measure_errors(state)
             errors = np.asarray(meta["part"]["x0_error"], np.float32)
         for name, held_out in evaluations.items():
             rows = []
@@ -233,7 +234,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
                 break
             if common.due(step, config.eval_every, config.steps):
                 with logger.paused("evaluation"):
-                    figures = evaluate(state)
+                    figures = evaluate(state, step)
                     logger.record(step, figures)
                     common.keep_best(config, workdir, step, state, common.with_time(meta, logger), figures)
                     common.say(f"prior step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
