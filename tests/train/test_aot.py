@@ -46,42 +46,6 @@ def test_operations():
     assert (plain, again) == (3 * product, 4 * product)
 
 
-HLO = """
-HloModule m
-
-%wide.region_1.2 (p: (f32[8])) -> (f32[8]) {
-  %g = f32[64,8]{1,0} all-gather(f32[8,8]{1,0} %x), replica_groups=[1,8]<=[8], dimensions={0}
-}
-
-ENTRY %main (a: f32[8]) -> f32[8] {
-  %w = (f32[8]) while((f32[8]) %t), condition=%region_2.c, body=%wide.region_1.2, backend_config={"known_trip_count":{"n":"5"}}
-  %r = f32[8,8]{1,0} reduce-scatter(f32[64,8]{1,0} %y), replica_groups=[2,4]<=[8], dimensions={0}
-  %s = (bf16[4]{0}, bf16[4]{0}) all-reduce(bf16[4]{0} %a, bf16[4]{0} %b), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
-  %p = f32[16]{0} collective-permute(f32[16]{0} %z), source_target_pairs={{0,1}}
-}
-"""
-
-
-def test_collectives_of_a_program():
-    """Counted through loops; bytes that arrive at a device of its group."""
-    found = aot.collectives(HLO)
-    assert found["all-gather"] == (5, 5 * 64 * 8 * 4 * 7 // 8)
-    assert found["reduce-scatter"] == (1, 8 * 8 * 4 * 3)
-    assert found["all-reduce"] == (1, 2 * 8 * 2 // 2)
-    assert found["collective-permute"] == (1, 64)
-    assert aot.collectives("") == {}
-    # The TPU's compiler notes no count: the counter is compared with it.
-    condition = """
-%region_2.c (p: (s32[], f32[8])) -> pred[] {
-  %n = s32[]{:T(128)} constant(7)
-  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
-  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT, metadata={op_name="while/cond/lt"}
-}
-"""
-    without = HLO.replace(', backend_config={"known_trip_count":{"n":"5"}}', "").replace("\n%wide", condition + "\n%wide")
-    assert aot.collectives(without)["all-gather"] == (7, 7 * 64 * 8 * 4 * 7 // 8)
-
-
 def tiny(name, mesh, **changes):
     config = load_config(str(ROOT / f"configs/dalle2/{name}.py:tiny"))
     with config.unlocked():

@@ -66,7 +66,7 @@ def describe(report, topology: str) -> str:
     extra = report.flops / report.model_flops - 1
     each = report.flops / report.devices
     lines.append(f"operations a step: {report.flops:.3e}, {each:.3e} a device; {100 * extra:.0f}% of the model's are done twice")
-    lines.append(f"bytes moved a device: {report.traffic / gib:.1f} GiB (loops counted once)")
+    lines.append(f"bytes moved a device: {report.traffic / gib:.1f} GiB")
     for kind, (times, size) in sorted(report.collectives.items()):
         lines.append(f"{kind}: {times} a step, {size / gib:.3f} GiB arrive at a device")
     if report.chip is not None:

@@ -7,7 +7,6 @@ largest of what arithmetic, memory and links take when each runs at its peak. It
 
 from __future__ import annotations
 
-import functools
 import importlib
 import io
 import math
@@ -28,17 +27,12 @@ from unclip_jax.generate import options_from, sample_decoder, sample_prior, samp
 from unclip_jax.models.prior_ar import Codec
 from unclip_jax.sharding import BATCH, compute_dtype, infer_shardings, make_mesh
 from unclip_jax.train import clip as clip_stage
-from unclip_jax.train import common
+from unclip_jax.train import common, hlo
 from unclip_jax.train.hardware import CHIPS, Chip, flops
 from unclip_jax.train.optim import make_optimizer
 from unclip_jax.train.state import TrainState, abstract_state, make_update
 
 HELD = ("parameters", "averages", "optimizer", "frozen", "batch")  # what lies on a device before a step
-COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-CALLED = re.compile(
-    r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
-)
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1}
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class Report:
 
     chip: None where the device's peaks are not known (CPU); parameters, averages, optimizer, frozen: bytes of the state's parts and of the
     frozen networks; batch: of the input; temporary: of everything computed on the way; flops, model_flops: of a whole step on all devices,
-    with and without what remat computes twice; traffic: bytes read and written; collectives: kind -> (times, bytes that arrive). Of a
+    with and without what remat computes twice; traffic: bytes of main memory read and written; collectives: kind -> (times, bytes that arrive). Of a
     sampler, a step is one call of it.
     """
 
@@ -276,7 +270,7 @@ def compile_step(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Report, Any
 
 
 def compile_sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Report, Any]:
-    """Compiles the `sampler` for the mesh's devices; all else as `compile_step`. What its loop moves is counted once."""
+    """Compiles the `sampler` for the mesh's devices; all else as `compile_step`."""
     draw, params, given = sampler(config, clip_config, mesh)
     return _compile(draw, (params, given), {"parameters": params, "batch": given}, config.batch_size, mesh, None)
 
@@ -291,6 +285,7 @@ def _compile(
             raise
         raise MemoryError(_buffers(str(error))) from None
     operations = flops(jax.make_jaxpr(program)(*arguments))
+    moved = hlo.Program(compiled.as_text())
     report = Report(
         devices=mesh.size,
         chip=CHIPS.get(mesh.devices.flat[0].device_kind),
@@ -300,8 +295,8 @@ def _compile(
         temporary=compiled.memory_analysis().temp_size_in_bytes,
         flops=operations,
         model_flops=operations if model_flops is None else model_flops,
-        traffic=compiled.cost_analysis().get("bytes accessed", 0.0),
-        collectives=collectives(compiled.as_text()),
+        traffic=moved.traffic(),
+        collectives=moved.collectives(),
     )
     return report, compiled
 
@@ -314,67 +309,6 @@ def make_abstract_mesh(name: str, shape: dict[str, int] | None) -> Mesh:
 def _held(tree: Any) -> int:
     # Bytes on one device.
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-# ---------------------------------------------------------------------------------------------------------------------- counting
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Of a compiled program's text: kind -> (how often a device takes part in a step, bytes that arrive there), loops counted out."""
-    bodies: dict[str, list[str]] = {}
-    name, entry = "", ""
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if head and not line.startswith(" "):
-            name = head[2]
-            entry = name if head[1] else entry
-            bodies[name] = []
-        elif line.startswith(" "):
-            bodies.setdefault(name, []).append(line)
-
-    @functools.cache
-    def count(body: str) -> dict[str, tuple[int, int]]:
-        found: dict[str, tuple[int, int]] = {}
-
-        def add(kind: str, times: int, size: int) -> None:
-            before = found.get(kind, (0, 0))
-            found[kind] = before[0] + times, before[1] + size
-
-        for line in bodies.get(body, []):
-            made = re.search(r"= (.*?) (" + "|".join(COLLECTIVES) + r")(-start)?\(", line)
-            if made:
-                add(made[2], 1, _arriving(made[1], made[2], bool(made[3]), line))
-            factor = _turns(line, bodies) if " while(" in line else 1
-            for several, one in CALLED.findall(line):
-                for inner in (several or one).replace("%", "").split(", "):
-                    for kind, (times, size) in count(inner).items():
-                        add(kind, factor * times, factor * size)
-        return found
-
-    return count(entry)
-
-
-def _turns(line: str, bodies: dict[str, list[str]]) -> int:
-    # How often a loop goes round: as the compiler notes it, or the constant that its counter, which starts at 0, is compared with.
-    noted = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', line)
-    if noted:
-        return int(noted[1])
-    condition = "\n".join(bodies.get(re.search(r"condition=%?([\w.\-]+)", line)[1], []))
-    limit = re.search(r"ROOT .* compare\((?:\S+ )?%?[\w.\-]+, (?:\S+ )?%?([\w.\-]+)\), direction=LT", condition)
-    constant = limit and re.search(rf"%?{re.escape(limit[1])} = s32\[\]\S* constant\((\d+)\)", condition)
-    return int(constant[1]) if constant else 1
-
-
-def _arriving(shapes: str, kind: str, started: bool, line: str) -> int:
-    sizes = [
-        math.prod(int(n) for n in dims.split(",") if n) * _BYTES.get(dtype, int(re.sub(r"\D", "", dtype) or 8) / 8)
-        for dtype, dims in re.findall(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", shapes)
-    ]
-    if started and len(sizes) > 1:  # operand, result and flags
-        sizes = [max(sizes)] if kind in ("all-gather", "collective-permute") else [sizes[0]] if kind == "all-reduce" else [min(sizes[:2])]
-    groups = re.search(r"replica_groups=\[\d+,(\d+)\]", line) or re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    ways = 1 if groups is None else int(groups[1]) if "," not in groups[1] else groups[1].count(",") + 1
-    share = (ways - 1) / ways if ways > 1 else 1.0
-    factor = {"all-gather": share, "reduce-scatter": ways * share, "all-reduce": 2 * share, "all-to-all": share}.get(kind, 1.0)
-    return int(sum(sizes) * factor)
 
 
 def _buffers(message: str) -> str:

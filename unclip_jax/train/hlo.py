@@ -1,0 +1,238 @@
+"""What a compiled program moves, read in its text: the collectives between devices, and the bytes between a chip and its memory.
+
+The compiler's own cost analysis counts a loop's body once and takes arrays that never leave the chip for memory traffic; here loops count
+as often as they turn, and only arrays in main memory count. Some collectives XLA for TPU writes in other words, and they are read so:
+one that runs behind several fusions stands in each of them, with one channel, and counts once; a fusion of an all-reduce and of a device's
+slice of the sum ("all-reduce-scatter") is a reduce-scatter.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import dataclass
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*|token)\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
+_CALLED = re.compile(
+    r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
+)
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier"}
+_SLICES = {"dynamic-slice", "slice", "gather", "slice-start"}
+
+
+@dataclass(frozen=True)
+class _Op:
+    name: str
+    shape: str
+    kind: str
+    operands: tuple[str, ...]
+    line: str
+    root: bool
+
+    @functools.cached_property
+    def called(self) -> list[str]:
+        return [name for many, one in _CALLED.findall(self.line) for name in (many or one).replace("%", "").split(", ")]
+
+    @functools.cached_property
+    def collective(self) -> str:  # its kind, "" if it is none
+        kind = self.kind.removesuffix("-start")
+        return kind if kind in COLLECTIVES else ""
+
+    @functools.cached_property
+    def channel(self) -> str:  # the same in all places of one collective
+        channel = re.search(r"channel_id=(\d+)", self.line)
+        return channel[1] if channel else self.name
+
+    @functools.cached_property
+    def sizes(self) -> list[tuple[float, bool]]:  # of every array: its bytes, and whether it lies in main memory
+        def size(dtype: str, dims: str) -> float:
+            bits = {"pred": 8, "token": 0}.get(dtype) if dtype in ("pred", "token") else int(re.search(r"\d+", dtype)[0])
+            return math.prod(int(n) for n in dims.split(",") if n) * bits / 8
+
+        return [(size(dtype, dims), space in ("", "0")) for dtype, dims, space in _ARRAY.findall(self.shape)]
+
+    @functools.cached_property
+    def size(self) -> float:
+        return sum(size for size, _ in self.sizes)
+
+    @functools.cached_property
+    def main(self) -> float:  # bytes in main memory
+        return sum(size for size, main in self.sizes if main)
+
+
+class Program:
+    """A compiled program, taken apart.
+
+    Args:
+      text: as `compiled.as_text()` gives it.
+    """
+
+    def __init__(self, text: str):
+        self._bodies: dict[str, dict[str, _Op]] = {}
+        self._entry, body = "", {}
+        for line in text.splitlines():
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+            if head and not line.startswith(" "):
+                body = self._bodies.setdefault(head[2], {})
+                self._entry = head[2] if head[1] else self._entry
+            elif found := _LINE.match(line):
+                root, name, shape, kind, rest = found.groups()
+                given = (rest.partition(")")[0],) if kind == "parameter" else tuple(re.findall(r"%([\w.\-]+)", rest[: _closing(rest)]))
+                body[name] = _Op(name, shape, kind, given, line, bool(root))
+
+    def collectives(self) -> dict[str, tuple[int, int]]:
+        """Kind -> (how often a device takes part in a step, bytes that arrive there)."""
+        found: dict[str, tuple[int, int]] = {}
+        for (kind, _), (times, size) in self._links(self._entry).items():
+            before = found.get(kind, (0, 0))
+            found[kind] = before[0] + times, before[1] + times * size
+        return found
+
+    def traffic(self) -> float:
+        """Bytes that a device reads from and writes to its main memory in a step."""
+        return self._bytes(self._entry, set())
+
+    # ---------------------------------------------------------------------------------------------------------------- collectives
+    def _links(self, name: str) -> dict[tuple[str, str], tuple[int, int]]:
+        # (kind, channel) -> (times, bytes of one).
+        found: dict[tuple[str, str], tuple[int, int]] = {}
+        body = self._bodies.get(name, {})
+        for op in body.values():
+            if op.collective:
+                kind = "reduce-scatter" if op.collective == "all-reduce" and self._scattered(body, op) else op.collective
+                found[kind, op.channel] = 1, int(_arriving(op, kind))
+            turns = self._turns(op) if op.kind == "while" else 1
+            for inner in op.called:
+                for key, (times, size) in self._links(inner).items():
+                    found[key] = max(found.get(key, (0, 0))[0], turns * times), size
+        return found
+
+    def _scattered(self, body: dict[str, _Op], op: _Op) -> bool:
+        # Whether only a slice of it leaves the fusion.
+        users = [user for user in body.values() if op.name in user.operands]
+        return bool(users) and all(
+            user.kind == "dynamic-slice" or (user.kind in ("bitcast", "copy", "reshape") and self._scattered(body, user)) for user in users
+        )
+
+    def _turns(self, loop: _Op) -> int:
+        # How often a loop goes round: as the compiler notes it, or the constant that its counter, which starts at 0, is compared with.
+        noted = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.line)
+        if noted:
+            return int(noted[1])
+        condition = self._bodies.get(re.search(r"condition=%?([\w.\-]+)", loop.line)[1], {})
+        for op in condition.values():
+            if op.root and op.kind == "compare" and "direction=LT" in op.line:
+                limit = re.search(r"constant\((\d+)\)", condition[op.operands[1]].line)
+                return int(limit[1]) if limit else 1
+        return 1
+
+    # --------------------------------------------------------------------------------------------------------------------- memory
+    def _bytes(self, name: str, seen: set[str]) -> float:
+        body, total = self._bodies.get(name, {}), 0.0
+        for op in body.values():
+            if op.kind == "while":
+                total += self._turns(op) * sum(self._bytes(inner, seen) for inner in op.called)
+            elif op.kind in ("call", "async-start"):
+                total += sum(self._bytes(inner, seen) for inner in op.called)
+            elif op.kind == "conditional":
+                total += max((self._bytes(inner, seen) for inner in op.called), default=0.0)
+            else:
+                total += self._exchanged(body, op, seen)
+                total += self._written(body, op) + sum(self._read(body, op, i) for i in range(len(op.operands)))
+        return total
+
+    def _exchanged(self, body: dict[str, _Op], op: _Op, seen: set[str]) -> float:
+        # What a collective, in a fusion or by itself, reads and writes: once however many fusions it stands in.
+        if op.kind == "fusion":
+            inside = self._bodies.get(op.called[0], {})
+            return sum(self._exchanged(inside, inner, seen) for inner in inside.values())
+        if not op.collective or op.channel in seen:
+            return 0.0
+        seen.add(op.channel)
+        started = op.kind != op.collective and len(op.sizes) > 1  # (operand, result, flags)
+        result = (op.sizes[1][0] if op.sizes[1][1] else 0.0) if started else op.main
+        return result + sum(body[name].main for name in op.operands if name in body)
+
+    def _read(self, body: dict[str, _Op], op: _Op, i: int) -> float:
+        # Bytes of main memory that an operation reads of its operand i.
+        given = body.get(op.operands[i])
+        if given is None or not given.main or op.kind in _FREE or op.kind.endswith(("-done", "-update")) or op.collective:
+            return 0.0
+        if op.kind in _SLICES and i == 0:
+            return min(given.main, op.sizes[1][0] if op.kind == "slice-start" else op.size)
+        if op.kind == "dynamic-update-slice" and i == 0:
+            return 0.0  # in place
+        if op.kind != "fusion":
+            return given.main
+        inside = self._bodies.get(op.called[0], {})
+        inner = next((p for p in inside.values() if p.kind == "parameter" and p.operands[0] == str(i)), None)
+        return 0.0 if inner is None else min(given.main, self._used(inside, inner))
+
+    def _used(self, body: dict[str, _Op], value: _Op) -> float:
+        total = 0.0
+        for user in body.values():
+            for i in (i for i, name in enumerate(user.operands) if name == value.name and user.kind != "parameter"):
+                total += self._used(body, user) if user.kind == "bitcast" else self._read(body, user, i)
+        return total
+
+    def _written(self, body: dict[str, _Op], op: _Op) -> float:
+        # Bytes of main memory that an operation writes.
+        if op.kind in _FREE or op.kind.endswith(("-done", "-update")) or op.collective:
+            return 0.0
+        if op.kind in ("copy-start", "slice-start"):  # (result, operand, flags); (operand, result, flags)
+            size, main = op.sizes[op.kind == "slice-start"]
+            return size if main else 0.0
+        if op.kind == "dynamic-update-slice":
+            return min(op.main, body[op.operands[1]].size)
+        if op.kind != "fusion":
+            return op.main
+        inside = self._bodies.get(op.called[0], {})
+        root = next((inner for inner in inside.values() if inner.root), None)
+        if root is None:
+            return op.main
+        leaves = [inside[name] for name in root.operands] if root.kind == "tuple" else [root]
+        return min(op.main, sum(self._made(inside, leaf) for leaf in leaves))
+
+    def _made(self, body: dict[str, _Op], leaf: _Op) -> float:
+        while leaf.kind == "bitcast":
+            leaf = body[leaf.operands[0]]
+        if leaf.kind == "dynamic-update-slice":
+            return min(leaf.main, body[leaf.operands[1]].size)
+        return 0.0 if leaf.kind == "parameter" or leaf.collective else leaf.main
+
+
+def _closing(text: str) -> int:
+    # Where the parenthesis that is open at the beginning closes.
+    depth = 1
+    for i, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0:
+            return i
+    return len(text)
+
+
+def _arriving(op: _Op, kind: str) -> float:
+    sizes = [size for size, _ in op.sizes]
+    if op.kind != op.collective and len(sizes) > 1:  # (operand, result, flags), or the result alone
+        sizes = sizes[1:2] if kind in ("all-gather", "collective-permute", "reduce-scatter") else sizes[:1] if kind == "all-reduce" else sizes
+    ways = _ways(op.line)
+    share = (ways - 1) / ways if ways > 1 else 1.0
+    if kind == "reduce-scatter" and op.collective == "reduce-scatter":
+        sizes = [size * ways for size in sizes]
+    factor = {"all-gather": share, "reduce-scatter": share, "all-reduce": 2 * share, "all-to-all": share}.get(kind, 1.0)
+    return sum(sizes) * factor
+
+
+def _ways(line: str) -> int:
+    # How many devices exchange: groups are written {{0,1},{2,3}}, [2,8]<=[16] or mesh['a'=8,'b'=2], ... {'a'}.
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(tiled[1])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? ?\{([^}]*)\}", line):
+        axes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(int(axes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
+    return 1
