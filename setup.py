@@ -38,7 +38,8 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12", "google-cloud-storage>=2.18,<4"],
+        "gcs": ["google-cloud-storage>=2.18,<4"],
         "cuda12": ["jax[cuda12]>=0.10,<0.12"],
         "cuda13": ["jax[cuda13]>=0.10,<0.12"],
         "web": ["huggingface_hub>=0.30,<2", "transformers>=4.50,<6"],
@@ -47,6 +48,7 @@ setup(
         "test": [
             "diffusers>=0.35,<0.43",
             "filelock>=3,<5",
+            "google-cloud-storage>=2.18,<4",
             "mlflow>=3,<4",
             "pytest>=8,<10",
             "pytest-xdist>=3.5,<4",
@@ -54,6 +56,7 @@ setup(
             "scikit-learn>=1.5,<2",
             "torch==2.13.0",
             "transformers>=4.50,<6",
+            "trustme>=1.2,<2",
         ],
     },
 )

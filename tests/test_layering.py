@@ -8,10 +8,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "unclip_jax"
 
 # A module may import from its own group, and from the groups listed.
-LEAVES = ("models", "diffusion", "data", "sharding", "grid")
+LEAVES = ("models", "diffusion", "data", "sharding", "grid", "paths")
 MIDDLE = ("evaluate", "generate", "checkpoint")
 ALLOWED = {
     **{leaf: () for leaf in LEAVES},
+    **{leaf: ("paths",) for leaf in ("data", "grid")},
     **{name: (*LEAVES, *MIDDLE) for name in MIDDLE},
     "train": (*LEAVES, *MIDDLE),
     "sampling": (*LEAVES, *MIDDLE),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from unclip_jax.paths import user_path, write_whole
 
 
 def draw_grid(
@@ -53,11 +56,9 @@ def draw_grid(
     return canvas
 
 
-def save_grid(path: str | os.PathLike, images: np.ndarray, captions: Sequence[str], **options) -> Path:
+def save_grid(path: str | os.PathLike, images: np.ndarray, captions: Sequence[str], **options) -> Any:
     """Writes `draw_grid(images, captions, **options)` to `path` as PNG, whole or not at all; makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    draw_grid(images, captions, **options).save(temporary, format="PNG")
-    temporary.replace(path)
-    return path
+    file = io.BytesIO()
+    draw_grid(images, captions, **options).save(file, format="PNG")
+    write_whole(path, file.getvalue())
+    return user_path(path)

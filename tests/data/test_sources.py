@@ -54,7 +54,7 @@ def write_tars(folder, count=12, shards=3, format=tarfile.PAX_FORMAT) -> str:
 def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("UNCLIP_CACHE", str(folder))
-    return folder
+    return folder / "index"
 
 
 def numbers(source) -> list[int]:

@@ -53,12 +53,12 @@ BEHIND = """
   %p.0 = bf16[32,64]{1,0:T(8,128)(2,1)S(1)} parameter(0)
   %p.1 = bf16[256,64]{1,0:T(8,128)(2,1)} parameter(1)
   %gathered = bf16[256,64]{1,0:T(8,128)(2,1)} all-gather(%p.0), GROUPS
-  ROOT %all = (f32[128,64]{1,0:T(8,128)S(1)}, bf16[32,64]{1,0:T(8,128)(2,1)S(1)}, bf16[256,64]{1,0}, bf16[256,64]{1,0}) tuple(%made, %p.0, %p.1, %gathered)
+  ROOT %all = (f32[128,64]{1,0:T(8,128)S(1)}, OTHERS) tuple(%made, %p.0, %p.1, %gathered)
 }
 
 %all-reduce-scatter (input: bf16[64,16]) -> bf16[8,16] {
   %input = bf16[64,16]{1,0:T(8,128)(2,1)} parameter(0)
-  %sum = bf16[64,16]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7},{8,9,10,11,12,13,14,15}}, to_apply=%add
+  %sum = bf16[64,16]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
   %which = u32[] partition-id()
   %none = u32[] constant(0)
   ROOT %own = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%sum, %which, %none), dynamic_slice_sizes={8,16}
@@ -69,11 +69,11 @@ ENTRY %main (a: bf16[32,64], b: bf16[256,64], c: f32[128,64], d: bf16[64,16]) ->
   %b = bf16[256,64]{1,0:T(8,128)(2,1)} parameter(1)
   %c = f32[128,64]{1,0:T(8,128)} parameter(2)
   %d = bf16[64,16]{1,0:T(8,128)(2,1)} parameter(3)
-  %one = (f32[128,64]{1,0:T(8,128)S(1)}, bf16[32,64]{1,0:S(1)}, bf16[256,64]{1,0}, bf16[256,64]{1,0}) fusion(%a, %b, %c), kind=kCustom, calls=%first
-  %two = (f32[128,64]{1,0:T(8,128)S(1)}, bf16[32,64]{1,0:S(1)}, bf16[256,64]{1,0}, bf16[256,64]{1,0}) fusion(%a, %b, %c), kind=kCustom, calls=%first
+  %one = (f32[128,64]{1,0:T(8,128)S(1)}, OTHERS) fusion(%a, %b, %c), kind=kCustom, calls=%first
+  %two = (f32[128,64]{1,0:T(8,128)S(1)}, OTHERS) fusion(%a, %b, %c), kind=kCustom, calls=%first
   ROOT %r = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} fusion(%d), kind=kCustom, calls=%all-reduce-scatter
 }
-""".replace("GROUPS", GROUPS)
+""".replace("GROUPS", GROUPS).replace("OTHERS", "bf16[32,64]{1,0:S(1)}, bf16[256,64]{1,0}, bf16[256,64]{1,0}")
 
 
 def test_collectives_behind_fusions():

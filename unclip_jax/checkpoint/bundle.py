@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors.numpy import save_file
 from unclip_jax.checkpoint.files import Place, keep, open_weights, read_json
 from unclip_jax.checkpoint.store import ParamsHash, load_run, params_hash
 from unclip_jax.checkpoint.store import folder as checkpoint_folder
+from unclip_jax.paths import is_remote, local_copy, store_errors, user_path, whole_folder, write_whole
 from unclip_jax.sharding import placer
 
 FORMAT_VERSION = 1
@@ -184,6 +183,8 @@ def _load_public(path: str | os.PathLike, only: str | None, place: Place) -> Bun
 def _local(path: str | os.PathLike) -> str | os.PathLike:
     # A hub repository's files, fetched once into the hub's own cache; any other path as it is.
     text = os.fspath(path)
+    if is_remote(text):
+        return local_copy(text)
     if not text.startswith("hf:"):
         return path
     name, _, revision = text.removeprefix("hf:").partition("@")
@@ -200,7 +201,7 @@ def _local(path: str | os.PathLike) -> str | os.PathLike:
         raise OSError(f"{text} cannot be fetched: {' '.join(str(error).split())[:300]}") from None
 
 
-def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16) -> Path:
+def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16) -> Any:
     """Writes a bundle; it appears whole or not at all, and replaces an older bundle at the same place.
 
     Raises:
@@ -208,13 +209,12 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
     """
     if bundle.mesh is not None:
         raise ValueError(f"the bundle {bundle.path} was loaded onto a mesh, perhaps rounded; load it without one to save it")
-    path = Path(path).expanduser()
-    if path.exists() and not (path / "bundle.json").is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not a bundle; choose another folder")
+    path = user_path(path)
+    with store_errors(path):
+        if path.exists() and not (path / "bundle.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path} exists and is not a bundle; choose another folder")
     check_same_clip(bundle.parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with whole_folder(path, "bundle.json") as temporary:
         listing = {}
         for name, part in bundle.parts.items():
             (temporary / name).mkdir()
@@ -232,27 +232,19 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
             "provenance": bundle.provenance,
         }
         _write_json(temporary / "bundle.json", top)
-        temporary.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+def _write_json(path: Any, value: dict) -> None:
+    write_whole(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def update_provenance(path: str | os.PathLike, **changes: dict) -> None:
     """Merges keys into the `provenance` of a bundle on disk, in place."""
-    file = Path(path) / "bundle.json"
+    file = user_path(path) / "bundle.json"
     top = read_json(file, "bundle")
     top["provenance"].update(changes)
-    temporary = file.with_suffix(".json.tmp")
-    _write_json(temporary, top)
-    temporary.replace(file)
+    _write_json(file, top)
 
 
 def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
@@ -268,13 +260,17 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
     Raises:
       FileNotFoundError, ValueError, KeyError: one line each.
     """
-    path = _local(path)
-    if checkpoint_folder(path).is_dir():
+    if not is_remote(path):
+        path = _local(path)
+    with store_errors(path):
+        trained = checkpoint_folder(path).is_dir()
+    if trained:
         meta, params, step = load_run(path)
         if meta["name"] != name:
             raise KeyError(f"{path} is a run of {meta['name']!r}, not of {name!r}")
         meta["provenance"]["step"] = step
         return Part(meta["part"], params), meta
+    path = _local(path)
     if _is_public(path):
         public = _load_public(path, name, keep)
         meta = {"tokenizer": public.tokenizer, "sampling": public.sampling.get(name, {}), "provenance": public.provenance}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from unclip_jax.checkpoint.convert import Rule, export
 from unclip_jax.checkpoint.rules import clip as clip_rules
 from unclip_jax.checkpoint.rules import karlo
 from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.paths import store_errors, user_path, whole_folder
 
 VERSION = "0.33.1"  # of diffusers, the last to have the pipeline undeprecated
 CLASSES = {
@@ -81,22 +80,15 @@ def export_diffusers(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Pat
     Raises:
       ValueError: naming everything that keeps the bundle from this layout, or when the folder is not empty.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     reasons = list(obstacles(bundle))
     if reasons:
         raise ValueError(f"the bundle {bundle.path or '(unsaved)'} cannot be exported to diffusers: {'; '.join(reasons)}")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty; choose another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with store_errors(path):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path} exists and is not empty; choose another folder")
+    with whole_folder(path, "model_index.json") as temporary:
         _write(bundle, temporary, dtype)
-        temporary.chmod(0o755)
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 

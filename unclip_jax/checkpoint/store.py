@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from unclip_jax.paths import absolute, check_store, user_path
 from unclip_jax.sharding import path_name
 
 FOLDER = "checkpoints"
@@ -29,9 +29,13 @@ class CheckpointStore:
     Args:
       workdir: the run's folder; made if absent.
       keep: how many of the newest checkpoints stay.
+
+    Raises:
+      OSError: when its store is out of reach.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
+        check_store(workdir)
         self.manager = ocp.CheckpointManager(
             folder(workdir),
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True),
@@ -116,9 +120,9 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def folder(workdir: str | os.PathLike) -> Path:
-    """Where a run keeps its checkpoints, absolute."""
-    return Path(workdir).expanduser().resolve() / FOLDER
+def folder(workdir: str | os.PathLike) -> Any:
+    """Where a run keeps its checkpoints, absolute: a `paths.user_path`."""
+    return user_path(absolute(workdir)) / FOLDER
 
 
 def load_run(workdir: str | os.PathLike) -> tuple[dict, Any, int]:

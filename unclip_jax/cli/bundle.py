@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=100, metavar="N", help="held-out rows per split to measure on; 0: none (100)")
 
 
-def collect(runs: Path, base: str | None = None):
+def collect(runs: Any, base: str | None = None):
     """The bundle of all runs below a folder; each folder there that holds checkpoints is a part.
 
     Args:
-      runs: the folder.
+      runs: the folder, with pathlib's methods.
       base: a bundle that gives the parts that have no run there.
 
     Raises:
@@ -54,18 +54,18 @@ def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     from unclip_jax.checkpoint.bundle import load_bundle, save_bundle, update_provenance
     from unclip_jax.cli.options import part_options, progress_bar, use_compilation_cache
+    from unclip_jax.paths import total_bytes, user_path
     from unclip_jax.sampling import figures, programs
 
     if args.rows < 0 or args.rows == 1:
         raise ValueError(f"--rows must be 0 or at least 2, got {args.rows}")
     use_compilation_cache()
-    bundle = collect(Path(args.runs), args.base)
+    bundle = collect(user_path(args.runs), args.base)
     for part, options in part_options(args.sampling).items():
         bundle.sampling.setdefault(part, {}).update(options)
     programs.stage_options(bundle)
     path = save_bundle(bundle, args.out)
-    size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-    print(f"{path}: {', '.join(bundle.parts)}; {size / 2**20:.1f} MiB")
+    print(f"{path}: {', '.join(bundle.parts)}; {total_bytes(path) / 2**20:.1f} MiB")
     if args.rows:
         # Measured on what was written: half precision.
         measured = figures.measure(load_bundle(path), rows=args.rows, progress=progress_bar("measuring"))

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     print(describe(report, args.topology), flush=True)
     print(verdict(report), end="\n" if report.chip else "")
     if args.save:
-        save(compiled, Path(args.save))
+        save(compiled, args.save)
         print(f"saved {args.save}")
 
 
@@ -90,17 +90,16 @@ def verdict(report) -> str:
     return "it fits"
 
 
-def save(compiled, path: Path) -> None:
+def save(compiled, path: str) -> None:
     """Writes the program and the trees of its arguments and results; it appears whole or not at all."""
     import pickle
 
     from jax.experimental import serialize_executable
 
+    from unclip_jax.paths import write_whole
+
     try:
         data = serialize_executable.serialize(compiled)
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"this platform's program cannot be stored ({' '.join(str(error).split())[:200]})") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(pickle.dumps(data))
-    temporary.replace(path)
+    write_whole(path, pickle.dumps(data))

@@ -19,8 +19,8 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from unclip_jax.checkpoint.bundle import load_bundle, save_bundle
+    from unclip_jax.paths import total_bytes
 
     bundle = load_bundle(args.folder)
     path = save_bundle(bundle, args.out, np.dtype(args.dtype))
-    size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-    print(f"{path}: {', '.join(bundle.parts)}; {size / 2**20:.1f} MiB")
+    print(f"{path}: {', '.join(bundle.parts)}; {total_bytes(path) / 2**20:.1f} MiB")

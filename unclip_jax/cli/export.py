@@ -18,11 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    from pathlib import Path
-
     import numpy as np
 
     from unclip_jax.checkpoint.bundle import load_bundle
     from unclip_jax.checkpoint.export import export_diffusers
 
-    print(export_diffusers(load_bundle(args.bundle), Path(args.out), np.dtype(args.dtype)))
+    print(export_diffusers(load_bundle(args.bundle), args.out, np.dtype(args.dtype)))

@@ -9,6 +9,9 @@ import os
 import sys
 
 import unclip_jax
+from unclip_jax.paths import is_store_error
+
+EXPECTED = (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, MemoryError, ArithmeticError)
 
 # verb -> (module, what it does)
 VERBS = {
@@ -53,15 +56,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("unclip: stopped", file=sys.stderr)
         return 130
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, MemoryError, ArithmeticError) as error:
-        if os.environ.get("UNCLIP_DEBUG"):
-            raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        line = " ".join(str(text).split())
-        print(f"unclip {args.verb}: error: {line[:500] or type(error).__name__} (UNCLIP_DEBUG=1 shows the traceback)", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not getattr(args, "distributed", False):
+    except Exception as error:
+        if isinstance(error, EXPECTED) or is_store_error(error):
+            if os.environ.get("UNCLIP_DEBUG"):
+                raise
+            text = error.args[0] if isinstance(error, KeyError) and error.args else error
+            line = " ".join(str(text).split())
+            print(f"unclip {args.verb}: error: {line[:500] or type(error).__name__} (UNCLIP_DEBUG=1 shows the traceback)", file=sys.stderr)
+            return 1
+        if not isinstance(error, RuntimeError) or not getattr(args, "distributed", False):
             raise
         from unclip_jax.train.common import RESTART
 

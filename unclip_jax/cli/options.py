@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from unclip_jax.paths import cache_folder, store_errors, user_path
 
 
 def parse_value(text: str) -> Any:
@@ -58,9 +59,8 @@ def use_compilation_cache() -> None:
     """Compiled programs are kept in UNCLIP_CACHE or ~/.cache/unclip_jax, so that a second process starts warm."""
     import jax
 
-    folder = Path(os.environ.get("UNCLIP_CACHE", Path.home() / ".cache" / "unclip_jax")) / "xla"
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
@@ -151,7 +151,7 @@ def check_seed(seed: int) -> int:
 
 def check_out(path: str) -> str:
     """The name of a picture to write. Raises ValueError when it is a folder."""
-    if Path(path).is_dir():
+    if user_path(path).is_dir():
         raise ValueError(f"--out {path} is a folder; name a file")
     return path
 
@@ -165,7 +165,8 @@ def read_image(path: str):
     from unclip_jax.data import ops
 
     try:
-        return ops.decode_image(Path(path).expanduser().read_bytes())
+        with store_errors(path):
+            return ops.decode_image(user_path(path).read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"no picture {path}") from None
     except ValueError as error:

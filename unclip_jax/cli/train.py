@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unclip_jax.paths import absolute, user_path
+
 STAGES = {
     "clip": "unclip_jax.train.clip",
     "prior_diffusion": "unclip_jax.train.prior_diffusion",
@@ -108,7 +110,7 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
             # A ConfigDict keeps old keys where it is given a dict: the source is another one as a whole.
             where, key = (evaluations, name) if equals else (config.data, "train")
             del where[key]
-            where[key] = {"name": "embeddings", "path": str(Path(folder).expanduser().resolve())}
+            where[key] = {"name": "embeddings", "path": absolute(folder)}
         if not keep_clip and all(source.name == "embeddings" for source in (config.data.train, *evaluations.values())):
             config.clip = config.data.train.path
 
@@ -123,13 +125,11 @@ def run(args: argparse.Namespace) -> None:
         if "clip" not in config:
             raise ValueError(f"the {config.stage} stage has no frozen CLIP; leave out --clip")
         # As typed on the command line, a relative path is relative to the current folder.
-        assignments["clip"] = str(Path(args.clip).resolve()) if Path(args.clip).exists() else args.clip
+        assignments["clip"] = absolute(args.clip) if user_path(args.clip).exists() else args.clip
     if args.embeddings:
         use_embeddings(config, args.embeddings, keep_clip="clip" in assignments)
     if args.profile is not None:
         assignments["profile"] = args.profile
-    if "://" in args.workdir:
-        raise ValueError(f"--workdir {args.workdir}: runs are written to folders; mount the bucket (gcsfuse) and name its folder")
     for key, value in assignments.items():
         override(config, key, value)
     if config.stage not in STAGES:

@@ -22,11 +22,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from unclip_jax.paths import local_copy, store_errors, user_path, whole_folder, write_whole
 
 FORMAT_VERSION = 1
 EMPTY = "empty"
@@ -51,39 +53,34 @@ class Embedded:
     shards: tuple[dict, ...] = dataclasses.field(repr=False)
 
 
-def shard_path(folder: str | os.PathLike, number: int) -> Path:
-    """Where a shard lies."""
-    return Path(folder) / f"{number:05d}"
+def shard_path(folder: str | os.PathLike, number: int) -> Any:
+    """Where a shard lies: a `paths.user_path`."""
+    return user_path(folder) / f"{number:05d}"
 
 
-def write_json(path: Path, value: Mapping) -> None:
+def write_json(path: Any, value: Mapping) -> None:
     """Writes a JSON object; it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Any) -> dict:
     """A JSON object. Raises ValueError naming the file when it is damaged, FileNotFoundError when it is not there."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with store_errors(path):
+            return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: `unclip embed` did not finish; run it again with the same arguments") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy the embeddings again") from None
 
 
-def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray], described: Mapping) -> None:
+def write_arrays(folder: Any, arrays: Mapping[str, np.ndarray], described: Mapping) -> None:
     """Writes a folder of `.npy` files and `shard.json` (`described` and the files' hashes); it appears whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-    hashes = {name: file_hash(temporary / f"{name}.npy") for name in sorted(arrays)}
-    write_json(temporary / "shard.json", {**described, "sha256": hashes})
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    with whole_folder(folder, "shard.json") as made:
+        for name, array in arrays.items():
+            np.save(made / f"{name}.npy", array, allow_pickle=False)
+        hashes = {name: file_hash(made / f"{name}.npy") for name in sorted(arrays)}
+        write_json(made / "shard.json", {**described, "sha256": hashes})
 
 
 def file_hash(path: Path) -> str:
@@ -92,25 +89,25 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_hashes(folder: Path) -> None:
+def check_hashes(folder: Any) -> None:
     """Raises ValueError naming a file of a shard whose bytes are not those that were written, FileNotFoundError when one is missing."""
     for name, expected in read_json(folder / "shard.json")["sha256"].items():
         file = folder / f"{name}.npy"
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; delete {folder} and run `unclip embed` again")
-        if file_hash(file) != expected:
+        if file_hash(local_copy(file)) != expected:
             raise ValueError(f"{file} is damaged (its hash differs); delete {folder} and run `unclip embed` again")
 
 
-def read_array(folder: Path, name: str) -> np.ndarray:
-    """An array of a shard, through a memory map.
+def read_array(folder: Any, name: str) -> np.ndarray:
+    """An array of a shard, through a memory map; of a store's, a map of a copy.
 
     Raises:
       OSError, ValueError: naming the file when it is missing, cut short or no array.
     """
     file = folder / f"{name}.npy"
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        return np.load(local_copy(file), mmap_mode="r", allow_pickle=False)
     except OSError as error:  # the machine's, perhaps: too many open files, no memory
         raise OSError(f"{file} cannot be read ({' '.join(str(error).split())[:200]})") from None
     except (ValueError, EOFError) as error:
@@ -121,7 +118,7 @@ def read_array(folder: Path, name: str) -> np.ndarray:
 class Shard:
     """One shard's images by position: embeddings, captions, text states. Its files are mapped when they are first looked at."""
 
-    def __init__(self, folder: Path, states: bool):
+    def __init__(self, folder: Any, states: bool):
         self.folder, self.states, self._arrays = folder, states, {}
 
     def array(self, name: str) -> np.ndarray:
@@ -160,13 +157,15 @@ def open_embedded(path: str) -> Embedded:
     Raises:
       FileNotFoundError, ValueError: one line each when it is none, unfinished, or of another version.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    folder = user_path(path)
+    with store_errors(path):
+        found = folder.is_dir()
+    if not found:
         raise FileNotFoundError(f"no folder {path}: embeddings are made with `unclip embed`")
     manifest = read_json(folder / "manifest.json")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{folder}/manifest.json has format version {manifest.get('format_version')}; this version reads {FORMAT_VERSION}")
-    empty = {file.stem: np.array(read_array(folder / EMPTY, file.stem)) for file in sorted((folder / EMPTY).glob("*.npy"))}
+    empty = {file.stem: np.array(read_array(folder / EMPTY, file.stem)) for file in sorted(local_copy(folder / EMPTY).glob("*.npy"))}
     mean, std = (np.asarray(manifest["image_embed"][name], np.float64) for name in ("mean", "std"))
     about = (manifest[name] for name in ("clip", "embed_dim", "states", "tokenizer"))
     return Embedded(str(folder), *about, mean, std, empty, tuple(manifest["shards"]))
@@ -174,4 +173,5 @@ def open_embedded(path: str) -> Embedded:
 
 def is_embedded(path: str | os.PathLike) -> bool:
     """Whether a path is a folder that `unclip embed` made or began."""
-    return (Path(path).expanduser() / "plan.json").is_file()
+    with store_errors(path):
+        return (user_path(path) / "plan.json").is_file()

@@ -30,6 +30,7 @@ import numpy as np
 
 from unclip_jax.data import ops, tfrecord
 from unclip_jax.data.embeddings import Embedded, Shard, open_embedded, read_json, shard_path
+from unclip_jax.paths import cache_folder, is_remote, store_errors, user_path
 
 log = logging.getLogger(__name__)
 
@@ -171,11 +172,13 @@ def folder(path: str, *, filters: Mapping | Filters | None = None, cache_dir: st
 
     An image without a text has no captions. Raises `FileNotFoundError` if there is no such folder or no image in it.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {str(path)!r}: check the path of the folder source")
+    root = user_path(path)
+    with store_errors(path):
+        if not root.is_dir():
+            raise FileNotFoundError(f"no folder {str(path)!r}: check the path of the folder source")
+        found = sorted(root.walk()) if is_remote(path) else os.walk(root)
     images, texts = [], []
-    for current, folders, files in os.walk(root):
+    for current, folders, files in found:
         folders.sort()
         names = set(files)
         for file in sorted(files):
@@ -187,14 +190,15 @@ def folder(path: str, *, filters: Mapping | Filters | None = None, cache_dir: st
         raise FileNotFoundError(f"no image in folder {str(path)!r}: expected files ending in {', '.join(IMAGE_SUFFIXES)}")
 
     def parse(data: bytes, image_path: str) -> Record:
-        text = Path(image_path).with_suffix(".txt")
-        lines = text.read_text("utf-8").splitlines() if text.exists() else []
+        text = user_path(image_path).with_suffix(".txt")
+        with store_errors(text):
+            lines = text.read_text("utf-8").splitlines() if text.exists() else []
         captions = tuple(line.strip() for line in lines if line.strip())
         return Record(os.path.relpath(image_path, root), data, captions, {}, str(root))
 
     filters = _as_filters(filters)
     stamps = _stat(images + texts)
-    build = lambda: _build_index(images, lambda path: np.array([[0, os.path.getsize(path)]], np.int64), parse, filters)  # noqa: E731
+    build = lambda: _build_index(images, lambda path: np.array([[0, _stat([path])[0][1]]], np.int64), parse, filters)  # noqa: E731
     key = _digest(["folder", INDEX_VERSION, stamps, dataclasses.asdict(filters)])
     index = _cached_index(key, build, cache_dir) if filters.active else build()
     checksum = _digest([[[os.path.relpath(name, root), size] for name, size, _ in stamps], _index_digest(index)])
@@ -442,7 +446,7 @@ def _build_index(shards: Sequence[str], spans: Callable, parse: Callable, filter
 
 def _cached_index(key: str, build: Callable[[], Index], cache_dir: str | None) -> Index:
     """`build()`, or the same from `<cache_dir>/<key>.npz` if its bytes match `<key>.sha256`; a stale or damaged one is built again."""
-    directory = Path(cache_dir or os.environ.get("UNCLIP_CACHE") or Path.home() / ".cache" / "unclip_jax" / "index")
+    directory = Path(cache_dir or cache_folder() / "index")
     file, beside = directory / f"{key}.npz", directory / f"{key}.sha256"
     try:
         data = file.read_bytes()
@@ -494,8 +498,8 @@ def _reader(shards: Sequence[str]) -> Callable[[int, int, int], bytes]:
 
     def read(shard: int, offset: int, length: int) -> bytes:
         path = shards[shard]
-        if "://" in path:
-            with _gfile().GFile(path, "rb") as remote:
+        if is_remote(path):
+            with store_errors(path), _gfile().GFile(path, "rb") as remote:
                 remote.seek(int(offset))
                 data = remote.read(int(length))
         else:
@@ -519,7 +523,8 @@ def _match(pattern: str | Sequence[str]) -> list[str]:
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     shards: list[str] = []
     for item in patterns:
-        found = _gfile().glob(item) if "://" in item else glob.glob(os.path.expanduser(item), recursive=True)
+        with store_errors(item):
+            found = _gfile().glob(item) if is_remote(item) else glob.glob(os.path.expanduser(item), recursive=True)
         if not found:
             raise FileNotFoundError(f"no shard matches {item!r}: check the path; it is a glob such as /data/shards/*.tfrecord")
         shards.extend(found)
@@ -530,8 +535,9 @@ def _stat(paths: Sequence[str]) -> list[list]:
     """[path, bytes, modification time in ns] of each; what an index is keyed by."""
 
     def one(path: str) -> list:
-        if "://" in path:
-            status = _gfile().stat(path)
+        if is_remote(path):
+            with store_errors(path):
+                status = _gfile().stat(path)
             return [path, int(status.length), int(status.mtime_nsec)]
         status = os.stat(path)
         return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
@@ -555,9 +561,9 @@ def _index_digest(index: Index) -> str:
 # Shard formats
 # ----------------------------------------------------------------------------------------------------------------------
 def _tfrecord_spans(path: str) -> np.ndarray:
-    if "://" not in path:
+    if not is_remote(path):
         return tfrecord.index_records(path)
-    with _gfile().GFile(path, "rb") as file:
+    with store_errors(path), _gfile().GFile(path, "rb") as file:
         return tfrecord.index_records(file)
 
 
@@ -582,7 +588,7 @@ def _plain_feature(values: list):
 
 def _tar_spans(path: str) -> np.ndarray:
     # One span per record: from the header of its first member to the end of its last, so that it is a small tar by itself.
-    remote = "://" in path
+    remote = is_remote(path)
     handle = _gfile().GFile(path, "rb") if remote else open(path, "rb")
     spans: list[list[int]] = []
     with handle as file:

@@ -7,12 +7,12 @@ so that 80 prompts cost no more than one when images are classified.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from unclip_jax.data.tokenizer import IMAGENET_TEMPLATES_FILE
 from unclip_jax.evaluate.retrieval import TIE, unit
+from unclip_jax.paths import user_path
 
 # name -> prompts with {} for the class; `imagenet` names the 80 that OpenAI published.
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -31,7 +31,7 @@ def templates_of(name: str) -> tuple[str, ...]:
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
-    path = IMAGENET_TEMPLATES_FILE if name == "imagenet" else Path(name)
+    path = IMAGENET_TEMPLATES_FILE if name == "imagenet" else user_path(name)
     if not path.is_file():
         raise ValueError(f"unknown templates {name!r}; choose one of {', '.join(TEMPLATES)}, imagenet, or a file with one template a line")
     templates = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())

@@ -12,7 +12,7 @@ import io
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -41,8 +41,8 @@ class Report:
 
     chip: None where the device's peaks are not known (CPU); parameters, averages, optimizer, frozen: bytes of the state's parts and of the
     frozen networks; batch: of the input; temporary: of everything computed on the way; flops, model_flops: of a whole step on all devices,
-    with and without what remat computes twice; traffic: bytes of main memory read and written; collectives: kind -> (times, bytes that arrive). Of a
-    sampler, a step is one call of it.
+    with and without what remat computes twice; traffic: bytes of main memory read and written; collectives: kind -> (times, bytes that
+    arrive). Of a sampler, a step is one call of it.
     """
 
     devices: int
@@ -127,7 +127,9 @@ def abstract_clip(config: Any, mesh: Mesh, dtype: str, own: ClipTokenizer | None
     tokenizer = ClipTokenizer(**config.tokenizer)
     params = _placed(jax.eval_shape(init, jax.random.key(0)), mesh)
     size, empty = model_config["image"]["image_size"], caption_arrays([""], tokenizer, own)
-    return common.FrozenClip(model, params, "", tokenizer, size, config.model.embed_dim, empty, own, mesh)
+    clip = common.FrozenClip(model, params, "", tokenizer, size, config.model.embed_dim, empty, own, mesh)
+    zeros = zip(common.TEXT_KEYS, clip.zeros(), strict=True)
+    return replace(clip, empty={key: np.asarray(value) for key, value in zeros if value is not None})
 
 
 def _placed(shapes: Any, mesh: Mesh, shardings: Any = None) -> Any:

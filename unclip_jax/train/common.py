@@ -14,6 +14,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -37,6 +39,7 @@ from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.generate import TextConditioning, build_model, encode_text
 from unclip_jax.grid import save_grid
 from unclip_jax.models.clip import CLIP
+from unclip_jax.paths import absolute, is_remote, local_copy, put_folder, store_errors, user_path, write_whole
 from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_shardings, make_gather, own_rows, path_name
 from unclip_jax.train.hardware import CHIPS, flops
 from unclip_jax.train.state import TrainState
@@ -51,7 +54,7 @@ COMPILE_TIMEOUT = 3600  # seconds that hosts wait for one another's compilers
 
 def resolve(path: str, workdir: str | os.PathLike) -> str:
     """A path from a config: relative ones (./x, ../x) are relative to the run's folder, all others stand as given."""
-    return str((Path(workdir) / path).resolve()) if path.startswith(".") else path
+    return absolute(user_path(workdir) / path) if path.startswith(".") else path
 
 
 def hardware() -> str:
@@ -176,25 +179,27 @@ class Logger:
     ):
         self.start, self.total, self.batch_size, self.every, self.name = start, total, batch_size, every, name
         self.main = jax.process_index() == 0
-        self.file = self.bar = None
-        self.workdir, self.trackers, self.last = Path(workdir), trackers, start
+        self.bar = None
+        self.workdir, self.trackers, self.last = user_path(workdir), trackers, start
         self.stats, self.waited = stats, 0.0
         self.spent: dict[str, float] = {}
         self.operations = 0.0  # of a step, without what is computed twice
         self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
         self.made = self.clock = time.perf_counter()
         self.clock_step = start
-        self.profiled, self.traces = parse_profile(profile), str(Path(workdir) / "profile")
+        self.profiled = parse_profile(profile)
+        self.traces = tempfile.mkdtemp() if profile and is_remote(workdir) else str(self.workdir / "profile")
         self.tracing = False
         self.skipped, self.watchdog = 0, Watchdog(patience)
         if not self.main:
             return
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        path = Path(workdir) / "metrics.jsonl"
-        if path.exists():  # a run that was cut off after its last checkpoint did these steps in vain: they come again
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start), encoding="utf-8")
-        self.file = open(path, "a", encoding="utf-8")
+        self.metrics = self.workdir / "metrics.jsonl"
+        lines: list[str] = []
+        with store_errors(self.metrics):
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            if self.metrics.exists():  # a run that was cut off after its last checkpoint did these steps in vain: they come again
+                lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_whole(self.metrics, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start))
         if sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
 
@@ -210,9 +215,9 @@ class Logger:
             jax.block_until_ready(metrics)  # the trace begins and ends between steps
             if step - self.start == self.profiled[0]:
                 jax.profiler.start_trace(self.traces)
+                self.tracing = True
             else:
-                jax.profiler.stop_trace()
-            self.tracing = not self.tracing
+                self._end_trace()
         if self.bar is not None:
             self.bar.update(1)
         if not due(step, self.every, self.total):
@@ -235,6 +240,12 @@ class Logger:
         elif self.main:
             left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - step)))
             log.info("%s step %d/%d  %s  left %s", self.name, step, self.total, words, left)
+
+    def _end_trace(self) -> None:
+        jax.profiler.stop_trace()
+        self.tracing = False
+        if is_remote(self.workdir):
+            put_folder(Path(self.traces), self.workdir / "profile" / str(jax.process_index()))
 
     def _resources(self, seconds: float, steps: int) -> dict[str, float]:
         # What the machine did since the last record.
@@ -281,8 +292,8 @@ class Logger:
         """Writes values (floats) under their names, once to each file."""
         if not self.main:
             return
-        self.file.write(json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in values.items()}}) + "\n")
-        self.file.flush()
+        with store_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:  # a store writes it anew
+            file.write(json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in values.items()}}) + "\n")
         if self.trackers is not None:
             self.trackers.scalars(step, values)
 
@@ -293,13 +304,13 @@ class Logger:
         if self.main:
             path = save_grid(self.workdir / "samples" / f"{step:07d}.png", ops.to_uint8(images), captions[:valid], cell=128)
             if self.trackers is not None:
-                self.trackers.picture(step, Path(path))
+                self.trackers.picture(step, local_copy(path))
 
     def close(self) -> None:
         """Flushes and closes everything."""
         if self.tracing:  # the run ended before the last step to trace
-            jax.profiler.stop_trace()
-        for thing in (self.watchdog, self.bar, self.file):
+            self._end_trace()
+        for thing in (self.watchdog, self.bar):
             if thing is not None:
                 thing.close()
         if self.trackers is not None:
@@ -316,7 +327,6 @@ def make_logger(config: ConfigDict, workdir: str | os.PathLike, name: str, start
     if config.keep_best is not None and not config.eval_every:
         raise ValueError(f"keep_best={config.keep_best} needs evaluations; set eval_every")
     main = jax.process_index() == 0
-    Path(workdir).mkdir(parents=True, exist_ok=True)
     return Logger(
         workdir,
         start=start,
@@ -435,7 +445,7 @@ def keep_best(
     value = -figures[name] if config.keep_best.startswith("-") else figures[name]
     if not np.isfinite(value):
         return
-    store = CheckpointStore(Path(workdir) / "best", keep=1)
+    store = CheckpointStore(user_path(workdir) / "best", keep=1)
     with closing(store):
         before = store.latest()
         if before is None or (before != step and value > store.meta(before)["best"]):
@@ -498,6 +508,9 @@ def _differences(before: dict, now: dict) -> str:
     return "".join(f"\n  {key} was {before.get(key)}, is {now.get(key)}" for key in keys)
 
 
+TEXT_KEYS = ("text_embed", "text_states", "clip_token_mask", "tokens", "token_mask")  # a batch's, in the order of TextConditioning
+
+
 @dataclasses.dataclass(frozen=True)
 class FrozenClip:
     """The CLIP under a stage. `params` are a step argument, never closed over; `hash` names its embedding space. Where a batch holds
@@ -509,17 +522,24 @@ class FrozenClip:
     tokenizer: ClipTokenizer
     image_size: int
     embed_dim: int
-    empty: dict[str, np.ndarray]  # the empty caption, one row of what a batch holds of captions
+    empty: dict[str, np.ndarray]  # the empty caption, one row of what a batch holds of embedded captions
     own: ClipTokenizer | None  # of the stage's own text encoder
     mesh: Mesh
 
     def text(self, params: Any, batch: Mapping[str, jax.Array]) -> TextConditioning:
         """A batch's captions -> conditioning; no gradient. CLIP's states are None for a stage with a text encoder of its own."""
         if "text_embed" in batch:
-            text = TextConditioning(*(batch.get(k) for k in ("text_embed", "text_states", "clip_token_mask", "tokens", "token_mask")))
+            text = TextConditioning(*map(batch.get, TEXT_KEYS))
         else:
             text = encode_text(self.model, gather_rest(params, self.mesh), batch)
         return jax.lax.stop_gradient(text if self.own is None else text._replace(states=None, mask=None))
+
+    def embedded_empty(self) -> FrozenClip:
+        """Itself, `empty` read by the text tower once, so that no step reads it again."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        text = jax.jit(self.text, out_shardings=whole)(self.params, self.empty)
+        values = {k: np.asarray(v.addressable_data(0)) for k, v in zip(TEXT_KEYS, text, strict=True) if v is not None}
+        return dataclasses.replace(self, empty=values)
 
     def zeros(self) -> TextConditioning:
         """Zeros in the shapes of one caption's conditioning, to initialise networks with."""
@@ -550,7 +570,13 @@ def tokenizer_of(own: ClipTokenizer | None) -> dict:
 
 
 def frozen_clip(
-    path: str, workdir: str | os.PathLike, mesh: Mesh, dtype: str, own: ClipTokenizer | None = None, scan: bool = False
+    path: str,
+    workdir: str | os.PathLike,
+    mesh: Mesh,
+    dtype: str,
+    own: ClipTokenizer | None = None,
+    scan: bool = False,
+    captions: bool = True,
 ) -> FrozenClip:
     """Loads the CLIP of a run or a bundle onto the mesh.
 
@@ -560,6 +586,7 @@ def frozen_clip(
       dtype: that it computes in (`sharding.compute_dtype`).
       own: the tokenizer of the stage's own text encoder, if it has one.
       scan: its layers in one loop (`Transformer`).
+      captions: whether the stage looks at captions; without, `empty` is.
 
     Raises:
       FileNotFoundError, ValueError, KeyError: one line naming what is missing.
@@ -568,12 +595,12 @@ def frozen_clip(
     if is_embedded(path):
         embedded = open_embedded(path)
         tokenizer = ClipTokenizer.from_config(embedded.tokenizer)
-        empty = _embedded_empty(embedded, tokenizer, own)
+        empty = _embedded_empty(embedded, tokenizer, own) if captions else {}
         return FrozenClip(None, {}, embedded.clip, tokenizer, 0, embedded.embed_dim, empty, own, mesh)
     part, meta = load_part(path, "clip")
     model = build_model(part.config, compute_dtype(dtype, mesh), scan=scan, gather=make_gather(mesh))
     tokenizer = ClipTokenizer.from_config(meta["tokenizer"])
-    return FrozenClip(
+    clip = FrozenClip(
         model=model,
         params=jax.device_put(part.params, infer_shardings(part.params, mesh)),
         hash=params_hash(part.params),
@@ -584,6 +611,7 @@ def frozen_clip(
         own=own,
         mesh=mesh,
     )
+    return clip.embedded_empty() if captions else dataclasses.replace(clip, empty={})
 
 
 def _embedded_empty(embedded: Embedded, tokenizer: ClipTokenizer, own: ClipTokenizer | None) -> dict[str, np.ndarray]:

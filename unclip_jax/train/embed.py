@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from unclip_jax.data.pipeline import DATA_ERRORS, MAX_LOGGED, MIN_BAD, BadDataEr
 from unclip_jax.data.sources import Source, one_line
 from unclip_jax.data.tokenizer import caption_arrays
 from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
+from unclip_jax.paths import check_store, store_errors, user_path
 from unclip_jax.sharding import BATCH, compute_dtype
 from unclip_jax.train import common
 from unclip_jax.train.pca import explained, principal_components
@@ -89,7 +89,8 @@ def embed(
         raise ValueError(f"{source.name} holds embeddings already")
     if batch_size < 1 or shard_records < 1:
         raise ValueError(f"batch_size {batch_size} and shard_records {shard_records} must be at least 1")
-    out, towers = Path(out).expanduser(), _towers(clip, mesh, dtype, batch_size, states)
+    check_store(out)
+    out, towers = user_path(out), _towers(clip, mesh, dtype, batch_size, states)
     plan = {
         "format_version": embeddings.FORMAT_VERSION,
         "clip": towers.clip.hash,
@@ -231,10 +232,12 @@ def _embed_shard(
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the folder
-def _check_plan(out: Path, plan: dict) -> None:
+def _check_plan(out: Any, plan: dict) -> None:
     # The folder is new, or was begun with this plan; the first host writes it down.
     file = out / "plan.json"
-    if file.is_file():
+    with store_errors(out):
+        begun = file.is_file()
+    if begun:
         before = embeddings.read_json(file)
         differing = [f"{key} was {before.get(key)}, is {plan[key]}" for key in plan if before.get(key) != plan[key]]
         if differing:
@@ -242,15 +245,15 @@ def _check_plan(out: Path, plan: dict) -> None:
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and holds no embeddings; name another folder")
     common.wait_for_hosts("embed_plan")
-    if jax.process_index() == 0 and not file.is_file():
-        out.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0 and not begun:
         embeddings.write_json(file, plan)
 
 
-def _finished(folder: Path) -> dict | None:
+def _finished(folder: Any) -> dict | None:
     # What shard.json says if the shard is there whole.
-    if not (folder / "shard.json").is_file():
-        return None
+    with store_errors(folder):
+        if not (folder / "shard.json").is_file():
+            return None
     try:
         embeddings.check_hashes(folder)
     except (ValueError, OSError) as error:
@@ -259,7 +262,7 @@ def _finished(folder: Path) -> dict | None:
     return embeddings.read_json(folder / "shard.json")
 
 
-def _finish(out: Path, plan: dict, towers: _Towers, source: Source, count: int) -> None:
+def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -> None:
     # The manifest, the empty caption and the codec, from all hosts' shards.
     shards = [embeddings.Shard(embeddings.shard_path(out, number), plan["states"]) for number in range(count)]
     described = [embeddings.read_json(shard.folder / "shard.json") for shard in shards]

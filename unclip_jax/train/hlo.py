@@ -217,7 +217,7 @@ def _closing(text: str) -> int:
 def _arriving(op: _Op, kind: str) -> float:
     sizes = [size for size, _ in op.sizes]
     if op.kind != op.collective and len(sizes) > 1:  # (operand, result, flags), or the result alone
-        sizes = sizes[1:2] if kind in ("all-gather", "collective-permute", "reduce-scatter") else sizes[:1] if kind == "all-reduce" else sizes
+        sizes = {"all-reduce": sizes[:1], "all-to-all": sizes}.get(kind, sizes[1:2])
     ways = _ways(op.line)
     share = (ways - 1) / ways if ways > 1 else 1.0
     if kind == "reduce-scatter" and op.collective == "reduce-scatter":

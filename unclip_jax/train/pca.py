@@ -62,7 +62,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         raise ValueError("the pca stage starts from nothing; leave out --init-from")
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh = make_mesh(config.mesh)
-    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype)
+    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, captions=False)
     source = sources.make_source(config.data.train)
     clip = common.matched(clip, source)
     example = functools.partial(make_example, tokenizer=clip.tokenizer, size=clip.image_size, crop_scale=config.data.crop_scale)

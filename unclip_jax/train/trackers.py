@@ -20,6 +20,8 @@ from typing import Any, Protocol
 
 from flax import traverse_util
 
+from unclip_jax.paths import is_remote, user_path
+
 log = logging.getLogger("unclip_jax")
 
 MAX_FAILURES = 3  # calls in a row that fail before a tracker is left alone
@@ -41,7 +43,7 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in the run's folder."""
 
-    def __init__(self, workdir: Path, name: str, config: Mapping, settings: Mapping, start: int):
+    def __init__(self, workdir: Any, name: str, config: Mapping, settings: Mapping, start: int):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -77,7 +79,7 @@ class MLflow:
     """A run on a tracking server: settings as parameters and `config.json`, figures as metrics, sample grids as artifacts. Its id is kept
     in the run's folder, `mlflow_run`."""
 
-    def __init__(self, workdir: Path, name: str, config: Mapping, settings: Mapping, start: int):
+    def __init__(self, workdir: Any, name: str, config: Mapping, settings: Mapping, start: int):
         try:
             import mlflow
         except ImportError:
@@ -92,7 +94,7 @@ class MLflow:
             reason = " ".join(str(error).split())[:300]
             raise OSError(f"MLflow at {settings['mlflow']} does not answer ({reason}); start it, or set track.mlflow=None") from None
 
-    def _begin(self, file: Path, name: str, config: Mapping, experiment: str) -> str:
+    def _begin(self, file: Any, name: str, config: Mapping, experiment: str) -> str:
         if file.is_file():
             run = file.read_text(encoding="utf-8").strip()
             self.client.update_run(run, status="RUNNING")
@@ -125,7 +127,7 @@ class MLflow:
 class WandB:
     """A run of Weights & Biases. Its id is kept in the run's folder, `wandb_run`."""
 
-    def __init__(self, workdir: Path, name: str, config: Mapping, settings: Mapping, start: int):
+    def __init__(self, workdir: Any, name: str, config: Mapping, settings: Mapping, start: int):
         try:
             import wandb
         except ImportError:
@@ -133,7 +135,8 @@ class WandB:
         file = workdir / "wandb_run"
         before = file.read_text(encoding="utf-8").strip() if file.is_file() else None
         self.wandb = wandb
-        about = {"project": settings["wandb"], "name": f"{name} {workdir.name}", "dir": str(workdir), "config": dict(config)}
+        about = {"project": settings["wandb"], "name": f"{name} {workdir.name}", "config": dict(config)}
+        about |= {} if is_remote(workdir) else {"dir": str(workdir)}
         try:
             self.run = wandb.init(id=before, resume="allow", **about)
         except Exception as error:  # its own and the network's are many
@@ -173,7 +176,7 @@ class Trackers:
         for key, make in TRACKERS.items():
             if settings.get(key):
                 try:
-                    self.all[key] = make(Path(workdir), name, config, settings, start)
+                    self.all[key] = make(user_path(workdir), name, config, settings, start)
                 except ImportError:
                     if key != "tensorboard":  # which nobody asked for
                         raise
