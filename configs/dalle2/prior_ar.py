@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.batch_size = 4096
     config.dtype = "auto"
     config.grad_accumulation = 1
-    config.remat = True
+    config.remat = "full"
     config.scan_layers = True
     config.mesh = {"data": -1, "fsdp": 8, "tensor": 1}
     config.data = {
@@ -83,7 +83,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16
-        config.remat = False
+        config.remat = "none"
         config.scan_layers = False
         config.mesh.fsdp = 1
         config.text_tokenizer = {"length": 12, "vocab_size": 8192}

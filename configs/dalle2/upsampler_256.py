@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.batch_size = 1024
     config.dtype = "auto"
     config.grad_accumulation = 1
-    config.remat = True
+    config.remat = "full"
     config.mesh = {"data": -1, "fsdp": 8, "tensor": 1}
     config.data = {
         "train": {"name": "tfrecord", "pattern": "data/train/*.tfrecord"},
@@ -84,7 +84,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16
-        config.remat = False
+        config.remat = "none"
         config.mesh.fsdp = 1
         config.data.train = {"name": "emoji", "split": "train"}
         config.data.eval = {"name": "emoji", "split": "compose"}

@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.batch_size = 32
     config.dtype = "auto"
     config.grad_accumulation = 1
-    config.remat = False
+    config.remat = "none"
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.data = {
         "train": {"name": "emoji", "split": "train"},

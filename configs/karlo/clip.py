@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 32 * 400_000_000 // 32_768
     config.batch_size = 32_768
     config.dtype = "auto"
-    config.remat = True
+    config.remat = "full"
     config.scan_layers = True
     config.mesh = {"data": -1, "fsdp": 8, "tensor": 1}
     config.tokenizer = {"length": 77, "vocab_size": 49408}
@@ -71,7 +71,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "tiny":
         config.steps = 4
         config.batch_size = 16
-        config.remat = False
+        config.remat = "none"
         config.scan_layers = False
         config.mesh.fsdp = 1
         config.tokenizer = {"length": 24, "vocab_size": 8192}

@@ -114,7 +114,7 @@ class Affine(nn.Module):
 
 class Stack(nn.Module):
     gather: object = None
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x):
@@ -122,7 +122,7 @@ class Stack(nn.Module):
         return block(name="b")(block(name="a")(x, True), False)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "full", "dots_saveable"])
 def test_hooks_keep_names_and_gather_every_block(remat):
     """The gather hook sees each block's parameters once a call, and what it returns is what the block uses."""
     x = jnp.arange(6.0).reshape(2, 3)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers import fast_key, param_count, param_shapes, random_params, struct
 from unclip_jax.models.transformer import Attention, Transformer, causal_mask
+from unclip_jax.train.hardware import flops
 
 L, W = 6, 16
 TINY = dict(layers=2, heads=2, mlp_ratio=2.0)
@@ -41,11 +42,12 @@ def test_causal_mask():
 
 
 def test_hooks_change_nothing(setup):
-    """remat and an identity gather give the same answer from the same parameter names."""
+    """remat, by any policy, and an identity gather give the same answer from the same parameter names."""
     x, params = setup
     plain = apply()(params, x)
     gather = lambda tree: jax.tree.map(lambda leaf: leaf * 1.0, tree)
-    for options in ({"remat": True}, {"gather": gather, "remat": True}):
+    policies = ({"remat": "dots_saveable"}, {"remat": "dots_with_no_batch_dims_saveable"})
+    for options in ({"remat": "full"}, {"gather": gather, "remat": "full"}, *policies):
         assert jax.tree.structure(param_shapes(Transformer(**TINY, **options), struct(2, L, W))) == jax.tree.structure(params)
         np.testing.assert_allclose(apply(**options)(params, x), plain, rtol=1e-5, atol=1e-6)
 
@@ -85,7 +87,7 @@ def test_size_of_the_papers_blocks():
 SAME = {"gather": lambda params: jax.tree.map(lambda p: p * 1.0, params)}
 
 
-@pytest.mark.parametrize("options", [{}, {"remat": True}, SAME], ids=["plain", "remat", "gather"])
+@pytest.mark.parametrize("options", [{}, {"remat": "full"}, SAME], ids=["plain", "remat", "gather"])
 def test_blocks_in_one_loop(setup, options):
     """Scanned, the same parameters by the same names give the same output and gradient; masks and contexts too."""
     x, params = setup
@@ -116,3 +118,19 @@ def test_a_loop_does_not_grow_with_depth(setup):
     draw = lambda seed: model.apply({"params": params}, x, None, False, rngs={"dropout": jax.random.key(seed)})
     np.testing.assert_array_equal(draw(0), draw(0))
     assert np.abs(draw(0) - draw(1)).max() > 1e-3
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_what_is_computed_again(setup, scan):
+    """In the backward pass: everything, attention alone, nothing, by the name of the policy."""
+    x, params = setup
+
+    def operations(remat):
+        model = Transformer(**TINY, scan=scan, remat=remat)
+        return flops(jax.make_jaxpr(jax.grad(lambda params: jnp.sum(model.apply({"params": params}, x) ** 2)))(params))
+
+    none, full = operations("none"), operations("full")
+    dots, parameters = operations("dots_saveable"), operations("dots_with_no_batch_dims_saveable")
+    assert none == dots < parameters < full < 1.4 * none
+    with pytest.raises(ValueError, match="unknown remat 'some'; choose none, full, dots_saveable or dots_with"):
+        operations("some")

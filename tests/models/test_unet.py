@@ -226,7 +226,7 @@ def test_hooks_change_nothing():
         calls.append(tree)
         return jax.tree.map(lambda leaf: leaf * 1.0, tree)
 
-    plain, hooked = UNet(**UNET), UNet(**UNET, remat=True, gather=gather)
+    plain, hooked = UNet(**UNET), UNet(**UNET, remat="full", gather=gather)
     assert jax.tree.structure(param_shapes(hooked, X, TIME)) == jax.tree.structure(p)
     calls.clear()
     one, other = jax.jit(lambda p: [model.apply({"params": p}, X, TIME) for model in (plain, hooked)])(p)

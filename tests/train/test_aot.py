@@ -105,6 +105,17 @@ def test_the_command(capsys, tmp_path):
     assert "no train step" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["prior_diffusion", "prior_ar"])
+def test_a_step_that_reads_embeddings(name, capsys):
+    """The priors' on `unclip embed`'s folders: nothing frozen but the codec; every other stage needs pictures."""
+    arguments = ["compile", str(ROOT / f"configs/dalle2/{name}.py:tiny"), "--topology", "cpu:8", "--embeddings"]
+    assert main(arguments) == 0
+    assert ("frozen" in capsys.readouterr().out) == (name == "prior_ar")
+    assert main([*arguments, "--sample"]) == 1 and "is for a train step" in capsys.readouterr().err
+    assert main([arguments[0], str(ROOT / "configs/dalle2/decoder.py:tiny"), *arguments[2:]]) == 1
+    assert "needs pictures" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["prior_diffusion", "prior_ar", "decoder", "upsampler_256"])
 def test_samplers(name, capsys):
     """Of every stage that draws, on a mesh that shards its parameters; a row a device is the batch, and nothing is held for training."""

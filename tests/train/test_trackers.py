@@ -153,7 +153,7 @@ def test_remat_is_not_counted(monkeypatch):
     """What is computed twice to save memory is not work of the model."""
     monkeypatch.setitem(hardware.CHIPS, jax.devices()[0].device_kind, hardware.Chip("here", 1e12, 1e9, 1e9, 1e9))
     mesh, found = make_mesh(), []
-    for remat in (False, True):
+    for remat in ("none", "full"):
         config = tiny_config(NAME, remat=remat)
         step = aot.train_step(config, None, mesh)
         arguments = step.state, step.frozen, step.batch

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-ADVICE = "raise mesh.fsdp, lower --batch or raise grad_accumulation, set remat=true, optimizer.mu_dtype=bfloat16, or take more chips"
+ADVICE = "raise mesh.fsdp, lower --batch or raise grad_accumulation, set remat=full, optimizer.mu_dtype=bfloat16, or take more chips"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="AXIS=N,...", help="data=2,fsdp=8 (the configuration's); one number may be -1")
     parser.add_argument("--batch", type=int, metavar="N", help="the global batch (the configuration's)")
     parser.add_argument("--sample", action="store_true", help="the stage's sampler in place of its train step (--batch: one row a device)")
+    parser.add_argument("--embeddings", action="store_true", help="a prior's step that reads what `unclip embed` wrote, without the CLIP")
     parser.add_argument("--clip", metavar="CONFIG", help="the frozen CLIP's configuration (clip.py beside the stage's)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="as for `unclip train`")
     parser.add_argument("--save", metavar="FILE", help="write the compiled program, for `jax.experimental.serialize_executable`")
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.cli.train import load_config, override
     from unclip_jax.train import aot
 
+    if args.sample and args.embeddings:
+        raise ValueError("--embeddings is for a train step; a sampler reads captions")
     config = load_config(args.config)
     for key, value in parse_assignments(args.assignments).items():
         override(config, key, value)
@@ -45,7 +48,10 @@ def run(args: argparse.Namespace) -> None:
         path, _, variant = args.config.partition(":")
         beside = f"{Path(path).parent / 'clip.py'}" + (":tiny" if variant == "tiny" else "")
         clip_config = load_config(args.clip or beside)
-    report, compiled = (aot.compile_sampler if args.sample else aot.compile_step)(config, clip_config, mesh)
+    if args.sample:
+        report, compiled = aot.compile_sampler(config, clip_config, mesh)
+    else:
+        report, compiled = aot.compile_step(config, clip_config, mesh, args.embeddings)
     print(describe(report, args.topology), flush=True)
     print(verdict(report), end="\n" if report.chip else "")
     if args.save:

@@ -99,7 +99,9 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
     Raises:
       ValueError: for a stage that needs pictures, or an evaluation that the configuration does not have.
     """
-    if config.stage not in ("prior_diffusion", "prior_ar", "pca"):
+    from unclip_jax.train.common import EMBEDDABLE
+
+    if config.stage not in EMBEDDABLE:
         raise ValueError(f"the {config.stage} stage needs pictures; embeddings are for the priors and pca")
     evaluations = config.data.get("eval", {})
     with config.unlocked():

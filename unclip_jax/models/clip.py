@@ -39,7 +39,7 @@ class ImageTower(nn.Module):
     heads: int
     activation: str = "quick_gelu"
     mlp_ratio: float = 4.0
-    remat: bool = False
+    remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
@@ -87,7 +87,7 @@ class TextTower(nn.Module):
     heads: int
     activation: str = "quick_gelu"
     mlp_ratio: float = 4.0
-    remat: bool = False
+    remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
@@ -127,7 +127,7 @@ class CLIP(nn.Module):
     image: dict | None
     text: dict | None
     activation: str = "quick_gelu"
-    remat: bool = False
+    remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None

@@ -6,6 +6,7 @@ compute dtype.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 Dtype = Any
 Gather = Callable[[Any], Any]
+REMAT_POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -130,8 +132,24 @@ def once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
     return value
 
 
+def checkpoint(function: Any, wrap: Callable[..., Any], remat: str) -> Any:
+    """What `remat` makes of a function (or a module's class): "none", itself; "full", `wrap()`, of which nothing but the arguments is kept
+    for the backward pass; or, by the name of one of jax's policies (`REMAT_POLICIES`), `wrap(policy=...)`, which keeps more.
+
+    Raises:
+      ValueError: on another name.
+    """
+    if remat == "none":
+        return function
+    if remat == "full":
+        return wrap()
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"unknown remat {remat!r}; choose none, full, {' or '.join(REMAT_POLICIES)}")
+    return wrap(policy=getattr(jax.checkpoint_policies, remat))
+
+
 def hooked(
-    module: nn.Module, block: type[nn.Module], gather: Gather | None, remat: bool, static_argnums: tuple[int, ...] = ()
+    module: nn.Module, block: type[nn.Module], gather: Gather | None, remat: str, static_argnums: tuple[int, ...] = ()
 ) -> type[nn.Module]:
     """Wraps a block class in the two hooks that act at block boundaries.
 
@@ -140,8 +158,8 @@ def hooked(
       block: the linen class.
       gather: called on the block's parameter tree just before use (identity when None). It lets the caller gather sharded
         parameters block by block while the model itself knows no mesh.
-      remat: recompute the block's activations in the backward pass instead of keeping them. The gathered parameters are inside
-        the recomputed region, so they are gathered again rather than kept.
+      remat: what of the block's activations is computed again in the backward pass instead of kept (`checkpoint`). The gathered
+        parameters are inside the recomputed region, so they are gathered again rather than kept.
       static_argnums: positions (self is 0) of `__call__` arguments that are Python values.
 
     Returns:
@@ -150,6 +168,5 @@ def hooked(
     if gather is not None:
         fresh = module.is_initializing()
         block = nn.map_variables(block, "params", trans_in_fn=gather, init=fresh, mutable=fresh)
-    if remat:
-        block = nn.remat(block, static_argnums=static_argnums, prevent_cse=True)
-    return block
+    wrap = functools.partial(nn.remat, block, static_argnums=static_argnums, prevent_cse=True)
+    return checkpoint(block, wrap, remat)

@@ -96,7 +96,7 @@ class ARPrior(nn.Module):
     mlp_ratio: float = 4.0
     activation: str = "gelu"
     dropout: float = 0.0
-    remat: bool = False
+    remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None

@@ -29,7 +29,7 @@ class TextEncoder(nn.Module):
     layers: int
     heads: int
     dropout: float = 0.0
-    remat: bool = False
+    remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None

@@ -7,6 +7,7 @@ and released code): attention W^-1/2, both residual projections W^-1/2 (2 layers
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import ACTIVATIONS, Dtype, Gather, LayerNorm, attend, hooked
+from unclip_jax.models.layers import ACTIVATIONS, Dtype, Gather, LayerNorm, attend, checkpoint, hooked
 
 
 class KeysValues(NamedTuple):
@@ -119,7 +120,7 @@ class Transformer(nn.Module):
       mlp_ratio: hidden width of the MLP over the width.
       activation: `gelu` (exact) or `quick_gelu`.
       dropout: on both residual branches, in [0, 1).
-      remat: recompute each block in the backward pass.
+      remat: what each block computes again in the backward pass (`layers.checkpoint`).
       scan: run the blocks as one loop over their parameters, stacked as it begins: compiling does not take longer with depth. Names and
         results are the same, but for the noise of dropout. Slower on CPU; where keys and values are kept the blocks run one by one.
       gather: hook on each block's parameters (see `layers.hooked`).
@@ -130,7 +131,7 @@ class Transformer(nn.Module):
     mlp_ratio: float = 4.0
     activation: str = "gelu"
     dropout: float = 0.0
-    remat: bool = False
+    remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
@@ -183,7 +184,7 @@ class Transformer(nn.Module):
             rngs = {} if key is None else {"dropout": key}
             return block.apply({"params": own}, x, mask, deterministic, context, rngs=rngs)[0], None
 
-        body = jax.checkpoint(body, prevent_cse=False) if self.remat else body
+        body = checkpoint(body, functools.partial(jax.checkpoint, body, prevent_cse=False), self.remat)
         return jax.lax.scan(body, x, (stacked, keys))[0]
 
 

@@ -148,7 +148,7 @@ class UNet(nn.Module):
       groups: groups of the group normalisation; every level's width must be a multiple.
       dropout: inside the residual blocks, in [0, 1).
       scale_shift: the time embedding scales and shifts after the norm; False adds it before (Karlo's upsamplers).
-      remat: recompute blocks in the backward pass.
+      remat: what each block computes again in the backward pass (`layers.checkpoint`).
       winograd: convolutions of the residual blocks with fewer products (`winograd.conv3x3`): for sampling in float32 on CPU.
       gather: hook on each block's parameters.
     """
@@ -164,7 +164,7 @@ class UNet(nn.Module):
     groups: int = 32
     dropout: float = 0.0
     scale_shift: bool = True
-    remat: bool = False
+    remat: str = "none"
     winograd: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
@@ -305,7 +305,7 @@ class Decoder(nn.Module):
     conditioning: dict
     text: dict | None = None
     inpaint: bool = False
-    remat: bool = False
+    remat: str = "none"
     winograd: bool = False
     scan: bool = False
     dtype: Dtype = jnp.float32
@@ -392,7 +392,7 @@ class Upsampler(nn.Module):
 
     unet: dict
     resize: str = "cubic"
-    remat: bool = False
+    remat: str = "none"
     winograd: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None

@@ -120,16 +120,18 @@ def topology(name: str) -> list[Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the step
-def abstract_clip(config: Any, mesh: Mesh, dtype: str, own: ClipTokenizer | None, scan: bool) -> common.FrozenClip:
-    """The frozen CLIP of a `clip` configuration, its parameters shapes on the mesh; the rest as in `common.frozen_clip`."""
+def abstract_clip(config: Any, mesh: Mesh, dtype: str, own: ClipTokenizer | None, scan: bool, embedded: bool) -> common.FrozenClip:
+    """The frozen CLIP of a `clip` configuration, its parameters shapes on the mesh, or none where its embeddings are read (`embedded`); the
+    rest as in `common.frozen_clip`."""
     model, model_config, init = clip_stage.build(config, mesh)
-    model = model.clone(dtype=compute_dtype(dtype, mesh), remat=False, scan=scan)
+    model = model.clone(dtype=compute_dtype(dtype, mesh), remat="none", scan=scan)
     tokenizer = ClipTokenizer(**config.tokenizer)
     params = _placed(jax.eval_shape(init, jax.random.key(0)), mesh)
     size, empty = model_config["image"]["image_size"], caption_arrays([""], tokenizer, own)
     clip = common.FrozenClip(model, params, "", tokenizer, size, config.model.embed_dim, empty, own, mesh)
     zeros = zip(common.TEXT_KEYS, clip.zeros(), strict=True)
-    return replace(clip, empty={key: np.asarray(value) for key, value in zeros if value is not None})
+    clip = replace(clip, empty={key: np.asarray(value) for key, value in zeros if value is not None})
+    return replace(clip, model=None, params={}) if embedded else clip
 
 
 def _placed(shapes: Any, mesh: Mesh, shardings: Any = None) -> Any:
@@ -137,13 +139,16 @@ def _placed(shapes: Any, mesh: Mesh, shardings: Any = None) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def abstract_batch(example: Any, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of what `example` makes of one blank picture."""
+def abstract_batch(example: Any, clip: common.FrozenClip | None, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of what `example` makes of one blank picture, or of one record of embeddings, where there is no CLIP to make them."""
     from PIL import Image
 
-    file = io.BytesIO()
+    file, embeds = io.BytesIO(), None
     Image.new("RGB", (64, 64)).save(file, "PNG")
-    row = example(Record("0", file.getvalue(), ("a",), {}, ""), np.random.default_rng(0))
+    if clip is not None and clip.model is None:
+        embeds = {key: clip.empty[key] for key in ("text_embed", "text_states") if key in clip.empty}
+        embeds["image_embed"] = np.zeros(clip.embed_dim, np.float32)
+    row = example(Record("0", file.getvalue(), ("a",), {}, "", embeds), np.random.default_rng(0))
     sharding = NamedSharding(mesh, BATCH)
     return {k: jax.ShapeDtypeStruct((batch_size, *np.shape(v)), np.asarray(v).dtype, sharding=sharding) for k, v in row.items()}
 
@@ -158,7 +163,7 @@ class TrainStep:
     batch: dict
 
 
-def _prologue(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict, tuple]:
+def _prologue(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> tuple[Any, Any, dict, tuple]:
     # The stage's module, the CLIP under it, all frozen networks, and what a run learns of its data before the first step.
     from unclip_jax.train import decoder, prior_ar, prior_diffusion, upsampler
 
@@ -170,7 +175,7 @@ def _prologue(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict
         raise ValueError(f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; change --batch or --mesh")
     clip, frozen, learned = None, {}, ()
     if "clip" in config:
-        clip = abstract_clip(clip_config, mesh, config.dtype, common.own_tokenizer(config), config.scan_layers)
+        clip = abstract_clip(clip_config, mesh, config.dtype, common.own_tokenizer(config), config.scan_layers, embedded)
         frozen["clip"] = clip.params
     if config.stage == "prior_diffusion":
         dim = clip.embed_dim
@@ -183,23 +188,26 @@ def _prologue(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict
     return stages[config.stage], clip, frozen, learned
 
 
-def train_step(config: Any, clip_config: Any, mesh: Mesh) -> TrainStep:
+def train_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> TrainStep:
     """The update step of a stage's configuration, as its `train_and_evaluate` makes it.
 
     Args:
       config: of the stage; clip_config: of the CLIP under it, None for the stages without one.
+      embedded: whether a prior reads CLIP's embeddings (`unclip embed`).
 
     Raises:
-      ValueError: on a stage that has no update step, or a batch that does not divide over the mesh.
+      ValueError: on a stage that has no update step, one that needs pictures, or a batch that does not divide over the mesh.
     """
-    stage, clip, frozen, learned = _prologue(config, clip_config, mesh)
+    if embedded and config.stage not in common.EMBEDDABLE:
+        raise ValueError(f"the {config.stage} stage needs pictures; embeddings are for the priors and pca")
+    stage, clip, frozen, learned = _prologue(config, clip_config, mesh, embedded)
     model, _, init = stage.build(config, mesh, clip)
     optimizer = make_optimizer(steps=config.steps, **config.optimizer)
     shapes, shardings = abstract_state(init, optimizer[0], mesh)
     gradient = stage.gradient_of(config, mesh, model, clip, *learned)
     project = {"project": clip_stage.clamped} if config.stage == "clip" else {}
     update = make_update(gradient, optimizer, shardings, seed=config.seed, ema_decay=config.ema_decay, **project)
-    batch = abstract_batch(stage.example_of(config, clip), config.batch_size, mesh)
+    batch = abstract_batch(stage.example_of(config, clip), clip, config.batch_size, mesh)
     return TrainStep(update, _placed(shapes, mesh, shardings), frozen, batch)
 
 
@@ -251,7 +259,7 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
     return jax.jit(draw, out_shardings=NamedSharding(mesh, P())), params, given | codec
 
 
-def compile_step(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Report, Any]:
+def compile_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> tuple[Report, Any]:
     """Compiles the update step for the mesh's devices.
 
     Returns:
@@ -260,11 +268,11 @@ def compile_step(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Report, Any
     Raises:
       ValueError, as `train_step`; MemoryError, naming the largest buffers, when the compiler finds that it does not fit.
     """
-    step = train_step(config, clip_config, mesh)
+    step = train_step(config, clip_config, mesh, embedded)
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
-        plain.remat = False
-    again = train_step(plain, clip_config, mesh)
+        plain.remat = "none"
+    again = train_step(plain, clip_config, mesh, embedded)
     model_flops = flops(jax.make_jaxpr(again.update)(again.state, again.frozen, again.batch))
     held = {"parameters": step.state.params, "averages": step.state.ema_params, "optimizer": step.state.opt_state}
     held |= {"frozen": step.frozen, "batch": step.batch}

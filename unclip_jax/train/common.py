@@ -48,6 +48,7 @@ from unclip_jax.train.trackers import Trackers
 log = logging.getLogger("unclip_jax")
 
 RESTART = 75  # exit status (EX_TEMPFAIL): nothing is wrong with the run itself, start the same command again
+EMBEDDABLE = ("prior_diffusion", "prior_ar", "pca")  # stages that can train from embeddings alone
 MAX_SKIPPED = 50  # updates skipped in a row that stop a run
 COMPILE_TIMEOUT = 3600  # seconds that hosts wait for one another's compilers
 
@@ -355,7 +356,7 @@ def model_operations(
         return 0.0
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
-        plain.remat = False
+        plain.remat = "none"
     model = build(plain, mesh, clip)[0]
     state, frozen, batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
     gradient = gradient_of(plain, mesh, model, clip, *learned)
