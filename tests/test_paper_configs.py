@@ -155,7 +155,7 @@ def test_tiny_clip_trains_with_sam_on_any_mesh(tmp_path, monkeypatch):
     assert abs(curves["eight"][-1] / curves["off"][-1] - 1) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["upsampler_256", "upsampler_1024"])
+@pytest.mark.parametrize("name", ["upsampler_256", pytest.param("upsampler_1024", marks=pytest.mark.slow)])
 def test_tiny_upsamplers_train(name, tmp_path):
     """Four times larger images; the second with BSR degradation."""
     config = load_config(f"{PAPER / name}.py:tiny")

@@ -1,6 +1,7 @@
 """The train step on paper: operations and collectives counted, and what a compiled step of the tiny networks does to a mesh."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -168,11 +169,29 @@ def test_a_step_too_large(capsys):
     assert "needs 20.10G of 15.75G" in said and "8.00G f32[1,2]{1,0} jit(update)/x/dot" in said
 
 
+TPU = """
+import json, sys
+from unclip_jax import sharding
+from unclip_jax.cli.train import load_config
+from unclip_jax.train import aot
+sharding.FSDP_MIN_SIZE = 256
+mesh = aot.make_abstract_mesh("v5e:4x4", {"data": 2, "fsdp": 8})
+for name, clip in (("upsampler_256", None), ("prior_diffusion", load_config("configs/dalle2/clip.py:tiny"))):
+    report, _ = aot.compile_step(load_config(f"configs/dalle2/{name}.py:tiny"), clip, mesh)
+    print("SAID", json.dumps([report.chip.name, sorted(report.collectives), report.collectives["all-gather"][0]]))
+"""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_with_the_tpu_compiler():
-    """The real compiler, in a process of its own: a pod's report."""
+    """The real compiler, in processes of their own: a pod's report, and that under FSDP parameters and gradients alone move."""
     command = [sys.executable, "-m", "unclip_jax.cli.main", "compile", "configs/dalle2/prior_diffusion.py:tiny", "--topology", "v5e:4x4"]
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([*command, "--mesh", "data=2,fsdp=8"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "16 devices of v5e:4x4" in done.stdout and "roofline, ms" in done.stdout and "it fits" in done.stdout
+    done = subprocess.run([sys.executable, "-c", TPU], cwd=ROOT, env=env, capture_output=True, text=True)
+    said = [json.loads(line.removeprefix("SAID ")) for line in done.stdout.splitlines() if line.startswith("SAID ")]
+    assert len(said) == 2, done.stderr
+    for chip, kinds, gathers in said:
+        assert chip == "v5e" and set(kinds) <= {"all-gather", "all-reduce", "reduce-scatter"} and gathers > 10

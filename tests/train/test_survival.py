@@ -86,15 +86,9 @@ def test_two_hosts_are_one(tiny_run, tmp_path):
     np.testing.assert_allclose(curve, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "lost, statuses",
-    [
-        pytest.param(1, {common.RESTART}, id="other"),
-        pytest.param(0, {common.RESTART, -signal.SIGABRT}, id="coordinator", marks=pytest.mark.slow),
-    ],
-)
-def test_a_lost_host_ends_the_others(tmp_path, lost, statuses):
-    """At once, with a status that starts the job again; jax itself aborts those whose coordinator is gone."""
+@pytest.mark.parametrize("lost", [pytest.param(1, id="other"), pytest.param(0, id="coordinator", marks=pytest.mark.slow)])
+def test_a_lost_host_ends_the_others(tmp_path, lost):
+    """With a status that starts the job again: at once, or jax's own when its service of the hosts notices before a collective does."""
     run, port = tmp_path / "run", free_port()
     command = [sys.executable, "-m", "unclip_jax.cli.main", "train", "configs/emoji/upsampler.py:tiny", "--workdir", str(run)]
     command += ["--distributed", *(part for setting in LONG for part in ("--set", setting))]
@@ -110,7 +104,7 @@ def test_a_lost_host_ends_the_others(tmp_path, lost, statuses):
     finally:
         for host in hosts:
             host.kill()
-    assert hosts[1 - lost].returncode in statuses, error
+    assert hosts[1 - lost].returncode in {common.RESTART, -signal.SIGABRT}, error
     if hosts[1 - lost].returncode == common.RESTART:
         assert "another host is gone or does not answer; start the same command again" in error
 
@@ -230,9 +224,3 @@ def test_traced_steps(tmp_path, monkeypatch):
     for text in ("10", "20:10", "a:b", "0:3"):
         with pytest.raises(ValueError, match="profile must be FIRST:LAST"):
             common.parse_profile(text)
-
-
-def test_a_bucket_is_not_a_folder(capsys):
-    """A run is not written into a folder that is called gs:."""
-    assert main(["train", str(ROOT / "configs/emoji/upsampler.py:tiny"), "--workdir", "gs://bucket/run"]) == 1
-    assert "mount the bucket" in capsys.readouterr().err and not Path("gs:").exists()

@@ -10,7 +10,7 @@ import functools
 import io
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 # 2**27 pixels are 400 MB as RGB: larger than any photograph in a caption dataset, small enough for a worker thread.
 MAX_PIXELS = 2**27
@@ -87,7 +87,8 @@ def _one_line(error: Exception) -> str:
 
 def _upright(opened: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(opened)
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1  # else PIL would copy it
+        return ImageOps.exif_transpose(opened) if turned else opened
     except Exception:  # a damaged EXIF block does not make the pixels bad
         return opened
 
@@ -101,7 +102,7 @@ def _to_rgb(opened: Image.Image) -> Image.Image:
     if opened.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in opened.info:
         layer = opened.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert("RGB")
-    return opened.convert("RGB")
+    return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
 def _decode_array(image: np.ndarray) -> np.ndarray:

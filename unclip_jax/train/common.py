@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,7 @@ class Logger:
         self.tracing = False
         if is_remote(self.workdir):
             put_folder(Path(self.traces), self.workdir / "profile" / str(jax.process_index()))
+            shutil.rmtree(self.traces)
 
     def _resources(self, seconds: float, steps: int) -> dict[str, float]:
         # What the machine did since the last record.
