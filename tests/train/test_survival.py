@@ -17,7 +17,6 @@ import pytest
 
 from tests.runs import STEPS, Repeating, losses, train_tiny, wrap_batches
 from unclip_jax.checkpoint.store import load_run
-from unclip_jax.cli.main import main
 from unclip_jax.train import common
 
 ROOT = Path(__file__).resolve().parents[2]
