@@ -55,7 +55,7 @@ def test_what_starts_it_again():
         ([*SLICE[:3], "--topology", "8by8", *SLICE[5:], *TRAIN], "is no topology"),
         ([*SLICE[:3], "--topology", "1x1", *SLICE[5:], *TRAIN], "no slice of hosts with 4"),
         (SLICE, "say what to train"),
-        ([*SLICE, "--", "configs/dalle2/decoder.py", "--workdir", "/tmp/runs"], "must lie in /bucket"),
+        ([*SLICE, "--", "configs/dalle2/decoder.py", "--workdir", "/tmp/runs"], "must lie in /bucket or in gs://"),
         ([*SLICE, "--slices", "0", *TRAIN], "at least 1"),
     ],
     ids=["name", "topology", "chips", "nothing", "workdir", "slices"],

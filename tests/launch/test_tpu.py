@@ -106,6 +106,8 @@ chmod +x $3/bin/*
         lines = (hosts / node / "runs").read_text().splitlines()
         assert lines == ["train configs/dalle2/decoder.py --workdir /mnt/my runs/decoder --set steps=5 --distributed"] * 3
         assert "the end" in (hosts / node / "unclip_jax" / "train.log").read_text()
+    shown = tpu("run", "pod", *two, "--dry-run", "--", "embed", "--clip", "gs://b/clip", "--data", "name=emoji", "--out", "gs://b/embedded")
+    assert shown.returncode == 0 and "unclip embed --clip gs://b/clip --data name=emoji --out gs://b/embedded --distributed" in shown.stdout
     assert tpu("delete", "pod", *two).returncode == 0
     assert "--force --quiet" in (hosts / "calls").read_text().splitlines()[-1]
 
@@ -121,6 +123,7 @@ def test_mistakes_are_one_line(hosts, monkeypatch):
     for arguments, message in (
         (["create", "pod", "--type", "v9-8", *ZONE], "no image is known for v9-8"),
         (["run", "pod", *ZONE, "--", "configs/dalle2/decoder.py"], "run needs what `unclip train` gets"),
+        (["run", "pod", *ZONE, "--", "embed", "--clip", "gs://b/clip"], "or -- embed and what that gets"),
         (["create", "My_Pod", "--type", "v4-8", *ZONE], "is no name"),
         (["status", "pod"], "--zone"),
         (["create", "pod", "--type", "v4-8", "--slices", "0", *ZONE], "at least 1, got 0"),
