@@ -3,8 +3,10 @@
 import importlib
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.checkpoint.peers import load_karlo, share_noise
 from tests.helpers import param_count, param_shapes, struct
@@ -15,7 +17,9 @@ from unclip_jax.models.clip import CLIP
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.unet import Decoder, Upsampler
 from unclip_jax.sampling.text_to_image import text_to_image
+from unclip_jax.sharding import make_mesh
 from unclip_jax.train import common
+from unclip_jax.train.aot import train_step
 
 KARLO = Path(__file__).resolve().parent.parent / "configs" / "karlo"
 D, L = 768, 77
@@ -42,6 +46,16 @@ def test_sizes():
     assert param_count(param_shapes(upsampler, struct(1, 32, 32, 3), struct(1), low_res=struct(1, 8, 8, 3))) == 691_579_523
 
 
+@pytest.mark.parametrize("name", ["clip", "prior_diffusion", "decoder", "upsampler_256"])
+def test_tiny_variants_have_a_step(name):
+    """Of the data's shapes, from the state to the state, with a loss; the slow test below runs them."""
+    config, clip = load_config(f"{KARLO / name}.py:tiny"), load_config(f"{KARLO / 'clip'}.py:tiny")
+    step = train_step(config, clip, make_mesh())
+    state, metrics = jax.eval_shape(step.update, step.state, step.frozen, step.batch)
+    assert jax.tree.structure(state) == jax.tree.structure(step.state) and metrics["loss"].shape == ()
+
+
+@pytest.mark.slow
 def test_trained_exported_and_drawn_by_the_peer(tmp_path, monkeypatch):
     """A few steps of every stage, a bundle, a folder; diffusers draws from it what we draw, to one level, from the same noise."""
     runs = tmp_path / "runs"

@@ -135,7 +135,7 @@ def embed(
 
 # ---------------------------------------------------------------------------------------------------------------------- one shard
 def _towers(path: str, mesh: Mesh, dtype: str, batch_size: int, states: bool) -> _Towers:
-    clip = common.frozen_clip(path, ".", mesh, dtype)
+    clip = common.frozen_clip(path, ".", mesh, dtype, captions=False)
     if clip.model is None:
         raise ValueError(f"{path} holds embeddings, not the CLIP that makes them")
     ways, sharding = mesh.shape["data"] * mesh.shape["fsdp"], NamedSharding(mesh, BATCH)
