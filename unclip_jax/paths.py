@@ -6,11 +6,13 @@ What only a file of this machine can be, such as a memory map, is a copy of it i
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import posixpath
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +143,14 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
         if is_remote(path):
             path.write_bytes(data)
             return
-    partial = path.with_name(f".{path.name}.tmp")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")  # several may write the same
     partial.write_bytes(data)
     partial.replace(path)
+
+
+def write_json(path: str | os.PathLike, value: Mapping) -> None:
+    """Writes a JSON object by `write_whole`, its keys sorted."""
+    write_whole(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ Tensors are named by their path in the parameter tree ("unet/conv_in/kernel"), o
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from safetensors.numpy import save_file
 from unclip_jax.checkpoint.files import Place, keep, open_weights, read_json
 from unclip_jax.checkpoint.store import ParamsHash, load_run, params_hash
 from unclip_jax.checkpoint.store import folder as checkpoint_folder
-from unclip_jax.paths import is_remote, local_copy, store_errors, user_path, whole_folder, write_whole
+from unclip_jax.paths import is_remote, local_copy, store_errors, user_path, whole_folder, write_json
 from unclip_jax.sharding import placer
 
 FORMAT_VERSION = 1
@@ -181,7 +180,7 @@ def _load_public(path: str | os.PathLike, only: str | None, place: Place) -> Bun
 
 
 def _local(path: str | os.PathLike) -> str | os.PathLike:
-    # A hub repository's files, fetched once into the hub's own cache; any other path as it is.
+    # Copies of what lies in a store; a hub repository's files, fetched once into the hub's own cache; any other path as it is.
     text = os.fspath(path)
     if is_remote(text):
         return local_copy(text)
@@ -222,7 +221,7 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
             kept = np.float32 if part.config["kind"] == "pca" else dtype  # small, and its directions must stay orthogonal
             save_file({k: np.asarray(v, kept, order="C") for k, v in flat.items()}, temporary / name / "model.safetensors")
             (temporary / name / "model.safetensors").chmod(0o644)  # safetensors lets nobody else read
-            _write_json(temporary / name / "config.json", part.config)
+            write_json(temporary / name / "config.json", part.config)
             listing[name] = {"hash": params_hash(part.params), "parameters": int(sum(np.size(v) for v in flat.values()))}
         top = {
             "format_version": FORMAT_VERSION,
@@ -231,12 +230,8 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
             "sampling": bundle.sampling,
             "provenance": bundle.provenance,
         }
-        _write_json(temporary / "bundle.json", top)
+        write_json(temporary / "bundle.json", top)
     return path
-
-
-def _write_json(path: Any, value: dict) -> None:
-    write_whole(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def update_provenance(path: str | os.PathLike, **changes: dict) -> None:
@@ -244,7 +239,7 @@ def update_provenance(path: str | os.PathLike, **changes: dict) -> None:
     file = user_path(path) / "bundle.json"
     top = read_json(file, "bundle")
     top["provenance"].update(changes)
-    _write_json(file, top)
+    write_json(file, top)
 
 
 def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
@@ -260,8 +255,6 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
     Raises:
       FileNotFoundError, ValueError, KeyError: one line each.
     """
-    if not is_remote(path):
-        path = _local(path)
     with store_errors(path):
         trained = checkpoint_folder(path).is_dir()
     if trained:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from unclip_jax.paths import local_copy, store_errors, user_path, whole_folder, write_whole
+from unclip_jax.paths import local_copy, store_errors, user_path, whole_folder, write_json
 
 FORMAT_VERSION = 1
 EMPTY = "empty"
@@ -56,11 +56,6 @@ class Embedded:
 def shard_path(folder: str | os.PathLike, number: int) -> Any:
     """Where a shard lies: a `paths.user_path`."""
     return user_path(folder) / f"{number:05d}"
-
-
-def write_json(path: Any, value: Mapping) -> None:
-    """Writes a JSON object; it appears whole or not at all."""
-    write_whole(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def read_json(path: Any) -> dict:

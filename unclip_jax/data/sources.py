@@ -30,7 +30,7 @@ import numpy as np
 
 from unclip_jax.data import ops, tfrecord
 from unclip_jax.data.embeddings import Embedded, Shard, open_embedded, read_json, shard_path
-from unclip_jax.paths import cache_folder, is_remote, store_errors, user_path
+from unclip_jax.paths import cache_folder, is_remote, store_errors, user_path, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -463,18 +463,11 @@ def _cached_index(key: str, build: Callable[[], Index], cache_dir: str | None) -
     np.savez(buffer, shard=index.shard, offset=index.offset, length=index.length, n_filtered=index.n_filtered)
     data = buffer.getvalue()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_atomically(file, data)
-        _write_atomically(beside, hashlib.sha256(data).hexdigest().encode() + b"\n")
+        write_whole(file, data)
+        write_whole(beside, hashlib.sha256(data).hexdigest() + "\n")
     except OSError as error:
         log.warning("cannot cache the index in %s (%s): the next run indexes again; set UNCLIP_CACHE", directory, one_line(error))
     return index
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}-{threading.get_ident()}")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def _sharded_source(name: str, shards: Sequence[str], index: Index, parse: Callable, filters: Filters, checksum: str) -> Source:

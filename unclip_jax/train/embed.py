@@ -26,7 +26,7 @@ from unclip_jax.data.pipeline import DATA_ERRORS, MAX_LOGGED, MIN_BAD, BadDataEr
 from unclip_jax.data.sources import Source, one_line
 from unclip_jax.data.tokenizer import caption_arrays
 from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.paths import check_store, store_errors, user_path
+from unclip_jax.paths import check_store, store_errors, user_path, write_json
 from unclip_jax.sharding import BATCH, compute_dtype
 from unclip_jax.train import common
 from unclip_jax.train.pca import explained, principal_components
@@ -246,7 +246,7 @@ def _check_plan(out: Any, plan: dict) -> None:
         raise ValueError(f"{out} exists and holds no embeddings; name another folder")
     common.wait_for_hosts("embed_plan")
     if jax.process_index() == 0 and not begun:
-        embeddings.write_json(file, plan)
+        write_json(file, plan)
 
 
 def _finished(folder: Any) -> dict | None:
@@ -287,7 +287,7 @@ def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -
     config = {"kind": "pca", "embed_dim": len(mean), "dims": len(mean), "clip": plan["clip"]}
     part = Part(config, {name: np.asarray(value, np.float32) for name, value in codec.items()})
     save_bundle(Bundle({"pca": part}, towers.clip.tokenizer.config(), {}, {"embedded": source.name, "images": images}), out / "codec")
-    embeddings.write_json(
+    write_json(
         out / "manifest.json",
         plan
         | {

@@ -49,10 +49,17 @@ class _Op:
     @functools.cached_property
     def sizes(self) -> list[tuple[float, bool]]:  # of every array: its bytes, and whether it lies in main memory
         def size(dtype: str, dims: str) -> float:
-            bits = {"pred": 8, "token": 0}.get(dtype) if dtype in ("pred", "token") else int(re.search(r"\d+", dtype)[0])
-            return math.prod(int(n) for n in dims.split(",") if n) * bits / 8
+            bits = re.search(r"\d+", {"pred": "8", "token": "0"}.get(dtype, dtype))[0]
+            return math.prod(int(n) for n in dims.split(",") if n) * int(bits) / 8
 
         return [(size(dtype, dims), space in ("", "0")) for dtype, dims, space in _ARRAY.findall(self.shape)]
+
+    @property
+    def made(self) -> list[tuple[float, bool]]:  # of a collective: its results, of all `sizes`
+        count = len(self.operands)
+        if self.kind in ("all-gather-start", "collective-permute-start", "reduce-scatter-start") and len(self.sizes) > count:
+            return self.sizes[count : 2 * count]  # of (operands, results, flags)
+        return self.sizes
 
     @functools.cached_property
     def size(self) -> float:
@@ -152,9 +159,7 @@ class Program:
         if not op.collective or op.channel in seen:
             return 0.0
         seen.add(op.channel)
-        started = op.kind != op.collective and len(op.sizes) > 1  # (operand, result, flags)
-        result = (op.sizes[1][0] if op.sizes[1][1] else 0.0) if started else op.main
-        return result + sum(body[name].main for name in op.operands if name in body)
+        return sum(size for size, main in op.made if main) + sum(body[name].main for name in op.operands if name in body)
 
     def _read(self, body: dict[str, _Op], op: _Op, i: int) -> float:
         # Bytes of main memory that an operation reads of its operand i.
@@ -215,15 +220,12 @@ def _closing(text: str) -> int:
 
 
 def _arriving(op: _Op, kind: str) -> float:
-    sizes = [size for size, _ in op.sizes]
-    if op.kind != op.collective and len(sizes) > 1:  # (operand, result, flags), or the result alone
-        sizes = {"all-reduce": sizes[:1], "all-to-all": sizes}.get(kind, sizes[1:2])
     ways = _ways(op.line)
     share = (ways - 1) / ways if ways > 1 else 1.0
-    if kind == "reduce-scatter" and op.collective == "reduce-scatter":
-        sizes = [size * ways for size in sizes]
+    if kind == "reduce-scatter" and op.collective == "reduce-scatter":  # it makes one way's share of what is reduced
+        share *= ways
     factor = {"all-gather": share, "reduce-scatter": share, "all-reduce": 2 * share, "all-to-all": share}.get(kind, 1.0)
-    return sum(sizes) * factor
+    return sum(size for size, _ in op.made) * factor
 
 
 def _ways(line: str) -> int:
