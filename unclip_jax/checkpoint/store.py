@@ -51,7 +51,7 @@ class CheckpointStore:
         if self.latest() == step:
             return
         items = {"state": {"step": state.step, "params": state.params, "opt_state": state.opt_state}, "ema_params": state.ema_params}
-        sums = {name: int(_checksum(tree)) for name, tree in items.items()}
+        sums = {name: _checksum(tree) for name, tree in items.items()}
         saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta | {"checksums": sums}), **saved))
 
@@ -100,19 +100,21 @@ class CheckpointStore:
         self.manager.close()
 
 
-@jax.jit
-def _checksum(tree: Any) -> jax.Array:
+def _checksum(tree: Any) -> int:
     # The sum of all bits read as integers, modulo 2^32: the same however they are spread, another when a byte is.
-    total = jnp.uint32(0)
-    for i, leaf in enumerate(jax.tree.leaves(tree)):
-        bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
-        total += jnp.uint32(2 * i + 1) * jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
-    return total
+    sums = jax.device_get([_bits(leaf) for leaf in jax.tree.leaves(tree)])  # a program a shape: one of them all takes long to compile
+    return sum((2 * i + 1) * int(bits) for i, bits in enumerate(sums)) % 2**32
+
+
+@jax.jit
+def _bits(leaf: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
+    return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
 
 
 def _check(meta: dict, items: dict[str, Any]) -> None:
     for name, tree in items.items():
-        if meta.get("checksums", {}).get(name, expected := int(_checksum(tree))) != expected:
+        if meta.get("checksums", {}).get(name, expected := _checksum(tree)) != expected:
             raise ValueError(f"the values of {name} are not those that were written")
 
 
