@@ -1,9 +1,12 @@
 """Every stage on the embedded data: it learns, resumes bit for bit, and does not depend on the mesh."""
 
+import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,8 +15,10 @@ from unclip_jax import sharding
 from unclip_jax.checkpoint.bundle import load_bundle
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.main import main
-from unclip_jax.data import ops
-from unclip_jax.train import common
+from unclip_jax.diffusion.losses import training_tables
+from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.generate import TextConditioning
+from unclip_jax.train import common, decoder
 
 
 @pytest.fixture(params=list(STAGES))
@@ -133,9 +138,8 @@ def test_init_from_a_run(tiny_run, tmp_path):
     assert load_run(tmp_path / "run")[0]["provenance"]["initialised_from"]["step"] == STEPS
 
 
-def test_a_decoder_is_fine_tuned_to_inpaint(tiny_run, tmp_path, monkeypatch):
-    """It starts as the ordinary decoder, blind to what is known; training opens its eyes. Its own weights are preferred to start from.
-    Where all is known there is nothing to learn."""
+def test_a_decoder_is_fine_tuned_to_inpaint(tiny_run, tmp_path):
+    """It starts as the ordinary decoder, blind to what is known; training opens its eyes. Its own weights are preferred to start from."""
     from unclip_jax.train.decoder import load_widened
 
     source = tiny_run("decoder")
@@ -146,15 +150,31 @@ def test_a_decoder_is_fine_tuned_to_inpaint(tiny_run, tmp_path, monkeypatch):
     assert kernel.shape[2] == 7 and not kernel[:, :, 3:].any()
     run = tmp_path / "decoder_inpaint"
     train_tiny("decoder", run, str(source), model__inpaint=True, steps=3, eval_every=3)
-    with monkeypatch.context() as patch:
-        patch.setattr(ops, "random_mask", lambda size, rng: np.ones((size, size, 1), bool))
-        train_tiny("decoder", tmp_path / "known", str(source), model__inpaint=True, steps=3, eval_every=0, diffusion__vb_weight=0.0)
-    assert losses(tmp_path / "known") == [0.0] * 3
     meta, trained, _ = load_run(run)
     assert meta["name"] == "decoder_inpaint" and meta["part"]["model"]["inpaint"]
     assert np.abs(trained["unet"]["conv_in"]["kernel"][:, :, 3:]).min() > 0
     again, _ = load_widened(run, "decoder_inpaint")
     jax.tree.map(np.testing.assert_array_equal, again.params, trained)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("inpaint", [False, True])
+def test_what_the_decoder_loss_teaches(inpaint, frozen):
+    """The network's answer, but where the image is known nothing; its text encoder, unless that is frozen."""
+    known = np.broadcast_to(np.arange(8) < 5, (2, 8, 8))[..., None]
+    image, noise = np.random.default_rng(0).normal(size=(2, 2, 8, 8, 3)).astype(np.float32)
+    caption = TextConditioning(jnp.ones((2, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 3), bool))
+    clip = SimpleNamespace(image=lambda params, batch: jnp.ones((2, 4)), text=lambda params, batch: caption, empty=None)
+    answers = SimpleNamespace(text=None, apply=lambda variables, *_, **__: variables["params"]["unet"] + variables["params"]["text"])
+    settings = {"diffusion": {"prediction": "v"}, "freeze_text": frozen, "drop_embedding": 0.1, "drop_text": 0.5}
+    loss = functools.partial(
+        decoder.loss_fn, rng=jax.random.key(0), batch={"image": image} | ({"known": known} if inpaint else {}),
+        frozen={"clip": None}, clip=clip, model=answers, tables=training_tables(make_schedule("cosine", 1000)), **settings,
+    )  # fmt: skip
+    taught = jax.grad(lambda params: loss(params)[0])({"unet": noise, "text": np.zeros_like(noise)})
+    unknown = np.broadcast_to(~known | (not inpaint), noise.shape)
+    np.testing.assert_array_equal(taught["unet"] != 0, unknown)
+    np.testing.assert_array_equal(taught["text"] != 0, unknown & (not frozen))
 
 
 def test_bundle_of_runs(tiny_run, tmp_path, capsys):

@@ -21,7 +21,7 @@ from unclip_jax.train import common
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-LONG = ("steps=5000", "eval_every=0", "data.backend=numpy")
+LONG = ("steps=5000", "eval_every=0", "data.backend=numpy", "track.tensorboard=false", "model.unet.channel_mult=(1,)")
 RUN = """
 import sys
 import jax
@@ -33,7 +33,7 @@ from unclip_jax.train import upsampler
 if count > 1:  # on a pod, too, a host's devices need not be neighbours on the mesh
     make_mesh, devices = upsampler.make_mesh, jax.devices()
     upsampler.make_mesh = lambda shape: make_mesh(shape, devices[::2] + devices[1::2])
-train_tiny("upsampler_16", workdir, **eval(sys.argv[5]))
+train_tiny("upsampler_16", workdir, track__tensorboard=False, **eval(sys.argv[5]))  # it would wait for TensorFlow
 """
 
 
@@ -200,7 +200,7 @@ class Hanging:
     def close(self): self.inner.close()
 
 common.batches = lambda *args: Hanging(original(*args))
-train_tiny("upsampler_16", sys.argv[1], eval_every=0, checkpoint_every=2, watchdog=3.0)
+train_tiny("upsampler_16", sys.argv[1], eval_every=0, checkpoint_every=2, watchdog=3.0, track__tensorboard=False)
 """
 
 
