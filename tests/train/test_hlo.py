@@ -84,6 +84,28 @@ def test_collectives_behind_fusions():
     assert program.traffic() == 2 * 128 * 64 * 4 + 256 * 64 * 2 + 2 * 64 * 16 * 2
 
 
+CROSSING = """
+ENTRY %main (a: f32[16,8]) -> f32[16,8] {
+  %a = f32[16,8]{1,0:T(8,128)} parameter(0)
+  %after = token[] after-all()
+  %out = (f32[16,8]{1,0:T(8,128)}, u32[], token[]) send(%a, %after), channel_id=3, is_host_transfer=true, ATTRIBUTES
+  %in = (f32[16,8]{1,0:T(8,128)}, u32[], token[]) recv(%after), channel_id=2, is_host_transfer=true, ATTRIBUTES
+  %sent = token[] send-done(%out), channel_id=3, is_host_transfer=true, ATTRIBUTES
+  %received = (f32[16,8]{1,0:T(8,128)}, token[]) recv-done(%in), channel_id=2, is_host_transfer=true, ATTRIBUTES
+  ROOT %other = f32[16,8]{1,0:T(8,128)} get-tuple-element(%received), index=0
+}
+""".replace("ATTRIBUTES", 'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}')
+
+
+def test_what_crosses_from_slice_to_slice():
+    """What the hosts receive of other slices counts there, and not among the collectives; what is sent is read, what comes is written."""
+    program = Program(CROSSING)
+    assert program.between_slices() == (1, 16 * 8 * 4) and program.collectives() == {}
+    assert program.traffic() == 16 * 8 * 4 + 16 * 8 * 4 + 4
+    elsewhere = Program(CROSSING.replace("megascale", "other"))
+    assert elsewhere.between_slices() == (0, 0)
+
+
 COPIES = """
 ENTRY %main (a: f32[64,32], b: f32[1,32], i: s32[]) -> f32[64,32] {
   %a = f32[64,32]{1,0} parameter(0)

@@ -75,6 +75,10 @@ def describe(report, topology: str) -> str:
     lines.append(f"bytes moved a device: {report.traffic / gib:.1f} GiB")
     for kind, (times, size) in sorted(report.collectives.items()):
         lines.append(f"{kind}: {times} a step, {size / gib:.3f} GiB arrive at a device")
+    times, size = report.between_slices
+    if times:
+        unknown = "" if report.chip is None or report.chip.network else ", in a time that is not known"
+        lines.append(f"between slices: {times} a step, {size / gib:.3f} GiB arrive at a device{unknown}")
     if report.chip is not None:
         took = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in report.seconds.items())
         lines.append(f"roofline, ms: {took}; limited by {report.limit}, MFU at most {100 * report.mfu:.0f}%")

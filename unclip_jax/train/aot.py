@@ -42,7 +42,7 @@ class Report:
     chip: None where the device's peaks are not known (CPU); parameters, averages, optimizer, frozen: bytes of the state's parts and of the
     frozen networks; batch: of the input; temporary: of everything computed on the way; flops, model_flops: of a whole step on all devices,
     with and without what remat computes twice; traffic: bytes of main memory read and written; collectives: kind -> (times, bytes that
-    arrive). Of a sampler, a step is one call of it.
+    arrive) within a slice; between_slices: the same from other slices. Of a sampler, a step is one call of it.
     """
 
     devices: int
@@ -59,6 +59,7 @@ class Report:
     model_flops: float
     traffic: float
     collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
+    between_slices: tuple[int, int] = (0, 0)
 
     @property
     def memory(self) -> int:
@@ -70,11 +71,12 @@ class Report:
         """What a step takes of each resource at its peak; nothing where the peaks are not known."""
         if self.chip is None:
             return {}
-        links = sum(size for _, size in self.collectives.values())
+        links, crossing = sum(size for _, size in self.collectives.values()), self.between_slices[1]
         return {
             "arithmetic": self.flops / self.devices / self.chip.flops,
             "memory": self.traffic / self.chip.bandwidth,
             "links": links / self.chip.links,
+            **({"network": crossing / self.chip.network} if crossing and self.chip.network else {}),
         }
 
     @property
@@ -307,6 +309,7 @@ def _compile(
         model_flops=operations if model_flops is None else model_flops,
         traffic=moved.traffic(),
         collectives=moved.collectives(),
+        between_slices=moved.between_slices(),
     )
     return report, compiled
 

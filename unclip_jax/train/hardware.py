@@ -8,21 +8,23 @@ from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
-    """One chip's peaks: flops (bfloat16) and bytes per second of memory and of all its links one way; memory in bytes."""
+    """One chip's peaks: flops (bfloat16) and bytes per second of memory, of all its links one way, and of its share of the network between
+    slices (None where the vendor does not say); memory in bytes."""
 
     name: str
     flops: float
     memory: float
     bandwidth: float
     links: float
+    network: float | None = None
 
 
 # The vendors' specifications, by the platform's name of the device.
 CHIPS = {
     "TPU v4": Chip("v4", 275e12, 32e9, 1228e9, 300e9),
-    "TPU v5 lite": Chip("v5e", 197e12, 16e9, 819e9, 200e9),
-    "TPU v5": Chip("v5p", 459e12, 95e9, 2765e9, 600e9),
-    "TPU v6 lite": Chip("v6e", 918e12, 32e9, 1640e9, 448e9),
+    "TPU v5 lite": Chip("v5e", 197e12, 16e9, 819e9, 200e9, 3.125e9),
+    "TPU v5": Chip("v5p", 459e12, 95e9, 2765e9, 600e9, 6.25e9),
+    "TPU v6 lite": Chip("v6e", 918e12, 32e9, 1638e9, 400e9, 12.5e9),
     "NVIDIA A100-SXM4-80GB": Chip("a100", 312e12, 80e9, 2039e9, 300e9),
     "NVIDIA H100 80GB HBM3": Chip("h100", 989e12, 80e9, 3350e9, 450e9),
     "NVIDIA H200": Chip("h200", 989e12, 141e9, 4800e9, 450e9),

@@ -3,7 +3,7 @@
 The compiler's own cost analysis counts a loop's body once and takes arrays that never leave the chip for memory traffic; here loops count
 as often as they turn, and only arrays in main memory count. Some collectives XLA for TPU writes in other words, and they are read so:
 one that runs behind several fusions stands in each of them, with one channel, and counts once; a fusion of an all-reduce and of a device's
-slice of the sum ("all-reduce-scatter") is a reduce-scatter.
+slice of the sum ("all-reduce-scatter") is a reduce-scatter; what crosses from slice to slice is sent and received by the hosts.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*|token)\[([\d,]*)\](?:\{[^}]*?(?
 _CALLED = re.compile(
     r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
+_RECEIVED = "recv"
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier"}
 _SLICES = {"dynamic-slice", "slice", "gather", "slice-start"}
 
@@ -94,9 +95,15 @@ class Program:
         """Kind -> (how often a device takes part in a step, bytes that arrive there)."""
         found: dict[str, tuple[int, int]] = {}
         for (kind, _), (times, size) in self._links(self._entry).items():
-            before = found.get(kind, (0, 0))
-            found[kind] = before[0] + times, before[1] + times * size
+            if kind != _RECEIVED:
+                before = found.get(kind, (0, 0))
+                found[kind] = before[0] + times, before[1] + times * size
         return found
+
+    def between_slices(self) -> tuple[int, int]:
+        """How often a device receives from other slices in a step, and the bytes that arrive there, which `collectives` leaves out."""
+        received = [found for (kind, _), found in self._links(self._entry).items() if kind == _RECEIVED]
+        return sum(times for times, _ in received), sum(times * size for times, size in received)
 
     def traffic(self) -> float:
         """Bytes that a device reads from and writes to its main memory in a step."""
@@ -111,6 +118,8 @@ class Program:
             if op.collective:
                 kind = "reduce-scatter" if op.collective == "all-reduce" and self._scattered(body, op) else op.collective
                 found[kind, op.channel] = 1, int(_arriving(op, kind))
+            elif op.kind == _RECEIVED and "megascale" in op.line:  # (array, flags, token)
+                found[op.kind, op.channel] = 1, int(op.sizes[0][0])
             turns = self._turns(op) if op.kind == "while" else 1
             for inner in op.called:
                 for key, (times, size) in self._links(inner).items():
@@ -185,7 +194,7 @@ class Program:
 
     def _written(self, body: dict[str, _Op], op: _Op) -> float:
         # Bytes of main memory that an operation writes.
-        if op.kind in _FREE or op.kind.endswith(("-done", "-update")) or op.collective:
+        if op.kind in _FREE or op.kind == "send" or op.kind.endswith(("-done", "-update")) or op.collective:
             return 0.0
         if op.kind in ("copy-start", "slice-start"):  # (result, operand, flags); (operand, result, flags)
             size, main = op.sizes[op.kind == "slice-start"]
