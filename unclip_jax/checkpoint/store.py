@@ -6,9 +6,12 @@ frozen network is read without its optimizer, and `meta` (JSON: stage, configura
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -47,13 +50,28 @@ class CheckpointStore:
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any, meta: dict) -> None:
-        """Writes a checkpoint in the background; a step already written is left alone. `state` is a TrainState."""
+        """Writes a checkpoint in the background; a step already written is left alone. `state` is a TrainState.
+
+        Raises:
+          OSError: when this or the one before could not be written, naming the newest that is whole.
+        """
         if self.latest() == step:
             return
         items = {"state": {"step": state.step, "params": state.params, "opt_state": state.opt_state}, "ema_params": state.ema_params}
         sums = {name: _checksum(tree) for name, tree in items.items()}
         saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta | {"checksums": sums}), **saved))
+        with self._writing():
+            self.manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta | {"checksums": sums}), **saved))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            found, whole = re.search(r"OS error \d+: \w+ ([^\]]*)", str(error)), self.manager.all_steps(read=True)
+            why = found[1] if found else _line(error)
+            newest = f"{max(whole)} is the newest whole one, and the same command goes on from it" if whole else "there is none yet"
+            raise OSError(f"a checkpoint could not be written in {self.manager.directory}: {why}; {newest}") from error
 
     def meta(self, step: int) -> dict:
         """The JSON of a checkpoint."""
@@ -95,8 +113,9 @@ class CheckpointStore:
         ) from error
 
     def close(self) -> None:
-        """Waits for writes under way."""
-        self.manager.wait_until_finished()
+        """Waits for writes under way. Raises OSError, as `save`."""
+        with self._writing():
+            self.manager.wait_until_finished()
         self.manager.close()
 
 

@@ -48,8 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     when a training run was told to stop (SIGTERM) or hangs: what was done is saved, and the same command goes on."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("absl", "jax", "orbax", "tensorflow"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    debug = bool(os.environ.get("UNCLIP_DEBUG"))
+    for noisy in ("absl", "asyncio", "jax", "orbax", "tensorflow"):  # the errors of Orbax's threads come to us as well, in one line
+        logging.getLogger(noisy).setLevel(logging.CRITICAL if noisy in ("absl", "asyncio") and not debug else logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         importlib.import_module(VERBS[args.verb][0]).run(args)
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         if isinstance(error, EXPECTED) or is_store_error(error):
-            if os.environ.get("UNCLIP_DEBUG"):
+            if debug:
                 raise
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
             line = " ".join(str(text).split())
