@@ -76,21 +76,34 @@ def test_dry_run_prints_what_would_run(kind, image, hosts):
 
 
 def test_from_nothing_to_a_run_that_is_started_again(hosts, tmp_path):
-    """Two slices: created, set up with this commit, trained on both; status 75 starts the command again, another one ends it."""
+    """Two slices: created, set up with this commit, trained on both: started, and left, at once; a killed one is started again, one
+    that ends by a mistake is not, one that is told to stop saves and ends, and none is started twice."""
     two = ["--slices", "2", *ZONE]
     assert tpu("create", "pod", "--type", "v5litepod-16", *two).returncode == 0
     assert sorted(p.name for p in hosts.iterdir() if p.is_dir()) == ["pod-0", "pod-1"]
     assert tpu("status", "pod", *two).stdout.strip() == "ACTIVE"
-    # On the host: python3 makes an environment whose pip and unclip are stand-ins.
+    # On the host: python3 makes an environment whose pip and unclip are stand-ins. The third time unclip works until it is told to stop.
     fake = tmp_path / "bin" / "python3"
     fake.write_text(
         """#!/bin/bash
+[ "$1" = -c ] || [ "$1" = --version ] && exit 0
 [ "$1 $2" = "-m venv" ] || exit 9
 mkdir -p $3/bin
-printf '#!/bin/bash\\necho pip "$@" >> ../pips\\n' > $3/bin/pip
-run='echo "$@" >> ../runs\\n[ $(wc -l < ../runs) -lt 3 ] && exit 75\\necho the end\\ntouch ../ended\\nexit 3\\n'
-printf "#!/bin/bash\\n$run" > $3/bin/unclip
+printf '#!/bin/bash\\necho "$@" >> ../pips\\n' > $3/bin/python
+cp $(dirname $0)/unclip $3/bin/unclip
 chmod +x $3/bin/*
+"""
+    )
+    (tmp_path / "bin" / "unclip").write_text(
+        """#!/bin/bash
+echo "$@" >> ../runs
+case $(wc -l < ../runs) in
+  1) exit 75;;
+  2) kill -KILL $$;;
+  3) trap 'touch ../saved; exit 75' TERM; touch ../working; while :; do sleep 0.05; done;;
+esac
+echo the end
+exit 1
 """
     )
     fake.chmod(0o755)
@@ -98,24 +111,36 @@ chmod +x $3/bin/*
     assert done.returncode == 0, done.stderr
     for node in ("pod-0", "pod-1"):
         assert (hosts / node / "unclip_jax" / "setup.py").is_file()
-        assert "-e .[tpu]" in (hosts / node / "pips").read_text()
-    run = tpu("run", "pod", *two, "--", "configs/dalle2/decoder.py", "--workdir", "/mnt/my runs/decoder", "--set", "steps=5")
-    assert run.returncode == 0, run.stderr
+        assert f"-e {hosts / node / 'unclip_jax'}[tpu]" in (hosts / node / "pips").read_text()
+    command = ["run", "pod", *two, "--", "configs/dalle2/decoder.py", "--workdir", "/mnt/my runs/decoder", "--set", "steps=5"]
+    try:
+        run = tpu(*command)
+        assert run.returncode == 0, run.stderr
+        wait_for(hosts / "pod-0" / "working", hosts / "pod-1" / "working")
+        again = tpu(*command)
+        assert again.returncode == 0 and again.stdout.splitlines() == ["a run is going on here"] * 2
+    finally:
+        assert tpu("stop", "pod", *two).returncode == 0
     for node in ("pod-0", "pod-1"):
-        wait_for(hosts / node / "ended")
+        wait_for(hosts / node / "saved")
+        free = ["flock", "--wait", "20", str(hosts / node / "unclip_jax" / ".running"), "true"]
+        assert subprocess.run(free).returncode == 0
+    assert tpu(*command).returncode == 0
+    for node in ("pod-0", "pod-1"):
+        seen = f"until grep -q 'the end' {hosts / node}/unclip_jax/train.log; do sleep 0.05; done"
+        assert subprocess.run(["timeout", "20", "bash", "-c", seen]).returncode == 0
         lines = (hosts / node / "runs").read_text().splitlines()
-        assert lines == ["train configs/dalle2/decoder.py --workdir /mnt/my runs/decoder --set steps=5 --distributed"] * 3
-        assert "the end" in (hosts / node / "unclip_jax" / "train.log").read_text()
+        assert lines == ["train configs/dalle2/decoder.py --workdir /mnt/my runs/decoder --set steps=5 --distributed"] * 4
     shown = tpu("run", "pod", *two, "--dry-run", "--", "embed", "--clip", "gs://b/clip", "--data", "name=emoji", "--out", "gs://b/embedded")
     assert shown.returncode == 0 and "unclip embed --clip gs://b/clip --data name=emoji --out gs://b/embedded --distributed" in shown.stdout
     assert tpu("delete", "pod", *two).returncode == 0
     assert "--force --quiet" in (hosts / "calls").read_text().splitlines()[-1]
 
 
-def wait_for(path):
+def wait_for(*paths):
     end = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < end, path
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < end, paths
         time.sleep(0.05)
 
 
