@@ -93,7 +93,7 @@ def check_store(path: str | os.PathLike) -> None:
         raise ImportError('paths that begin with gs:// need Google\'s client: pip install "unclip_jax[gcs]"') from None
     bucket = os.fspath(path).partition("://")[2].partition("/")[0]
     try:
-        storage.Client().get_bucket(bucket, retry=None, timeout=60)
+        next(iter(storage.Client().list_blobs(bucket, max_results=1, retry=None, timeout=60)), None)
     except Exception as error:  # the client's and the network's are many
         raise OSError(f"{os.fspath(path)} cannot be reached ({' '.join(str(error).split())[:300]})") from None
 

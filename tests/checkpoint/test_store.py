@@ -39,6 +39,33 @@ def test_a_full_disk(tmp_path):
     assert load_run(tmp_path)[2] == 2
 
 
+def test_what_is_out_of_reach_is_not_damaged(tmp_path, monkeypatch):
+    """A store that does not answer ends the run, and nothing is removed; a damaged description is passed over like damaged values."""
+    store, template = CheckpointStore(tmp_path), state_of(0)
+    for step in (1, 2):
+        store.save(step, state_of(step), {"name": str(step)})
+    store.manager.wait_until_finished()
+    shardings = jax.tree.map(lambda x: x.sharding, template)
+    for error in (ValueError("UNAVAILABLE: Error reading: 503"), PermissionError(13, "Permission denied")):
+        with monkeypatch.context() as patch:
+            patch.setattr(store.manager, "restore", raising(error))
+            with pytest.raises(OSError, match="checkpoint 2 in .* cannot be reached"):
+                store.restore(template, shardings)
+        assert sorted(store.manager.all_steps()) == [1, 2]
+    meta = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
+    meta.write_text(meta.read_text()[:-5])
+    assert store.newest_meta()["name"] == "1"
+    assert store.restore(template, shardings)[1] == 1 and store.manager.all_steps() == [1]
+    store.close()
+
+
+def raising(error):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
+
+
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     """One line, before anything is trained."""
     (tmp_path / "file").write_text("")

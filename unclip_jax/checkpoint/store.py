@@ -73,12 +73,19 @@ class CheckpointStore:
             newest = f"{max(whole)} is the newest whole one, and the same command goes on from it" if whole else "there is none yet"
             raise OSError(f"a checkpoint could not be written in {self.manager.directory}: {why}; {newest}") from error
 
+    def newest_meta(self) -> dict:
+        """The JSON of the newest checkpoint where it can be read. Raises ValueError when it is damaged in all of them."""
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            with contextlib.suppress(ValueError, KeyError, FileNotFoundError):
+                return self.meta(step)
+        raise ValueError(f"every checkpoint in {self.manager.directory} is damaged; use another workdir")
+
     def meta(self, step: int) -> dict:
         """The JSON of a checkpoint."""
         return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore(self, state: Any, shardings: Any) -> tuple[Any, int]:
-        """Reads the newest checkpoint that can be read onto the mesh; newer ones that cannot are then removed.
+        """Reads the newest whole checkpoint onto the mesh; newer ones that are damaged are then removed.
 
         Args:
           state: a TrainState (arrays or shapes) of the expected structure.
@@ -88,7 +95,8 @@ class CheckpointStore:
           The state and its step.
 
         Raises:
-          ValueError: when no checkpoint can be read, as they hold another model, or are damaged.
+          ValueError: when no checkpoint can be read, as they hold another model, or are damaged; OSError: when one is out of reach for now,
+            which says nothing of what it holds.
         """
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
         wanted = ocp.args.Composite(
@@ -101,6 +109,8 @@ class CheckpointStore:
                 items = self.manager.restore(step, args=wanted)
                 _check(self.meta(step), {name: items[name] for name in ("state", "ema_params")})
             except (ValueError, KeyError, OSError) as error:
+                if _out_of_reach(error):
+                    raise OSError(f"checkpoint {step} in {self.manager.directory} cannot be reached ({_line(error)})") from error
                 failed[step] = error
                 continue
             for damaged, error in failed.items():  # the older one has the same shapes, so it is the file
@@ -135,6 +145,14 @@ def _check(meta: dict, items: dict[str, Any]) -> None:
     for name, tree in items.items():
         if meta.get("checksums", {}).get(name, expected := _checksum(tree)) != expected:
             raise ValueError(f"the values of {name} are not those that were written")
+
+
+def _out_of_reach(error: Exception) -> bool:
+    # The disk's or the store's trouble, which may pass, and not the checkpoint's.
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)
+    codes = r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED)\b"
+    return re.search(codes, str(error)) is not None
 
 
 def _line(error: Exception) -> str:
