@@ -192,3 +192,25 @@ def test_every_config_has_its_variants(path):
     assert full.stage == tiny.stage and set(full.to_dict()) == set(tiny.to_dict())
     assert tiny.steps < full.steps
     assert f"unclip train configs/{path.relative_to(ROOT / 'configs')}" in path.read_text()
+
+
+def test_errors_of_a_program_are_not_another_hosts(monkeypatch, capsys):
+    """On several hosts what XLA says of a program ends the run; anything else of it is a lost host, and the command is to be started again."""
+    from unclip_jax.cli import train
+    from unclip_jax.train.common import RESTART
+
+    class Left(BaseException):
+        pass
+
+    def leave(status):
+        raise Left(status)
+
+    monkeypatch.setattr("os._exit", leave)
+    command = ["train", "configs/emoji/clip.py:tiny", "--workdir", "unused", "--distributed"]
+    for said, status in (("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm", 1), ("UNAVAILABLE: socket closed", RESTART)):
+        monkeypatch.setattr(train, "run", lambda args, said=said: (_ for _ in ()).throw(RuntimeError(said)))
+        try:
+            left = main(command)
+        except Left as end:
+            (left,) = end.args
+        assert left == status and said in capsys.readouterr().err

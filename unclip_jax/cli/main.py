@@ -11,6 +11,7 @@ import sys
 import unclip_jax
 from unclip_jax.paths import is_store_error
 
+OURS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")  # what XLA says of a program, and not of another host
 EXPECTED = (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, MemoryError, ArithmeticError)
 
 # verb -> (module, what it does)
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         print("unclip: stopped", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, EXPECTED) or is_store_error(error):
+        if isinstance(error, EXPECTED) or is_store_error(error) or str(error).startswith(OURS):
             if debug:
                 raise
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
