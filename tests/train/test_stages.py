@@ -149,7 +149,8 @@ def test_a_decoder_is_fine_tuned_to_inpaint(tiny_run, tmp_path):
     np.testing.assert_array_equal(kernel[:, :, :3], ordinary["unet"]["conv_in"]["kernel"])
     assert kernel.shape[2] == 7 and not kernel[:, :, 3:].any()
     run = tmp_path / "decoder_inpaint"
-    train_tiny("decoder", run, str(source), model__inpaint=True, steps=3, eval_every=3)
+    # On eight devices: sizes that do not divide over them are rounded up.
+    train_tiny("decoder", run, str(source), model__inpaint=True, steps=3, eval_every=3, eval__batch_size=5, eval__samples=3)
     meta, trained, _ = load_run(run)
     assert meta["name"] == "decoder_inpaint" and meta["part"]["model"]["inpaint"]
     assert np.abs(trained["unet"]["conv_in"]["kernel"][:, :, 3:]).min() > 0

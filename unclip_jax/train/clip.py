@@ -164,8 +164,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         for name, held_out in evaluations.items():
             rows = []
             example_eval = functools.partial(example, training=False)
-            for batch, valid in pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows):
-                image, text = encode(state.ema_params, shard_batch(batch, mesh, whole=True))
+            for batch, valid in common.eval_batches(held_out, example_eval, mesh, config.eval.batch_size, config.eval.rows):
+                image, text = encode(state.ema_params, batch)
                 rows.append((common.crossed(image)[:valid], common.crossed(text)[:valid]))
             image, text = (np.concatenate(column) for column in zip(*rows))
             figures[f"{name}_retrieval_at_1"] = retrieval_at_1(image, text, config.eval.candidates)

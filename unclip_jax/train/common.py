@@ -41,7 +41,7 @@ from unclip_jax.generate import TextConditioning, build_model, encode_text
 from unclip_jax.grid import save_grid
 from unclip_jax.models.clip import CLIP
 from unclip_jax.paths import absolute, is_remote, local_copy, put_folder, store_errors, user_path, write_whole
-from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_shardings, make_gather, own_rows, path_name
+from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_shardings, make_gather, own_rows, path_name, shard_batch
 from unclip_jax.train.hardware import CHIPS, flops
 from unclip_jax.train.state import TrainState
 from unclip_jax.train.trackers import Trackers
@@ -187,6 +187,7 @@ class Logger:
         self.spent: dict[str, float] = {}
         self.operations = 0.0  # of a step, without what is computed twice
         self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+        self.heard = 0  # of them that are known to be done
         self.made = self.clock = time.perf_counter()
         self.clock_step = start
         self.profiled = parse_profile(profile)
@@ -222,10 +223,14 @@ class Logger:
                 self._end_trace()
         if self.bar is not None:
             self.bar.update(1)
+        while self.heard < len(self.pending) and all(value.is_ready() for value in self.pending[self.heard][1].values()):
+            self.heard += 1  # a step is done, though no record is due
+            self.watchdog.hear()
         if not due(step, self.every, self.total):
             return
         values = jax.device_get([m for _, m in self.pending])
         self.pending.clear()
+        self.heard = 0
         self.watchdog.hear()
         self._count_skipped(step, values)
         now = time.perf_counter()
@@ -475,9 +480,8 @@ def restore_or_init(
     Raises:
       ValueError: when the weights found are of another model, or a resumed run was made with another frozen CLIP.
     """
-    step = store.latest()
-    if step is not None:
-        old = store.meta(step)
+    if store.latest() is not None:
+        old = store.newest_meta()
         if old["part"].get("clip") != meta["part"].get("clip"):
             raise ValueError(
                 f"this run was trained with CLIP {old['part'].get('clip')}, but {meta['part'].get('clip')} is given now; "
@@ -670,6 +674,16 @@ def batches(
         backend=backend,
         max_bad_fraction=config.data.max_bad_fraction,
     )
+
+
+def eval_batches(
+    source: Source, make_example: pipeline.MakeExample, mesh: Mesh, batch_size: int, limit: int
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """`pipeline.eval_batches` of the first `limit` records, on the mesh: (batch, n_valid). A batch size that does not divide over the
+    devices is rounded up to one that does."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for batch, valid in pipeline.eval_batches(source, make_example, -(-batch_size // ways) * ways, limit):
+        yield shard_batch(batch, mesh, whole=True), valid
 
 
 @contextlib.contextmanager

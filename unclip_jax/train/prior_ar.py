@@ -14,7 +14,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import load_part
 from unclip_jax.checkpoint.store import CheckpointStore
-from unclip_jax.data import pipeline, sources
+from unclip_jax.data import sources
 from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
 from unclip_jax.generate import options_from, sample_prior, select_text, text_inputs
 from unclip_jax.models.prior_ar import ARPrior, Codec, cosine, dot_token, project, quantize
@@ -161,9 +161,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         for name, held_out in evaluations.items():
             rows = []
             example_eval = functools.partial(example, training=False)
-            for i, (batch, valid) in enumerate(pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows)):
-                arrays = shard_batch(batch, mesh, whole=True)
-                outs = predict(state.ema_params, frozen, arrays, step_rng(config.seed, i))
+            batches = common.eval_batches(held_out, example_eval, mesh, config.eval.batch_size, config.eval.rows)
+            for i, (batch, valid) in enumerate(batches):
+                outs = predict(state.ema_params, frozen, batch, step_rng(config.seed, i))
                 rows.append([common.crossed(out)[:valid] for out in outs])
             z_hat, z_image, z_text = (np.concatenate(column) for column in zip(*rows))
             figures |= {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.store import CheckpointStore
-from unclip_jax.data import pipeline, sources
+from unclip_jax.data import sources
 from unclip_jax.diffusion.embedding_space import normalize
 from unclip_jax.diffusion.losses import sample_noised, simple_loss, training_tables
 from unclip_jax.diffusion.process import add_noise, to_x0_eps
@@ -175,9 +175,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         for name, held_out in evaluations.items():
             rows = []
             example_eval = functools.partial(example, training=False)
-            for i, (batch, valid) in enumerate(pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows)):
-                arrays = shard_batch(batch, mesh, whole=True)
-                outs = predict(state.ema_params, frozen, arrays, step_rng(config.seed, i), errors)
+            batches = common.eval_batches(held_out, example_eval, mesh, config.eval.batch_size, config.eval.rows)
+            for i, (batch, valid) in enumerate(batches):
+                outs = predict(state.ema_params, frozen, batch, step_rng(config.seed, i), errors)
                 rows.append([common.crossed(out)[:valid] for out in outs])
             z_hat, z_image, z_text = (np.concatenate(column) for column in zip(*rows))
             figures |= {

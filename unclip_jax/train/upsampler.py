@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.store import CheckpointStore
-from unclip_jax.data import ops, pipeline, sources
+from unclip_jax.data import ops, sources
 from unclip_jax.data.degrade import bsr_light, low_resolution
 from unclip_jax.diffusion.losses import sample_noised, simple_loss, split_variance, training_tables, variational_bits
 from unclip_jax.diffusion.schedule import make_schedule
@@ -150,11 +150,10 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     def evaluate(state, step) -> dict[str, float]:
         example_eval = functools.partial(example, training=False)
         losses = []
-        for i, (batch, _) in enumerate(pipeline.eval_batches(held_out, example_eval, config.eval.batch_size, config.eval.rows)):
-            arrays = shard_batch(batch, mesh, whole=True)
-            losses.append(held_out_loss(state.ema_params, arrays, step_rng(config.seed, i)))
-        batch, valid = next(pipeline.eval_batches(held_out, example_eval, config.eval.samples))
-        images = draw(state.ema_params, shard_batch(batch, mesh, whole=True), step_rng(config.seed, step))
+        for i, (batch, _) in enumerate(common.eval_batches(held_out, example_eval, mesh, config.eval.batch_size, config.eval.rows)):
+            losses.append(held_out_loss(state.ema_params, batch, step_rng(config.seed, i)))
+        batch, valid = next(common.eval_batches(held_out, example_eval, mesh, config.eval.samples, config.eval.samples))
+        images = draw(state.ema_params, batch, step_rng(config.seed, step))
         logger.samples(step, images, captions, valid)
         return {"eval_loss": float(np.mean(jax.device_get(losses)))}
 
