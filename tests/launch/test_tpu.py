@@ -89,7 +89,7 @@ def test_from_nothing_to_a_run_that_is_started_again(hosts, tmp_path):
 [ "$1" = -c ] || [ "$1" = --version ] && exit 0
 [ "$1 $2" = "-m venv" ] || exit 9
 mkdir -p $3/bin
-printf '#!/bin/bash\\necho "$@" >> ../pips\\n' > $3/bin/python
+printf '#!/bin/bash\\n[ -e ../broken ] && exit 7\\necho "$@" >> ../pips\\n' > $3/bin/python
 cp $(dirname $0)/unclip $3/bin/unclip
 chmod +x $3/bin/*
 """
@@ -107,6 +107,9 @@ exit 1
 """
     )
     fake.chmod(0o755)
+    (hosts / "pod-1" / "broken").touch()  # what does not install is not taken for installed
+    assert tpu("setup", "pod", *two).returncode == 7
+    (hosts / "pod-1" / "broken").unlink()
     done = tpu("setup", "pod", *two)
     assert done.returncode == 0, done.stderr
     for node in ("pod-0", "pod-1"):

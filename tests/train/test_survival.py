@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,7 +22,10 @@ from unclip_jax.train import common
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-LONG = ("steps=5000", "eval_every=0", "data.backend=numpy", "track.tensorboard=false", "model.unet.channel_mult=(1,)")
+LONG = (
+    *("steps=5000", "eval_every=0", "checkpoint_every=5000", "data.backend=numpy", "track.tensorboard=false", "watchdog=20.0"),
+    "model.unet.channel_mult=(1,)",
+)
 RUN = """
 import sys
 import jax
@@ -87,7 +91,8 @@ def test_two_hosts_are_one(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("lost", [pytest.param(1, id="other"), pytest.param(0, id="coordinator", marks=pytest.mark.slow)])
 def test_a_lost_host_ends_the_others(tmp_path, lost):
-    """With a status that starts the job again: at once, or jax's own when its service of the hosts notices before a collective does."""
+    """With a status that starts the job again: at once, when the watchdog sees no step end, or jax's own when its service of the hosts
+    notices first."""
     run, port = tmp_path / "run", free_port()
     command = [sys.executable, "-m", "unclip_jax.cli.main", "train", "configs/emoji/upsampler.py:tiny", "--workdir", str(run)]
     command += ["--distributed", *(part for setting in LONG for part in ("--set", setting))]
@@ -105,7 +110,7 @@ def test_a_lost_host_ends_the_others(tmp_path, lost):
             host.kill()
     assert hosts[1 - lost].returncode in {common.RESTART, -signal.SIGABRT}, error
     if hosts[1 - lost].returncode == common.RESTART:
-        assert "another host is gone or does not answer; start the same command again" in error
+        assert "another host is gone or does not answer; start the same command again" in error or "or another host hangs" in error
 
 
 def kill_and_resume(workdir, reference, kills, seed):
@@ -212,6 +217,19 @@ def test_a_run_that_hangs_ends(tmp_path):
     assert done.returncode == common.RESTART, done.stderr
     assert "no step finished for" in done.stderr and "__next__" in done.stderr
     assert load_run(tmp_path / "run")[2] == 2
+
+
+def test_steps_are_heard_between_records(tmp_path):
+    """The watchdog wakes, and hears, when a step is done, however far the next record is; of one that is not done it hears nothing."""
+    logger = common.Logger(tmp_path, start=0, total=100, batch_size=1, every=100, name="clip", patience=60.0)
+    try:
+        logger.step(1, {"loss": SimpleNamespace(is_ready=lambda: False)})
+        assert logger.watchdog.asleep
+        logger.pending[0] = 1, {"loss": SimpleNamespace(is_ready=lambda: True)}
+        logger.step(2, {"loss": SimpleNamespace(is_ready=lambda: False)})
+        assert not logger.watchdog.asleep and logger.heard == 1
+    finally:
+        logger.close()
 
 
 def test_traced_steps(tmp_path, monkeypatch):

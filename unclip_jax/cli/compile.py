@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-ADVICE = "raise mesh.fsdp, lower --batch or raise grad_accumulation, set remat=full, optimizer.mu_dtype=bfloat16, or take more chips"
+ADVICE = "raise mesh.fsdp or (not clip's) grad_accumulation, lower --batch, set remat=full, optimizer.mu_dtype=bfloat16, or take more chips"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
