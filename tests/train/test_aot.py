@@ -90,6 +90,7 @@ def test_nothing_large_is_replicated(name):
 def test_the_command(capsys, tmp_path):
     """Its figures, and one line for every mistake."""
     arguments = ["compile", str(ROOT / "configs/dalle2/upsampler_256.py:tiny"), "--topology", "cpu:8"]
+    arguments += ["--set", "model.unet.channel_mult=(1,)"]
     assert main([*arguments, "--mesh", "data=8", "--batch", "16", "--save", str(tmp_path / "step")]) == 0
     out = capsys.readouterr().out
     assert "8 devices of cpu:8, mesh data=8 x fsdp=1 x tensor=1, batch 16" in out and "all-reduce:" in out and "operations a step" in out

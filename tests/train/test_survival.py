@@ -23,9 +23,10 @@ from unclip_jax.train import common
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 LONG = (
-    *("steps=5000", "eval_every=0", "checkpoint_every=5000", "data.backend=numpy", "track.tensorboard=false", "watchdog=20.0"),
+    *("steps=5000", "eval_every=0", "checkpoint_every=5000", "data.backend=numpy", "track.tensorboard=false", "watchdog=10.0"),
     "model.unet.channel_mult=(1,)",
 )
+SMALL = {"model__unet__channel_mult": (1,)}  # the same for `train_tiny`
 RUN = """
 import sys
 import jax
@@ -41,10 +42,18 @@ train_tiny("upsampler_16", workdir, track__tensorboard=False, **eval(sys.argv[5]
 """
 
 
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A run that was left alone."""
+    run = tmp_path_factory.mktemp("small") / "run"
+    train_tiny("upsampler_16", run, eval_every=0, **SMALL)
+    return run
+
+
 def start(workdir, index=0, count=1, port=0, devices=4, log=subprocess.PIPE, **changes):
     """A training process; on several hosts each holds `devices` devices."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FLAGS}"}
-    command = [sys.executable, "-c", RUN, f"127.0.0.1:{port}", str(count), str(index), str(workdir), repr(changes)]
+    command = [sys.executable, "-c", RUN, f"127.0.0.1:{port}", str(count), str(index), str(workdir), repr(SMALL | changes)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=log, text=True)
 
 
@@ -67,7 +76,7 @@ def wait_for_step(workdir, step, processes, timeout=240):
         time.sleep(0.02)
 
 
-def test_two_hosts_are_one(tiny_run, tmp_path):
+def test_two_hosts_are_one(small_run, tmp_path):
     """Two processes of four devices, each reading its own rows, draw the curve of one with eight; SIGTERM to one of them stops both after
     the same step; one process with eight devices goes on from what the two wrote."""
     port, run = free_port(), tmp_path / "run"
@@ -82,8 +91,8 @@ def test_two_hosts_are_one(tiny_run, tmp_path):
     assert [host.returncode for host in hosts] == [common.RESTART] * 2, errors
     meta, _, stopped = load_run(run)
     assert 3 <= stopped < STEPS and meta["name"] == "upsampler_16"
-    train_tiny("upsampler_16", run, eval_every=0)
-    curve, expected = losses(run), losses(tiny_run("upsampler_16"))
+    train_tiny("upsampler_16", run, eval_every=0, **SMALL)
+    curve, expected = losses(run), losses(small_run)
     assert len(curve) == STEPS
     np.testing.assert_allclose(curve[:stopped], expected[:stopped], rtol=1e-4)
     np.testing.assert_allclose(curve, expected, rtol=1e-3)
@@ -124,28 +133,28 @@ def kill_and_resume(workdir, reference, kills, seed):
         time.sleep(chance.uniform(0, 0.4))  # the next step, or the checkpoint being written
         process.kill()
         process.communicate()
-    train_tiny("upsampler_16", workdir, checkpoint_every=1, eval_every=0)
+    train_tiny("upsampler_16", workdir, checkpoint_every=1, eval_every=0, **SMALL)
     (_, resumed, step), (_, through, _) = load_run(workdir), load_run(reference)
     assert step == STEPS
     jax.tree.map(np.testing.assert_array_equal, resumed, through)
     assert losses(workdir) == losses(reference)
 
 
-def test_killed_at_any_moment(tiny_run, tmp_path):
+def test_killed_at_any_moment(small_run, tmp_path):
     """SIGKILL, also while a checkpoint is being written: bit for bit the parameters and the losses of a run left alone."""
-    kill_and_resume(tmp_path / "run", tiny_run("upsampler_16"), kills=2, seed=0)
+    kill_and_resume(tmp_path / "run", small_run, kills=2, seed=0)
 
 
 @pytest.mark.slow
-def test_killed_many_times(tiny_run, tmp_path):
+def test_killed_many_times(small_run, tmp_path):
     for seed in range(5):
-        kill_and_resume(tmp_path / f"run{seed}", tiny_run("upsampler_16"), kills=6, seed=seed)
+        kill_and_resume(tmp_path / f"run{seed}", small_run, kills=6, seed=seed)
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, tiny_run, caplog):
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, small_run, caplog):
     """A flipped byte in the newest one's data: the one before is used, said, and the run ends as if nothing had happened."""
     run = tmp_path / "run"
-    train_tiny("upsampler_16", run, eval_every=0, checkpoint_every=4)
+    train_tiny("upsampler_16", run, eval_every=0, checkpoint_every=4, **SMALL)
     steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
     assert steps == [8, STEPS]
     for file in (run / "checkpoints" / str(STEPS) / "state").rglob("d/*"):
@@ -153,17 +162,17 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, tiny_run, caplog):
         data[len(data) // 2] ^= 0xFF
         file.write_bytes(bytes(data))
     with caplog.at_level("WARNING", logger="unclip_jax"):
-        train_tiny("upsampler_16", run, eval_every=0, checkpoint_every=4)
+        train_tiny("upsampler_16", run, eval_every=0, checkpoint_every=4, **SMALL)
     assert f"checkpoint {STEPS} in" in caplog.text and "is damaged" in caplog.text and "going back to 8" in caplog.text
-    (_, again, step), (_, through, _) = load_run(run), load_run(tiny_run("upsampler_16"))
+    (_, again, step), (_, through, _) = load_run(run), load_run(small_run)
     assert step == STEPS
     jax.tree.map(np.testing.assert_array_equal, again, through)
 
 
-def test_changed_settings_are_printed(tmp_path, tiny_run, capsys):
+def test_changed_settings_are_printed(tmp_path, small_run, capsys):
     """A resumed run says what its configuration has and the checkpoint's had not."""
-    shutil.copytree(tiny_run("upsampler_16"), tmp_path / "run")
-    train_tiny("upsampler_16", tmp_path / "run", eval_every=0, ema_decay=0.5)
+    shutil.copytree(small_run, tmp_path / "run")
+    train_tiny("upsampler_16", tmp_path / "run", eval_every=0, ema_decay=0.5, **SMALL)
     error = capsys.readouterr().err
     assert f"going on from step {STEPS}" in error and "ema_decay was" in error and "is 0.5" in error
     assert "learning_rate was" not in error
@@ -183,7 +192,7 @@ def test_too_many_skipped_updates_stop_the_run(tmp_path, monkeypatch):
 
     wrap_batches(monkeypatch, Poisoned)
     with pytest.raises(FloatingPointError, match=r"step 7: 4 updates in a row were skipped, their .*loss.* not finite"):
-        train_tiny("upsampler_16", tmp_path / "run", eval_every=0, checkpoint_every=2)
+        train_tiny("upsampler_16", tmp_path / "run", eval_every=0, checkpoint_every=2, **SMALL)
     _, params, step = load_run(tmp_path / "run")
     assert step >= 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(params))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -205,14 +214,14 @@ class Hanging:
     def close(self): self.inner.close()
 
 common.batches = lambda *args: Hanging(original(*args))
-train_tiny("upsampler_16", sys.argv[1], eval_every=0, checkpoint_every=2, watchdog=3.0, track__tensorboard=False)
+train_tiny("upsampler_16", sys.argv[1], eval_every=0, checkpoint_every=2, watchdog=3.0, track__tensorboard=False, **eval(sys.argv[2]))
 """
 
 
 def test_a_run_that_hangs_ends(tmp_path):
     """With the stack of where it hangs, and the status to start it again; the last checkpoint is whole."""
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", HANGING, str(tmp_path / "run")]
+    command = [sys.executable, "-c", HANGING, str(tmp_path / "run"), repr(SMALL)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == common.RESTART, done.stderr
     assert "no step finished for" in done.stderr and "__next__" in done.stderr
@@ -234,7 +243,7 @@ def test_steps_are_heard_between_records(tmp_path):
 
 def test_traced_steps(tmp_path, monkeypatch):
     """A trace of the steps asked for, also when the run ends before the last of them; anything but two numbers is refused."""
-    train_tiny("upsampler_16", tmp_path / "run", eval_every=0, profile="10:20", steps=12)
+    train_tiny("upsampler_16", tmp_path / "run", eval_every=0, profile="10:20", **SMALL)
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000
     assert common.parse_profile("10:20") == (10, 20) and common.parse_profile(None) == ()

@@ -22,6 +22,11 @@ from unclip_jax.train import aot, common, hardware, trackers, upsampler
 NAME = "upsampler_16"
 
 
+def train(run, **changes):
+    """One level of the U-Net is enough: the run is watched, not what it learns."""
+    return train_tiny(NAME, run, model__unet__channel_mult=(1,), **changes)
+
+
 def figures(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -60,10 +65,10 @@ def test_mlflow(server, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         wrap_batches(patch, lambda inner: Signalling(inner, 6))
         with pytest.raises(SystemExit):
-            train_tiny(NAME, run, track__mlflow=server, track__experiment="small")
+            train(run, track__mlflow=server, track__experiment="small")
     number = (run / "mlflow_run").read_text().strip()
     assert client.get_run(number).info.status == "KILLED"
-    train_tiny(NAME, run, track__mlflow=server, track__experiment="small")
+    train(run, track__mlflow=server, track__experiment="small")
     found = client.get_run(number)
     assert found.info.status == "FINISHED" and (run / "mlflow_run").read_text().strip() == number
     assert found.info.experiment_id == client.get_experiment_by_name("small").experiment_id
@@ -97,7 +102,7 @@ def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path, monkeypatch, caplog)
             raise ConnectionError("gone")
 
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Failing)
-    train_tiny(NAME, tmp_path / "run", eval_every=0)
+    train(tmp_path / "run", eval_every=0)
     assert calls == [1, 2, 3] and [row["step"] for row in figures(tmp_path / "run")] == list(range(1, STEPS + 1))
     assert "tensorboard failed (gone); metrics.jsonl has what it missed; it is left alone from here on" in caplog.text
 
@@ -122,25 +127,25 @@ def test_wandb(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         wrap_batches(patch, lambda inner: Signalling(inner, 2))
         with pytest.raises(SystemExit):
-            train_tiny(NAME, tmp_path / "run", track__wandb="project")
-    train_tiny(NAME, tmp_path / "run", track__wandb="project")
+            train(tmp_path / "run", track__wandb="project")
+    train(tmp_path / "run", track__wandb="project")
     first, second = made
     assert first.settings["project"] == "project" and first.settings["id"] is None and second.settings["id"] == "abc"
     assert sorted(first.logged) == [1, 2] and sorted(second.logged) == list(range(3, STEPS + 1)) and (first.code, second.code) == (0, 0)
     assert second.logged[STEPS]["samples"] == ("image", str(tmp_path / "run" / "samples" / f"{STEPS:07d}.png"))
     monkeypatch.setattr(fake, "init", lambda **settings: (_ for _ in ()).throw(RuntimeError("not logged in")))
     with pytest.raises(OSError, match="cannot be used .not logged in."):
-        train_tiny(NAME, tmp_path / "other", track__wandb="project")
+        train(tmp_path / "other", track__wandb="project")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"):
-        train_tiny(NAME, tmp_path / "other", track__wandb="project")
+        train(tmp_path / "other", track__wandb="project")
 
 
 def test_what_a_record_tells_of_the_machine(tmp_path, monkeypatch):
     """Waiting for input, stalls for checkpoints and evaluations, memory; MFU where the chip's peak is known."""
     kind = jax.devices()[0].device_kind
     monkeypatch.setitem(hardware.CHIPS, kind, hardware.Chip("here", 1e12, 1e9, 1e9, 1e9))
-    train_tiny(NAME, tmp_path / "run", checkpoint_every=6, eval_every=6)
+    train(tmp_path / "run", checkpoint_every=6, eval_every=6)
     rows = [row for row in figures(tmp_path / "run") if "loss" in row]
     assert all(0 <= row["input_wait"] < 60 and row["bad_records"] == 0 and 0.05 < row["host_memory_gib"] < 64 for row in rows)
     for stall in ("checkpoint_seconds", "evaluation_seconds"):
@@ -168,12 +173,12 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     given = iter([3.0, 1.0, 2.0])
     original = common.keep_best
     monkeypatch.setattr(common, "keep_best", lambda *args: original(*args[:-1], {"eval_loss": next(given)}))
-    train_tiny(NAME, tmp_path / "run", eval_every=4, keep_best="-eval_loss")
+    train(tmp_path / "run", eval_every=4, keep_best="-eval_loss")
     meta, _, step = load_run(tmp_path / "run" / "best")
     assert step == 8 and meta["figures"] == {"eval_loss": 1.0} and load_run(tmp_path / "run")[2] == STEPS
     original(types.SimpleNamespace(keep_best="eval_loss"), tmp_path / "new", 1, None, {}, {"eval_loss": float("nan")})
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="keep_best=eval_loss needs evaluations"):
-        train_tiny(NAME, tmp_path / "new", eval_every=0, keep_best="eval_loss")
+        train(tmp_path / "new", eval_every=0, keep_best="eval_loss")
     with pytest.raises(ValueError, match="keep_best names 'cosine'; the evaluation's figures are eval_loss"):
         original(types.SimpleNamespace(keep_best="cosine"), tmp_path, 1, None, {}, {"eval_loss": 1.0})

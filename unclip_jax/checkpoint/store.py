@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from unclip_jax.paths import absolute, check_store, user_path
+from unclip_jax.paths import absolute, check_store, is_store_error, user_path
 from unclip_jax.sharding import path_name
 
 FOLDER = "checkpoints"
@@ -67,7 +67,9 @@ class CheckpointStore:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, OSError) as error:
+        except Exception as error:
+            if not (isinstance(error, (ValueError, OSError)) or is_store_error(error)):
+                raise
             found, whole = re.search(r"OS error \d+: \w+ ([^\]]*)", str(error)), self.manager.all_steps(read=True)
             why = found[1] if found else _line(error)
             newest = f"{max(whole)} is the newest whole one, and the same command goes on from it" if whole else "there is none yet"
