@@ -27,6 +27,7 @@ STAGES = {
 CODEC = {"pca": (pca, "configs/emoji/pca.py:tiny")}  # fitted, not trained
 BESIDE = {"prior": ("clip",), "decoder": ("clip",), "pca": ("clip",), "prior_ar": ("clip", "pca")}  # runs that a stage starts from
 STEPS = 12
+SMALL = {"model__unet__channel_mult": (1,)}  # changes: a U-Net of one level, where the run is watched and not what it learns
 
 
 def tiny_config(name, **changes):

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.runs import STEPS, Repeating, losses, train_tiny, wrap_batches
+from tests.runs import SMALL, STEPS, Repeating, losses, train_tiny, wrap_batches
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.train import common
 
@@ -26,7 +26,6 @@ LONG = (
     *("steps=5000", "eval_every=0", "checkpoint_every=5000", "data.backend=numpy", "track.tensorboard=false", "watchdog=10.0"),
     "model.unet.channel_mult=(1,)",
 )
-SMALL = {"model__unet__channel_mult": (1,)}  # the same for `train_tiny`
 RUN = """
 import sys
 import jax

@@ -13,7 +13,7 @@ import urllib.request
 import jax
 import pytest
 
-from tests.runs import STEPS, Signalling, tiny_config, train_tiny, wrap_batches
+from tests.runs import SMALL, STEPS, Signalling, tiny_config, train_tiny, wrap_batches
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.main import main
 from unclip_jax.sharding import make_mesh
@@ -23,8 +23,7 @@ NAME = "upsampler_16"
 
 
 def train(run, **changes):
-    """One level of the U-Net is enough: the run is watched, not what it learns."""
-    return train_tiny(NAME, run, model__unet__channel_mult=(1,), **changes)
+    return train_tiny(NAME, run, **SMALL, **changes)
 
 
 def figures(run):
