@@ -20,15 +20,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.stage = "clip"
     config.seed = 0
-    config.steps = 1200
-    config.batch_size = 128
+    config.steps = 2000
+    config.batch_size = 256
     config.dtype = "auto"
     config.remat = "none"
     config.scan_layers = False
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.tokenizer = {"length": 24, "vocab_size": 8192}
     config.data = {
-        "train": {"name": "emoji", "split": "train"},
+        "train": {"name": "emoji", "split": "train", "balance": {"by": "base", "power": 0.5}},
         "eval": {"val": {"name": "emoji", "split": "val"}, "compose": {"name": "emoji", "split": "compose"}},
         "backend": "auto",
         "max_bad_fraction": 0.01,
@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     }
     config.model = {
         "embed_dim": 128,
-        "image": {"image_size": 64, "patch_size": 16, "width": 192, "layers": 4, "heads": 6},
+        "image": {"image_size": 64, "patch_size": 8, "width": 192, "layers": 4, "heads": 6},
         "text": {"width": 128, "layers": 2, "heads": 4},
         "activation": "quick_gelu",
     }
@@ -55,14 +55,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.ema_decay = 0.995
     config.eval = {"batch_size": 100, "rows": 400, "candidates": 100}
     config.log_every = 20
-    config.eval_every = 500
-    config.checkpoint_every = 250
+    config.eval_every = 250
+    config.checkpoint_every = 50
     config.keep = 2
     config.keep_best = None
     config.watchdog = 1800.0
     config.profile = None
     config.track = {"tensorboard": True, "mlflow": None, "experiment": "unclip_jax", "wandb": None}
     if variant == "quick":
+        config.batch_size = 128
+        config.model.image.patch_size = 16
         config.checkpoint_every = 40
         config.steps = 220
         config.optimizer.warmup_steps = 30

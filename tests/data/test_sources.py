@@ -1,5 +1,6 @@
 """Every source over small data written here, the filters, the index cache, and one clear line for each kind of bad input."""
 
+import collections
 import dataclasses
 import gzip
 import io
@@ -436,3 +437,34 @@ def test_a_config_dict_works_like_a_dict(tmp_path):
         {"name": "tfrecord", "pattern": write_tfrecords(tmp_path), "filters": {"scores": {"aesthetic": (2, None)}}}
     )
     assert numbers(make_source(config)) == list(range(4, 12))
+
+
+def test_balance_draws_by_concept():
+    """Positions of a balanced source in proportion to n ** power, and no record is left out."""
+    source = make_source({"name": "emoji", "split": "val"})
+    bases = [source.read(i).meta["base"] for i in range(len(source))]
+    sizes = collections.Counter(bases)
+    for power in (0.0, 0.5, 1.0):
+        drawn = make_source({"name": "emoji", "split": "val", "balance": {"by": "base", "power": power}})
+        records = [drawn.read(i) for i in range(len(drawn))]
+        assert {record.key for record in records} == {source.read(i).key for i in range(len(source))}
+        shares = collections.Counter(record.meta["base"] for record in records)
+        total = sum(size**power for size in sizes.values())
+        for base, size in sizes.items():
+            assert abs(shares[base] - len(drawn) * size**power / total) < 1.01, (power, base)
+        copies = collections.Counter(record.key for record in records)
+        assert len(drawn) == len(source) if power == 1 else max(copies.values()) > 1
+        assert (drawn.checksum == source.checksum) is False
+
+
+@pytest.mark.parametrize(
+    ("balance", "message"),
+    [
+        ({"by": "base", "power": 2}, "between 0"),
+        ({"by": "colour", "power": 0.5}, "has no such field; it has base"),
+        ({"by": "base"}, "needs 'by' and 'power'"),
+    ],
+)
+def test_balance_refuses(balance, message):
+    with pytest.raises(ValueError, match=message):
+        make_source({"name": "emoji", "split": "val", "balance": balance})

@@ -317,9 +317,12 @@ SOURCES = {
 def make_source(config: Mapping) -> Source:
     """Build a source from {"name": one of SOURCES, its arguments..., "filters": {fields of Filters}}.
 
+    Any source also takes "balance": {"by": a field of the metadata, "power": 0 to 1} (see `balanced`).
+
     Raises `ValueError` naming an unknown source, argument or filter and what is allowed instead; otherwise as the source itself.
     """
     arguments = {key: config[key] for key in config}
+    balance = arguments.pop("balance", None)
     name = arguments.pop("name", None)
     if name not in SOURCES:
         raise ValueError(f"unknown data source {name!r}: choose one of {', '.join(SOURCES)}")
@@ -330,7 +333,50 @@ def make_source(config: Mapping) -> Source:
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and arguments.get(key) in (None, ""):
             raise ValueError(f"data source {name!r} needs {key!r}: set it in the config")
-    return SOURCES[name](**arguments)
+    source = SOURCES[name](**arguments)
+    if balance is None:
+        return source
+    if set(balance) != {"by", "power"}:
+        raise ValueError(f"balance needs 'by' and 'power' and nothing else, got {', '.join(map(repr, balance)) or 'nothing'}")
+    return balanced(source, balance["by"], balance["power"])
+
+
+def balanced(source: Source, by: str, power: float) -> Source:
+    """The same records, drawn by concept: a concept of n records is drawn in proportion to n ** power.
+
+    `by` names the field of the metadata that tells a record's concept. power 1 draws every record equally often, 0 every concept. The
+    result is a source in which record i of N positions is the one whose share of [0, 1) holds (i + 1/2) / N; N is the smallest number at
+    which no record is left out. So a pass over all positions shows each record in proportion to its weight, rounded to a whole number,
+    and the order of training stays a pure function of (seed, step).
+
+    The metadata of all records is read once. Records that cannot be read form a concept of their own; they are counted when drawn.
+
+    Raises `ValueError` if a record has no such field, or for a power outside [0, 1].
+    """
+    if not isinstance(power, (int, float)) or not 0 <= power <= 1:
+        raise ValueError(f"balance.power must be between 0 (concepts equally often) and 1 (records equally often), got {power!r}")
+
+    def concept(i: int) -> str:
+        try:
+            record = source.read(i)
+        except (ValueError, OSError, KeyError):
+            return ""
+        if by not in record.meta:
+            known = ", ".join(sorted(record.meta)) or "no fields"
+            raise ValueError(f"balance.by={by!r}: record {record.key} of {source.name} has no such field; it has {known}")
+        return f"={record.meta[by]}"
+
+    with ThreadPoolExecutor(8) as pool:
+        _, which, sizes = np.unique(list(pool.map(concept, range(len(source)))), return_inverse=True, return_counts=True)
+    weights = sizes[which].astype(np.float64) ** (power - 1)
+    ends = np.cumsum(weights / weights.sum())
+    length = int(np.ceil(weights.sum() / weights.min()))
+
+    def fetch(i: int) -> Record:
+        return source.fetch(min(int(np.searchsorted(ends, (i + 0.5) / length, side="right")), len(source) - 1))
+
+    checksum = _digest([source.checksum, by, float(power)])
+    return dataclasses.replace(source, checksum=checksum, length=length, fetch=fetch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
