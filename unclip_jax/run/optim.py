@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -10,6 +11,13 @@ import optax
 from unclip_jax.sharding import path_name
 
 SCHEDULES = ("cosine", "constant")
+
+
+class Optimizer(NamedTuple):
+    """tx: the transformation of gradients into updates. learning_rate: count of applied updates -> rate."""
+
+    tx: optax.GradientTransformation
+    learning_rate: optax.Schedule
 
 
 def decay_mask(params: Any) -> Any:
@@ -29,8 +37,8 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
     mu_dtype: str | None = None,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer and its learning-rate schedule.
+) -> Optimizer:
+    """AdamW and its learning-rate schedule.
 
     Args:
       learning_rate: the peak.
@@ -57,7 +65,12 @@ def make_optimizer(
         )
     chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     chain.append(optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask, mu_dtype=mu_dtype))
-    return optax.chain(*chain), rate
+    return Optimizer(optax.chain(*chain), rate)
+
+
+def make_optimizers(config: Any, players: Sequence[Any]) -> tuple[Optimizer, ...]:
+    """The optimizer of each of a stage's players (`stage.Player`), as the run's configuration describes it."""
+    return tuple(make_optimizer(steps=config.steps, **config[player.optimizer]) for player in players)
 
 
 def updates_applied(opt_state: Any) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -11,45 +11,58 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unclip_jax.run.optim import Optimizer, updates_applied
+from unclip_jax.run.stage import Gradient, Objective, Player, Stage
 from unclip_jax.sharding import Mesh, gather_rest, infer_shardings
-from unclip_jax.train.optim import updates_applied
 
 
 @flax.struct.dataclass
 class TrainState:
     """All that training carries from step to step.
 
-    step: () int32, batches seen; params, ema_params: float32 trees; opt_state: optax state, with its own count of applied updates.
+    step: () int32, batches seen. params, ema_params: float32 trees. opt_state: optax state with its own count of applied updates; of
+    several players, one by name. extra: state without gradients ({} for most stages).
     """
 
     step: jax.Array
     params: Any
     ema_params: Any
     opt_state: Any
+    extra: Any = flax.struct.field(default_factory=dict)
 
 
-def abstract_state(init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
+def abstract_state(stage: Stage, optimizers: tuple[Optimizer, ...], mesh: Mesh) -> tuple[TrainState, TrainState]:
     """The state's shapes and its shardings on the mesh, without computing anything.
 
     Args:
-      init: key -> parameter tree (jittable).
-      tx: the optimizer.
+      stage: what is trained.
+      optimizers: one a player (`optim.make_optimizers`).
       mesh: where the state shall live.
     """
-    shapes = jax.eval_shape(functools.partial(_create, init, tx), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(_create, stage, optimizers), jax.random.key(0))
     return shapes, infer_shardings(shapes, mesh)
 
 
-def create_state(init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, seed: int, shardings: TrainState) -> TrainState:
+def create_state(stage: Stage, optimizers: tuple[Optimizer, ...], seed: int, shardings: TrainState) -> TrainState:
     """Initialises the state under `jit`, already sharded: no host ever holds a whole model. Arguments as those of `abstract_state`."""
-    return jax.jit(functools.partial(_create, init, tx), out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(functools.partial(_create, stage, optimizers), out_shardings=shardings)(jax.random.key(seed))
 
 
-def _create(init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    params = init(key)
+def _create(stage: Stage, optimizers: tuple[Optimizer, ...], key: jax.Array) -> TrainState:
+    params, extra = stage.init(key)
     # A real copy: the two trees are donated to the update separately.
     ema = jax.tree.map(lambda x: x + 0.0, params)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema_params=ema, opt_state=tx.init(params))
+    states = {p.name: o.tx.init(_chosen(params, p)) for p, o in zip(stage.players, optimizers, strict=True)}
+    if not stage.players:  # fitted, not trained
+        opt_state = optax.identity().init(params)
+    else:
+        opt_state = states if len(stage.players) > 1 else states[stage.players[0].name]
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state, extra)
+
+
+def _chosen(params: Any, player: Player) -> Any:
+    # The parameters that a player trains.
+    return {name: params[name] for name in player.parameters} if player.parameters else params
 
 
 def step_rng(seed: int, step: jax.Array) -> jax.Array:
@@ -57,99 +70,136 @@ def step_rng(seed: int, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def apply_gradients(
-    state: TrainState, grads: Any, tx: optax.GradientTransformation, ema_decay: float
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update, skipped (but for the step count) when the gradient is not finite.
-
-    The average's decay rises as (1 + n) / (10 + n) to `ema_decay`, so that early averages forget the initialisation.
-
-    Returns:
-      The new state and {grad_norm, skipped}.
-    """
-    norm = optax.global_norm(grads)
-    finite = jnp.isfinite(norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema_params, params)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
-    state = TrainState(
-        step=state.step + 1,
-        params=keep(params, state.params),
-        ema_params=keep(ema, state.ema_params),
-        opt_state=keep(opt_state, state.opt_state),
-    )
-    return state, {"grad_norm": norm, "skipped": 1.0 - finite}
+def ema_decay_at(step: jax.Array, ema_decay: float) -> jax.Array:
+    """The average's decay: (1 + n) / (10 + n), at most `ema_decay`, so that early averages forget the initialisation."""
+    return jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
 
 
-Gradient = Callable[[Any, jax.Array, Any, Any], tuple[tuple[jax.Array, dict], Any]]
-
-
-def accumulated(loss_of: Callable[..., tuple[jax.Array, dict]], count: int, mesh: Mesh) -> Gradient:
-    """(params, rng, frozen, batch) -> ((loss, metrics), gradient), the means over `count` parts of the batch, computed one after the other.
+def accumulated(objective: Objective, count: int, mesh: Mesh) -> Gradient:
+    """The gradient of an objective, averaged over `count` parts of the batch, which are computed one after the other.
 
     Args:
-      loss_of: (params, rng, batch, frozen=) -> loss () and metrics, both means over the batch's rows.
+      objective: its loss and metrics are means over the batch's rows. `extra` is handed from part to part.
       count: of the parts; it divides the rows on each device. Part i holds every count-th row and has a key of its own.
       mesh: where the parameters lie; those outside of blocks are gathered before use (`sharding.gather_rest`).
+
+    Returns:
+      (params, extra, rng, batch, step, *, frozen, fixed={}) -> ((loss, (metrics, extra)), gradient). `fixed` holds further top-level
+      parameters, which get no gradient.
 
     Raises:
       ValueError: when count is less than 1.
     """
     if count < 1:
         raise ValueError(f"grad_accumulation must be at least 1, got {count}")
-    gradient_of = jax.value_and_grad(lambda params, *args, **kwargs: loss_of(gather_rest(params, mesh), *args, **kwargs), has_aux=True)
 
-    def gradient(params, rng, frozen, batch):
+    def gradient_of(params, extra, rng, batch, step, frozen, fixed):
+        def loss_of(params):
+            params = gather_rest({**fixed, **params} if fixed else params, mesh)
+            return objective(params, extra, rng, batch, step, frozen=frozen)
+
+        return jax.value_and_grad(loss_of, has_aux=True)(params)
+
+    def gradient(params, extra, rng, batch, step, *, frozen, fixed: Mapping[str, Any] | None = None):
         if count == 1:
-            return gradient_of(params, rng, batch, frozen=frozen)
+            return gradient_of(params, extra, rng, batch, step, frozen, fixed)
         rows = len(jax.tree.leaves(batch)[0])
         if rows % count:
             raise ValueError(f"grad_accumulation {count} does not divide the batch of {rows}")
         # Strided, so that the rows of every device are spread over all parts and none has to move.
         parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(rows // count, count, *a.shape[1:]), 1, 0), batch)
 
-        def add(total, item):
-            i, part = item
-            return jax.tree.map(jnp.add, total, gradient_of(params, jax.random.fold_in(rng, i), part, frozen=frozen)), None
+        def add(carry, item):
+            (total, extra), (i, part) = carry, item
+            (loss, (metrics, extra)), grads = gradient_of(
+                params, extra, jax.random.fold_in(rng, i), part, step, frozen, fixed
+            )
+            return (jax.tree.map(jnp.add, total, (loss, metrics, grads)), extra), None
 
-        one = jax.eval_shape(lambda: gradient_of(params, rng, jax.tree.map(lambda a: a[0], parts), frozen=frozen))
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one)
-        total, _ = jax.lax.scan(add, zeros, (jnp.arange(count), parts))
-        return jax.tree.map(lambda a: a / count, total)
+        def shapes():
+            (loss, (metrics, _)), grads = gradient_of(
+                params, extra, rng, jax.tree.map(lambda a: a[0], parts), step, frozen, fixed
+            )
+            return loss, metrics, grads
+
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(shapes))
+        (total, new_extra), _ = jax.lax.scan(add, (zeros, extra), (jnp.arange(count), parts))
+        loss, metrics, grads = jax.tree.map(lambda a: a / count, total)
+        return (loss, (metrics, new_extra)), grads
 
     return gradient
 
 
+def gradients_of(stage: Stage, grad_accumulation: int, mesh: Mesh) -> tuple[Gradient, ...]:
+    """The gradient of each of a stage's players."""
+    return tuple(
+        player.gradient or accumulated(player.objective or stage.objective, grad_accumulation, mesh) for player in stage.players
+    )
+
+
 def make_update(
-    gradient: Gradient,
-    optimizer: tuple[optax.GradientTransformation, optax.Schedule],
+    stage: Stage,
+    optimizers: tuple[Optimizer, ...],
     shardings: TrainState,
-    *,
-    seed: int,
-    ema_decay: float,
-    project: Callable[[Any], Any] = lambda params: params,
+    mesh: Mesh,
+    config: Any,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted update step: (state, frozen, batch) -> state and metrics. The state is donated.
 
+    Players move one after the other; each sees the parameters that those before it have updated. An update whose gradient is not finite is
+    skipped, but for the step count.
+
     Args:
-      gradient: see `accumulated`; its gradient is reduced straight into the parameters' shards.
-      optimizer: transformation and learning rate (`make_optimizer`).
-      shardings: of the state.
-      seed: of the run; the step's key is `step_rng(seed, step)`.
-      ema_decay: see `apply_gradients`.
-      project: keeps parameters where they belong, after the update.
+      stage: what is trained.
+      optimizers: one a player (`optim.make_optimizers`).
+      shardings: of the state; gradients are reduced straight into the parameters' shards.
+      mesh: where the state lives.
+      config: the run's: seed, ema_decay, grad_accumulation.
     """
-    tx, learning_rate = optimizer
+    gradients = gradients_of(stage, config.grad_accumulation, mesh)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def update(state, frozen, batch):
-        (loss, metrics), grads = gradient(state.params, step_rng(seed, state.step), frozen, batch)
-        grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        rate = learning_rate(updates_applied(state.opt_state))
-        state, update_metrics = apply_gradients(state, grads, tx, ema_decay)
-        state = state.replace(params=project(state.params), ema_params=project(state.ema_params))
-        return state, {"loss": loss, "learning_rate": rate, **metrics, **update_metrics}
+        rng, metrics = step_rng(config.seed, state.step), {}
+        several = len(stage.players) > 1
+        for i, (player, optimizer, gradient) in enumerate(zip(stage.players, optimizers, gradients, strict=True)):
+            key = jax.random.fold_in(rng, i) if several else rng
+            state, of_player = _move(state, player, optimizer, gradient, key, frozen, batch, shardings)
+            metrics |= {f"{player.name}_{k}": v for k, v in of_player.items()} if several else of_player
+        if several:
+            metrics["loss"] = metrics[f"{stage.players[0].name}_loss"]
+            metrics["skipped"] = jnp.max(jnp.stack([metrics[f"{player.name}_skipped"] for player in stage.players]))
+        decay = ema_decay_at(state.step, config.ema_decay)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema_params, state.params)
+        for player in stage.players:
+            ema = player.project(ema)
+        # Where nothing was applied the average stays too.
+        ema = jax.tree.map(lambda new, old: jnp.where(metrics["skipped"] > 0, old, new), ema, state.ema_params)
+        return state.replace(step=state.step + 1, ema_params=ema), metrics
 
     return update
+
+
+def _move(state, player, optimizer, gradient, key, frozen, batch, shardings):
+    # One player's update of the state, and its metrics.
+    chosen = _chosen(state.params, player)
+    fixed = {"fixed": {k: v for k, v in state.params.items() if k not in chosen}} if player.parameters else {}
+    (loss, (metrics, extra)), grads = gradient(chosen, state.extra, key, batch, state.step, frozen=frozen, **fixed)
+    grads = jax.lax.with_sharding_constraint(grads, _chosen(shardings.params, player))
+    old_opt = state.opt_state[player.name] if player.name else state.opt_state
+    rate = optimizer.learning_rate(updates_applied(old_opt))
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm)
+    updates, opt_state = optimizer.tx.update(grads, old_opt, chosen)
+    params = player.project({**state.params, **optax.apply_updates(chosen, updates)} if player.parameters else optax.apply_updates(chosen, updates))
+
+    def keep(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    opt_state = keep(opt_state, old_opt)
+    state = state.replace(
+        params=keep(params, state.params),
+        opt_state={**state.opt_state, player.name: opt_state} if player.name else opt_state,
+        extra=keep(extra, state.extra),
+    )
+    return state, {"loss": loss, "learning_rate": rate, **metrics, "grad_norm": norm, "skipped": 1.0 - finite}

@@ -1,4 +1,4 @@
-"""PCA of CLIP image embeddings, the codec of the autoregressive prior (unCLIP section 2.2).
+"""The codec of the autoregressive prior: PCA of CLIP image embeddings (unCLIP section 2.2).
 
 One sharded pass over the training images: sums of z and of z z^T are taken on the devices at the highest precision and gathered into
 float64 on the host, batch by batch; the eigenvectors of the covariance follow. A second pass over as many rows finds the extremes of the
@@ -12,15 +12,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from unclip_jax.checkpoint.store import CheckpointStore
-from unclip_jax.data import sources
-from unclip_jax.models.prior_ar import Codec, project
-from unclip_jax.sharding import make_mesh, shard_batch
-from unclip_jax.train import common
-from unclip_jax.train.clip import make_example
-from unclip_jax.train.state import abstract_state, create_state
+from unclip_jax.data.examples import clip_example
+from unclip_jax.models.codec import Codec, project
+from unclip_jax.run.batches import open_data
+from unclip_jax.run.frozen import arrays, check_sources, clip_image_size, clip_tokenizer, hashes, images_of, load_frozen
+from unclip_jax.run.loop import Run
+from unclip_jax.run.stage import Stage
+from unclip_jax.sharding import make_mesh
+
+FROZEN = {"clip": "clip"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- fit
@@ -46,92 +47,91 @@ def explained(eigenvalues: np.ndarray, dims: int) -> float:
     return float(np.sum(eigenvalues[:dims]) / max(np.sum(eigenvalues), 1e-30))
 
 
+# ---------------------------------------------------------------------------------------------------------------------- stage
+def stage(config, mesh, frozen) -> Stage:
+    """The stage as its configuration describes it, on the CLIP under it. It is fitted, not trained: it has no players.
+
+    Raises:
+      ValueError: when there are fewer rows than the covariance asks for, or more dimensions than the embedding has.
+    """
+    clip, rows = frozen["clip"], config.steps * config.batch_size
+    dim = clip.config["model"]["embed_dim"]
+    if not 1 <= config.dims <= dim:
+        raise ValueError(f"dims must be between 1 and the embedding's {dim}, got {config.dims}")
+    if rows <= dim:
+        raise ValueError(f"{rows} rows (steps x batch_size) are too few for the covariance of {dim} dimensions; raise steps")
+    shapes = {"mean": (dim,), "components": (dim, dim), "eigenvalues": (dim,), "low": (dim,), "high": (dim,)}
+    return Stage(
+        name="codec",
+        model=None,
+        part={"kind": "codec", "embed_dim": dim, "dims": config.dims, "frozen": hashes(frozen)},
+        init=lambda key: ({name: jnp.zeros(shape) for name, shape in shapes.items()}, {}),
+        example=functools.partial(
+            clip_example, tokenizer=clip_tokenizer(clip), size=clip_image_size(clip), crop_scale=config.data.crop_scale
+        ),
+        objective=None,
+        players=(),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------- training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
     """Fits the codec and writes it as the run's only checkpoint; a finished run is left alone. Returns its figures.
 
     Args:
-      config: see `configs/emoji/pca.py`.
+      config: see `configs/emoji/codec.py`.
       workdir: the run's folder.
       init_from: must be None: there is nothing to start from.
 
     Raises:
-      ValueError: when there are fewer rows than `dims` asks for.
+      ValueError: as `stage`, or with `init_from`.
     """
     if init_from is not None:
-        raise ValueError("the pca stage starts from nothing; leave out --init-from")
+        raise ValueError("the codec stage is fitted, not trained: it takes no --init-from")
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
-    mesh = make_mesh(config.mesh)
-    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, captions=False)
-    source = sources.make_source(config.data.train)
-    clip = common.matched(clip, source)
-    example = functools.partial(make_example, tokenizer=clip.tokenizer, size=clip.image_size, crop_scale=config.data.crop_scale)
-    dim, rows = clip.embed_dim, config.steps * config.batch_size
-    if not 1 <= config.dims <= dim:
-        raise ValueError(f"dims must be between 1 and the embedding's {dim}, got {config.dims}")
-    if rows <= dim:
-        raise ValueError(f"{rows} rows (steps x batch_size) are too few for the covariance of {dim} dimensions; raise steps")
-
-    # ------------------------------------------------------------------------------------------------------------------ restore
-    store = CheckpointStore(workdir, config.keep)
-    zeros = {"mean": (dim,), "components": (dim, dim), "eigenvalues": (dim,), "low": (dim,), "high": (dim,)}
-    empty = lambda key: {k: jnp.zeros(shape) for k, shape in zeros.items()}  # noqa: E731
-    _, shardings = abstract_state(empty, optax.identity(), mesh)
-    state = create_state(empty, optax.identity(), config.seed, shardings)
-    meta = {
-        "name": "pca",
-        "part": {"kind": "pca", "embed_dim": dim, "dims": config.dims, "clip": clip.hash},
-        "tokenizer": clip.tokenizer.config(),
-        "sampling": {},
-        "config": common.config_json(config),
-        "provenance": common.new_provenance(source.checksum),
-    }
-    state, meta, done, _ = common.restore_or_init(store, state, shardings, meta, None)
-    if done:
-        eigenvalues = np.asarray(jax.device_get(state.params["eigenvalues"]), np.float64)
-        store.close()
-        return {"explained_variance": explained(eigenvalues, config.dims)}
+    mesh, data = make_mesh(config.mesh), open_data(config)
+    networks = load_frozen(config, workdir, mesh, FROZEN, None)
+    clip = networks["clip"]
+    check_sources(clip, data, pictures=False)
+    codec_stage = stage(config, mesh, networks)
+    dim, rows = codec_stage.part["embed_dim"], config.steps * config.batch_size
+    params = arrays(networks)["clip"]
 
     # ------------------------------------------------------------------------------------------------------------------ passes
     @jax.jit
     def sums(params, batch):
-        z = clip.image(params, batch).astype(jnp.float32)
+        z = images_of(clip, mesh, params, batch).astype(jnp.float32)
         return jnp.sum(z, axis=0), jnp.einsum("bi,bj->ij", z, z, precision="highest")
 
     @jax.jit
     def extremes(params, codec, batch):
-        y = project(codec, clip.image(params, batch), dim)
+        y = project(codec, images_of(clip, mesh, params, batch), dim)
         return jnp.min(y, axis=0), jnp.max(y, axis=0)
 
-    logger = common.Logger(workdir, start=0, total=2 * config.steps, batch_size=config.batch_size, every=config.log_every, name="pca")
-    with common.closing(store, logger), common.stop_signals() as stop:
+    run = Run(config, workdir, codec_stage, mesh, data)
+    if run.start.step:
+        run.store.close()
+        eigenvalues = np.asarray(jax.device_get(run.state.params["eigenvalues"]), np.float64)
+        return {"explained_variance": explained(eigenvalues, config.dims)}
+    with run:
         total, outer = np.zeros(dim), np.zeros((dim, dim))
         low, high = np.full(dim, np.inf), np.full(dim, -np.inf)
-        codec = None
-        for second in (False, True):
-            batches = common.batches(config, source, example, mesh, 0)
-            with common.closing(batches):
-                for step in range(1, config.steps + 1):
-                    batch = shard_batch(next(batches), mesh)
-                    if second:
-                        least, most = jax.device_get(extremes(clip.params, codec, batch))
-                        low, high = np.minimum(low, least), np.maximum(high, most)
-                    else:
-                        batch_total, batch_outer = jax.device_get(sums(clip.params, batch))
-                        total, outer = total + batch_total, outer + batch_outer
-                    logger.step(second * config.steps + step, {})
-                    if stop:
-                        common.leave_if_stopped(stop)
-            if not second:
-                mean, eigenvalues, components = principal_components(rows, total, outer)
-                codec = Codec(*(jnp.asarray(a, jnp.float32) for a in (mean, components, eigenvalues, 0 * mean, 0 * mean)))
-        figures = {f"explained_variance_{k}": explained(eigenvalues, k) for k in sorted({*config.report, config.dims}) if k <= dim}
-        params = {"mean": mean, "components": components, "eigenvalues": eigenvalues, "low": low, "high": high}
-        params = jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, np.float32), s), params, shardings.params)
-        copy = jax.tree.map(lambda a: a + 0.0, params)
-        store.save(
-            config.steps, state.replace(step=state.step + config.steps, params=params, ema_params=copy), common.with_time(meta, logger)
-        )
-        logger.record(2 * config.steps, figures)
-        common.say("pca: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-    return figures | {"explained_variance": explained(eigenvalues, config.dims)}
+        for step, batch in run:
+            batch_total, batch_outer = jax.device_get(sums(params, batch))
+            total, outer = total + batch_total, outer + batch_outer
+            run.log(step, {})
+        if run.stopping:
+            return run.figures
+        mean, eigenvalues, components = principal_components(rows, total, outer)
+        codec = Codec(*(jnp.asarray(a, jnp.float32) for a in (mean, components, eigenvalues, 0 * mean, 0 * mean)))
+        for batch in run.measuring_batches(config.steps):
+            least, most = jax.device_get(extremes(params, codec, batch))
+            low, high = np.minimum(low, least), np.maximum(high, most)
+            if run.stop:
+                return run.figures
+        found = {"mean": mean, "components": components, "eigenvalues": eigenvalues, "low": low, "high": high}
+        run.replace_parameters({name: np.asarray(value, np.float32) for name, value in found.items()}, config.steps)
+        run.save(config.steps)
+        report = sorted({*config.report, config.dims})
+        run.record(config.steps, {f"explained_variance_{k}": explained(eigenvalues, k) for k in report if k <= dim})
+    return run.figures | {"explained_variance": explained(eigenvalues, config.dims)}

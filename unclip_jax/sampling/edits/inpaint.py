@@ -7,7 +7,7 @@ decoder and without training, by RePaint (`samplers.repaint`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,18 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
-from unclip_jax.generate import inpaint_decoder, sample_decoder
-from unclip_jax.sampling import latents, programs
+from unclip_jax.generate.decoder import Known, inpaint_decoder, sample_decoder
+from unclip_jax.generate.networks import image_size
+from unclip_jax.sampling.edits.inversion import square
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, row_keys, split_scales, with_scales
+from unclip_jax.sampling.unclip import DECODER, check_prior, draw_z_image, encode_captions, enlarge
 
 RESAMPLES = 5
 METHODS = {"trained": "decoder_inpaint", "resample": "decoder"}  # method -> the part it needs
 
 
 def inpaint(
-    bundle: Bundle,
+    bundle: Sampler | Bundle,
     image: np.ndarray,
     mask: np.ndarray,
     caption: str,
@@ -32,9 +35,9 @@ def inpaint(
     method: str | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    prior: str = "diffusion",
+    prior: str = "prior_diffusion",
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Draws the unknown part of an image.
 
@@ -65,46 +68,44 @@ def inpaint(
         raise ValueError(f"the number of pictures must be at least 1, got {count}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    method = method or ("trained" if METHODS["trained"] in bundle.parts else "resample")
+    sampler = as_sampler(bundle)
+    method = method or ("trained" if METHODS["trained"] in sampler.bundle.parts else "resample")
     if method not in METHODS:
         raise ValueError(f"unknown way to inpaint {method!r}; choose one of {', '.join(METHODS)}")
-    decoder = METHODS[method]
-    for name in ("clip", decoder):
-        bundle.part(name)
-    programs.check_prior(bundle, prior)
-    static, scales = programs.split_scales(programs.stage_options(bundle, options))
-    small = bundle.part(decoder).config["model"]["unet"]["image_size"]
-    target = ops.to_float(latents.square([image], small))
-    known = _shrink(mask, small)[None]
+    name = METHODS[method]
+    for needed in ("clip", name):
+        sampler.bundle.part(needed)
+    check_prior(sampler.bundle, prior)
+    static, scales = split_scales(sampler.options(options))
+    small = image_size(sampler.network(name).config)
+    target = Known(ops.to_float(square([image], small)), _shrink(mask, small)[None])
 
     def make():
-        models, configs = programs.models_of(bundle), {name: part.config for name, part in bundle.parts.items()}
-
-        def run(params, scales, captions, empty, target, known, seed, positions):
-            chosen = {name: programs.with_scale(static[name], scales[name]) for name in static}
-            keys = programs.row_keys(seed, positions)
-            text, nothing = programs.both_texts(models["clip"], params["clip"], captions, empty)
-            z_image = programs.draw_z_image(prior, models, params, configs, text, nothing, fold_in(keys, 0), chosen)
-            network, key = (models[decoder], params[decoder], configs[decoder]), fold_in(keys, 1)
+        def run(params, scales, captions, empty, known, seed, positions):
+            networks, chosen = sampler.with_params(params), with_scales(static, scales)
+            keys = row_keys(seed, positions)
+            texts = encode_captions(networks["clip"], captions, empty)
+            z_image = draw_z_image(prior, networks, texts, keys, chosen)
+            decoder, key = networks[name], fold_in(keys, DECODER)
             if method == "trained":
-                drawn = sample_decoder(*network, z_image, text, nothing, key, chosen[decoder], known_image=target, known=known)
+                drawn = sample_decoder(decoder, z_image, texts, key, chosen[name], known=known)
             else:
-                drawn = inpaint_decoder(*network, target, known, z_image, text, nothing, key, chosen[decoder], resamples)
-            return programs.enlarge(drawn, models, params, configs, keys, static)[-1]
+                drawn = inpaint_decoder(decoder, known, z_image, texts, key, chosen[name], resamples)
+            return enlarge(sampler.bundle.parts, networks, drawn, keys, static)[-1]
 
         return run
 
-    run, params = programs.program(bundle, ("inpaint", method, prior, resamples, *static.items()), make), programs.device_params(bundle)
-    captions, empty = programs.captions_of(bundle, [caption]), programs.captions_of(bundle, [""])
+    run = sampler.program(("inpaint", method, prior, resamples, *static.items()), make)
+    captions, empty = sampler.captions([caption]), sampler.captions([""])
 
     def batch(rows):
-        text, image, kept = programs.rows_of(bundle, (captions, target, known), np.zeros(len(rows), int))
-        positions = programs.rows_of(bundle, np.arange(count, dtype=np.uint32), rows)
-        return run(params, scales, text, empty, image, kept, np.uint32(seed), positions)
+        text, known = sampler.rows((captions, target), np.zeros(len(rows), int))
+        positions = sampler.rows(np.arange(count, dtype=np.uint32), rows)
+        return run(sampler.params, scales, text, empty, known, np.uint32(seed), positions)
 
-    drawn = ops.to_uint8(programs.in_batches(bundle, batch, count, progress))
+    drawn = ops.to_uint8(sampler.in_batches(batch, count, progress))
     size = drawn.shape[1]
-    return np.where(_shrink(mask, size), latents.square([image], size), drawn)
+    return np.where(_shrink(mask, size), square([image], size), drawn)
 
 
 def _shrink(mask: np.ndarray, size: int) -> np.ndarray:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
-from unclip_jax.sampling import latents
-from unclip_jax.sampling.latents import slerp
+from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.edits.inversion import Latents, slerp
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
 NOISES = ("slerp", "fixed")
 
 
 def interpolate(
-    bundle: Bundle,
+    bundle: Sampler | Bundle,
     first: np.ndarray,
     second: np.ndarray,
     *,
     count: int = 8,
     noise: str = "slerp",
-    steps: int | str | tuple[int, ...] = latents.STEPS,
+    steps: int | str | tuple[int, ...] = inversion.STEPS,
     guidance_scale: float = 1.0,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Draws the way from one image to another: z_i turns from the first's to the second's by slerp.
 
@@ -47,12 +46,14 @@ def interpolate(
         raise ValueError(f"an interpolation needs at least 2 images, got {count}")
     if noise not in NOISES:
         raise ValueError(f"unknown noise {noise!r}; choose one of {', '.join(NOISES)}")
-    code = latents.encode(bundle, [first, second], steps=steps, guidance_scale=guidance_scale)
+    sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
+    found = inversion.encode(sampler, [first, second], **shared)
     theta = np.linspace(0, 1, count)
-    ends = lambda a: (np.repeat(a[:1], count, 0), np.repeat(a[1:], count, 0))  # noqa: E731
-    x_T = slerp(*ends(code.x_T), theta) if noise == "slerp" else latents.one_noise(code.x_T.shape[1:], count, seed)
-    drawn = latents.decode(
-        bundle, slerp(*ends(code.z_image), theta), x_T, steps=steps, guidance_scale=guidance_scale, seed=seed,
-        positions=np.zeros(count, int), progress=progress,
-    )[-1]  # fmt: skip
+
+    def between(rows):
+        return slerp(np.repeat(rows[:1], count, axis=0), np.repeat(rows[1:], count, axis=0), theta)
+
+    x_T = between(found.x_T) if noise == "slerp" else inversion.one_noise(found.x_T.shape[1:], count, seed)
+    latents, positions = Latents(between(found.z_image), x_T), np.zeros(count, int)
+    drawn = inversion.decode(sampler, latents, seed=seed, positions=positions, progress=progress, **shared)[-1]
     return ops.to_uint8(drawn)

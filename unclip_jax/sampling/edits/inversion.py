@@ -15,20 +15,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from unclip_jax.checkpoint.bundle import Bundle, upsampler_names
+from unclip_jax.checkpoint.bundle import Bundle, upsamplers
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in, standard_normal
-from unclip_jax.generate import SamplingOptions, invert_decoder, sample_decoder
-from unclip_jax.sampling import programs
+from unclip_jax.generate.decoder import invert_decoder, sample_decoder
+from unclip_jax.generate.networks import image_size
+from unclip_jax.generate.options import SamplingOptions
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, row_keys, split_scales, with_scale
+from unclip_jax.sampling.unclip import DECODER, encode_captions, enlarge
 
 STEPS = 50
 
 
 class Latents(NamedTuple):
-    """z_image (N, D) raw CLIP embeddings; x_T (N, h, w, 3), the decoder's noise. NumPy."""
+    """z_image (N, D) raw CLIP embeddings; x_T (N, h, w, 3), the decoder's noise, None to have it drawn. NumPy."""
 
     z_image: np.ndarray
-    x_T: np.ndarray
+    x_T: np.ndarray | None = None
 
 
 def slerp(a: np.ndarray, b: np.ndarray, theta: np.ndarray | float) -> np.ndarray:
@@ -77,63 +80,61 @@ def square(images: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
 
 
 def embed_images(
-    bundle: Bundle,
+    bundle: Sampler | Bundle,
     images: Sequence[np.ndarray] | np.ndarray,
     *,
     projected: bool = True,
     max_batch: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """uint8 images (H, W, 3) -> raw CLIP embeddings (N, D); not projected: the image tower's features (N, W)."""
-    part = bundle.part("clip")
-    if part.config["model"]["image"] is None:
-        raise ValueError(f"the CLIP of {bundle.path or 'the bundle'} has no image encoder, so it cannot look at images")
-    size = part.config["model"]["image"]["image_size"]
-    model, params = programs.models_of(bundle)["clip"], programs.device_params(bundle)["clip"]
-    method = "encode_image" if projected else "image_features"
-    encode = programs.program(bundle, method, lambda: lambda params, x: model.apply({"params": params}, x, method=method))
+    sampler = as_sampler(bundle)
+    clip = sampler.network("clip")
+    if clip.config["model"]["image"] is None:
+        raise ValueError(f"the CLIP of {sampler.bundle.path or 'the bundle'} has no image encoder, so it cannot look at images")
+    size, method = clip.config["model"]["image"]["image_size"], "encode_image" if projected else "image_features"
+    encode = sampler.program(method, lambda: lambda params, x: clip.with_params(params).apply(x, method=method))
 
     def run(index):
         rows = ops.to_float(square([images[i] for i in index], size))
-        return encode(params, programs.rows_of(bundle, rows, np.arange(len(index))))
+        return encode(clip.params, sampler.rows(rows, np.arange(len(index))))
 
     if len(images) == 0:
         raise ValueError("no images: give at least one")
-    return programs.in_batches(bundle, run, len(images), progress, max_batch)
+    return sampler.in_batches(run, len(images), progress, max_batch)
 
 
-def embed_captions(bundle: Bundle, captions: Sequence[str], *, max_batch: int | None = None) -> np.ndarray:
+def embed_captions(bundle: Sampler | Bundle, captions: Sequence[str], *, max_batch: int | None = None) -> np.ndarray:
     """Captions -> raw CLIP text embeddings (N, D)."""
-    tokens, mask = programs.tokenizer(bundle)(list(captions))
-    model, params = programs.models_of(bundle)["clip"], programs.device_params(bundle)["clip"]
-    encode = programs.program(
-        bundle, "embed_captions", lambda: lambda params, tokens: model.apply({"params": params}, tokens, method="encode_text").embed
+    sampler = as_sampler(bundle)
+    clip, (tokens, _) = sampler.network("clip"), sampler.tokenizer(list(captions))
+    encode = sampler.program(
+        "embed_captions", lambda: lambda params, tokens: clip.with_params(params).apply(tokens, method="encode_text").embed
     )
-    run = lambda index: encode(params, programs.rows_of(bundle, tokens, index))  # noqa: E731
-    return programs.in_batches(bundle, run, len(tokens), None, max_batch)
+    return sampler.in_batches(lambda index: encode(clip.params, sampler.rows(tokens, index)), len(tokens), None, max_batch)
 
 
-def _options(bundle: Bundle, steps: Any, guidance_scale: float, eta: float = 0.0) -> SamplingOptions:
-    settings = {"steps": steps, "sampler": "ddim", "eta": eta, "guidance_scale": guidance_scale, "clip": None, "threshold": None}
-    return programs.stage_options(bundle, {"decoder": settings})["decoder"]
+def _options(sampler: Sampler, steps: Any, guidance_scale: float, eta: float = 0.0) -> SamplingOptions:
+    settings = {"sampler": "ddim", "eta": eta, "guidance_scale": guidance_scale, "clip": None, "threshold": None}
+    return sampler.options({"decoder": {"steps": steps, **settings}})["decoder"]
 
 
-def _texts(bundle: Bundle, captions: Sequence[str] | None, count: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _texts(sampler: Sampler, captions: Sequence[str] | None, count: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The captions (empty ones when None) as the networks take them, and the empty caption."""
     captions = [""] * count if captions is None else list(captions)
     if len(captions) != count:
         raise ValueError(f"expected one caption per image, got {len(captions)} and {count}")
-    return programs.captions_of(bundle, captions), programs.captions_of(bundle, [""])
+    return sampler.captions(captions), sampler.captions([""])
 
 
 def encode(
-    bundle: Bundle,
+    bundle: Sampler | Bundle,
     images: Sequence[np.ndarray] | np.ndarray,
     *,
     steps: int | str | tuple[int, ...] = STEPS,
     guidance_scale: float = 1.0,
     captions: Sequence[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Latents:
     """Finds (z_i, x_T) of images.
 
@@ -148,35 +149,33 @@ def encode(
     Raises:
       ValueError: on what is not an image, or options out of range; KeyError when the bundle lacks a part.
     """
-    config = bundle.part("decoder").config
-    z_image = embed_images(bundle, images)
-    rows = ops.to_float(square(images, config["model"]["unet"]["image_size"]))
-    texts, empty = _texts(bundle, captions, len(rows))
-    static, scales = programs.split_scales({"decoder": _options(bundle, steps, guidance_scale)})
+    sampler = as_sampler(bundle)
+    size = image_size(sampler.network("decoder").config)
+    z_image = embed_images(sampler, images)
+    rows = ops.to_float(square(images, size))
+    texts, empty = _texts(sampler, captions, len(rows))
+    static, scales = split_scales({"decoder": _options(sampler, steps, guidance_scale)})
 
     def make():
-        models = programs.models_of(bundle)
-
         def run(params, scale, texts, empty, image, z):
-            text, nothing = programs.both_texts(models["clip"], params["clip"], texts, empty)
-            options = programs.with_scale(static["decoder"], scale)
-            return invert_decoder(models["decoder"], params["decoder"], config, image, z, text, nothing, options)
+            networks, options = sampler.with_params(params), with_scale(static["decoder"], scale)
+            both = encode_captions(networks["clip"], texts, empty)
+            return invert_decoder(networks["decoder"], image, z, both, options)
 
         return run
 
-    run, params = programs.program(bundle, ("invert", static["decoder"]), make), programs.device_params(bundle)
+    run = sampler.program(("invert", static["decoder"]), make)
 
     def batch(index):
-        chosen, image, z = programs.rows_of(bundle, (texts, rows, z_image), index)
-        return run(params, scales["decoder"], chosen, empty, image, z)
+        chosen, image, z = sampler.rows((texts, rows, z_image), index)
+        return run(sampler.params, scales["decoder"], chosen, empty, image, z)
 
-    return Latents(z_image, programs.in_batches(bundle, batch, len(rows), progress))
+    return Latents(z_image, sampler.in_batches(batch, len(rows), progress))
 
 
 def decode(
-    bundle: Bundle,
-    z_image: np.ndarray,
-    x_T: np.ndarray | None = None,
+    bundle: Sampler | Bundle,
+    latents: Latents,
     *,
     steps: int | str | tuple[int, ...] = STEPS,
     eta: float = 0.0,
@@ -184,14 +183,13 @@ def decode(
     captions: Sequence[str] | None = None,
     seed: int = 0,
     positions: Sequence[int] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[np.ndarray]:
     """Draws images from (z_i, x_T) with DDIM, and enlarges them.
 
     Args:
       bundle: with clip, decoder, and any number of upsamplers.
-      z_image: (N, D) raw embeddings.
-      x_T: (N, h, w, 3); drawn from the seed when None.
+      latents: z_image (N, D) raw embeddings; x_T (N, h, w, 3), drawn from the seed when None.
       steps, guidance_scale, captions: as in `encode`.
       eta: 0 decodes, up to 1 lets everything vary that z_i does not hold.
       seed, positions: row i draws from (seed, positions[i]); its number when None. Equal positions get equal noise.
@@ -203,44 +201,37 @@ def decode(
     Raises:
       ValueError: on shapes that do not fit, or options out of range; KeyError when the bundle lacks a part.
     """
-    size = bundle.part("decoder").config["model"]["unet"]["image_size"]
-    dim = bundle.part("clip").config["model"]["embed_dim"]
-    z_image, count = np.asarray(z_image, np.float32), len(z_image)
+    sampler = as_sampler(bundle)
+    size, dim = image_size(sampler.network("decoder").config), sampler.network("clip").config["model"]["embed_dim"]
+    z_image, noise, count = np.asarray(latents.z_image, np.float32), latents.x_T, len(latents.z_image)
     if count == 0 or z_image.shape != (count, dim):
         raise ValueError(f"z_image must be (N, {dim}) with N at least 1, got {z_image.shape}")
-    if x_T is not None and np.shape(x_T) != (count, size, size, 3):
-        raise ValueError(f"x_T must be {(count, size, size, 3)}, got {np.shape(x_T)}")
+    if noise is not None and np.shape(noise) != (count, size, size, 3):
+        raise ValueError(f"x_T must be {(count, size, size, 3)}, got {np.shape(noise)}")
     positions = np.arange(count) if positions is None else np.asarray(positions)
-    texts, empty = _texts(bundle, captions, count)
-    names = upsampler_names(bundle.parts)
-    chosen = {"decoder": _options(bundle, steps, guidance_scale, eta)}
-    chosen |= {name: option for name, option in programs.stage_options(bundle).items() if name in names}
-    static, scales = programs.split_scales(chosen)
-    given = x_T is not None
+    texts, empty = _texts(sampler, captions, count)
+    defaults, names = sampler.options(), upsamplers(sampler.bundle.parts)
+    chosen = {"decoder": _options(sampler, steps, guidance_scale, eta), **{name: defaults[name] for name in names}}
+    static, scales = split_scales(chosen)
 
     def make():
-        models, configs = programs.models_of(bundle), {name: part.config for name, part in bundle.parts.items()}
-
         def run(params, scale, texts, empty, z, x_T, seed, positions):
-            keys = programs.row_keys(seed, positions)
-            text, nothing = programs.both_texts(models["clip"], params["clip"], texts, empty)
-            drawn = sample_decoder(
-                models["decoder"], params["decoder"], configs["decoder"], z, text, nothing, fold_in(keys, 1),
-                programs.with_scale(static["decoder"], scale), x_T,
-            )  # fmt: skip
-            return programs.enlarge(drawn, models, params, configs, keys, static)
+            networks, options = sampler.with_params(params), with_scale(static["decoder"], scale)
+            keys = row_keys(seed, positions)
+            both = encode_captions(networks["clip"], texts, empty)
+            drawn = sample_decoder(networks["decoder"], z, both, fold_in(keys, DECODER), options, x_T=x_T)
+            return enlarge(sampler.bundle.parts, networks, drawn, keys, static)
 
         return run
 
-    run, params = programs.program(bundle, ("decode", given, *static.items()), make), programs.device_params(bundle)
-
-    noise = np.asarray(x_T, np.float32) if given else None
+    run = sampler.program(("decode", noise is not None, *static.items()), make)
+    given = None if noise is None else np.asarray(noise, np.float32)
 
     def batch(index):
-        chosen, z, x, where = programs.rows_of(bundle, (texts, z_image, noise, positions.astype(np.uint32)), index)
-        return run(params, scales["decoder"], chosen, empty, z, x, np.uint32(seed), where)
+        chosen, z, x, where = sampler.rows((texts, z_image, given, positions.astype(np.uint32)), index)
+        return run(sampler.params, scales["decoder"], chosen, empty, z, x, np.uint32(seed), where)
 
-    return programs.in_batches(bundle, batch, count, progress)
+    return sampler.in_batches(batch, count, progress)
 
 
 def one_noise(shape: tuple[int, ...], count: int, seed: int) -> np.ndarray:

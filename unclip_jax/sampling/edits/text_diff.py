@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
-from unclip_jax.sampling import latents
-from unclip_jax.sampling.latents import slerp
+from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.edits.inversion import Latents, slerp
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
 
 def text_diff(
-    bundle: Bundle,
+    bundle: Sampler | Bundle,
     image: np.ndarray,
     source: str,
     target: str,
     *,
     count: int = 8,
     max_theta: float = 0.5,
-    steps: int | str | tuple[int, ...] = latents.STEPS,
+    steps: int | str | tuple[int, ...] = inversion.STEPS,
     guidance_scale: float = 1.0,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Turns z_i towards z_d = norm(z_t(target) - z_t(source)) while x_T stays.
 
@@ -48,16 +47,15 @@ def text_diff(
         raise ValueError(f"a text diff needs at least 2 images, got {count}")
     if not 0 < max_theta <= 1:
         raise ValueError(f"max_theta must be in (0, 1], got {max_theta}")
-    z_source, z_target = latents.embed_captions(bundle, [source, target])
+    sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
+    z_source, z_target = inversion.embed_captions(sampler, [source, target])
     direction = z_target / np.linalg.norm(z_target) - z_source / np.linalg.norm(z_source)
     if np.linalg.norm(direction) < 1e-6:
         raise ValueError("the two captions are the same to CLIP: there is no direction between them")
-    code = latents.encode(bundle, [image], steps=steps, guidance_scale=guidance_scale)
-    direction *= np.linalg.norm(code.z_image) / np.linalg.norm(direction)
-    repeat = lambda a: np.repeat(a, count, axis=0)  # noqa: E731
-    z_image = slerp(repeat(code.z_image), repeat(direction[None]), np.linspace(0, max_theta, count))
-    drawn = latents.decode(
-        bundle, z_image, repeat(code.x_T), steps=steps, guidance_scale=guidance_scale, seed=seed,
-        positions=np.zeros(count, int), progress=progress,
-    )[-1]  # fmt: skip
+    found = inversion.encode(sampler, [image], **shared)
+    direction *= np.linalg.norm(found.z_image) / np.linalg.norm(direction)
+    z_image, x_T = (np.repeat(a, count, axis=0) for a in found)
+    z_image = slerp(z_image, np.repeat(direction[None], count, axis=0), np.linspace(0, max_theta, count))
+    positions = np.zeros(count, int)
+    drawn = inversion.decode(sampler, Latents(z_image, x_T), seed=seed, positions=positions, progress=progress, **shared)[-1]
     return ops.to_uint8(drawn)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
-from unclip_jax.sampling import latents
-from unclip_jax.sampling.text_to_image import sample_stages
+from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
+from unclip_jax.sampling.unclip import sample_stages
 
 
 def variations(
-    bundle: Bundle,
+    bundle: Sampler | Bundle,
     images: Sequence[np.ndarray] | np.ndarray,
     *,
     count: int = 8,
     eta: float = 1.0,
-    steps: int | str | tuple[int, ...] = latents.STEPS,
+    steps: int | str | tuple[int, ...] = inversion.STEPS,
     guidance_scale: float = 1.0,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Draws images that share what CLIP sees in the given ones.
 
@@ -43,20 +44,21 @@ def variations(
     """
     if count < 1:
         raise ValueError(f"the number of variations must be at least 1, got {count}")
-    code = latents.encode(bundle, images, steps=steps, guidance_scale=guidance_scale)
-    z_image, x_T = (np.repeat(a, count, axis=0) for a in code)
-    drawn = latents.decode(bundle, z_image, x_T, steps=steps, eta=eta, guidance_scale=guidance_scale, seed=seed, progress=progress)[-1]
-    return ops.to_uint8(drawn).reshape(len(code.z_image), count, *drawn.shape[1:])
+    sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
+    found = inversion.encode(sampler, images, **shared)
+    repeated = inversion.Latents(*(np.repeat(a, count, axis=0) for a in found))
+    drawn = inversion.decode(sampler, repeated, eta=eta, seed=seed, progress=progress, **shared)[-1]
+    return ops.to_uint8(drawn).reshape(len(found.z_image), count, *drawn.shape[1:])
 
 
 def fresh_variations(
-    bundle: Bundle,
+    bundle: Sampler | Bundle,
     images: Sequence[np.ndarray] | np.ndarray,
     *,
     count: int = 8,
     seed: int = 0,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Draws what CLIP sees in images from fresh noise, as the bundle samples: nothing else of them is kept.
 
@@ -72,6 +74,7 @@ def fresh_variations(
     """
     if count < 1:
         raise ValueError(f"the number of variations must be at least 1, got {count}")
-    z_image = np.repeat(latents.embed_images(bundle, images), count, axis=0)
-    stages = sample_stages(bundle, [""] * len(z_image), z_image=z_image, seed=seed, options=options, progress=progress)
+    sampler = as_sampler(bundle)
+    z_image = np.repeat(inversion.embed_images(sampler, images), count, axis=0)
+    stages = sample_stages(sampler, [""] * len(z_image), z_image=z_image, seed=seed, options=options, progress=progress)
     return ops.to_uint8(stages.images[-1]).reshape(-1, count, *stages.images[-1].shape[1:])
