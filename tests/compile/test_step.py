@@ -16,13 +16,13 @@ import pytest
 from unclip_jax import sharding
 from unclip_jax.cli.main import main
 from unclip_jax.cli.train import load_config
-from unclip_jax.train import aot
+from unclip_jax.compile import step
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def count(function, *shapes):
-    return aot.flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
+    return step.flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
 
 
 def test_operations():
@@ -52,8 +52,8 @@ def tiny(name, mesh, **changes):
     config = load_config(str(ROOT / f"configs/dalle2/{name}.py:tiny"))
     with config.unlocked():
         config.update(changes)
-    clip = load_config(str(ROOT / "configs/dalle2/clip.py:tiny")) if "clip" in config else None
-    return aot.compile_step(config, clip, aot.make_abstract_mesh("cpu:8", mesh))[0]
+    clip = load_config(str(ROOT / "configs/dalle2/clip.py:tiny")) if "clip" in config.frozen else None
+    return step.compile_step(config, clip, step.make_abstract_mesh("cpu:8", mesh))[0]
 
 
 @pytest.mark.parametrize("name, changes", [("upsampler_256", {}), ("prior_diffusion", {}), ("prior_diffusion", {"scan_layers": True})])
@@ -77,10 +77,10 @@ def test_nothing_large_is_replicated(name):
     config = load_config(str(ROOT / f"configs/dalle2/{name}.py"))
     with config.unlocked():
         config.batch_size = 8
-    clip = load_config(str(ROOT / "configs/dalle2/clip.py")) if "clip" in config else None
-    step = aot.train_step(config, clip, sharding.make_mesh({"data": 1, "fsdp": 8}))
+    clip = load_config(str(ROOT / "configs/dalle2/clip.py")) if "clip" in config.frozen else None
+    compiled = step.train_step(config, clip, sharding.make_mesh({"data": 1, "fsdp": 8}))
     large = 0
-    for path, leaf in jax.tree_util.tree_flatten_with_path((step.state, step.frozen))[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path((compiled.state, compiled.frozen))[0]:
         if np.prod(leaf.shape) > 1e6 and "codec" not in sharding.path_name(path):
             large += 1
             assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 == np.prod(leaf.shape), sharding.path_name(path)
@@ -104,16 +104,19 @@ def test_the_command(capsys, tmp_path):
     ):
         assert main([*arguments, *change]) == 1
         assert message in capsys.readouterr().err
-    assert main(["compile", str(ROOT / "configs/dalle2/pca.py"), "--topology", "cpu:8"]) == 1
+    assert main(["compile", str(ROOT / "configs/dalle2/codec.py"), "--topology", "cpu:8"]) == 1
     assert "no train step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["prior_diffusion", "prior_ar"])
 def test_a_step_that_reads_embeddings(name, capsys):
-    """The priors' on `unclip embed`'s folders: nothing frozen but the codec; every other stage needs pictures."""
+    """The priors' on `unclip embed`'s folders: CLIP is not among what stands frozen; every other stage needs pictures."""
     arguments = ["compile", str(ROOT / f"configs/dalle2/{name}.py:tiny"), "--topology", "cpu:8", "--embeddings"]
     assert main(arguments) == 0
-    assert ("frozen" in capsys.readouterr().out) == (name == "prior_ar")
+    assert "operations a step" in capsys.readouterr().out
+    config, clip = (load_config(str(ROOT / f"configs/dalle2/{part}.py:tiny")) for part in (name, "clip"))
+    networks = step.abstract_frozen(config, clip, sharding.make_mesh(), embedded=True)
+    assert networks["clip"].module is None and networks["clip"].params == {} and ("codec" in networks) == (name == "prior_ar")
     assert main([*arguments, "--sample"]) == 1 and "is for a train step" in capsys.readouterr().err
     assert main([arguments[0], str(ROOT / "configs/dalle2/decoder.py:tiny"), *arguments[2:]]) == 1
     assert "needs pictures" in capsys.readouterr().err
@@ -134,8 +137,8 @@ def test_a_sampler_costs_its_steps():
     for steps in (2, 6):
         with config.unlocked(), config.ignore_type():
             config.sampling.steps, config.batch_size = steps, 8
-        draw, *arguments = aot.sampler(config, None, sharding.make_mesh())
-        found.append(aot.flops(jax.make_jaxpr(draw)(*arguments)))
+        draw, *arguments = step.sampler(config, None, sharding.make_mesh())
+        found.append(step.flops(jax.make_jaxpr(draw)(*arguments)))
     assert found[1] == pytest.approx(3 * found[0], rel=0.05)
 
 
@@ -155,9 +158,9 @@ def test_a_step_too_large(capsys):
     """The verdict of a chip's memory, and what the compiler says where it gives up itself."""
     from unclip_jax.cli.compile import describe, verdict
 
-    chip = aot.CHIPS["TPU v5 lite"]
+    chip = step.CHIPS["TPU v5 lite"]
     links = {"all-gather": (2, 10**9)}
-    report = aot.Report(4, chip, {"data": 4}, 8, *[int(4e9)] * 6, flops=4e12, model_flops=3e12, traffic=1e9, collectives=links)
+    report = step.Report(4, chip, {"data": 4}, 8, *[int(4e9)] * 6, flops=4e12, model_flops=3e12, traffic=1e9, collectives=links)
     assert report.limit == "arithmetic" or report.seconds[report.limit] == max(report.seconds.values())
     assert report.mfu == pytest.approx(3e12 / 4 / chip.flops / max(report.seconds.values()))
     assert "memory a device: 22.35 of 14.9 GiB" in describe(report, "v5e:2x2")
@@ -166,13 +169,13 @@ def test_a_step_too_large(capsys):
     crossing = replace(report, between_slices=(3, 10**9))
     assert crossing.limit == "network" and crossing.seconds["network"] == 10**9 / 3.125e9
     assert "between slices: 3 a step, 0.931 GiB arrive at a device\n" in describe(crossing, "2*v5e:2x1")
-    unknown = replace(crossing, chip=aot.CHIPS["TPU v4"])
+    unknown = replace(crossing, chip=step.CHIPS["TPU v4"])
     assert "network" not in unknown.seconds and "in a time that is not known" in describe(unknown, "2*v4:1x1x2")
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G.\n"
         'Largest program allocations in hbm:\n  1. Size: 8.00G\n     Operator: op_name="jit(update)/x/dot"\n     Shape: f32[1,2]{1,0}\n'
     )
-    said = aot._buffers(message)
+    said = step._buffers(message)
     assert "needs 20.10G of 15.75G" in said and "8.00G f32[1,2]{1,0} jit(update)/x/dot" in said
 
 
@@ -180,11 +183,11 @@ TPU = """
 import json, sys
 from unclip_jax import sharding
 from unclip_jax.cli.train import load_config
-from unclip_jax.train import aot
+from unclip_jax.compile import step
 sharding.FSDP_MIN_SIZE = 256
-mesh = aot.make_abstract_mesh("v5e:4x4", {"data": 2, "fsdp": 8})
+mesh = step.make_abstract_mesh("v5e:4x4", {"data": 2, "fsdp": 8})
 for name, clip in (("upsampler_256", None), ("prior_diffusion", load_config("configs/dalle2/clip.py:tiny"))):
-    report, _ = aot.compile_step(load_config(f"configs/dalle2/{name}.py:tiny"), clip, mesh)
+    report, _ = step.compile_step(load_config(f"configs/dalle2/{name}.py:tiny"), clip, mesh)
     print("SAID", json.dumps([report.chip.name, sorted(report.collectives), report.collectives["all-gather"][0]]))
 """
 

@@ -9,17 +9,13 @@ import numpy as np
 import pytest
 
 from tests.helpers import random_params
-from unclip_jax import generate
-from unclip_jax.generate import (
-    CodeSamplingOptions,
-    SamplingOptions,
-    TextConditioning,
-    options_from,
-    sample_decoder,
-    sample_prior,
-    sample_upsampler,
-)
-from unclip_jax.models.prior_ar import Codec, cosine, project
+from unclip_jax.generate.decoder import Known, decoder_denoiser, sample_decoder
+from unclip_jax.generate.networks import Network, build_model, part_schedule, part_space
+from unclip_jax.generate.options import CodeSamplingOptions, SamplingOptions, check_options, is_guided, options_from
+from unclip_jax.generate.prior import sample_prior
+from unclip_jax.generate.text import TextConditioning, Texts, encode_text, select_text
+from unclip_jax.generate.upsampler import sample_upsampler
+from unclip_jax.models.codec import Codec, cosine, project
 
 B, D, L, W, SIZE = 2, 6, 4, 8, 8
 UNET = dict(image_size=SIZE, channels=8, channel_mult=(1,), res_blocks=1, head_channels=4, groups=4)
@@ -58,11 +54,11 @@ T = jnp.zeros(B)
 @pytest.fixture(scope="module")
 def prior():
     """sample(params, text, keys, scale, guided) compiled once per `guided`, and parameters."""
-    model = generate.build_model(PRIOR)
+    model = build_model(PRIOR)
     params = random_params(model, Z, T, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
 
     def sample(text, keys, scale):
-        return sample_prior(model, params, PRIOR, text, EMPTY, keys, SamplingOptions(4, guidance_scale=scale, clip=3.0))
+        return sample_prior(Network(model, params, PRIOR), Texts(text, EMPTY), keys, SamplingOptions(4, guidance_scale=scale, clip=3.0))
 
     return jax.jit(sample), jax.jit(lambda text, keys: sample(text, keys, 1))
 
@@ -70,14 +66,14 @@ def prior():
 @pytest.fixture(scope="module")
 def decoder():
     """As `prior`, with z_image: the traced scale and the scale 1."""
-    model = generate.build_model(DECODER)
+    model = build_model(DECODER)
     x = jnp.zeros((B, SIZE, SIZE, 3))
     text = dict(text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
     params = random_params(model, x, T, image_embed=Z, drop_image=jnp.zeros(B, bool), **text)
     options = SamplingOptions(3, variance="learned")
 
     def sample(z, text, keys, scale):
-        return sample_decoder(model, params, DECODER, z, text, EMPTY, keys, dataclasses.replace(options, guidance_scale=scale))
+        return sample_decoder(Network(model, params, DECODER), z, Texts(text, EMPTY), keys, dataclasses.replace(options, guidance_scale=scale))
 
     return jax.jit(sample), jax.jit(lambda z, text, keys: sample(z, text, keys, 1.0))
 
@@ -126,7 +122,7 @@ def test_decoder_guidance_limits(decoder):
     conditional half's."""
     guided, plain = decoder
     np.testing.assert_allclose(plain(Z, TEXT, KEYS), guided(Z, TEXT, KEYS, 1.0), rtol=1e-3, atol=1e-3)
-    model = generate.build_model(DECODER)
+    model = build_model(DECODER)
     text = dict(text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
     x = normal(6, B, SIZE, SIZE, 3)
     params = random_params(model, x, T, image_embed=Z, drop_image=jnp.zeros(B, bool), **text)
@@ -134,7 +130,7 @@ def test_decoder_guidance_limits(decoder):
     @jax.jit
     def denoise(z, text):
         options = SamplingOptions(1, guidance_scale=0.0, clip=None)
-        return generate.decoder_denoiser(model, params, DECODER, z, text, EMPTY, options)(x, jnp.array(50))
+        return decoder_denoiser(Network(model, params, DECODER), z, Texts(text, EMPTY), options)(x, jnp.array(50))
 
     @jax.jit
     def unconditional(x):
@@ -152,15 +148,17 @@ def test_decoder_guidance_limits(decoder):
 def test_decoder_that_inpaints(sampler):
     """The known part comes back exactly, with and without guidance; the rest is drawn, hangs on the key, and on what is known."""
     config = DECODER | {"model": DECODER["model"] | {"inpaint": True}}
-    model = generate.build_model(config)
+    model = build_model(config)
     image, known = jnp.tanh(normal(7, B, SIZE, SIZE, 3)), jnp.broadcast_to((jnp.arange(SIZE) < 4)[None, None, :, None], (B, SIZE, SIZE, 1))
     text = dict(text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
     params = random_params(model, image, T, image_embed=Z, drop_image=jnp.zeros(B, bool), known_image=image, known=known, **text)
 
+    network = Network(model, params, config)
+
     @functools.partial(jax.jit, static_argnums=2)
     def sample(image, keys, scale):
         options = SamplingOptions(3, sampler=sampler, guidance_scale=scale)
-        return sample_decoder(model, params, config, Z, TEXT, EMPTY, keys, options, known_image=image, known=known)
+        return sample_decoder(network, Z, Texts(TEXT, EMPTY), keys, options, known=Known(image, known))
 
     for scale in (1.0, 2.0):
         drawn = sample(image, KEYS, scale)
@@ -169,17 +167,18 @@ def test_decoder_that_inpaints(sampler):
     assert np.abs(unknown(drawn) - unknown(sample(image, KEYS[::-1], 2.0))).max() > 0.05
     assert np.abs(unknown(drawn) - unknown(sample(-image, KEYS, 2.0))).max() > 0.05
     with pytest.raises(ValueError, match="needs the known part"):
-        sample_decoder(model, params, config, Z, TEXT, EMPTY, KEYS, SamplingOptions(3))
+        sample_decoder(network, Z, Texts(TEXT, EMPTY), KEYS, SamplingOptions(3))
     with pytest.raises(ValueError, match="another one cannot use it"):
-        plain = generate.build_model(DECODER)
-        sample_decoder(plain, params, DECODER, Z, TEXT, EMPTY, KEYS, SamplingOptions(3), known_image=image, known=known)
+        plain = Network(build_model(DECODER), params, DECODER)
+        sample_decoder(plain, Z, Texts(TEXT, EMPTY), KEYS, SamplingOptions(3), known=Known(image, known))
 
 
 def test_upsampler():
     """Twice the size, in [-1, 1], DDIM without noise: the starting noise is the key's, and the low-resolution image matters."""
-    model = generate.build_model(UPSAMPLER)
+    model = build_model(UPSAMPLER)
     params = random_params(model, jnp.zeros((B, SIZE, SIZE, 3)), T, low_res=LOW)
-    sample = jax.jit(lambda low, key: sample_upsampler(model, params, UPSAMPLER, low, key, SamplingOptions(3, sampler="ddim")))
+    network = Network(model, params, UPSAMPLER)
+    sample = jax.jit(lambda low, key: sample_upsampler(network, low, key, SamplingOptions(3, sampler="ddim")))
     images = sample(LOW, KEYS)
     assert images.shape == (B, SIZE, SIZE, 3) and np.all(np.abs(images) <= 1)
     np.testing.assert_array_equal(images, sample(LOW, KEYS))
@@ -197,8 +196,8 @@ def test_options():
     with pytest.raises(ValueError, match="unknown sampling option scale"):
         options_from({"steps": 25}, scale=2.0)
     with pytest.raises(ValueError, match="'euler'; choose one of ddpm, ddim, dpmpp_2m"):
-        model = generate.build_model(UPSAMPLER)
-        sample_upsampler(model, {}, UPSAMPLER, LOW, KEYS, SamplingOptions(2, sampler="euler"))
+        model = build_model(UPSAMPLER)
+        sample_upsampler(Network(model, {}, UPSAMPLER), LOW, KEYS, SamplingOptions(2, sampler="euler"))
 
 
 @pytest.mark.parametrize(
@@ -220,32 +219,32 @@ def test_options_out_of_range(settings, message):
     """Found before anything is compiled."""
     config = {"diffusion": {"schedule": "cosine", "num_steps": 1000}}
     with pytest.raises(ValueError, match=message):
-        generate.check_options(SamplingOptions(**{"steps": 4, **settings}), config)
-    generate.check_options(SamplingOptions(4), config)
+        check_options(SamplingOptions(**{"steps": 4, **settings}), config)
+    check_options(SamplingOptions(4), config)
 
 
 def test_guidance_costs_nothing_at_one():
     """Only the Python number 1 switches the second half off."""
-    guided = lambda scale: generate.is_guided(SamplingOptions(1, guidance_scale=scale))
+    guided = lambda scale: is_guided(SamplingOptions(1, guidance_scale=scale))
     assert not guided(1) and not guided(1.0)
     assert guided(0.0) and guided(1.5) and guided(jnp.array(1.0))
 
 
 def test_parts():
     """A part's configuration gives its model, schedule and space; an unknown kind or model option is an error."""
-    assert generate.part_schedule(PRIOR).num_steps == 100
-    space = generate.part_space(PRIOR)
+    assert part_schedule(PRIOR).num_steps == 100
+    space = part_space(PRIOR)
     assert space.kind == "whitened" and space.mean.dtype == np.float32
     assert PRIOR["embedding_space"]["mean"].dtype == np.float64  # the configuration is not written to
     with pytest.raises(ValueError, match="unknown kind of network 'gan'"):
-        generate.build_model({"kind": "gan", "model": {}})
+        build_model({"kind": "gan", "model": {}})
     with pytest.raises(TypeError, match="widht"):
-        generate.build_model({"kind": "prior_diffusion", "model": PRIOR["model"] | {"widht": 3}})
+        build_model({"kind": "prior_diffusion", "model": PRIOR["model"] | {"widht": 3}})
 
 
 def test_select_text():
     """The caption where kept, the empty caption elsewhere, mask included."""
-    chosen = generate.select_text(jnp.array([True, False]), TEXT, EMPTY)
+    chosen = select_text(jnp.array([True, False]), TEXT, EMPTY)
     for ours, text, empty in zip(chosen[:3], TEXT, EMPTY):
         np.testing.assert_array_equal(ours[0], text[0])
         np.testing.assert_array_equal(ours[1], empty[0])
@@ -255,10 +254,11 @@ def test_encode_text_is_the_towers():
     """The conditioning is the text tower's embedding and states, beside the mask it was given."""
     tower = dict(vocab_size=20, length=L, width=W, layers=1, heads=2)
     config = {"embed_dim": D, "image": dict(image_size=4, patch_size=2, width=8, layers=1, heads=2), "text": tower}
-    clip = generate.build_model({"kind": "clip", "model": config})
+    clip = build_model({"kind": "clip", "model": config})
     tokens = jnp.array([[18, 5, 19, 0], [18, 19, 0, 0]])
     params = random_params(clip, jnp.zeros((2, 4, 4, 3)), tokens)
-    text = jax.jit(lambda params: generate.encode_text(clip, params, {"clip_tokens": tokens, "clip_token_mask": tokens > 0}))(params)
+    batch = {"clip_tokens": tokens, "clip_token_mask": tokens > 0}
+    text = jax.jit(lambda params: encode_text(Network(clip, params, {}), batch))(params)
     assert text.embed.shape == (2, D) and text.states.shape == (2, L, W)
     np.testing.assert_array_equal(text.mask, tokens > 0)
     np.testing.assert_allclose(text.embed[0], text.states[0, 2] @ params["text_tower"]["projection"]["kernel"], rtol=1e-4, atol=1e-5)
@@ -272,7 +272,7 @@ def codes():
         "kind": "prior_ar",
         "model": {"codes": 4, "buckets": 9, "dot_bins": 4, "length": L, "width": 16, "layers": 2, "heads": 2},
     }
-    model, rng = generate.build_model(config), np.random.default_rng(0)
+    model, rng = build_model(config), np.random.default_rng(0)
     args = (jnp.zeros((B, 4), int), jnp.zeros(B, int))
     params = random_params(model, *args, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
     params["logits_out"]["kernel"] *= 4.0
@@ -282,7 +282,7 @@ def codes():
     @functools.partial(jax.jit, static_argnames="options")
     def draw(text, keys, options, scale=None):
         options = options if scale is None else dataclasses.replace(options, guidance_scale=scale)
-        return sample_prior(model, params, config, text, EMPTY, keys, options, codec)
+        return sample_prior(Network(model, params, config), Texts(text, EMPTY), keys, options, codec)
 
     return draw, codec, config
 
@@ -327,7 +327,7 @@ def test_the_dot_product_comes_from_the_top(codes):
     draw, _, config = codes
     seen = []
 
-    class Spy(type(generate.build_model(config))):
+    class Spy(type(build_model(config))):
         def prefill(self, dot, **text):
             jax.debug.callback(lambda d: seen.extend(np.asarray(d).tolist()), dot)
             return super().prefill(dot, **text)
@@ -336,7 +336,7 @@ def test_the_dot_product_comes_from_the_top(codes):
     many = jax.tree.map(lambda a: jnp.repeat(a, 100, 0), TEXT)
     args = (jnp.zeros((B, 4), int), jnp.zeros(B, int))
     params = random_params(model, *args, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
-    sample_prior(model, params, config, many, EMPTY, jax.random.key(0), CodeSamplingOptions(), codes[1])
+    sample_prior(Network(model, params, config), Texts(many, EMPTY), jax.random.key(0), CodeSamplingOptions(), codes[1])
     jax.effects_barrier()
     assert len(seen) == 200 and set(seen) == {2, 3} and 70 < seen.count(2) < 130
 
@@ -347,10 +347,10 @@ def test_candidates(kind, codes, request):
     if kind == "codes":
         draw = lambda text, keys, count: codes[0](text, keys, CodeSamplingOptions(candidates=count))
     else:
-        model = generate.build_model(PRIOR)
+        model = build_model(PRIOR)
         params = random_params(model, Z, T, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
         draw = lambda text, keys, count: sample_prior(
-            model, params, PRIOR, text, EMPTY, keys, SamplingOptions(3, clip=3.0, candidates=count)
+            Network(model, params, PRIOR), Texts(text, EMPTY), keys, SamplingOptions(3, clip=3.0, candidates=count)
         )
     best = draw(TEXT, KEYS, 4)
     every = jnp.stack([draw(TEXT, jax.vmap(lambda k, j=j: jax.random.split(k, 4)[j])(KEYS), 1) for j in range(4)])
@@ -372,8 +372,8 @@ def test_candidates(kind, codes, request):
 )
 def test_code_options_out_of_range(codes, settings, message):
     with pytest.raises(ValueError, match=message):
-        generate.check_options(CodeSamplingOptions(**settings), codes[2])
+        check_options(CodeSamplingOptions(**settings), codes[2])
     with pytest.raises(ValueError, match="unknown sampling option steps; known: guidance_scale, temperature"):
         options_from({"steps": 3}, "prior_ar")
-    with pytest.raises(ValueError, match="needs the codec of the pca part"):
-        sample_prior(None, {}, codes[2], TEXT, EMPTY, KEYS, CodeSamplingOptions())
+    with pytest.raises(ValueError, match="needs the codec of the codec part"):
+        sample_prior(Network(None, {}, codes[2]), Texts(TEXT, EMPTY), KEYS, CodeSamplingOptions())

@@ -1,18 +1,19 @@
 """The train step compiled ahead of time for devices that need not be there: what it needs of them, known before they are rented.
 
-The step is the stage's own (`example_of`, `build`, `gradient_of`, `state.make_update`), on abstract arrays. Memory, buffers and collectives
+The step is the stage's own (`stage`, `run.state.make_update`), on abstract arrays. Memory, buffers and collectives
 are the compiler's; operations are counted in the traced program, where loops are known to the last turn, and the time is a roofline: the
 largest of what arithmetic, memory and links take when each runs at its peak. It is a bound, not a forecast.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import math
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -20,17 +21,24 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from unclip_jax.compile import hlo
 from unclip_jax.data.sources import Record
-from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
-from unclip_jax.diffusion.embedding_space import EmbeddingSpace
-from unclip_jax.generate import options_from, sample_decoder, sample_prior, sample_upsampler, sampling_model
-from unclip_jax.models.prior_ar import Codec
+from unclip_jax.data.tokenizer import caption_arrays
+from unclip_jax.generate.decoder import sample_decoder
+from unclip_jax.generate.networks import Network, image_size, sampling_model
+from unclip_jax.generate.options import options_from
+from unclip_jax.generate.prior import sample_prior
+from unclip_jax.generate.text import Texts
+from unclip_jax.generate.upsampler import sample_upsampler
+from unclip_jax.models.codec import Codec
+from unclip_jax.run.frozen import EMBEDDABLE, EMPTY, arrays, captions_of, clip_tokenizer, text_tokenizer
+from unclip_jax.run.hardware import CHIPS, Chip, flops
+from unclip_jax.run.loop import count_operations
+from unclip_jax.run.optim import make_optimizers
+from unclip_jax.run.stage import FITTED, Stage
+from unclip_jax.run.state import TrainState, abstract_state, make_update
 from unclip_jax.sharding import BATCH, compute_dtype, infer_shardings, make_mesh
-from unclip_jax.train import clip as clip_stage
-from unclip_jax.train import common, hlo
-from unclip_jax.train.hardware import CHIPS, Chip, flops
-from unclip_jax.train.optim import make_optimizer
-from unclip_jax.train.state import TrainState, abstract_state, make_update
+from unclip_jax.train import STAGES
 
 HELD = ("parameters", "averages", "optimizer", "frozen", "batch")  # what lies on a device before a step
 
@@ -122,18 +130,39 @@ def topology(name: str) -> list[Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the step
-def abstract_clip(config: Any, mesh: Mesh, dtype: str, own: ClipTokenizer | None, scan: bool, embedded: bool) -> common.FrozenClip:
-    """The frozen CLIP of a `clip` configuration, its parameters shapes on the mesh, or none where its embeddings are read (`embedded`); the
-    rest as in `common.frozen_clip`."""
-    model, model_config, init = clip_stage.build(config, mesh)
-    model = model.clone(dtype=compute_dtype(dtype, mesh), remat="none", scan=scan)
-    tokenizer = ClipTokenizer(**config.tokenizer)
-    params = _placed(jax.eval_shape(init, jax.random.key(0)), mesh)
-    size, empty = model_config["image"]["image_size"], caption_arrays([""], tokenizer, own)
-    clip = common.FrozenClip(model, params, "", tokenizer, size, config.model.embed_dim, empty, own, mesh)
-    zeros = zip(common.TEXT_KEYS, clip.zeros(), strict=True)
-    clip = replace(clip, empty={key: np.asarray(value) for key, value in zeros if value is not None})
-    return replace(clip, model=None, params={}) if embedded else clip
+def abstract_clip(config: Any, mesh: Mesh, dtype: str, scan: bool, embedded: bool) -> Network:
+    """The frozen CLIP of a `clip` configuration, its parameters shapes on the mesh; without module and parameters where a stage reads its
+    embeddings (`embedded`)."""
+    clip = STAGES["clip"].stage(config, mesh, {})
+    if embedded:
+        return Network(None, {}, clip.part)
+    module = clip.model.clone(dtype=compute_dtype(dtype, mesh), remat="none", scan=scan)
+    return Network(module, _placed(jax.eval_shape(clip.init, jax.random.key(0))[0], mesh), clip.part)
+
+
+def abstract_codec(dim: int, mesh: Mesh) -> Network:
+    """The codec of embeddings (D,), its arrays shapes on the mesh."""
+    shapes = Codec(mean=(dim,), components=(dim, dim), eigenvalues=(dim,), low=(dim,), high=(dim,))
+    replicated = NamedSharding(mesh, P())
+    params = Codec(*(jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated) for shape in shapes))
+    return Network(None, params, {"kind": "codec", "embed_dim": dim, "dims": dim})
+
+
+def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> dict[str, Network]:
+    """The networks under a stage, by role, as `run.frozen.load_frozen` loads them; their parameters are shapes on the mesh."""
+    frozen: dict[str, Network] = {}
+    for role, kind in STAGES[config.stage].FROZEN.items():
+        if kind == "clip":
+            frozen[role] = abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, embedded)
+        else:
+            frozen[role] = abstract_codec(clip_config.model.embed_dim, mesh)
+    if "clip" in frozen:
+        # The empty caption has the shapes of the text tower, also where embeddings stand for it.
+        tower, tokenizer = abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, False), text_tokenizer(config)
+        tokens = caption_arrays([""], clip_tokenizer(tower), tokenizer)
+        shapes = jax.eval_shape(functools.partial(captions_of, tower, mesh, tokenizer is None), tower.params, tokens)
+        frozen[EMPTY] = Network(None, _spread(shapes, 1, mesh, P()), {})
+    return frozen
 
 
 def _placed(shapes: Any, mesh: Mesh, shardings: Any = None) -> Any:
@@ -141,53 +170,54 @@ def _placed(shapes: Any, mesh: Mesh, shardings: Any = None) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def abstract_batch(example: Any, clip: common.FrozenClip | None, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of what `example` makes of one blank picture, or of one record of embeddings, where there is no CLIP to make them."""
+def _spread(tree: Any, count: int, mesh: Mesh, spec: P) -> Any:
+    # The tree with `count` rows in every array.
+    place = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=place), tree)
+
+
+def abstract_batch(
+    stage: Stage, frozen: dict[str, Network], batch_size: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of what the stage's `example` makes of one blank picture, or of one record of embeddings, where there is no CLIP to make
+    them."""
     from PIL import Image
 
     file, embeds = io.BytesIO(), None
     Image.new("RGB", (64, 64)).save(file, "PNG")
-    if clip is not None and clip.model is None:
-        embeds = {key: clip.empty[key] for key in ("text_embed", "text_states") if key in clip.empty}
-        embeds["image_embed"] = np.zeros(clip.embed_dim, np.float32)
-    row = example(Record("0", file.getvalue(), ("a",), {}, "", embeds), np.random.default_rng(0))
+    clip = frozen.get("clip")
+    if clip is not None and clip.module is None:
+        empty = frozen[EMPTY].params
+        embeds = {"text_embed": np.zeros(empty.embed.shape, np.float32)}
+        embeds |= {} if empty.states is None else {"text_states": np.zeros(empty.states.shape, np.float32)}
+        embeds["image_embed"] = np.zeros(clip.config["model"]["embed_dim"], np.float32)
+    row = stage.example(Record("0", file.getvalue(), ("a",), {}, "", embeds), np.random.default_rng(0))
     sharding = NamedSharding(mesh, BATCH)
-    return {k: jax.ShapeDtypeStruct((batch_size, *np.shape(v)), np.asarray(v).dtype, sharding=sharding) for k, v in row.items()}
+    return {
+        k: jax.ShapeDtypeStruct((batch_size, *np.shape(v)), np.asarray(v).dtype, sharding=sharding) for k, v in row.items()
+    }
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """A stage's jitted update and the abstract arguments of it: state, frozen networks, batch."""
+    """A stage, its jitted update and the abstract arguments of it: state, frozen networks, batch."""
 
+    stage: Stage
     update: Any
     state: TrainState
     frozen: dict
     batch: dict
 
 
-def _prologue(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> tuple[Any, Any, dict, tuple]:
-    # The stage's module, the CLIP under it, all frozen networks, and what a run learns of its data before the first step.
-    from unclip_jax.train import decoder, prior_ar, prior_diffusion, upsampler
-
-    stages = {"clip": clip_stage, "prior_diffusion": prior_diffusion, "prior_ar": prior_ar, "decoder": decoder, "upsampler": upsampler}
-    if config.stage not in stages:
-        raise ValueError(f"the {config.stage} stage has no train step to compile; choose one of {', '.join(stages)}")
+def _check(config: Any, mesh: Mesh) -> None:
+    trained = [name for name in STAGES if name != "codec"]
+    if config.stage not in trained:
+        raise ValueError(f"the {config.stage} stage has no train step to compile; choose one of {', '.join(trained)}")
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch_size % ways:
-        raise ValueError(f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; change --batch or --mesh")
-    clip, frozen, learned = None, {}, ()
-    if "clip" in config:
-        clip = abstract_clip(clip_config, mesh, config.dtype, common.own_tokenizer(config), config.scan_layers, embedded)
-        frozen["clip"] = clip.params
-    if config.stage == "prior_diffusion":
-        dim = clip.embed_dim
-        learned = (EmbeddingSpace(config.space.kind, config.space.scale, np.zeros(dim, np.float32), np.ones(dim, np.float32)),)
-    if config.stage == "prior_ar":
-        dim = clip.embed_dim
-        shapes = {"mean": (dim,), "components": (dim, dim), "eigenvalues": (dim,), "low": (dim,), "high": (dim,)}
-        codec = {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, P())) for name, shape in shapes.items()}
-        frozen["codec"], learned = Codec(**codec), (np.linspace(-1, 1, config.model.dot_bins - 1, dtype=np.float32),)
-    return stages[config.stage], clip, frozen, learned
+        raise ValueError(
+            f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; change --batch or --mesh"
+        )
 
 
 def train_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> TrainStep:
@@ -200,17 +230,19 @@ def train_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False
     Raises:
       ValueError: on a stage that has no update step, one that needs pictures, or a batch that does not divide over the mesh.
     """
-    if embedded and config.stage not in common.EMBEDDABLE:
-        raise ValueError(f"the {config.stage} stage needs pictures; embeddings are for the priors and pca")
-    stage, clip, frozen, learned = _prologue(config, clip_config, mesh, embedded)
-    model, _, init = stage.build(config, mesh, clip)
-    optimizer = make_optimizer(steps=config.steps, **config.optimizer)
-    shapes, shardings = abstract_state(init, optimizer[0], mesh)
-    gradient = stage.gradient_of(config, mesh, model, clip, *learned)
-    project = {"project": clip_stage.clamped} if config.stage == "clip" else {}
-    update = make_update(gradient, optimizer, shardings, seed=config.seed, ema_decay=config.ema_decay, **project)
-    batch = abstract_batch(stage.example_of(config, clip), clip, config.batch_size, mesh)
-    return TrainStep(update, _placed(shapes, mesh, shardings), frozen, batch)
+    _check(config, mesh)
+    if embedded and config.stage not in EMBEDDABLE:
+        raise ValueError(f"the {config.stage} stage needs pictures; embeddings are for the priors and the codec")
+    networks = abstract_frozen(config, clip_config, mesh, embedded)
+    stage = STAGES[config.stage].stage(config, mesh, networks)
+    optimizers = make_optimizers(config, stage.players)
+    shapes, shardings = abstract_state(stage, optimizers, mesh)
+    update = make_update(stage, optimizers, shardings, mesh, config)
+    frozen = arrays(networks)
+    if stage.fit is not None:
+        frozen[FITTED] = _placed(stage.fit.arrays(stage.part), mesh)
+    batch = abstract_batch(stage, networks, config.batch_size, mesh)
+    return TrainStep(stage, update, _placed(shapes, mesh, shardings), frozen, batch)
 
 
 def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
@@ -224,39 +256,35 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
     """
     if config.stage == "clip":
         raise ValueError("the clip stage draws nothing; --sample is for priors, decoder and upsamplers")
-    stage, clip, frozen, _ = _prologue(config, clip_config, mesh)
-    _, model_config, init = stage.build(config, mesh, clip)
-    part = {"kind": config.stage, "model": model_config}
-    if "diffusion" in config:
-        part["diffusion"] = common.config_json(config.diffusion)
-        part["x0_error"] = [0.1] * part["diffusion"]["num_steps"]
-    if "space" in config:
-        dim = clip.embed_dim
-        part["embedding_space"] = {"kind": config.space.kind, "scale": config.space.scale, "mean": [0.0] * dim, "std": [1.0] * dim}
+    _check(config, mesh)
+    frozen = abstract_frozen(config, clip_config, mesh)
+    stage = STAGES[config.stage].stage(config, mesh, frozen)
+    part = stage.part
+    if "diffusion" in part:
+        part = part | {"x0_error": [0.1] * part["diffusion"]["num_steps"]}
     model, options, rows = sampling_model(part, mesh), options_from(config.sampling, config.stage), config.batch_size
-    shapes, dtype = jax.eval_shape(init, jax.random.key(0)), compute_dtype("auto", mesh)
+    shapes, dtype = jax.eval_shape(stage.init, jax.random.key(0))[0], compute_dtype("auto", mesh)
     params = _placed(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype), shapes), mesh)
-
-    def many(tree: Any, count: int, spec: P) -> Any:
-        place = NamedSharding(mesh, spec)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=place), tree)
-
-    given = {"keys": many(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1)), rows, BATCH)}
-    if clip is not None:
-        text = jax.eval_shape(clip.zeros)
-        given |= {"text": many(text, rows, BATCH), "empty": many(text, 1, P()), "z_image": many(text.embed, rows, BATCH)}
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    given = {"keys": _spread(keys, rows, mesh, BATCH)}
+    if EMPTY in frozen:
+        empty = frozen[EMPTY].params
+        given |= {"text": _spread(empty, rows, mesh, BATCH), "empty": empty}
+        given["z_image"] = _spread(empty.embed, rows, mesh, BATCH)
     if config.stage == "upsampler":
-        size, part["factor"] = config.model.unet.image_size // config.factor, config.factor
-        given["low_res"] = jax.ShapeDtypeStruct((rows, size, size, 3), np.float32, sharding=NamedSharding(mesh, BATCH))
-    codec = {"codec": frozen["codec"]} if "codec" in frozen else {}
+        size = image_size(part) // part["factor"]
+        low_res = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+        given["low_res"] = _spread(low_res, rows, mesh, BATCH)
+    codec = {"codec": frozen["codec"].params} if "codec" in frozen else {}
 
     def draw(params, given):
+        network = Network(model, params, part)
         if config.stage == "upsampler":
-            return sample_upsampler(model, params, part, given["low_res"], given["keys"], options)
-        texts = given["text"], given["empty"], given["keys"], options
+            return sample_upsampler(network, given["low_res"], given["keys"], options)
+        texts = Texts(given["text"], given["empty"])
         if config.stage == "decoder":
-            return sample_decoder(model, params, part, given["z_image"], *texts)
-        return sample_prior(model, params, part, *texts, given.get("codec"))
+            return sample_decoder(network, given["z_image"], texts, given["keys"], options)
+        return sample_prior(network, texts, given["keys"], options, given.get("codec"))
 
     return jax.jit(draw, out_shardings=NamedSharding(mesh, P())), params, given | codec
 
@@ -271,14 +299,11 @@ def compile_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = Fal
       ValueError, as `train_step`; MemoryError, naming the largest buffers, when the compiler finds that it does not fit.
     """
     step = train_step(config, clip_config, mesh, embedded)
-    plain = config.copy_and_resolve_references()
-    with plain.unlocked():
-        plain.remat = "none"
-    again = train_step(plain, clip_config, mesh, embedded)
-    model_flops = flops(jax.make_jaxpr(again.update)(again.state, again.frozen, again.batch))
+    arguments = step.state, step.frozen, step.batch
+    model_flops = count_operations(step.stage, config.grad_accumulation, mesh, *arguments)
     held = {"parameters": step.state.params, "averages": step.state.ema_params, "optimizer": step.state.opt_state}
     held |= {"frozen": step.frozen, "batch": step.batch}
-    return _compile(step.update, (step.state, step.frozen, step.batch), held, config.batch_size, mesh, model_flops)
+    return _compile(step.update, arguments, held, config.batch_size, mesh, model_flops)
 
 
 def compile_sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Report, Any]:

@@ -6,7 +6,7 @@ TFDS class label is one); `folder`, the folder it lies in; or a field of its met
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -14,13 +14,13 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.data.sources import Record, Source
-from unclip_jax.evaluate.linear_probe import Probe, linear_probe
-from unclip_jax.evaluate.retrieval import recall_at_k
-from unclip_jax.evaluate.zeroshot import class_embeddings, top_k_accuracy
-from unclip_jax.sampling.latents import embed_captions, embed_images
+from unclip_jax.metrics.linear_probe import Probe, linear_probe
+from unclip_jax.metrics.retrieval import recall_at_k
+from unclip_jax.metrics.zeroshot import class_embeddings, top_k_accuracy
+from unclip_jax.sampling.edits.inversion import embed_captions, embed_images
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
 BATCH = 128
-Progress = Callable[[int, int], None]
 
 
 def label_of(record: Record, label: str) -> str:
@@ -59,12 +59,12 @@ def _rows(source: Source, rows: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(len(source), rows, replace=False))
 
 
-def _embed(bundle: Bundle, source: Source, rows: np.ndarray, progress: Progress | None, projected: bool = True) -> np.ndarray:
-    return embed_images(bundle, _Images(source, rows), projected=projected, max_batch=BATCH, progress=progress)
+def _embed(sampler: Sampler, source: Source, rows: np.ndarray, progress: Progress | None, projected: bool = True) -> np.ndarray:
+    return embed_images(sampler, _Images(source, rows), projected=projected, max_batch=BATCH, progress=progress)
 
 
 def retrieval(
-    bundle: Bundle,
+    bundle: Sampler | Bundle,
     source: Source,
     *,
     rows: int | None = None,
@@ -86,12 +86,13 @@ def retrieval(
     owner = np.repeat(np.arange(len(chosen)), [len(c) for c in captions])
     if len(owner) == 0:
         raise ValueError(f"{source.name} has no captions to retrieve")
-    z_text = embed_captions(bundle, [c for own in captions for c in own], max_batch=BATCH)
-    return recall_at_k(_embed(bundle, source, chosen, progress), z_text, owner, ks)
+    sampler = as_sampler(bundle)
+    z_text = embed_captions(sampler, [caption for group in captions for caption in group], max_batch=BATCH)
+    return recall_at_k(_embed(sampler, source, chosen, progress), z_text, owner, ks)
 
 
 def zeroshot(
-    bundle: Bundle,
+    bundle: Sampler | Bundle,
     source: Source,
     templates: Sequence[str],
     *,
@@ -116,13 +117,14 @@ def zeroshot(
     """
     labels, classes = _labels(source, label)
     chosen = _rows(source, rows, seed)
-    z_class = class_embeddings(lambda prompts: embed_captions(bundle, prompts, max_batch=BATCH), classes, templates)
-    accuracy = top_k_accuracy(_embed(bundle, source, chosen, progress), z_class, labels[chosen], [k for k in ks if k < len(classes)])
+    sampler, known_ks = as_sampler(bundle), [k for k in ks if k < len(classes)]
+    z_class = class_embeddings(lambda prompts: embed_captions(sampler, prompts, max_batch=BATCH), classes, templates)
+    accuracy = top_k_accuracy(_embed(sampler, source, chosen, progress), z_class, labels[chosen], known_ks)
     return accuracy, len(classes)
 
 
 def probe(
-    bundle: Bundle,
+    bundle: Sampler | Bundle,
     train: Source,
     test: Source,
     *,
@@ -140,11 +142,11 @@ def probe(
     Raises:
       ImportError: without scikit-learn; ValueError: when a record has no label, or a class has too few rows.
     """
-    features, labels = [], []
+    sampler, features, labels = as_sampler(bundle), [], []
     for source in (train, test):
         chosen = _rows(source, rows, seed)
         labels.append([label_of(source.read(int(i)), label) for i in chosen])
-        features.append(_embed(bundle, source, chosen, progress, projected=False))
+        features.append(_embed(sampler, source, chosen, progress, projected=False))
     return linear_probe(features[0], np.asarray(labels[0]), features[1], np.asarray(labels[1]), seed=seed)
 
 

@@ -8,27 +8,32 @@ caption_first    is a sample's own caption ranked first by CLIP among the group'
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
-from unclip_jax.data import ops, sources
-from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.generate import part_space
-from unclip_jax.sampling.latents import embed_images
-from unclip_jax.sampling.text_to_image import sample_stages
+from unclip_jax.data import ops
+from unclip_jax.data.sources import make_source
+from unclip_jax.generate.networks import part_space
+from unclip_jax.metrics.retrieval import mean_cosine, retrieval_at_1
+from unclip_jax.sampling.edits.inversion import embed_images
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
+from unclip_jax.sampling.unclip import sample_stages
 
 SPLITS = ("val", "compose")
 
 
 def measure(
-    bundle: Bundle, *, rows: int = 100, seed: int = 0, prior: str = "diffusion", progress: Callable[[int, int], None] | None = None
+    bundle: Sampler | Bundle,
+    *,
+    rows: int = 100,
+    seed: int = 0,
+    prior: str = "prior_diffusion",
+    progress: Progress | None = None,
 ) -> dict:
     """Measures everything above on the first `rows` rows of each split.
 
     Args:
-      bundle: with clip, prior, decoder.
+      bundle: with clip, prior_diffusion, decoder.
       rows: a multiple of the group of 100 candidates; a smaller number is one group of that many.
       seed: of the samples.
       prior: as in `text_to_image`.
@@ -39,15 +44,16 @@ def measure(
       "text_embedding_cosine"}}, rounded to four digits.
     """
     group = min(rows, 100)
-    space = part_space(bundle.part("prior").config)
+    sampler = as_sampler(bundle)
+    space = part_space(sampler.network("prior_diffusion").config)
     figures: dict = {"candidates": group, "chance": round(1 / group, 4), "rows": rows, "seed": seed}
     for split in SPLITS:
-        source = sources.emoji(split)
+        source = make_source({"name": "emoji", "split": split})
         records = [source.read(i) for i in range(min(rows, len(source)))]
-        captions = [r.captions[0] for r in records]
-        z_image = embed_images(bundle, [ops.decode_image(r.image) for r in records])
-        stages = sample_stages(bundle, captions, seed=seed, prior=prior, progress=progress)
-        z_sample = embed_images(bundle, ops.to_uint8(stages.images[-1]))
+        captions = [record.captions[0] for record in records]
+        z_image = embed_images(sampler, [ops.decode_image(record.image) for record in records])
+        stages = sample_stages(sampler, captions, seed=seed, prior=prior, progress=progress)
+        z_sample = embed_images(sampler, ops.to_uint8(stages.images[-1]))
         figures[split] = {
             "retrieval": retrieval_at_1(z_image, stages.z_text, group),
             "caption_first": retrieval_at_1(z_sample, stages.z_text, group),
@@ -55,7 +61,7 @@ def measure(
             "mean_embedding_cosine": mean_cosine(z_image, np.asarray(space.mean)),
             "text_embedding_cosine": mean_cosine(stages.z_text, z_image),
         }
-        figures[split] = {k: round(v, 4) for k, v in figures[split].items()}
+        figures[split] = {name: round(value, 4) for name, value in figures[split].items()}
     return figures
 
 

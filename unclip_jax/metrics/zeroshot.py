@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from unclip_jax.data.tokenizer import IMAGENET_TEMPLATES_FILE
-from unclip_jax.evaluate.retrieval import TIE, unit
+from unclip_jax.metrics.retrieval import TIE, unit
 from unclip_jax.paths import user_path
 
 # name -> prompts with {} for the class; `imagenet` names the 80 that OpenAI published.

@@ -1,6 +1,12 @@
-"""Training: one linear file per stage. `STAGES` lists them."""
+"""Training: one linear file per stage, each with `FROZEN`, `stage` and `train_and_evaluate`. `STAGES` lists them."""
 
-import importlib
+from unclip_jax.train import clip, codec, decoder, prior_ar, prior_diffusion, upsampler
 
-# stage -> its module, imported when it is first asked for: a stage needs JAX, and the command line's help does not.
-_NAMES = ("clip", "prior_diffusion", "codec", "prior_ar", "decoder", "upsampler")
+STAGES = {
+    "clip": clip,
+    "prior_diffusion": prior_diffusion,
+    "codec": codec,
+    "prior_ar": prior_ar,
+    "decoder": decoder,
+    "upsampler": upsampler,
+}

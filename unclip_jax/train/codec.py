@@ -87,7 +87,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
       ValueError: as `stage`, or with `init_from`.
     """
     if init_from is not None:
-        raise ValueError("the codec stage is fitted, not trained: it takes no --init-from")
+        raise ValueError("the codec is fitted on embeddings and starts from nothing: leave out --init-from")
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh, data = make_mesh(config.mesh), open_data(config)
     networks = load_frozen(config, workdir, mesh, FROZEN, None)
