@@ -1,248 +1,147 @@
-"""Public weights in the folders their libraries write, read as bundles, without those libraries.
-
-diffusers' layout of Karlo (text to image, and image variations), transformers' folders of CLIP, and OpenAI's CLIP by its own names.
+"""Reads bundles and their parts, wherever they lie and whoever wrote them: release bundles of format 1 and 2,
+the folders of public weights (`providers`), and, for single parts, training runs.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+import dataclasses
+import os
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
-from unclip_jax.checkpoint.bundle import Bundle, Part, no_part
-from unclip_jax.checkpoint.convert import convert, shapes_of
-from unclip_jax.checkpoint.files import Place, keep, open_weights, read_json
-from unclip_jax.checkpoint.rules import clip as clip_rules
-from unclip_jax.checkpoint.rules import karlo
-from unclip_jax.checkpoint.store import params_hash
-from unclip_jax.data.tokenizer import VOCAB_SIZE, ClipTokenizer
-from unclip_jax.models.clip import CLIP
-from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.models.unet import Decoder, Upsampler
-from unclip_jax.sharding import path_name
+from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen, read_description, read_part
+from unclip_jax.checkpoint.files import keep
+from unclip_jax.checkpoint.providers import find_provider
+from unclip_jax.checkpoint.store import folder as checkpoint_folder
+from unclip_jax.checkpoint.store import load_run
+from unclip_jax.paths import is_remote, local_copy, store_errors
+from unclip_jax.sharding import placer
 
-PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
-# The pipelines' own defaults.
-SAMPLING = {
-    "prior": {"steps": 25, "sampler": "ddpm", "variance": "small", "guidance_scale": 4.0, "clip": 5.0},
-    "decoder": {"steps": 25, "sampler": "ddpm", "variance": "learned", "guidance_scale": 8.0, "clip": 1.0},
-    "upsampler": {"steps": 7, "sampler": "ddpm", "variance": "small", "clip": 1.0},
-}
-_VARIANCES = {"fixed_small_log": "small", "learned_range": "learned"}
+SHIPPED = Path(__file__).resolve().parent.parent / "bundles"
 
 
-def is_public(path: Path) -> bool:
-    """Whether a folder holds weights in one of these layouts."""
-    return (path / "model_index.json").is_file() or (path / "config.json").is_file() or _is_openai(path)
-
-
-def load_public(path: Path, only: str | None = None, place: Place = keep) -> Bundle:
-    """Reads a folder of public weights as a bundle.
-
-    Args:
-      path: a folder in diffusers' layout of Karlo, a transformers folder of CLIP, or one with OpenAI's CLIP as `model.safetensors`.
-      only: the one part to read, all when None. (A part's embedding space is CLIP's, so CLIP's text encoder is read too.)
-      place: where each parameter goes as soon as it is read.
+def bundle_path(name_or_path: str | os.PathLike) -> Path:
+    """The folder of a shipped bundle by its name (`emoji`), or the folder itself.
 
     Raises:
-      FileNotFoundError, ValueError: one line each: what is missing, damaged, of another architecture, or does not fit.
-      KeyError: when it has no part `only`; it lists those it has.
+      FileNotFoundError: when there is no bundle there.
     """
-    try:
-        if (path / "model_index.json").is_file():
-            makers, tokenizer, sampling = _karlo(path, place)
-        else:
-            part, tokenizer = _clip_folder(path, place) if (path / "config.json").is_file() else _openai(path, place)
-            makers, sampling = {"clip": lambda: part}, {}
-    except KeyError as error:
-        raise ValueError(f"{path}: a configuration lacks {error.args[0]!r}; copy the folder again") from None
-    if only is not None and only not in makers:
-        raise no_part(path, only, makers)
-    parts = {name: make() for name, make in makers.items() if only in (None, name)}
-    return Bundle(parts, tokenizer, sampling, {"source": str(path)}, str(path))
-
-
-def _karlo(path: Path, place: Place) -> tuple[dict[str, Callable[[], Part]], dict, dict]:
-    # What makes each part, the tokenizer, and the sampling defaults; no weights are read yet.
-    pipeline = read_json(path / "model_index.json").get("_class_name")
-    if pipeline not in PIPELINES:
-        raise ValueError(f"{path} is a {pipeline}; the diffusers folders read here are those of {', '.join(PIPELINES)}")
-    text = read_json(path / "text_encoder" / "config.json")
-    image = read_json(path / "image_encoder" / "config.json") if pipeline == PIPELINES[1] else None
-    clip = _clip_config(text, image)
-    length = clip["text"]["length"]
-
-    @functools.cache
-    def clip_part() -> Part:
-        params = _clip_params(clip, {"text": path / "text_encoder", "image": path / "image_encoder"}, keep)
-        placed = jax.tree_util.tree_map_with_path(lambda where, value: place(path_name(where), value), params)
-        return Part({"kind": "clip", "model": clip}, placed, params_hash(params))
-
-    made_with = lambda: clip_part().hash  # noqa: E731
-    makers, sampling = {"clip": clip_part}, {}
-    if image is None:
-        makers["prior"], sampling["prior"] = _prior(path, clip, made_with, place), _sampling(path, "prior_scheduler", "prior")
-    makers["decoder"], sampling["decoder"] = _decoder(path, clip, made_with, place), _sampling(path, "decoder_scheduler", "decoder")
-    low = read_json(path / "decoder" / "config.json")["sample_size"]
-    for folder, suffix in (("super_res_first", ""), ("super_res_last", "_last")):
-        model = karlo.upsampler_model(read_json(path / folder / "config.json"), folder)
-        name = f"upsampler_{model['unet']['image_size']}"
-        makers[name + suffix] = _upsampler(path, folder, model, low, place)
-        sampling[name] = _sampling(path, "super_res_scheduler", "upsampler")
-    return makers, ClipTokenizer.from_folder(path / "tokenizer", length).config(), sampling
-
-
-def _sampling(path: Path, scheduler: str, part: str) -> dict:
-    config = read_json(path / scheduler / "scheduler_config.json")
-    variance = config.get("variance_type", "fixed_small_log")
-    if variance not in _VARIANCES:
-        raise ValueError(f"{scheduler}: variance_type is {variance!r}, one of {', '.join(_VARIANCES)} is known here")
-    return SAMPLING[part] | {"variance": _VARIANCES[variance], "clip": float(config.get("clip_sample_range", 1.0))}
-
-
-def _diffusion(path: Path, scheduler: str, prediction: str) -> dict:
-    return karlo.schedule(read_json(path / scheduler / "scheduler_config.json"), prediction, scheduler)
-
-
-def _prior(path: Path, clip: dict, made_with: Callable[[], str], place: Place) -> Callable[[], Part]:
-    model, dim, length = karlo.prior_model(read_json(path / "prior" / "config.json")), clip["embed_dim"], clip["text"]["length"]
-    if model["embed_dim"] != dim or model["length"] != length:
-        raise ValueError(
-            f"the prior works on {model['length']} states and embeddings of {model['embed_dim']}, but the text encoder makes "
-            f"{length} and {dim}: they are of different CLIPs"
+    path = Path(name_or_path).expanduser()
+    if not path.exists() and (SHIPPED / str(name_or_path)).is_dir():
+        path = SHIPPED / str(name_or_path)
+    if not (path / "bundle.json").is_file():
+        shipped = sorted(p.parent.name for p in SHIPPED.glob("*/bundle.json"))
+        raise FileNotFoundError(
+            f"{name_or_path} is not a bundle (no bundle.json); "
+            f"give a bundle's folder or one of: {', '.join(shipped)}"
         )
-    diffusion = _diffusion(path, "prior_scheduler", "x0")
-
-    def make() -> Part:
-        weights, width = open_weights(path / "prior"), clip["text"]["width"]
-        text = {"text_embed": jnp.zeros((1, dim)), "text_states": jnp.zeros((1, length, width)), "text_mask": jnp.ones((1, length), bool)}
-        shapes = shapes_of(DiffusionPrior(**model).init, jnp.zeros((1, dim)), jnp.zeros(1), **text)
-        params = convert(weights, karlo.PRIOR, shapes, "the prior", place)
-        missing = [name for name in ("clip_mean", "clip_std") if name not in weights]
-        if missing:
-            raise ValueError(f"the prior's file lacks {', '.join(missing)}")
-        mean, std = (np.asarray(weights[name], np.float32).reshape(-1) for name in ("clip_mean", "clip_std"))
-        if mean.shape != (dim,) or std.shape != (dim,):
-            raise ValueError(f"the prior's clip_mean and clip_std are of {mean.size} and {std.size}, not of {dim}")
-        space = {"kind": "whitened", "scale": None, "mean": mean.tolist(), "std": std.tolist()}
-        config = {"kind": "prior_diffusion", "model": model, "diffusion": diffusion, "embedding_space": space, "clip": made_with()}
-        return Part(config, params)
-
-    return make
+    return path
 
 
-def _decoder(path: Path, clip: dict, made_with: Callable[[], str], place: Place) -> Callable[[], Part]:
-    config, text_proj = read_json(path / "decoder" / "config.json"), read_json(path / "text_proj" / "config.json")
-    model, diffusion = karlo.decoder_model(config, text_proj), _diffusion(path, "decoder_scheduler", "eps")
-    dim, text = clip["embed_dim"], clip["text"]
-    if text_proj.get("clip_embeddings_dim", 768) != dim:
-        raise ValueError(f"text_proj takes embeddings of {text_proj['clip_embeddings_dim']}, CLIP makes {dim}: they are of different CLIPs")
+def load_bundle(name_or_path: str | os.PathLike, *, mesh: Mesh | None = None) -> Bundle:
+    """Reads a release bundle or a folder of public weights.
 
-    def make() -> Part:
-        inputs = {"image_embed": jnp.zeros((1, dim)), "drop_image": jnp.zeros(1, bool), "text_embed": jnp.zeros((1, dim))}
-        inputs |= {"text_states": jnp.zeros((1, text["length"], text["width"])), "text_mask": jnp.ones((1, text["length"]), bool)}
-        levels = len(model["unet"]["channel_mult"])
-        side = 2 ** (levels - 1)  # parameters do not depend on it
-        shapes = shapes_of(Decoder(**model).init, jnp.zeros((1, side, side, 3)), jnp.zeros(1), **inputs)
-        read = lambda folder, half, rules, name: convert(open_weights(path / folder), rules, {half: shapes[half]}, name, place)  # noqa: E731
-        params = read("text_proj", "conditioning", karlo.TEXT_PROJ, "text_proj")
-        params |= read("decoder", "unet", karlo.unet(levels), "the decoder")
-        return Part({"kind": "decoder", "model": model, "diffusion": diffusion, "clip": made_with()}, params)
+    Args:
+      name_or_path: one of
+        - `"emoji"`, the bundle shipped with the package;
+        - a folder, here or in a store (`gs://...`): a bundle, or public weights in the layout of one of
+          `PROVIDERS`;
+        - "hf:owner/name@revision", a repository of the Hugging Face hub that holds either (extra `web`).
+      mesh: where the parameters go. With a mesh, every parameter goes straight onto it: sharded by
+        `sharding.infer_shardings`, matrices in the mesh's compute dtype. This suits sampling with large
+        weights. None: they stay on the host in float32, to be sampled, saved, exported or trained further.
 
-    return make
-
-
-def _upsampler(path: Path, folder: str, model: dict, low: int, place: Place) -> Callable[[], Part]:
-    diffusion, size = _diffusion(path, "super_res_scheduler", "eps"), model["unet"]["image_size"]
-    if size % low:
-        raise ValueError(f"{folder} makes {size} px, which is no multiple of the decoder's {low}")
-
-    def make() -> Part:
-        levels = len(model["unet"]["channel_mult"])
-        side, low_res = 2 ** (levels - 1), jnp.zeros((1, 1, 1, 3))
-        shapes = shapes_of(Upsampler(**model).init, jnp.zeros((1, side, side, 3)), jnp.zeros(1), low_res=low_res)
-        params = convert(open_weights(path / folder), karlo.unet(levels), shapes, folder, place)
-        return Part({"kind": "upsampler", "model": model, "diffusion": diffusion, "factor": size // low}, params)
-
-    return make
+    Raises:
+      FileNotFoundError, ValueError: when it is missing, incomplete, damaged, or made of parts that do not
+        belong together.
+    """
+    path, place = Path(_local(name_or_path)).expanduser(), keep if mesh is None else placer(mesh)
+    provider = find_provider(path)
+    if provider is not None:
+        return dataclasses.replace(provider.read(path, None, place), mesh=mesh)
+    path = bundle_path(path)
+    found = read_description(path)
+    parts = {
+        name: read_part(folder, found.configs[name], found.top["parts"][name]["hash"], place)
+        for name, folder in found.folders.items()
+    }
+    check_frozen(parts)
+    top = found.top
+    return Bundle(parts, top["system"], top["sampling"], top["provenance"], str(path), mesh)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- CLIP
-def _clip_shapes(model: dict) -> Any:
-    module, shapes = CLIP(**model), {}
-    if model["image"] is not None and model["text"] is not None:
-        size, length = model["image"]["image_size"], model["text"]["length"]
-        return shapes_of(module.init, jnp.zeros((1, size, size, 3)), jnp.zeros((1, length), jnp.int32))
-    if model["image"] is not None:
-        size = model["image"]["image_size"]
-        shapes |= shapes_of(module.init, jnp.zeros((1, size, size, 3)), method="encode_image")
-    if model["text"] is not None:
-        shapes |= shapes_of(module.init, jnp.zeros((1, model["text"]["length"]), jnp.int32), method="encode_text")
-    return shapes
+def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
+    """Reads one part of a bundle, or the newest averaged weights of a training run.
 
+    Args:
+      path: a bundle (name or folder), public weights, or a run's folder.
+      name: of the part; a run must have trained it.
 
-def _clip_config(text: Mapping | None, image: Mapping | None) -> dict:
-    dims = {config.get("projection_dim", 512) for config in (text, image) if config is not None}
-    if len(dims) != 1:
-        raise ValueError(f"the encoders make embeddings of {' and '.join(map(str, sorted(dims)))}: they are of different CLIPs")
-    return clip_rules.transformers_config(text, image, dims.pop())
+    Returns:
+      The part, and its meta: {"sampling", "provenance"}. A run's meta also has "name", "part" and "config",
+        and its provenance
+      has the "step" of the weights.
 
-
-def _clip_params(model: dict, folders: Mapping[str, Path], place: Place) -> dict:
-    # Of halves in folders of their own; there is no temperature between them.
-    halves, params = {"text": clip_rules.TEXT, "image": clip_rules.IMAGE}, {}
-    for half, rules in halves.items():
-        if model[half] is not None:
-            shapes = _clip_shapes(model | dict.fromkeys(halves) | {half: model[half]})
-            params |= convert(open_weights(folders[half]), rules, shapes, f"CLIP's {half} encoder", place)
-    if model["text"] is not None and model["image"] is not None:
-        params["logit_scale"] = place("logit_scale", np.float32(np.log(100.0)))  # not in these files; training clamps it there
-    return params
-
-
-def _clip_folder(path: Path, place: Place) -> tuple[Part, dict]:
-    config = read_json(path / "config.json")
-    kind = config.get("model_type")
-    if kind == "clip":
-        text, image = ({**config.get(f"{half}_config", {}), **(config.get(f"{half}_config_dict") or {})} for half in ("text", "vision"))
-        model = clip_rules.transformers_config(text, image, config.get("projection_dim", 512))
-        params = convert(open_weights(path), clip_rules.BOTH, _clip_shapes(model), "CLIP", place)
-    elif kind in ("clip_text_model", "clip_vision_model"):
-        text = kind == "clip_text_model"
-        model = _clip_config(config if text else None, None if text else config)
-        params = _clip_params(model, {"text": path, "image": path}, place)
-    else:
-        raise ValueError(f"{path} holds a {kind!r} model; CLIP's are clip, clip_text_model and clip_vision_model")
-    return Part({"kind": "clip", "model": model}, params), _tokenizer(path, model["text"])
-
-
-def _tokenizer(path: Path, text: Mapping | None) -> dict:
-    # The folder's own, or the shipped one where the number of tokens is CLIP's.
-    if text is None:
-        return {}
-    if any((path / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        return ClipTokenizer.from_folder(path, text["length"]).config()
-    if text["vocab_size"] != VOCAB_SIZE:
-        raise ValueError(f"{path} has no tokenizer, and its {text['vocab_size']} tokens are not CLIP's {VOCAB_SIZE}")
-    return ClipTokenizer(text["length"]).config()
-
-
-def _is_openai(path: Path) -> bool:
-    return (path / "model.safetensors").is_file() and not (path / "bundle.json").is_file()
-
-
-def _openai(path: Path, place: Place) -> tuple[Part, dict]:
-    weights = open_weights(path)
-    if "visual.conv1.weight" not in weights:
-        raise ValueError(f"{path} has no config.json, and its tensors are not OpenAI's CLIP (a ViT: visual.conv1.weight ...)")
+    Raises:
+      FileNotFoundError, ValueError, KeyError: one line each.
+    """
+    with store_errors(path):
+        trained = checkpoint_folder(path).is_dir()
+    if trained:
+        meta, params, step = load_run(path)
+        if meta["name"] != name:
+            raise KeyError(f"{path} is a run of {meta['name']!r}, not of {name!r}")
+        meta["provenance"]["step"] = step
+        return Part(meta["part"], params), meta
+    path = Path(_local(path)).expanduser()
+    provider = find_provider(path)
+    if provider is not None:
+        read = provider.read(path, name, keep)
+        return read.parts[name], {"sampling": read.sampling.get(name, {}), "provenance": read.provenance}
     try:
-        model = clip_rules.openai_config(weights.shape, list(weights))
-    except KeyError as error:
-        raise ValueError(f"CLIP does not fit these weights: {error.args[0]} is missing") from None
-    params = convert(weights, clip_rules.OPENAI, _clip_shapes(model), "CLIP", place)
-    return Part({"kind": "clip", "model": model}, params), _tokenizer(path, model["text"])
+        path = bundle_path(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} holds neither checkpoints nor a bundle; train {name!r} first, or name another folder"
+        ) from None
+    found = read_description(path, name)
+    provenance = found.top["provenance"]
+    meta = {
+        "sampling": found.top["sampling"].get(name, {}),
+        "provenance": provenance.get("training", {}).get(name, provenance),
+    }
+    return read_part(found.folders[name], found.configs[name], found.top["parts"][name]["hash"]), meta
+
+
+def stored_bytes(name_or_path: str | os.PathLike) -> int:
+    """The size on disk of the tensors of a bundle or of public weights, in bytes; 0 where there are none."""
+    path = Path(_local(name_or_path)).expanduser()
+    path = path if path.exists() else SHIPPED / path
+    return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+
+
+def _local(path: str | os.PathLike) -> str | os.PathLike:
+    # A path of this machine: a copy of what lies in a store; the files of a hub's repository, which the hub's
+    # library fetches once into its own cache; any other path as it is.
+    text = os.fspath(path)
+    if is_remote(text):
+        return local_copy(text)
+    if not text.startswith("hf:"):
+        return path
+    name, _, revision = text.removeprefix("hf:").partition("@")
+    if not revision or name.count("/") != 1:
+        raise ValueError(
+            f"{text}: write hf:owner/name@revision; the revision (a commit or tag) fixes what is loaded"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(
+            'reading from the hub needs huggingface_hub: pip install "unclip_jax[web]"'
+        ) from None
+    wanted = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors", "*/merges.txt", "merges.txt"]
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=wanted)
+    except Exception as error:  # the hub's library and the network raise many kinds of errors
+        raise OSError(f"{text} cannot be fetched: {' '.join(str(error).split())[:300]}") from None
