@@ -11,7 +11,7 @@ from PIL import Image
 import unclip_jax
 from unclip_jax.cli.main import main
 from unclip_jax.data import ops, sources
-from unclip_jax.data.sources import Record
+from unclip_jax.data.record import Record
 from unclip_jax.evaluate.zeroshot import templates_of
 from unclip_jax.sampling import evaluation
 from unclip_jax.sampling.latents import embed_images

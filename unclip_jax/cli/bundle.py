@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.checkpoint.bundle import save_bundle, update_provenance
     from unclip_jax.checkpoint.load import load_bundle
     from unclip_jax.cli.options import part_options, progress_bar, use_compilation_cache
-    from unclip_jax.paths import total_bytes, user_path
     from unclip_jax.evaluate import samples
+    from unclip_jax.paths import total_bytes, user_path
     from unclip_jax.sampling.programs import stage_options
 
     if args.rows < 0 or args.rows == 1:

@@ -22,8 +22,8 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from unclip_jax.cli.options import image_task, read_image
-    from unclip_jax.sampling.edits.inversion import square
     from unclip_jax.sampling.edits.inpaint import METHODS, inpaint
+    from unclip_jax.sampling.edits.inversion import square
 
     task = image_task(args)
     image, mask = read_image(args.image), read_image(args.mask)

@@ -22,8 +22,8 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from unclip_jax.cli.options import image_task, read_image
-    from unclip_jax.sampling.edits.inversion import square
     from unclip_jax.sampling.edits.interpolation import interpolate
+    from unclip_jax.sampling.edits.inversion import square
 
     task = image_task(args)
     ends = [read_image(args.first), read_image(args.second)]

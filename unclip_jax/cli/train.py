@@ -11,6 +11,7 @@ from typing import Any
 
 from unclip_jax.paths import absolute, user_path
 
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("config", metavar="CONFIG", help="a configuration file, with :VARIANT if wanted, e.g. configs/emoji/clip.py:quick")

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unclip_jax.compile import hlo
-from unclip_jax.data.sources import Record
+from unclip_jax.data.record import Record
 from unclip_jax.data.tokenizer import caption_arrays
 from unclip_jax.generate.decoder import sample_decoder
 from unclip_jax.generate.networks import Network, image_size, sampling_model

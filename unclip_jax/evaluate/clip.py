@@ -13,7 +13,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
-from unclip_jax.data.sources import Record, Source
+from unclip_jax.data.record import Record, Source
 from unclip_jax.metrics.linear_probe import Probe, linear_probe
 from unclip_jax.metrics.retrieval import recall_at_k
 from unclip_jax.metrics.zeroshot import class_embeddings, top_k_accuracy

@@ -11,7 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from unclip_jax.data import pipeline
-from unclip_jax.data.sources import Source, make_source
+from unclip_jax.data.record import Source
+from unclip_jax.data.sources import make_source
 from unclip_jax.run.hosts import on_every_host
 from unclip_jax.sharding import Mesh, own_rows, shard_batch
 
@@ -50,8 +51,8 @@ def train_batches(
         start_step=start,
         num_steps=stop - start,
         local_rows=own_rows(mesh, config.batch_size),
-        backend=backend,
         max_bad_fraction=config.data.max_bad_fraction,
+        workers=pipeline.Workers(backend),
     )
 
 

@@ -93,7 +93,9 @@ class Run:
           The arrays that the objective finds in `frozen[stage.FITTED]`, on the mesh.
         """
         fit, old = self.stage.fit, self.start.part
-        if all(key in old for key in fit.keys) and old.get("frozen") == self.part["frozen"]:
+        before, now = old.get("frozen", {}), self.part["frozen"]
+        shared = before.keys() & now.keys()
+        if all(key in old for key in fit.keys) and shared and all(before[role] == now[role] for role in shared):
             self.part.update({key: old[key] for key in fit.keys})
         else:
             self.part.update(fit.measure(self))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from unclip_jax.data.examples import MakeExample
+from unclip_jax.data.pipeline import MakeExample
 
 Objective = Callable[..., tuple[jax.Array, tuple[dict, Any]]]
 # (params, extra, rng, batch, step, *, frozen) -> ((loss, (metrics, extra)), gradient)

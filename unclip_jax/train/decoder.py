@@ -28,7 +28,16 @@ from unclip_jax.generate.text import Texts, select_text, text_inputs
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import (
-    EMPTY, arrays, captions_of, clip_image_size, clip_tokenizer, hashes, images_of, load_frozen, text_tokenizer, zero_captions,
+    EMPTY,
+    arrays,
+    captions_of,
+    clip_image_size,
+    clip_tokenizer,
+    hashes,
+    images_of,
+    load_frozen,
+    text_tokenizer,
+    zero_captions,
 )  # fmt: skip
 from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json

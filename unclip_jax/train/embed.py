@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from unclip_jax.checkpoint.bundle import Bundle, Part, save_bundle
 from unclip_jax.data import embeddings, ops
 from unclip_jax.data.pipeline import DATA_ERRORS, MAX_LOGGED, MIN_BAD, BadDataError
-from unclip_jax.data.sources import Source, one_line
+from unclip_jax.data.record import Source, error_summary
 from unclip_jax.data.tokenizer import caption_arrays
 from unclip_jax.generate.networks import Network
 from unclip_jax.metrics.retrieval import mean_cosine, retrieval_at_1
@@ -179,13 +179,13 @@ def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...
         record = source.read(i)
     except DATA_ERRORS as error:
         if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-            reason = one_line(error)
+            reason = error_summary(error)
             raise OSError(f"record {i} of {source.name} cannot be reached ({reason}); the same command goes on from here") from None
-        return f"record {i} of {source.name}: {one_line(error)}"
+        return f"record {i} of {source.name}: {error_summary(error)}"
     try:
         return ops.resize_then_crop(ops.decode_image(record.image), size), record.captions
     except DATA_ERRORS as error:
-        return f"record {i} of {source.name}: {one_line(error)}"
+        return f"record {i} of {source.name}: {error_summary(error)}"
 
 
 def _embed_shard(
@@ -259,7 +259,7 @@ def _finished(folder: Any) -> dict | None:
     try:
         embeddings.check_hashes(folder)
     except (ValueError, OSError) as error:
-        log.warning("%s: embedding this shard again", one_line(error))
+        log.warning("%s: embedding this shard again", error_summary(error))
         return None
     return embeddings.read_json(folder / "shard.json")
 

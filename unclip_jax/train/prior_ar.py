@@ -21,7 +21,16 @@ from unclip_jax.models.codec import cosine, project, quantize
 from unclip_jax.models.prior_ar import ARPrior, dot_token
 from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import (
-    EMPTY, arrays, captions_of, clip_image_size, clip_tokenizer, hashes, images_of, load_frozen, text_tokenizer, zero_captions,
+    EMPTY,
+    arrays,
+    captions_of,
+    clip_image_size,
+    clip_tokenizer,
+    hashes,
+    images_of,
+    load_frozen,
+    text_tokenizer,
+    zero_captions,
 )  # fmt: skip
 from unclip_jax.run.hosts import on_every_host
 from unclip_jax.run.loop import Run

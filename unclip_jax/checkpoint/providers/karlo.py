@@ -23,8 +23,9 @@ from unclip_jax.checkpoint.files import Place, keep, missing_settings, open_weig
 from unclip_jax.checkpoint.providers import clip
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.models.unet import Decoder, Upsampler
+from unclip_jax.models.upsampler import Upsampler
 from unclip_jax.sharding import path_name
 
 PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")

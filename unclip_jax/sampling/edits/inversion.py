@@ -9,7 +9,7 @@ unless given. Images are cut to their centred square and resized to the networks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
