@@ -16,9 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from tests.runs import SMALL, STEPS, Repeating, losses, train_tiny, wrap_batches
+from tests.runs import SMALL, STEPS, Repeating, losses, tiny_config, train_tiny, wrap_batches
 from unclip_jax.checkpoint.store import load_run
-from unclip_jax.train import common
+from unclip_jax.run.hosts import RESTART
+from unclip_jax.run.logger import Logger, parse_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -87,7 +88,7 @@ def test_two_hosts_are_one(small_run, tmp_path):
     finally:
         for host in hosts:
             host.kill()
-    assert [host.returncode for host in hosts] == [common.RESTART] * 2, errors
+    assert [host.returncode for host in hosts] == [RESTART] * 2, errors
     meta, _, stopped = load_run(run)
     assert 3 <= stopped < STEPS and meta["name"] == "upsampler_16"
     train_tiny("upsampler_16", run, eval_every=0, **SMALL)
@@ -116,8 +117,8 @@ def test_a_lost_host_ends_the_others(tmp_path, lost):
     finally:
         for host in hosts:
             host.kill()
-    assert hosts[1 - lost].returncode in {common.RESTART, -signal.SIGABRT}, error
-    if hosts[1 - lost].returncode == common.RESTART:
+    assert hosts[1 - lost].returncode in {RESTART, -signal.SIGABRT}, error
+    if hosts[1 - lost].returncode == RESTART:
         assert "another host is gone or does not answer; start the same command again" in error or "or another host hangs" in error
 
 
@@ -179,7 +180,7 @@ def test_changed_settings_are_printed(tmp_path, small_run, capsys):
 
 def test_too_many_skipped_updates_stop_the_run(tmp_path, monkeypatch):
     """They name what was not finite; parameters are finite, and the checkpoint of before is there."""
-    monkeypatch.setattr(common, "MAX_SKIPPED", 4)
+    monkeypatch.setattr("unclip_jax.run.logger.MAX_SKIPPED", 4)
 
     class Poisoned(Repeating):
         count = 0
@@ -201,8 +202,8 @@ def test_too_many_skipped_updates_stop_the_run(tmp_path, monkeypatch):
 HANGING = """
 import sys, time
 from tests.runs import train_tiny
-from unclip_jax.train import common
-original = common.batches
+from unclip_jax.run import batches
+original = batches.train_batches
 
 class Hanging:
     def __init__(self, inner): self.inner, self.count, self.stats = inner, 0, inner.stats
@@ -212,7 +213,7 @@ class Hanging:
         return next(self.inner)
     def close(self): self.inner.close()
 
-common.batches = lambda *args: Hanging(original(*args))
+batches.train_batches = lambda *args: Hanging(original(*args))
 train_tiny("upsampler_16", sys.argv[1], eval_every=0, checkpoint_every=2, watchdog=3.0, track__tensorboard=False, **eval(sys.argv[2]))
 """
 
@@ -222,20 +223,21 @@ def test_a_run_that_hangs_ends(tmp_path):
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", HANGING, str(tmp_path / "run"), repr(SMALL)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == common.RESTART, done.stderr
+    assert done.returncode == RESTART, done.stderr
     assert "no step finished for" in done.stderr and "__next__" in done.stderr
     assert load_run(tmp_path / "run")[2] == 2
 
 
 def test_steps_are_heard_between_records(tmp_path):
     """The watchdog wakes, and hears, when a step is done, however far the next record is; of one that is not done it hears nothing."""
-    logger = common.Logger(tmp_path, start=0, total=100, batch_size=1, every=100, name="clip", patience=60.0)
+    config = tiny_config("upsampler_16", steps=100, log_every=100, watchdog=60.0, track__tensorboard=False)
+    logger = Logger(config, tmp_path, "upsampler_16", 0)
     try:
         logger.step(1, {"loss": SimpleNamespace(is_ready=lambda: False)})
         assert logger.watchdog.asleep
         logger.pending[0] = 1, {"loss": SimpleNamespace(is_ready=lambda: True)}
         logger.step(2, {"loss": SimpleNamespace(is_ready=lambda: False)})
-        assert not logger.watchdog.asleep and logger.heard == 1
+        assert not logger.watchdog.asleep and logger.finished == 1
     finally:
         logger.close()
 
@@ -245,7 +247,7 @@ def test_traced_steps(tmp_path, monkeypatch):
     train_tiny("upsampler_16", tmp_path / "run", eval_every=0, profile="10:20", **SMALL)
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000
-    assert common.parse_profile("10:20") == (10, 20) and common.parse_profile(None) == ()
+    assert parse_profile("10:20") == (10, 20) and parse_profile(None) == ()
     for text in ("10", "20:10", "a:b", "0:3"):
         with pytest.raises(ValueError, match="profile must be FIRST:LAST"):
-            common.parse_profile(text)
+            parse_profile(text)

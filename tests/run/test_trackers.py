@@ -17,7 +17,8 @@ from tests.runs import SMALL, STEPS, Signalling, tiny_config, train_tiny, wrap_b
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.main import main
 from unclip_jax.sharding import make_mesh
-from unclip_jax.train import aot, common, hardware, trackers, upsampler
+from unclip_jax.compile import step as compiled
+from unclip_jax.run import hardware, loop, resume, trackers
 
 NAME = "upsampler_16"
 
@@ -159,10 +160,10 @@ def test_remat_is_not_counted(monkeypatch):
     mesh, found = make_mesh(), []
     for remat in ("none", "full"):
         config = tiny_config(NAME, remat=remat)
-        step = aot.train_step(config, None, mesh)
+        step = compiled.train_step(config, None, mesh)
         arguments = step.state, step.frozen, step.batch
         again = hardware.flops(jax.make_jaxpr(step.update)(*arguments))
-        found.append((again, common.model_operations(upsampler.build, upsampler.gradient_of, config, mesh, None, arguments)))
+        found.append((again, loop.count_operations(step.stage, 1, mesh, *arguments)))
     (plain, model), (twice, counted) = found
     assert plain == model == counted < twice
 
@@ -170,8 +171,8 @@ def test_remat_is_not_counted(monkeypatch):
 def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     """By a figure of the evaluation, the lower the better; a name that is none is refused with those that are."""
     given = iter([3.0, 1.0, 2.0])
-    original = common.keep_best
-    monkeypatch.setattr(common, "keep_best", lambda *args: original(*args[:-1], {"eval_loss": next(given)}))
+    original = resume.keep_best
+    monkeypatch.setattr(loop, "keep_best", lambda *args: original(*args[:-1], {"eval_loss": next(given)}))
     train(tmp_path / "run", eval_every=4, keep_best="-eval_loss")
     meta, _, step = load_run(tmp_path / "run" / "best")
     assert step == 8 and meta["figures"] == {"eval_loss": 1.0} and load_run(tmp_path / "run")[2] == STEPS

@@ -91,14 +91,11 @@ class Logger:
     """Metrics of a run: `metrics.jsonl`, trackers, and a progress bar or plain lines on standard error.
 
     Args:
+      config: the run's: steps, batch_size, log_every, watchdog, profile ("10:20" traces these steps of this process, counted from its first,
+        into `profile/`), track, keep_best.
       workdir: the run's folder.
-      start, total: first step and number of steps.
-      batch_size: examples a step, for the rate.
-      every: steps between two records.
       name: of the stage, on the progress bar.
-      patience: seconds without a finished step after which the process ends (`Watchdog`); 0: never.
-      profile: "10:20" traces these steps of this process, counted from its first, into `profile/`; None: none.
-      trackers: where figures and pictures go too.
+      start: the number of steps already done.
       stats: of the training batches.
 
     Besides what a step returns, a record holds: `step_time`, and of it `input_wait`, in which the host waited for the next batch (s/step);
@@ -107,27 +104,17 @@ class Logger:
     arithmetic that the model itself needs, where `operations` was set and the chip is known.
 
     Raises:
-      ValueError: when `profile` is not two numbers, the first less than the second.
+      ValueError: when `profile` is not two numbers, the first less than the second, or `keep_best` is set and there are no evaluations.
     """
 
     def __init__(
-        self,
-        workdir: str | os.PathLike,
-        *,
-        start: int,
-        total: int,
-        batch_size: int,
-        every: int,
-        name: str,
-        patience: float = 0.0,
-        profile: str | None = None,
-        trackers: Trackers | None = None,
-        stats: pipeline.Stats | None = None,
+        self, config: ConfigDict, workdir: str | os.PathLike, name: str, start: int, stats: pipeline.Stats | None = None
     ):
-        self.start, self.total, self.batch_size, self.every, self.name = start, total, batch_size, every, name
-        self.main = jax.process_index() == 0
-        self.bar = None
-        self.workdir, self.trackers, self.last = user_path(workdir), trackers, start
+        if config.keep_best is not None and not config.eval_every:
+            raise ValueError(f"keep_best={config.keep_best} needs evaluations; set eval_every")
+        self.start, self.total, self.batch_size, self.every = start, config.steps, config.batch_size, config.log_every
+        self.name, self.main, self.bar = name, jax.process_index() == 0, None
+        self.workdir, self.last = user_path(workdir), start
         self.stats, self.waited = stats, 0.0
         self.spent: dict[str, float] = {}
         self.operations = 0.0  # of a step, without what is computed twice
@@ -135,10 +122,13 @@ class Logger:
         self.finished = 0  # of them that are known to have finished
         self.made = self.clock = time.perf_counter()
         self.clock_step = start
-        self.profiled = parse_profile(profile)
-        self.traces = tempfile.mkdtemp() if profile and is_remote(workdir) else str(self.workdir / "profile")
+        self.profiled = parse_profile(config.profile)
+        self.traces = tempfile.mkdtemp() if self.profiled and is_remote(workdir) else str(self.workdir / "profile")
         self.tracing = False
-        self.skipped, self.watchdog = 0, Watchdog(patience)
+        self.skipped, self.watchdog = 0, Watchdog(config.watchdog)
+        self.trackers: Trackers | None = None
+        if self.main:
+            self.trackers = Trackers(workdir, name, config_json(config), config_json(config.track), start)
         if not self.main:
             return
         self.metrics = self.workdir / "metrics.jsonl"
@@ -270,26 +260,3 @@ class Logger:
             failed = sys.exc_info()[0] is not None
             outcome = "failed" if failed else "finished" if self.last >= self.total else "stopped"
             self.trackers.close(outcome)
-
-
-def make_logger(config: ConfigDict, workdir: str | os.PathLike, name: str, start: int, batches: pipeline.TrainBatches) -> Logger:
-    """The logger of a stage's training loop, as its configuration says; trackers on the first host alone.
-
-    Raises:
-      ValueError: when `keep_best` is set and there are no evaluations; as `Logger` and `Trackers`.
-    """
-    if config.keep_best is not None and not config.eval_every:
-        raise ValueError(f"keep_best={config.keep_best} needs evaluations; set eval_every")
-    main = jax.process_index() == 0
-    return Logger(
-        workdir,
-        start=start,
-        total=config.steps,
-        batch_size=config.batch_size,
-        every=config.log_every,
-        name=name,
-        patience=config.watchdog,
-        profile=config.profile,
-        trackers=Trackers(workdir, name, config_json(config), config_json(config.track), start) if main else None,
-        stats=batches.stats,
-    )

@@ -28,7 +28,7 @@ from unclip_jax.models.layers import without_remat
 from unclip_jax.run import batches
 from unclip_jax.run.hardware import CHIPS, flops
 from unclip_jax.run.hosts import compiled_together, leave_if_stopped, print_once, stop_signals
-from unclip_jax.run.logger import due, make_logger
+from unclip_jax.run.logger import Logger, due
 from unclip_jax.run.optim import make_optimizers
 from unclip_jax.run.resume import config_json, keep_best, new_provenance, restore_or_init, with_time
 from unclip_jax.run.stage import Stage
@@ -137,7 +137,7 @@ class Run:
             self.config, self.data.train, self.stage.example, self.mesh, self.start.step, self.config.steps
         )
         stack.callback(self._batches.close)
-        self.logger = make_logger(self.config, self.workdir, self.stage.name, self.start.step, self._batches)
+        self.logger = Logger(self.config, self.workdir, self.stage.name, self.start.step, self._batches.stats)
         stack.callback(self.logger.close)
         return self
 
