@@ -1,20 +1,68 @@
-"""`unclip inpaint IMAGE MASK CAPTION`: draws part of an image anew."""
+"""`unclip inpaint IMAGE [MASK] CAPTION`: draws part of an image anew."""
 
 from __future__ import annotations
 
 import argparse
+import os
 
 from unclip_jax.cli.options import add_image_arguments
+from unclip_jax.errors import InputError
+from unclip_jax.paths import store_errors, user_path
+
+WORDS = (
+    "MASK: a picture of the image's size. If any of its pixels is transparent, only its alpha counts: alpha "
+    "below 128 is drawn anew. Otherwise white (128 or more) is drawn anew, and black is kept. Without a mask, "
+    "the image's own alpha says what is drawn anew. CAPTION: of the whole picture. No option may stand between "
+    "the two"
+)
+
+
+class MaskAndCaption(argparse.Action):
+    """Puts the words after the image into `mask` (None where there is none) and `caption`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            more = f"{len(values) - 2} more (a caption of several words needs quotes)"
+            parser.error(f"expected IMAGE [MASK] CAPTION, got {more}")
+        namespace.mask, namespace.caption = (None, *values)[-2:]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
+    # argparse cannot tell which word is missing where an optional argument stands between two others.
+    parser.usage = f"{parser.prog} [options] IMAGE [MASK] CAPTION"
     parser.add_argument("image", metavar="IMAGE", help="the picture")
-    parser.add_argument("mask", metavar="MASK", help="a picture of the same size: white is kept, black is drawn anew")
-    parser.add_argument("caption", metavar="CAPTION", help="of the whole picture")
-    parser.add_argument("--method", metavar="M", help="trained: the decoder that inpaints (default, if there is one); resample: any")
-    parser.add_argument("--resamples", type=int, default=5, metavar="N", help="passes per step of --method resample (5)")
+    parser.add_argument("words", metavar="[MASK] CAPTION", nargs="+", action=MaskAndCaption, help=WORDS)
+    parser.add_argument(
+        "--method", metavar="M", help="trained: the decoder that inpaints (default, if any); resample: any"
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=5, metavar="N", help="passes per step of --method resample (5)"
+    )
     add_image_arguments(parser, count=6, guidance=None, steps=None)
+
+
+def read_redrawn(image: str, mask: str | None):
+    """What is drawn anew of the picture in the file `image`, by the file `mask`, or by its own alpha.
+
+    Returns:
+      bool (H, W), True where it is drawn anew.
+
+    Raises:
+      InputError, OSError: one line naming the file.
+    """
+    from unclip_jax.data import masks
+
+    path, read = (image, masks.redrawn_by_alpha) if mask is None else (mask, masks.redrawn)
+    try:
+        with store_errors(path):
+            data = user_path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no picture {path}") from None
+    try:
+        return read(data)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,15 +73,22 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.sampling.edits.inpaint import METHODS, inpaint
     from unclip_jax.sampling.edits.inversion import square
 
+    if args.mask is None and os.path.isfile(args.caption):
+        raise InputError(f"{args.caption} is a file, and no caption; give the caption after it")
+    image, redrawn = read_image(args.image), read_redrawn(args.image, args.mask)
+    if redrawn.shape != image.shape[:2]:
+        sizes = [f"{width}x{height}" for height, width in (redrawn.shape, image.shape[:2])]
+        raise InputError(f"{args.mask} is {sizes[0]}, but {args.image} is {sizes[1]}")
     task = image_task(args)
-    image, mask = read_image(args.image), read_image(args.mask)
-    if mask.shape != image.shape:
-        raise ValueError(f"{args.mask} is {mask.shape[1]}x{mask.shape[0]}, but {args.image} is {image.shape[1]}x{image.shape[0]}")
-    settings = {k: v for k, v in {"guidance_scale": args.guidance, "steps": task.steps}.items() if v is not None}
+    settings = {
+        k: v for k, v in {"guidance_scale": args.guidance, "steps": task.steps}.items() if v is not None
+    }
     drawn = inpaint(
-        task.sampler, image, mask.mean(axis=2) >= 128, args.caption,
+        task.sampler, image, ~redrawn, args.caption,
         count=args.count, method=args.method, resamples=args.resamples, seed=args.seed,
-        options={part: settings for part in METHODS.values() if part in task.sampler.bundle.parts}, progress=task.progress,
+        options={part: settings for part in METHODS.values() if part in task.sampler.bundle.parts},
+        progress=task.progress,
     )  # fmt: skip
-    shown = square([image, mask], drawn.shape[1])
+    white = np.repeat(redrawn[..., None], 3, axis=2).astype(np.uint8) * 255
+    shown = square([image, white], drawn.shape[1])
     task.save(np.concatenate([shown, drawn]), ["input", "mask", *[args.caption] * args.count])

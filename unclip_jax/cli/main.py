@@ -1,4 +1,9 @@
-"""`unclip VERB ...`: parses the command line and turns expected errors into one line and exit status 1."""
+"""`unclip VERB ...`: parses the command line, runs the verb, and decides how an error is shown.
+
+An error that the user can mend (`UserError`, `OSError`, what a store or XLA says of a program) is one line
+and exit status 1. Any other exception is a bug of this package: the command shows the traceback and what to
+put into an issue, and exits with status 70.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +11,43 @@ import argparse
 import importlib
 import logging
 import os
+import platform
+import shlex
 import sys
+import traceback
 
 import unclip_jax
+from unclip_jax.errors import UserError, one_line
 from unclip_jax.paths import is_store_error
 
-OURS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")  # what XLA says of a program, and not of another host
-EXPECTED = (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError, MemoryError, ArithmeticError)
+# What XLA says of a program, and not of another host.
+PROGRAM_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+NO_DEVICES = "Unable to initialize backend"  # what JAX says of devices that are asked for and are not there
+SOFTWARE = 70  # EX_SOFTWARE of sysexits.h
 
 # verb -> (module, what it does)
 VERBS = {
     "train": ("unclip_jax.cli.train", "train one stage of the cascade"),
     "embed": ("unclip_jax.cli.embed", "embed a dataset with CLIP, once, for the priors to train from"),
-    "compile": ("unclip_jax.cli.compile", "compile a stage's train step for a pod that is not there, and say what it needs"),
+    "compile": (
+        "unclip_jax.cli.compile",
+        "compile a stage's train step for a pod that is not there, and say what it needs",
+    ),
     "bundle": ("unclip_jax.cli.bundle", "collect trained stages into a release bundle"),
     "convert": ("unclip_jax.cli.convert", "make a bundle of public weights: Karlo, CLIP"),
     "export": ("unclip_jax.cli.export", "write a bundle of Karlo's topology as diffusers' folder"),
-    "measure": ("unclip_jax.cli.measure", "measure a bundle on held-out rows"),
-    "evaluate": ("unclip_jax.cli.evaluate", "measure a bundle's CLIP on a dataset: retrieval, zero-shot classes, a linear probe"),
+    "evaluate": (
+        "unclip_jax.cli.evaluate",
+        "measure a bundle: its samples, or its CLIP by retrieval, zero-shot classes, a linear probe",
+    ),
     "sample": ("unclip_jax.cli.sample", "draw pictures from captions"),
     "vary": ("unclip_jax.cli.vary", "draw variations of a picture"),
     "interpolate": ("unclip_jax.cli.interpolate", "draw the way from one picture to another"),
     "edit": ("unclip_jax.cli.edit", "change a picture in the direction from one caption to another"),
-    "reconstruct": ("unclip_jax.cli.reconstruct", "draw a picture from more and more principal components of its embedding"),
+    "reconstruct": (
+        "unclip_jax.cli.reconstruct",
+        "draw a picture from more and more principal components of its embedding",
+    ),
     "inpaint": ("unclip_jax.cli.inpaint", "draw part of a picture anew"),
 }
 
@@ -44,14 +63,46 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def is_expected(error: Exception, distributed: bool) -> bool:
+    """Whether the user can mend what an exception is about, so that one line tells all.
+
+    Devices that are not there count only on one host: of several, a host may still hold them for a moment.
+    """
+    program = PROGRAM_ERRORS if distributed else (*PROGRAM_ERRORS, NO_DEVICES)
+    return isinstance(error, (UserError, OSError)) or is_store_error(error) or str(error).startswith(program)
+
+
+def bug_report(argv: list[str]) -> str:
+    """The line under the traceback of a bug: what to report, with the command and the versions."""
+    from importlib import metadata
+
+    try:
+        jax = metadata.version("jax")
+    except metadata.PackageNotFoundError:
+        jax = "not installed"
+    versions = f"unclip_jax {unclip_jax.__version__}, jax {jax}, Python {platform.python_version()}"
+    return (
+        "This is a bug in unclip_jax. Please open an issue with the traceback above and this line: "
+        f"`{shlex.join(['unclip', *argv])}`, {versions}"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 1 for an error told in one line, 2 for a wrong command line, 130 when interrupted, 75
-    when a training run was told to stop (SIGTERM) or hangs: what was done is saved, and the same command goes on."""
+    """Runs the command.
+
+    Returns:
+      The exit status: 0; 1 for an error shown in one line; 70 for a bug of this package; 130 if interrupted.
+      The parser itself exits with 2 on a wrong command line. A training run exits with 75 when it is told to
+      stop (SIGTERM) or hangs: it has saved what was done, and the same command continues it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     debug = bool(os.environ.get("UNCLIP_DEBUG"))
-    for noisy in ("absl", "asyncio", "jax", "orbax", "tensorflow"):  # the errors of Orbax's threads come to us as well, in one line
-        logging.getLogger(noisy).setLevel(logging.CRITICAL if noisy in ("absl", "asyncio") and not debug else logging.ERROR)
+    for noisy in ("absl", "asyncio", "jax", "orbax", "tensorflow"):
+        # The errors of Orbax's threads reach this function as well, and are told there in one line.
+        silent = noisy in ("absl", "asyncio") and not debug
+        logging.getLogger(noisy).setLevel(logging.CRITICAL if silent else logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         importlib.import_module(VERBS[args.verb][0]).run(args)
@@ -59,19 +110,24 @@ def main(argv: list[str] | None = None) -> int:
         print("unclip: stopped", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, EXPECTED) or is_store_error(error) or str(error).startswith(OURS):
+        distributed = getattr(args, "distributed", False)
+        if is_expected(error, distributed):
             if debug:
                 raise
-            text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            line = " ".join(str(text).split())
-            print(f"unclip {args.verb}: error: {line[:500] or type(error).__name__} (UNCLIP_DEBUG=1 shows the traceback)", file=sys.stderr)
+            print(
+                f"unclip {args.verb}: error: {one_line(error, 500)} (UNCLIP_DEBUG=1 shows the traceback)",
+                file=sys.stderr,
+            )
             return 1
-        if not isinstance(error, RuntimeError) or not getattr(args, "distributed", False):
-            raise
-        from unclip_jax.train.common import RESTART
+        if not isinstance(error, RuntimeError) or not distributed:
+            traceback.print_exception(error)
+            print(bug_report(argv), file=sys.stderr)
+            return SOFTWARE
+        from unclip_jax.run.hosts import RESTART
 
-        line = " ".join(str(error).split())[:500]  # jax's, of a collective or of the hosts' service
-        print(f"unclip {args.verb}: error: another host is gone or does not answer; start the same command again ({line})", file=sys.stderr)
+        end = "another host is gone or does not answer; start the same command again"
+        line = one_line(error, 500)  # jax's, of a collective or of the hosts' service
+        print(f"unclip {args.verb}: error: {end} ({line})", file=sys.stderr)
         sys.stderr.flush()
         os._exit(RESTART)  # jax would wait for the others
     return 0

@@ -1,0 +1,76 @@
+"""Errors that unclip_jax raises on purpose, because of something that its user can mend.
+
+The message of each is one line that names what is wrong and how to mend it. The `unclip` command prints that
+line and exits with status 1; it shows any other exception with its traceback, as a bug of this package. Each
+class also derives from the builtin exception that describes it, so that `except ValueError` and the like work
+in programs that call the package. Errors about files and networks are the builtin `OSError` and
+`FileNotFoundError`, which the command prints in one line as well.
+
+| class                 | builtin              | raised when                                              |
+|-----------------------|----------------------|----------------------------------------------------------|
+| `InputError`          | `ValueError`         | an argument, a setting or a file's content is not usable |
+| `MissingError`        | `KeyError`           | something asked for by name does not exist               |
+| `MissingPackageError` | `ImportError`        | an optional package is not installed                     |
+| `MemoryNeededError`   | `MemoryError`        | a program does not fit into the memory of the devices    |
+| `NumericalError`      | `FloatingPointError` | a computation is no longer finite                        |
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """The base of all errors in this module; raise one of the others."""
+
+
+class InputError(UserError, ValueError):
+    """An argument, a setting or the content of a file is not usable."""
+
+
+class MissingError(UserError, KeyError):
+    """Something that was asked for by name does not exist.
+
+    `str(error)` is the message itself, where that of a `KeyError` is the message's repr.
+    """
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+
+class MissingPackageError(UserError, ImportError):
+    """An optional package is not installed."""
+
+
+class MemoryNeededError(UserError, MemoryError):
+    """A program needs more memory than the devices have."""
+
+
+class NumericalError(UserError, FloatingPointError):
+    """A computation is no longer finite."""
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """An exception's message in one line of at most `length` characters, or its class's name without one."""
+    message = error.args[0] if type(error) is KeyError and error.args else error
+    return " ".join(str(message).split())[:length] or type(error).__name__
+
+
+@contextlib.contextmanager
+def input_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns what another library raises about a user's input into an `InputError` that begins with `name`.
+
+    Args:
+      name: the file, argument or setting at fault.
+      kinds: the exceptions to turn; a `UserError` or an `OSError` passes through unchanged.
+
+    Raises:
+      InputError: "name: the first exception's message", in one line.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except kinds as error:
+        raise InputError(f"{name}: {one_line(error)}") from error
