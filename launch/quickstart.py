@@ -50,7 +50,7 @@ def draw(bundles: dict[str, str], captions: list[str], out: Path) -> None:
     """Samples the captions from each bundle into one grid and prints the bundles' figures."""
     import numpy as np
 
-    from unclip_jax.checkpoint.bundle import load_bundle
+    from unclip_jax.checkpoint.load import load_bundle
     from unclip_jax.cli.options import progress_bar, use_compilation_cache
     from unclip_jax.grid import save_grid
     from unclip_jax.sampling.figures import describe

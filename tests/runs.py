@@ -13,19 +13,20 @@ from unclip_jax.checkpoint.bundle import Bundle, Part
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.cli.train import load_config, override
 from unclip_jax.data.tokenizer import ClipTokenizer
-from unclip_jax.generate import build_model
-from unclip_jax.train import clip, common, decoder, pca, prior_ar, prior_diffusion, upsampler
+from unclip_jax.generate.networks import build_model
+from unclip_jax.run import batches
+from unclip_jax.train import clip, codec, decoder, prior_ar, prior_diffusion, upsampler
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
     "clip": (clip, "configs/emoji/clip.py:tiny"),
-    "prior": (prior_diffusion, "configs/emoji/prior_diffusion.py:tiny"),
+    "prior_diffusion": (prior_diffusion, "configs/emoji/prior_diffusion.py:tiny"),
     "prior_ar": (prior_ar, "configs/emoji/prior_ar.py:tiny"),
     "decoder": (decoder, "configs/emoji/decoder.py:tiny"),
     "upsampler_16": (upsampler, "configs/emoji/upsampler.py:tiny"),
 }
-CODEC = {"pca": (pca, "configs/emoji/pca.py:tiny")}  # fitted, not trained
-BESIDE = {"prior": ("clip",), "decoder": ("clip",), "pca": ("clip",), "prior_ar": ("clip", "pca")}  # runs that a stage starts from
+CODEC = {"codec": (codec, "configs/emoji/codec.py:tiny")}  # fitted, not trained
+BESIDE = {"prior_diffusion": ("clip",), "decoder": ("clip",), "codec": ("clip",), "prior_ar": ("clip", "codec")}  # runs that a stage starts from
 STEPS = 12
 SMALL = {"model__unet__channel_mult": (1,)}  # changes: a U-Net of one level, where the run is watched and not what it learns
 
@@ -153,5 +154,10 @@ class Repeating:
 
 def wrap_batches(monkeypatch, wrapper):
     """Every stage's training batches go through `wrapper`."""
-    original = common.batches
-    monkeypatch.setattr(common, "batches", lambda *args: wrapper(original(*args)))
+    original = batches.train_batches
+
+    def wrapped(config, source, example, mesh, start, stop):
+        made = original(config, source, example, mesh, start, stop)
+        return wrapper(made) if stop == config.steps else made  # what a stage measures on its data is left alone
+
+    monkeypatch.setattr(batches, "train_batches", wrapped)

@@ -10,10 +10,11 @@ Importing the package imports nothing heavy; each name is loaded when it is firs
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["load_bundle", "save_bundle", "text_to_image"]
+__all__ = ["Sampler", "load_bundle", "save_bundle", "text_to_image"]
 
 _HOME = {
-    "load_bundle": "unclip_jax.checkpoint.bundle",
+    "Sampler": "unclip_jax.sampling.programs",
+    "load_bundle": "unclip_jax.checkpoint.load",
     "save_bundle": "unclip_jax.checkpoint.bundle",
     "text_to_image": "unclip_jax.sampling.text_to_image",
 }

@@ -1,8 +1,9 @@
-"""Weights of other libraries: renamed and turned by a table of rules, tensor by tensor, and checked both ways.
+"""Converts weights of other libraries to our parameter trees, and back, by a table of rules.
 
-A rule is (pattern, target, transform): the name of a tensor in the file, the path of the parameter here, and how the one becomes the
-other. Conversion is that data (`rules/`) and this one engine. Every tensor of the file must be used once, every parameter filled once,
-and every shape must fit, or all that does not is listed, before a single value is read. Nothing from a file is executed.
+A rule is (pattern, target, transform): the name of a tensor in the file, the path of the parameter here, and
+how the tensor becomes the parameter. The tables stand in `providers/`; this is the engine that applies them.
+Every tensor of the file must be used, every parameter must be filled once, and every shape must fit.
+Otherwise an error lists all that does not fit, before any value is read. Nothing from a file is executed.
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from unclip_jax.checkpoint.files import Place, Weights, aligned, keep, some
+from unclip_jax.checkpoint.files import Place, Weights, aligned, keep, list_names
 
-THREADS = min(8, os.cpu_count() or 1)  # tensors read and turned at a time
-ROWS = 16  # of a tensor turned at a time: what is read and written then stays in the cache
+THREADS = min(8, os.cpu_count() or 1)  # tensors converted at a time
+ROWS = 16  # of a tensor transposed at a time, so that the rows stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class Rule:
-    """pattern: regex of a tensor's whole name; target: path of the parameter ("a/b/kernel", with \\1 of the pattern), several when the
-    tensor's first axis holds them one after the other, none when the tensor is no parameter; transform: one of TRANSFORMS."""
+    """How the tensors whose names match become parameters.
+
+    pattern: regex of a tensor's whole name.
+    target: the parameter's path ("a/b/kernel"; \\1 is the pattern's first group). Several paths when the
+      tensor's first axis holds several parameters one after the other; () when the tensor is not a parameter.
+    transform: one of TRANSFORMS.
+    """
 
     pattern: str
     target: str | tuple[str, ...]
@@ -37,8 +43,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Transform:
-    """shape: of the parameter and of the tensor -> whether they fit; forward: tensor, parameter's shape -> parameter; backward: parameter
-    -> tensor."""
+    """fits: the parameter's and the tensor's shape -> whether they fit. forward: tensor, the parameter's
+    shape -> parameter. backward: parameter -> tensor."""
 
     fits: Callable[[tuple[int, ...], tuple[int, ...]], bool]
     forward: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
@@ -49,8 +55,8 @@ def _conv(shape: Sequence[int]) -> tuple[int, ...]:
     return (shape[2], shape[3], shape[1], shape[0]) if len(shape) == 4 else ()
 
 
-def _turned(a: np.ndarray, *axes: int) -> np.ndarray:
-    # The axes in another order, the first one last, in float32.
+def _transposed(a: np.ndarray, *axes: int) -> np.ndarray:
+    # The axes in another order, in float32. The first axis must come last.
     out = aligned([a.shape[axis] for axis in axes])
     for row in range(0, len(a), ROWS):
         out[..., row : row + ROWS] = a[row : row + ROWS].transpose(axes)
@@ -59,27 +65,40 @@ def _turned(a: np.ndarray, *axes: int) -> np.ndarray:
 
 TRANSFORMS: dict[str, Transform] = {
     "same": Transform(lambda ours, theirs: ours == theirs, lambda a, shape: a, lambda a: a),
-    # torch's (out, in) -> (in, out); `heads` splits out into (heads, size), `merge` has in = (heads, size)
-    "linear": Transform(lambda ours, theirs: ours == theirs[::-1], lambda a, shape: _turned(a, 1, 0), lambda a: a.T),
+    # torch's (out, in) -> (in, out); `heads` splits `out` into (heads, size), `merge` splits `in` into
+    # (heads, size)
+    "linear": Transform(
+        lambda ours, theirs: ours == theirs[::-1], lambda a, shape: _transposed(a, 1, 0), lambda a: a.T
+    ),
     "heads": Transform(
-        lambda ours, theirs: len(ours) == 3 and len(theirs) == 2 and (ours[0], ours[1] * ours[2]) == theirs[::-1],
-        lambda a, shape: _turned(a, 1, 0).reshape(shape),
+        lambda ours, theirs: (
+            len(ours) == 3 and len(theirs) == 2 and (ours[0], ours[1] * ours[2]) == theirs[::-1]
+        ),
+        lambda a, shape: _transposed(a, 1, 0).reshape(shape),
         lambda a: a.reshape(a.shape[0], -1).T,
     ),
     "merge": Transform(
-        lambda ours, theirs: len(ours) == 3 and len(theirs) == 2 and (ours[0] * ours[1], ours[2]) == theirs[::-1],
-        lambda a, shape: _turned(a, 1, 0).reshape(shape),
+        lambda ours, theirs: (
+            len(ours) == 3 and len(theirs) == 2 and (ours[0] * ours[1], ours[2]) == theirs[::-1]
+        ),
+        lambda a, shape: _transposed(a, 1, 0).reshape(shape),
         lambda a: a.reshape(-1, a.shape[-1]).T,
     ),
     "head_bias": Transform(
-        lambda ours, theirs: len(theirs) == 1 and math.prod(ours) == theirs[0], lambda a, shape: a.reshape(shape), lambda a: a.reshape(-1)
+        lambda ours, theirs: len(theirs) == 1 and math.prod(ours) == theirs[0],
+        lambda a, shape: a.reshape(shape),
+        lambda a: a.reshape(-1),
     ),
     # torch's (out, in, height, width) -> (height, width, in, out)
     "conv": Transform(
-        lambda ours, theirs: ours == _conv(theirs), lambda a, shape: _turned(a, 2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)
+        lambda ours, theirs: ours == _conv(theirs),
+        lambda a, shape: _transposed(a, 2, 3, 1, 0),
+        lambda a: a.transpose(3, 2, 0, 1),
     ),
     "drop_ones": Transform(  # (1, N, W) -> (N, W), (1, 1, W) -> (W,)
-        lambda ours, theirs: ours == tuple(theirs)[len(theirs) - len(ours) :] and math.prod(theirs) == math.prod(ours),
+        lambda ours, theirs: (
+            ours == tuple(theirs)[len(theirs) - len(ours) :] and math.prod(theirs) == math.prod(ours)
+        ),
         lambda a, shape: a.reshape(shape),
         lambda a: a.reshape((1,) * (3 - a.ndim) + a.shape),
     ),
@@ -89,7 +108,9 @@ TRANSFORMS: dict[str, Transform] = {
 def linear(theirs: str, ours: str, transform: str = "linear") -> tuple[Rule, Rule]:
     """Rules of a layer's weight and bias; `transform` is that of the weight: linear, heads, merge or conv."""
     bias = "head_bias" if transform == "heads" else "same"
-    return Rule(rf"{theirs}\.weight", f"{ours}/kernel", transform), Rule(rf"{theirs}\.bias", f"{ours}/bias", bias)
+    return Rule(rf"{theirs}\.weight", f"{ours}/kernel", transform), Rule(
+        rf"{theirs}\.bias", f"{ours}/bias", bias
+    )
 
 
 def norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
@@ -98,12 +119,13 @@ def norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
 
 
 def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, place: Place = keep) -> dict:
-    """Tensors of another library -> a parameter tree of ours. No more than a few tensors are held beside it.
+    """Tensors of another library -> a parameter tree of ours. Beside the tree, at most a few tensors are in
+    memory at a time.
 
     Args:
       weights: tensors by their names in the file.
-      rules: the first whose pattern matches a whole name is the tensor's.
-      shapes: the tree of our parameters' shapes (`jax.eval_shape`).
+      rules: the first rule whose pattern matches a tensor's whole name applies to it.
+      shapes: the tree of our parameters' shapes (`shapes_of`).
       name: of the network, for errors.
       place: where each parameter goes as soon as it is read; by default it stays on the host.
 
@@ -111,10 +133,13 @@ def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, pla
       The tree of what `place` returned, float32 NumPy arrays by default.
 
     Raises:
-      ValueError: listing tensors without use, parameters not filled or filled twice, and shapes that do not fit.
+      ValueError: listing unused tensors, parameters that are missing or filled twice, and shapes that do not
+        fit.
     """
     wanted = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
-    plan: dict[str, list[tuple[str, Transform]]] = {}  # of a tensor: the parameters that it holds one after the other
+    plan: dict[
+        str, list[tuple[str, Transform]]
+    ] = {}  # of a tensor: the parameters that it holds one after the other
     filled: set[str] = set()
     unused, twice, unfit = [], [], []
     for tensor in weights:
@@ -136,7 +161,7 @@ def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, pla
             filled.add(target)
             plan.setdefault(tensor, []).append((target, transform))
     problems = [
-        f"{len(found)} {words}: {some(found)}"
+        f"{len(found)} {words}: {list_names(found)}"
         for words, found in (
             ("tensors of the file have no use", sorted(set(unused))),
             ("parameters are missing in it", [path for path in wanted if path not in filled]),
@@ -149,11 +174,11 @@ def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, pla
         raise ValueError(f"{name} does not fit these weights: {'; '.join(problems)}")
 
     def read(tensor: str) -> list[tuple[tuple[str, ...], Any]]:
-        held = plan[tensor]
-        pieces = np.split(weights[tensor], len(held)) if len(held) > 1 else [weights[tensor]]
+        parameters = plan[tensor]
+        pieces = np.split(weights[tensor], len(parameters)) if len(parameters) > 1 else [weights[tensor]]
         placed = [
             (tuple(target.split("/")), place(target, keep(target, transform.forward(piece, wanted[target]))))
-            for (target, transform), piece in zip(held, pieces)
+            for (target, transform), piece in zip(parameters, pieces)
         ]
         weights.release(tensor)
         return placed
@@ -163,16 +188,23 @@ def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, pla
 
 
 def _reversed(rule: Rule) -> tuple[str, str]:
-    # (regex of our path, template of their name). Groups hold no groups, and an optional prefix is written.
+    # (regex of our path, template of their name). A group may not contain another; an optional prefix is
+    # always written.
     plain, groups = re.sub(r"\(\?:([^()]*)\)\?", r"\1", rule.pattern), []
-    template = re.sub(r"\(([^()]*)\)", lambda m: f"{{g{groups.append(m[1]) or len(groups)}}}", plain).replace("\\.", ".")
+    template = re.sub(r"\(([^()]*)\)", lambda m: f"{{g{groups.append(m[1]) or len(groups)}}}", plain).replace(
+        "\\.", "."
+    )
     pieces = re.split(r"\\(\d)", rule.target)
-    ours = "".join(re.escape(piece) if i % 2 == 0 else f"(?P<g{piece}>{groups[int(piece) - 1]})" for i, piece in enumerate(pieces))
+    ours = "".join(
+        re.escape(piece) if i % 2 == 0 else f"(?P<g{piece}>{groups[int(piece) - 1]})"
+        for i, piece in enumerate(pieces)
+    )
     return ours, template
 
 
 def export(params: Any, rules: Sequence[Rule], name: str) -> dict[str, np.ndarray]:
-    """A parameter tree of ours -> tensors by the other library's names, `convert` read from right to left.
+    """A parameter tree of ours -> tensors by the other library's names: the inverse of `convert`, by the same
+    rules.
 
     Raises:
       ValueError: listing parameters for which no rule has a name.
@@ -180,14 +212,21 @@ def export(params: Any, rules: Sequence[Rule], name: str) -> dict[str, np.ndarra
     known = [(*_reversed(rule), TRANSFORMS[rule.transform]) for rule in rules if isinstance(rule.target, str)]
     tensors, nameless = {}, []
     for path, value in traverse_util.flatten_dict(params, sep="/").items():
-        found = next(((m, template, transform) for ours, template, transform in known if (m := re.fullmatch(ours, path))), None)
+        found = next(
+            (
+                (m, template, transform)
+                for ours, template, transform in known
+                if (m := re.fullmatch(ours, path))
+            ),
+            None,
+        )
         if found is None:
             nameless.append(path)
             continue
         match, template, transform = found
         tensors[template.format(**match.groupdict())] = transform.backward(np.asarray(value))
     if nameless:
-        raise ValueError(f"{name}: the other library has no name for {some(nameless)}")
+        raise ValueError(f"{name}: the other library has no name for {list_names(nameless)}")
     return tensors
 
 
@@ -197,8 +236,12 @@ def shapes_of(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def expect(config: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError where a configuration says something else than what our network does; absent keys are the library's defaults,
-    which are what is wanted."""
+    """Checks that a configuration describes what our network does. An absent key stands for the library's
+    default, which must be the wanted value.
+
+    Raises:
+      ValueError: naming the first setting with another value, and both values.
+    """
     for key, value in wanted.items():
         if key in config and config[key] != value:
             raise ValueError(f"{name}: {key} is {config[key]!r}, but the network here has {value!r}")

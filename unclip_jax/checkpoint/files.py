@@ -1,10 +1,12 @@
-"""Folders of weights: their JSON, and their safetensors tensor by tensor, each read when it is asked for. Nothing in them is executed."""
+"""Folders of weights: JSON files, and safetensors whose tensors are read one by one. Nothing in them is
+executed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,32 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-LISTED = 6  # names of each kind that an error lists
-ALIGNMENT = 64  # bytes; from such memory JAX takes an array over on CPU without copying it
+LISTED = 6  # how many names of each kind an error lists
+ALIGNMENT = 64  # bytes; an array in memory aligned like this is used by JAX on CPU without a copy
 
 DTYPES = {
-    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_, "U8": np.uint8},
+    **{
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+    },
     **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
 }
 
-Place = Callable[[str, np.ndarray], Any]  # a parameter's path and its values -> where it shall be
+Place = Callable[[str, np.ndarray], Any]  # a parameter's path and its values -> the array to keep
 
 
 def read_json(path: Path, whole: str = "folder") -> dict:
-    """A JSON object.
+    """The JSON object in a file.
+
+    Args:
+      whole: what the file is a part of, for errors: "folder" or "bundle".
 
     Raises:
-      FileNotFoundError, ValueError: one line naming the file, and the `whole` it is a part of.
+      FileNotFoundError, ValueError: one line naming the file, and the `whole`.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -40,9 +52,23 @@ def read_json(path: Path, whole: str = "folder") -> dict:
     return value
 
 
+@contextlib.contextmanager
+def missing_settings(path: Path) -> Iterator[None]:
+    """Turns the KeyError of a setting that a folder's configurations lack into a ValueError that names
+    both."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path}: a configuration lacks {error.args[0]!r}; copy the folder again") from None
+
+
 class Weights(Mapping):
-    """The tensors of a folder's files by name: read-only views of the files in memory, of which the machine reads what is looked at.
-    `shape(name)` looks at no values; `release(name)` lets go of the memory of a tensor that is no longer needed."""
+    """The tensors of a folder's files by name.
+
+    A tensor is a read-only view of its file, mapped into memory: the machine reads only the pages that are
+    used. `shape(name)` reads no values. `release(name)` frees the memory of a tensor that is no longer
+    needed.
+    """
 
     def __init__(self, files: Mapping[str, Path]):
         self._files, self._headers, self._maps = dict(files), {}, {}
@@ -58,7 +84,7 @@ class Weights(Mapping):
         return header["start"] + first, header["start"] + last
 
     def release(self, name: str) -> None:
-        """Gives a tensor's whole pages back; looked at again, it is read again."""
+        """Frees the pages that hold only this tensor. They are read again when the tensor is used again."""
         first, last = self._range(name)
         first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
         if last > first and hasattr(mmap, "MADV_DONTNEED"):
@@ -71,7 +97,9 @@ class Weights(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         (first, last), path = self._range(name), self._files[name]
         dtype = np.dtype(DTYPES[self._headers[path][name]["dtype"]])
-        return np.frombuffer(self._maps[path], dtype, (last - first) // dtype.itemsize, first).reshape(self.shape(name))
+        return np.frombuffer(self._maps[path], dtype, (last - first) // dtype.itemsize, first).reshape(
+            self.shape(name)
+        )
 
     def __iter__(self):
         return iter(self._files)
@@ -80,12 +108,20 @@ class Weights(Mapping):
         return len(self._files)
 
 
-def open_weights(folder: Path, names: Iterable[str] = ("model", "diffusion_pytorch_model"), whole: str = "folder") -> Weights:
-    """The safetensors of a folder, one file or sharded with an index (`<name>.safetensors`, `<name>.safetensors.index.json`).
+def open_weights(
+    folder: Path, names: Iterable[str] = ("model", "diffusion_pytorch_model"), whole: str = "folder"
+) -> Weights:
+    """The safetensors of a folder: one file (`<name>.safetensors`), or several with an index
+    (`<name>.safetensors.index.json`).
+
+    Args:
+      names: of the file without its ending, in the order in which they are looked for.
+      whole: see `read_json`.
 
     Raises:
-      FileNotFoundError: when there are none. ValueError: when a file is damaged, a shard lacks what the index promises, or the weights are
-        pickled: a pickle runs what is in it, so it is refused.
+      FileNotFoundError: when there are none.
+      ValueError: when a file is damaged, when a file lacks a tensor that the index lists, or when the weights
+        are pickled. A pickle can run code, so it is refused.
     """
     for name in names:
         index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
@@ -94,18 +130,28 @@ def open_weights(folder: Path, names: Iterable[str] = ("model", "diffusion_pytor
             if not isinstance(listed, dict) or any(Path(str(file)).name != file for file in listed.values()):
                 raise ValueError(f"{index} has no weight_map of files beside it; copy the {whole} again")
             files = {tensor: folder / file for tensor, file in listed.items()}
-            held = {path: set(_names(path, whole)) for path in set(files.values())}
-            lost = [tensor for tensor, path in files.items() if tensor not in held[path]]
+            found = {path: set(_names(path, whole)) for path in set(files.values())}
+            lost = [tensor for tensor, path in files.items() if tensor not in found[path]]
             if lost:
-                raise ValueError(f"{files[lost[0]]} lacks {some(lost)}, which {index.name} promises; copy the {whole} again")
-            return Weights({tensor: path for path, tensors in held.items() for tensor in tensors})
+                raise ValueError(
+                    f"{files[lost[0]]} lacks {list_names(lost)}, which {index.name} lists; "
+                    f"copy the {whole} again"
+                )
+            return Weights({tensor: path for path, tensors in found.items() for tensor in tensors})
         if single.is_file():
             return Weights({tensor: single for tensor in _names(single, whole)})
-    pickled = sorted(path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{suffix}"))
+    pickled = sorted(
+        path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{suffix}")
+    )
     if pickled:
-        raise ValueError(f"{folder / pickled[0]} is a pickle, which could run code: save it as safetensors where you trust it")
+        raise ValueError(
+            f"{folder / pickled[0]} is a pickle, which could run code: "
+            "save it as safetensors where you trust it"
+        )
     expected = " or ".join(f"{name}.safetensors" for name in names)
-    raise FileNotFoundError(f"{folder / expected} is missing, and with it the weights; the {whole} is incomplete")
+    raise FileNotFoundError(
+        f"{folder / expected} is missing, and with it the weights; the {whole} is incomplete"
+    )
 
 
 def _names(path: Path, whole: str) -> list[str]:
@@ -122,14 +168,14 @@ def _names(path: Path, whole: str) -> list[str]:
     return names
 
 
-def some(names: Sequence[str]) -> str:
+def list_names(names: Sequence[str]) -> str:
     """The first few of the sorted names, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def aligned(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
-    """Uninitialised memory that JAX can take over on CPU."""
+    """Uninitialised memory that JAX on CPU uses without a copy."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.empty(size + ALIGNMENT - 1, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -137,10 +183,12 @@ def aligned(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
 
 
 def keep(name: str, value: np.ndarray) -> np.ndarray:
-    """The `Place` of weights that stay on the host: float32."""
-    ours = value.flags.writeable and value.flags.c_contiguous  # a file's memory is neither: the file may change
-    if ours and value.dtype == np.float32 and value.ctypes.data % ALIGNMENT == 0:
+    """The `Place` of weights that stay on the host, in float32."""
+    owned = (
+        value.flags.writeable and value.flags.c_contiguous
+    )  # a view of a file is not writeable; it must be copied
+    if owned and value.dtype == np.float32 and value.ctypes.data % ALIGNMENT == 0:
         return value
-    kept = aligned(value.shape)
-    kept[...] = value
-    return kept
+    copy = aligned(value.shape)
+    copy[...] = value
+    return copy

@@ -8,7 +8,7 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("runs", metavar="RUNS", help="the folder with the runs: clip, prior, decoder, upsampler_<px>")
+    parser.add_argument("runs", metavar="RUNS", help="the folder with the runs: clip, prior_diffusion, decoder, upsampler_64, ...")
     parser.add_argument("--out", required=True, metavar="DIR", help="the bundle's folder; a bundle found there is replaced")
     parser.add_argument("--base", metavar="BUNDLE", help="a bundle that gives the parts which have no run in RUNS")
     parser.add_argument(
@@ -18,44 +18,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def collect(runs: Any, base: str | None = None):
-    """The bundle of all runs below a folder; each folder there that holds checkpoints is a part.
+    """The bundle of all runs below a folder; each folder there that holds checkpoints is a part, under the name that its run gives it.
 
     Args:
       runs: the folder, with pathlib's methods.
       base: a bundle that gives the parts that have no run there.
 
     Raises:
-      FileNotFoundError, ValueError: when clip, prior or decoder is missing or parts do not belong together.
+      FileNotFoundError, ValueError: when a part of the system is missing, two runs trained the same part, or parts do not belong together.
     """
-    from unclip_jax.checkpoint.bundle import Bundle, check_same_clip, load_bundle, load_part
-    from unclip_jax.checkpoint.store import FOLDER
+    from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen
+    from unclip_jax.checkpoint.load import load_bundle
+    from unclip_jax.checkpoint.store import FOLDER, load_run
 
-    names = sorted(p.name for p in runs.iterdir() if (p / FOLDER).is_dir()) if runs.is_dir() else []
-    if not names:
-        raise FileNotFoundError(f"{runs} has no run; train clip, prior and decoder first")
-    start = load_bundle(base) if base else Bundle({}, {}, {})
-    parts, training = dict(start.parts), dict(start.provenance.get("training", {}))
-    tokenizer, sampling = start.tokenizer, dict(start.sampling)
-    for name in names:
-        parts[name], meta = load_part(runs / name, name)
-        training[name] = meta["provenance"] | {"config": meta["config"]}
+    folders = sorted(p for p in runs.iterdir() if (p / FOLDER).is_dir()) if runs.is_dir() else []
+    if not folders:
+        raise FileNotFoundError(f"{runs} has no run; train clip, prior_diffusion and decoder first")
+    start = load_bundle(base) if base else Bundle({})
+    parts, training, sampling, origin = dict(start.parts), dict(start.provenance.get("training", {})), dict(start.sampling), {}
+    for folder in folders:
+        meta, params, step = load_run(folder)
+        name = meta["name"]
+        if name in origin:
+            raise ValueError(f"{origin[name]} and {folder} are both runs of {name}; move one of them away")
+        origin[name] = folder
+        parts[name] = Part(meta["part"], params)
+        training[name] = meta["provenance"] | {"config": meta["config"], "step": step}
         if meta["sampling"]:
             sampling[name] = meta["sampling"]
-        if name == "clip":
-            tokenizer = meta["tokenizer"]
-    missing = [name for name in ("clip", "prior", "decoder") if name not in parts]
+    missing = [name for name in ("clip", "prior_diffusion", "decoder") if name not in parts]
     if missing:
-        raise FileNotFoundError(f"{runs} has no run of {', '.join(missing)}; train it first (it has: {', '.join(names)})")
-    check_same_clip(parts)
-    return Bundle(parts, tokenizer, sampling, {"training": training})
+        raise FileNotFoundError(f"{runs} has no run of {', '.join(missing)}; train it first (it has: {', '.join(origin)})")
+    check_frozen(parts)
+    return Bundle(parts, sampling=sampling, provenance={"training": training})
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    from unclip_jax.checkpoint.bundle import load_bundle, save_bundle, update_provenance
+    from unclip_jax.checkpoint.bundle import save_bundle, update_provenance
+    from unclip_jax.checkpoint.load import load_bundle
     from unclip_jax.cli.options import part_options, progress_bar, use_compilation_cache
+    from unclip_jax.evaluate import samples
     from unclip_jax.paths import total_bytes, user_path
-    from unclip_jax.sampling import figures, programs
+    from unclip_jax.sampling.programs import stage_options
 
     if args.rows < 0 or args.rows == 1:
         raise ValueError(f"--rows must be 0 or at least 2, got {args.rows}")
@@ -63,11 +68,11 @@ def run(args: argparse.Namespace) -> None:
     bundle = collect(user_path(args.runs), args.base)
     for part, options in part_options(args.sampling).items():
         bundle.sampling.setdefault(part, {}).update(options)
-    programs.stage_options(bundle)
+    stage_options(bundle)
     path = save_bundle(bundle, args.out)
     print(f"{path}: {', '.join(bundle.parts)}; {total_bytes(path) / 2**20:.1f} MiB")
     if args.rows:
         # Measured on what was written: half precision.
-        measured = figures.measure(load_bundle(path), rows=args.rows, progress=progress_bar("measuring"))
+        measured = samples.measure(load_bundle(path), rows=args.rows, progress=progress_bar("measuring"))
         update_provenance(path, figures=measured)
-        print("\n".join(figures.describe(measured)))
+        print("\n".join(samples.describe(measured)))

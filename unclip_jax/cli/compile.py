@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
     from unclip_jax.cli.options import parse_assignments
     from unclip_jax.cli.train import load_config, override
-    from unclip_jax.train import aot
+    from unclip_jax.compile import step
 
     if args.sample and args.embeddings:
         raise ValueError("--embeddings is for a train step; a sampler reads captions")
@@ -40,18 +40,18 @@ def run(args: argparse.Namespace) -> None:
     for key, value in parse_assignments(args.assignments).items():
         override(config, key, value)
     shape = dict(config.mesh) if args.mesh is None else parse_assignments(args.mesh.split(","))
-    mesh = aot.make_abstract_mesh(args.topology, shape)
+    mesh = step.make_abstract_mesh(args.topology, shape)
     if args.batch is not None or args.sample:
         override(config, "batch_size", args.batch or mesh.shape["data"] * mesh.shape["fsdp"])
     clip_config = None
-    if "clip" in config:
+    if "clip" in config.frozen:
         path, _, variant = args.config.partition(":")
         beside = f"{Path(path).parent / 'clip.py'}" + (":tiny" if variant == "tiny" else "")
         clip_config = load_config(args.clip or beside)
     if args.sample:
-        report, compiled = aot.compile_sampler(config, clip_config, mesh)
+        report, compiled = step.compile_sampler(config, clip_config, mesh)
     else:
-        report, compiled = aot.compile_step(config, clip_config, mesh, args.embeddings)
+        report, compiled = step.compile_step(config, clip_config, mesh, args.embeddings)
     print(describe(report, args.topology), flush=True)
     print(verdict(report), end="\n" if report.chip else "")
     if args.save:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
 def describe(report, topology: str) -> str:
     """The report as lines of text."""
-    from unclip_jax.train.aot import HELD
+    from unclip_jax.compile.step import HELD
 
     gib, lines = 2**30, []
     sizes = " x ".join(f"{axis}={n}" for axis, n in report.mesh.items())

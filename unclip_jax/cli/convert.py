@@ -1,4 +1,4 @@
-"""`unclip convert FOLDER --out DIR`: public weights, or any bundle, as a bundle of our own format."""
+"""`unclip convert FOLDER --out DIR`: writes public weights, or a bundle, as a bundle of the newest format."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ DTYPES = ("float16", "float32")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("folder", metavar="FOLDER", help="diffusers' folder of Karlo, transformers' or OpenAI's CLIP, or a bundle")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the bundle's folder; a bundle found there is replaced")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="diffusers' folder of Karlo, CLIP of transformers or of OpenAI, or a bundle of any format",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="the bundle's folder; a bundle found there is replaced"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights on disk (float16)")
 
 
@@ -18,7 +24,8 @@ def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     import numpy as np
 
-    from unclip_jax.checkpoint.bundle import load_bundle, save_bundle
+    from unclip_jax.checkpoint.bundle import save_bundle
+    from unclip_jax.checkpoint.load import load_bundle
     from unclip_jax.paths import total_bytes
 
     bundle = load_bundle(args.folder)

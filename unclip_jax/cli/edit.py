@@ -21,14 +21,14 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from unclip_jax.cli.options import image_task, read_image
-    from unclip_jax.sampling import latents
-    from unclip_jax.sampling.text_diff import text_diff
+    from unclip_jax.sampling.edits.inversion import square
+    from unclip_jax.sampling.edits.text_diff import text_diff
 
     task = image_task(args)
     image = read_image(args.image)
     drawn = text_diff(
-        task.bundle, image, args.source, args.target, count=args.count, max_theta=args.theta, steps=task.steps,
+        task.sampler, image, args.source, args.target, count=args.count, max_theta=args.theta, steps=task.steps,
         guidance_scale=args.guidance, seed=args.seed, progress=task.progress,
     )  # fmt: skip
     labels = ["input", *[f"theta {theta:.2f}" for theta in np.linspace(0, args.theta, args.count)]]
-    task.save(np.concatenate([latents.square([image], drawn.shape[1]), drawn]), labels)
+    task.save(np.concatenate([square([image], drawn.shape[1]), drawn]), labels)

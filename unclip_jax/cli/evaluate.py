@@ -1,4 +1,4 @@
-"""`unclip evaluate retrieval|zeroshot|probe`: measures a bundle's CLIP on a dataset."""
+"""`unclip evaluate samples|retrieval|zeroshot|probe`: measures a bundle's samples, or its CLIP on a dataset."""
 
 from __future__ import annotations
 
@@ -6,31 +6,68 @@ import argparse
 
 from unclip_jax.cli.options import add_bundle_arguments
 
-TASKS = ("retrieval", "zeroshot", "probe")
+TASKS = ("samples", "retrieval", "zeroshot", "probe")
+SAMPLE_ROWS = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("task", choices=TASKS, help="recall of captions and images, zero-shot classification, or a linear probe")
+    parser.add_argument(
+        "task",
+        choices=TASKS,
+        help="samples: the whole bundle on held-out rows of the embedded emoji; of its CLIP: retrieval (recall of captions and images), "
+        "zeroshot (classification), probe (a linear classifier)",
+    )
     add_bundle_arguments(parser)
     parser.add_argument("--data", action="append", default=[], metavar="K=V", help="the source, e.g. name=folder, path=DIR (name=emoji)")
     parser.add_argument("--train", action="append", default=[], metavar="K=V", help="probe: what differs in its training source")
     parser.add_argument("--label", default="caption", metavar="L", help="an image's class: caption, folder, or a field (caption)")
     parser.add_argument("--templates", default="photo", metavar="T", help="zeroshot: name, photo, emoji, emoji_style, imagenet, or a file")
-    parser.add_argument("--rows", type=int, metavar="N", help="at most so many records, chosen at random (all)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice (0)")
+    parser.add_argument("--rows", type=int, metavar="N", help="at most so many records, chosen at random (all); samples: of each split (100)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice, or of the samples (0)")
+    parser.add_argument(
+        "--prior", default="prior_diffusion", metavar="P", help="samples: as for `unclip sample`; several with commas (prior_diffusion)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    from unclip_jax.cli.options import check_seed, open_bundle, parse_assignments, progress_bar, use_compilation_cache
-    from unclip_jax.data.sources import make_source
-    from unclip_jax.evaluate.zeroshot import templates_of
-    from unclip_jax.sampling import evaluation
+    from unclip_jax.cli.options import check_seed, use_compilation_cache
 
     if args.rows is not None and args.rows < 2:
         raise ValueError(f"--rows must be at least 2, got {args.rows}")
     check_seed(args.seed)
+    use_compilation_cache()
+    if args.task == "samples":
+        _evaluate_samples(args)
+    else:
+        _evaluate_clip(args)
+
+
+def _evaluate_samples(args: argparse.Namespace) -> None:
+    from unclip_jax.cli.options import open_bundle, progress_bar
+    from unclip_jax.evaluate import samples
+    from unclip_jax.sampling.programs import Sampler
+    from unclip_jax.sampling.unclip import check_prior
+
+    if args.data or args.train:
+        raise ValueError("samples are measured on the embedded emoji: leave out --data and --train")
+    sampler, priors = Sampler(open_bundle(args)), args.prior.split(",")
+    for prior in priors:
+        check_prior(sampler.bundle, prior)
+    for prior in priors:
+        progress = progress_bar(f"measuring, prior {prior}")
+        measured = samples.measure(sampler, rows=args.rows or SAMPLE_ROWS, seed=args.seed, prior=prior, progress=progress)
+        print("\n".join([f"prior {prior}", *samples.describe(measured)]), flush=True)
+
+
+def _evaluate_clip(args: argparse.Namespace) -> None:
+    from unclip_jax.cli.options import open_bundle, parse_assignments, progress_bar
+    from unclip_jax.data.sources import make_source
+    from unclip_jax.evaluate import clip
+    from unclip_jax.metrics.zeroshot import templates_of
+    from unclip_jax.sampling.programs import Sampler
+
     templates = templates_of(args.templates)
     described = {"name": "emoji", **({} if args.data else {"split": "val"}), **parse_assignments(args.data)}
     source = make_source(described)
@@ -40,17 +77,16 @@ def run(args: argparse.Namespace) -> None:
         if not differs:
             raise ValueError("a probe learns from other records than it is tested on: say where they are with --train KEY=VALUE")
         train = make_source(described | differs)
-    use_compilation_cache()
-    bundle = open_bundle(args)
+    sampler = Sampler(open_bundle(args))
     shared = {"rows": args.rows, "seed": args.seed, "progress": progress_bar("embedding")}
     count = min(args.rows or len(source), len(source))
     print(f"{args.task} on {count} of {len(source)} records of {source.name}")
     if args.task == "retrieval":
-        for way, recall in evaluation.retrieval(bundle, source, **shared).items():
+        for way, recall in clip.retrieval(sampler, source, **shared).items():
             print(f"{way.replace('_', ' '):16}" + "".join(f"  recall@{k} {value:.4f}" for k, value in recall.items()))
     elif args.task == "zeroshot":
-        accuracy, classes = evaluation.zeroshot(bundle, source, templates, label=args.label, **shared)
+        accuracy, classes = clip.zeroshot(sampler, source, templates, label=args.label, **shared)
         print("".join(f"top-{k} {value:.4f}  " for k, value in accuracy.items()) + f"of {classes} classes, {len(templates)} prompts each")
     else:
-        found = evaluation.probe(bundle, train, source, label=args.label, **shared)
+        found = clip.probe(sampler, train, source, label=args.label, **shared)
         print(f"accuracy {found.accuracy:.4f}  (C {found.c:g}, chosen at {found.validation_accuracy:.4f} on held-out training rows)")

@@ -22,8 +22,8 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from unclip_jax.cli.options import image_task, read_image
-    from unclip_jax.sampling import latents
-    from unclip_jax.sampling.inpaint import METHODS, inpaint
+    from unclip_jax.sampling.edits.inpaint import METHODS, inpaint
+    from unclip_jax.sampling.edits.inversion import square
 
     task = image_task(args)
     image, mask = read_image(args.image), read_image(args.mask)
@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.mask} is {mask.shape[1]}x{mask.shape[0]}, but {args.image} is {image.shape[1]}x{image.shape[0]}")
     settings = {k: v for k, v in {"guidance_scale": args.guidance, "steps": task.steps}.items() if v is not None}
     drawn = inpaint(
-        task.bundle, image, mask.mean(axis=2) >= 128, args.caption,
+        task.sampler, image, mask.mean(axis=2) >= 128, args.caption,
         count=args.count, method=args.method, resamples=args.resamples, seed=args.seed,
-        options={part: settings for part in METHODS.values() if part in task.bundle.parts}, progress=task.progress,
+        options={part: settings for part in METHODS.values() if part in task.sampler.bundle.parts}, progress=task.progress,
     )  # fmt: skip
-    shown = latents.square([image, mask], drawn.shape[1])
+    shown = square([image, mask], drawn.shape[1])
     task.save(np.concatenate([shown, drawn]), ["input", "mask", *[args.caption] * args.count])

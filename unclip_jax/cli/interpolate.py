@@ -22,15 +22,15 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from unclip_jax.cli.options import image_task, read_image
-    from unclip_jax.sampling import latents
-    from unclip_jax.sampling.interpolation import interpolate
+    from unclip_jax.sampling.edits.interpolation import interpolate
+    from unclip_jax.sampling.edits.inversion import square
 
     task = image_task(args)
     ends = [read_image(args.first), read_image(args.second)]
     drawn = interpolate(
-        task.bundle, *ends, count=args.count, noise=args.noise, steps=task.steps, guidance_scale=args.guidance, seed=args.seed,
+        task.sampler, *ends, count=args.count, noise=args.noise, steps=task.steps, guidance_scale=args.guidance, seed=args.seed,
         progress=task.progress,
     )  # fmt: skip
-    shown = latents.square(ends, drawn.shape[1])
+    shown = square(ends, drawn.shape[1])
     labels = ["A", *[f"theta {theta:.2f}" for theta in np.linspace(0, 1, args.count)], "B"]
     task.save(np.concatenate([shown[:1], drawn, shown[1:]]), labels)

@@ -132,7 +132,7 @@ def open_bundle(args: argparse.Namespace) -> Any:
     Raises:
       ValueError, OSError: one line each.
     """
-    from unclip_jax.checkpoint.bundle import load_bundle, stored_bytes
+    from unclip_jax.checkpoint.load import load_bundle, stored_bytes
     from unclip_jax.sharding import sampling_mesh
 
     save_memory_on_cpu()
@@ -199,9 +199,9 @@ def add_image_arguments(
 
 @dataclass(frozen=True)
 class ImageTask:
-    """What a verb that starts from a picture works with: `bundle`, parsed `steps`, `progress`, and `save(images, labels)`."""
+    """What a verb that starts from a picture works with: `sampler`, parsed `steps`, `progress`, and `save(images, labels)`."""
 
-    bundle: Any
+    sampler: Any
     steps: int | str | tuple[int, ...] | None
     progress: Callable[[int, int], None]
     out: str
@@ -222,4 +222,6 @@ def image_task(args: argparse.Namespace) -> ImageTask:
     check_seed(args.seed)
     out = check_out(args.out)
     use_compilation_cache()
-    return ImageTask(open_bundle(args), parse_steps(args.steps), progress_bar("sampling"), out)
+    from unclip_jax.sampling.programs import Sampler
+
+    return ImageTask(Sampler(open_bundle(args)), parse_steps(args.steps), progress_bar("sampling"), out)

@@ -19,13 +19,13 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from unclip_jax.cli.options import image_task, read_image
-    from unclip_jax.sampling import latents
-    from unclip_jax.sampling.reconstruct import reconstruct
+    from unclip_jax.sampling.edits.inversion import square
+    from unclip_jax.sampling.edits.reconstruct import reconstruct
 
     task = image_task(args)
     image = read_image(args.image)
     drawn, dims = reconstruct(
-        task.bundle, image, dims=args.dims, steps=task.steps, guidance_scale=args.guidance, seed=args.seed, progress=task.progress
+        task.sampler, image, dims=args.dims, steps=task.steps, guidance_scale=args.guidance, seed=args.seed, progress=task.progress
     )
     labels = ["input", *[f"{d} components" for d in dims]]
-    task.save(np.concatenate([latents.square([image], drawn.shape[1]), drawn]), labels)
+    task.save(np.concatenate([square([image], drawn.shape[1]), drawn]), labels)

@@ -16,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="pictures per caption (1)")
     parser.add_argument(
         "--prior",
-        default="diffusion",
+        default="prior_diffusion",
         metavar="P",
-        help="where z_i comes from: diffusion or ar, the two priors; none: the text embedding in its place; null: the caption alone. "
-        "diffusion,ar: a row of the grid for each (diffusion)",
+        help="where z_i comes from: prior_diffusion or prior_ar; none: the text embedding takes its place; null: the caption alone. "
+        "Several with commas: a row of the grid for each (prior_diffusion)",
     )
     parser.add_argument("--guidance", metavar="S", help="the decoder's guidance scale. 1,2,4: a row of the grid for each")
     parser.add_argument("--prior-guidance", type=float, metavar="S", help="the prior's guidance scale")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PART.OPTION=VALUE",
         dest="assignments",
-        help="any sampling option, e.g. prior.steps=64",
+        help="any sampling option, e.g. prior_diffusion.steps=64",
     )
 
 
@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> None:
 
     from unclip_jax.cli.options import check_out, check_seed, open_bundle, parse_numbers, part_options, progress_bar, use_compilation_cache
     from unclip_jax.grid import save_grid
+    from unclip_jax.sampling.programs import Sampler
     from unclip_jax.sampling.text_to_image import text_to_image
+    from unclip_jax.sampling.unclip import check_prior
 
     if args.samples < 1:
         raise ValueError(f"--samples must be at least 1, got {args.samples}")
@@ -52,17 +54,19 @@ def run(args: argparse.Namespace) -> None:
     options = part_options([*([f"decoder.steps={args.steps}"] if args.steps else []), *args.assignments])
     if args.prior_guidance is not None:
         for prior in priors:
-            if prior in ("diffusion", "ar"):
-                options.setdefault("prior_ar" if prior == "ar" else "prior", {})["guidance_scale"] = args.prior_guidance
+            if prior in ("prior_diffusion", "prior_ar"):
+                options.setdefault(prior, {})["guidance_scale"] = args.prior_guidance
     use_compilation_cache()
-    bundle = open_bundle(args)
+    sampler = Sampler(open_bundle(args))
+    for prior in priors:
+        check_prior(sampler.bundle, prior)
     captions = [caption for caption in args.captions for _ in range(args.samples)]
     images, labels = [], []
     for prior, scale in itertools.product(priors, scales or [None]):
         chosen = options if scale is None else {**options, "decoder": {**options.get("decoder", {}), "guidance_scale": scale}}
-        images.append(text_to_image(bundle, captions, seed=args.seed, prior=prior, options=chosen, progress=progress_bar("sampling")))
-        said = [f"prior {prior}"] * (len(priors) > 1) + [f"guidance {scale}"] * (len(scales) > 1)
-        labels += [", ".join([*said, caption]) for caption in captions]
+        images.append(text_to_image(sampler, captions, seed=args.seed, prior=prior, options=chosen, progress=progress_bar("sampling")))
+        settings = [f"prior {prior}"] * (len(priors) > 1) + [f"guidance {scale}"] * (len(scales) > 1)
+        labels += [", ".join([*settings, caption]) for caption in captions]
     if len(images) > 1:
         columns = len(captions)
     else:

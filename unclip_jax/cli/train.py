@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from unclip_jax.paths import absolute, user_path
-
-STAGES = {
-    "clip": "unclip_jax.train.clip",
-    "prior_diffusion": "unclip_jax.train.prior_diffusion",
-    "pca": "unclip_jax.train.pca",
-    "prior_ar": "unclip_jax.train.prior_ar",
-    "decoder": "unclip_jax.train.decoder",
-    "upsampler": "unclip_jax.train.upsampler",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,10 +89,10 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
     Raises:
       ValueError: for a stage that needs pictures, or an evaluation that the configuration does not have.
     """
-    from unclip_jax.train.common import EMBEDDABLE
+    from unclip_jax.run.frozen import EMBEDDABLE
 
     if config.stage not in EMBEDDABLE:
-        raise ValueError(f"the {config.stage} stage needs pictures; embeddings are for the priors and pca")
+        raise ValueError(f"the {config.stage} stage needs pictures; embeddings are for the priors and the codec")
     evaluations = config.data.get("eval", {})
     with config.unlocked():
         for item in folders:
@@ -114,7 +104,7 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
             del where[key]
             where[key] = {"name": "embeddings", "path": absolute(folder)}
         if not keep_clip and all(source.name == "embeddings" for source in (config.data.train, *evaluations.values())):
-            config.clip = config.data.train.path
+            config.frozen.clip = config.data.train.path
 
 
 def run(args: argparse.Namespace) -> None:
@@ -124,19 +114,21 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config)
     assignments = parse_assignments(args.assignments)
     if args.clip is not None:
-        if "clip" not in config:
+        if "clip" not in config.frozen:
             raise ValueError(f"the {config.stage} stage has no frozen CLIP; leave out --clip")
         # As typed on the command line, a relative path is relative to the current folder.
-        assignments["clip"] = absolute(args.clip) if user_path(args.clip).exists() else args.clip
+        assignments["frozen.clip"] = absolute(args.clip) if user_path(args.clip).exists() else args.clip
     if args.embeddings:
-        use_embeddings(config, args.embeddings, keep_clip="clip" in assignments)
+        use_embeddings(config, args.embeddings, keep_clip="frozen.clip" in assignments)
     if args.profile is not None:
         assignments["profile"] = args.profile
     for key, value in assignments.items():
         override(config, key, value)
-    if config.stage not in STAGES:
-        raise ValueError(f"unknown stage {config.stage!r}; choose one of {', '.join(STAGES)}")
     if args.distributed:
         join_hosts()
     use_compilation_cache()
-    importlib.import_module(STAGES[config.stage]).train_and_evaluate(config, args.workdir, args.init_from)
+    from unclip_jax.train import STAGES
+
+    if config.stage not in STAGES:
+        raise ValueError(f"unknown stage {config.stage!r}; choose one of {', '.join(STAGES)}")
+    STAGES[config.stage].train_and_evaluate(config, args.workdir, args.init_from)

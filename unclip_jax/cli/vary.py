@@ -20,15 +20,15 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from unclip_jax.cli.options import image_task, read_image
-    from unclip_jax.sampling import latents
-    from unclip_jax.sampling.variations import fresh_variations, variations
+    from unclip_jax.sampling.edits.inversion import square
+    from unclip_jax.sampling.edits.variations import fresh_variations, variations
 
     task = image_task(args)
     image = read_image(args.image)
     shared = {"count": args.count, "seed": args.seed, "progress": task.progress}
     settings = {k: v for k, v in {"steps": task.steps, "guidance_scale": args.guidance}.items() if v is not None}
     if args.fresh:
-        drawn, label = fresh_variations(task.bundle, [image], options={"decoder": settings}, **shared)[0], "fresh"
+        drawn, label = fresh_variations(task.sampler, [image], options={"decoder": settings}, **shared)[0], "fresh"
     else:
-        drawn, label = variations(task.bundle, [image], eta=args.eta, **settings, **shared)[0], f"eta {args.eta:g}"
-    task.save(np.concatenate([latents.square([image], drawn.shape[1]), drawn]), ["input", *[label] * args.count])
+        drawn, label = variations(task.sampler, [image], eta=args.eta, **settings, **shared)[0], f"eta {args.eta:g}"
+    task.save(np.concatenate([square([image], drawn.shape[1]), drawn]), ["input", *[label] * args.count])

@@ -1,16 +1,15 @@
 """From a source to batches, in an order that is a pure function of (seed, step).
 
-Training visits positions p = 0, 1, 2, ...: step s of a global batch of B holds p = s B ... s B + B - 1. Position p is record
-`permutation(p mod n)` of epoch p // n, so that every record comes once an epoch, in another order each time, and any step starts
-without replaying the ones before it. Each host computes its own slice; the global batch does not depend on how many hosts there are.
+Step s of a global batch of B rows holds the positions s B ... s B + B - 1 of the order (`data.order`). Each
+host computes its own rows, and the global batch does not depend on how many hosts there are. Any step starts
+without replaying the ones before it.
 
-The permutation is a Feistel network over [0, 4^h) with 4^h >= n, walked until it lands below n (cycle walking): a bijection that
-needs no memory and is evaluated for any position alone.
+A record that cannot be read is counted, logged, and replaced in its own slot by another record. The
+replacement depends on (seed, position, attempt) alone, so that nothing behind it shifts. Too many bad records
+stop the run.
 
-A record that cannot be read is counted, logged, and replaced in its own slot by another one, chosen by (seed, p, attempt) alone:
-nothing behind it shifts. Too many of them stop the run.
-
-Two backends yield the same bytes: "tf" drives reading through `tf.data`; "numpy" uses a thread pool and needs no TensorFlow.
+Two backends yield the same bytes: "tf" drives the reading through `tf.data`; "numpy" uses a pool of threads
+and does not need TensorFlow.
 """
 
 from __future__ import annotations
@@ -27,7 +26,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from unclip_jax.data.sources import Record, Source, import_tensorflow, one_line
+from unclip_jax.data.order import Order, example_rng
+from unclip_jax.data.record import Record, Source, error_summary
+from unclip_jax.data.tensorflow import import_tensorflow
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +37,12 @@ MIN_BAD = 8  # a run does not stop for fewer bad records than this
 MAX_LOGGED = 20  # bad records logged one by one
 BACKENDS = ("tf", "numpy")
 
-# What damaged data raises. Anything else (TypeError, NameError, ...) is taken for a mistake in the program while the first batch is made.
+# The errors that damaged data raises. While the first batch is made, any other error, such as a TypeError, is
+# taken for a mistake in the program.
 DATA_ERRORS = (ValueError, OSError, KeyError, EOFError, MemoryError)
 
 Example = dict[str, np.ndarray]
 MakeExample = Callable[[Record, np.random.Generator], Example]
-
-_ROUNDS = 6
-_MIX_1, _MIX_2, _GOLDEN = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
-_MASK = (1 << 64) - 1
 
 
 class BadDataError(ValueError):
@@ -53,125 +51,52 @@ class BadDataError(ValueError):
 
 @dataclasses.dataclass
 class Stats:
-    """Of the batches handed out so far, on this host: records `seen` (replacements included), how many of them were `bad`, and the seconds
-    that the taker `waited` for batches."""
+    """Counts of the batches handed out so far on this host.
+
+    Attributes:
+      seen: records read, including the replacements of bad ones.
+      bad: how many of them could not be used.
+      waited: seconds that the caller waited for batches.
+    """
 
     seen: int = 0
     bad: int = 0
     waited: float = 0.0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Order
-# ----------------------------------------------------------------------------------------------------------------------
-def permutation(index: np.ndarray, n: int, seed: int, epoch: int | np.ndarray = 0, block: int | None = None) -> np.ndarray:
-    """A pseudo-random bijection of [0, n), evaluated at `index`: int64 (...) in [0, n) -> int64 (...) in [0, n).
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """How batches are made. None of this changes what they hold.
 
-    Another one for every (seed, epoch); `epoch` is a number or an array of index's shape. With `block`, runs of `block` consecutive
-    records stay together: the runs are permuted, and the records within each run. Use it where shards are remote and reading
-    neighbours is cheap, with a block of many batches.
+    Attributes:
+      backend: "tf" or "numpy".
+      threads: how many threads make rows; None means one per core, at most 32.
+      prefetch: how many batches are kept ready ahead of the caller, at least 1.
 
-    Raises `ValueError` if n or block is below 1 or an index lies outside [0, n).
+    Raises `ValueError` for an unknown backend.
     """
-    index = np.asarray(index, np.int64)
-    if n < 1 or (block is not None and block < 1):
-        raise ValueError(f"permutation needs n >= 1 and block >= 1, got n={n}, block={block}")
-    if index.size and (index.min() < 0 or index.max() >= n):
-        raise ValueError(f"permutation of [0, {n}): index outside")
-    shape = np.broadcast_shapes(index.shape, np.shape(epoch))
-    flat = np.broadcast_to(index, shape).reshape(-1)
-    epochs = np.broadcast_to(np.asarray(epoch, np.int64), shape).reshape(-1)
-    key = _mix(_mix(np.full(flat.shape, seed & _MASK, np.uint64)) + epochs.astype(np.uint64) * _GOLDEN)
-    if block is None or block >= n:
-        return _feistel(flat, n, key).reshape(shape)
-    # `full` whole blocks and perhaps a short one, which stands at a random place among them.
-    full, short = n // block, n % block
-    place = (_mix(key + np.uint64(1)) % np.uint64(full + 1)).astype(np.int64) if short else np.full(flat.shape, full)
-    start = place * block
-    in_short = (flat >= start) & (flat < start + short)
-    moved = np.where(flat >= start + short, flat - short, flat)  # positions as if the short block were not there
-    moved = np.where(in_short, 0, moved)
-    which = np.where(in_short, full, _feistel(moved // block, full, key))
-    inner = _mix(key ^ _mix(which.astype(np.uint64) + np.uint64(2)))
-    within = _feistel(moved % block, block, inner)
-    if short:
-        within = np.where(in_short, _feistel(np.where(in_short, flat - start, 0), short, inner), within)
-    return (which * block + within).reshape(shape)
+
+    backend: str = "tf"
+    threads: int | None = None
+    prefetch: int = 2
+
+    def __post_init__(self):
+        if self.backend not in BACKENDS:
+            raise ValueError(f"unknown data backend {self.backend!r}: choose one of {', '.join(BACKENDS)}")
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    # splitmix64's finaliser; uint64 arithmetic wraps.
-    x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
-
-
-def _feistel(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    # One bijection of [0, n) per value of key; index int64 (N,), key uint64 (N,).
-    half = max(1, -(-(n - 1).bit_length() // 2))
-    shift, low = np.uint64(half), np.uint64((1 << half) - 1)
-    values = index.astype(np.uint64)
-    pending = np.arange(len(values))
-    while len(pending):
-        left, right, keys = values[pending] >> shift, values[pending] & low, key[pending]
-        for i in range(_ROUNDS):
-            left, right = right, left ^ (_mix(right ^ _mix(keys + np.uint64(i))) & low)
-        walked = left << shift | right
-        values[pending] = walked
-        pending = pending[walked >= n]
-    return values.astype(np.int64)
-
-
-def global_indices(step: int, batch_size: int, n: int, seed: int, block: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The records of the global batch of `step`: (ids int64 (B,) in [0, n), epochs int64 (B,)). A pure function of its arguments."""
-    positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
-    epochs = positions // n
-    return permutation(positions % n, n, seed, epochs, block), epochs
-
-
-def example_rng(seed: int, position: int, attempt: int = 0) -> np.random.Generator:
-    """The randomness of one example (crop, caption, blur): a pure function of (seed, global position, attempt), on any host."""
-    key = np.array([seed & _MASK, position & _MASK], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, attempt], np.uint64)))
-
-
-def choose_caption(record: Record, rng: np.random.Generator) -> int:
-    """The number of one of the record's captions that are not blank, uniformly. Raises `ValueError` if there is none."""
-    captions = [i for i, caption in enumerate(record.captions) if caption.strip()]
-    if not captions:
-        raise ValueError("the record has no caption")
-    return captions[int(rng.integers(len(captions)))]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One example
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class _Bad:
-    record: int
+    """A record that could not be used: what messages call it, and why."""
+
     where: str
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
-class _Order:
-    """What decides which record stands at a position."""
-
-    n: int
-    seed: int
-    block: int | None
-
-    def records(self, positions: np.ndarray) -> np.ndarray:
-        return permutation(positions % self.n, self.n, self.seed, positions // self.n, self.block)
-
-    def replacement(self, position: int, attempt: int) -> int:
-        # The same position under another permutation. It knows nothing of hosts, nor of the other slots.
-        other = int(_mix(np.array([self.seed & _MASK], np.uint64) ^ np.uint64(attempt))[0])
-        return int(permutation(np.array([position % self.n]), self.n, other, position // self.n)[0])
-
-
-def _describe(record: Record | None, source: Source, i: int) -> str:
+def _where(record: Record | None, source: Source, i: int) -> str:
     if record is None:
         return f"record {i} of {source.name}"
     return f"record {record.key or i} of {record.shard}"
@@ -183,21 +108,33 @@ def _checked(example: Example, like: Example | None) -> Example:
     arrays = {name: np.asarray(value) for name, value in example.items()}
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf":
-            raise TypeError(f"make_example returned {array.dtype} for {name!r}: batches hold numbers and booleans only")
+            raise TypeError(
+                f"make_example returned {array.dtype} for {name!r}: batches hold numbers and booleans only"
+            )
     if like is not None:
         if arrays.keys() != like.keys():
             raise ValueError(f"make_example returned {sorted(arrays)}, for the first record {sorted(like)}")
         for name, array in arrays.items():
-            if array.shape != like[name].shape or array.dtype != like[name].dtype:
-                first = f"{like[name].dtype} {like[name].shape}"
-                raise ValueError(f"make_example returned {array.dtype} {array.shape} for {name!r}, for the first record {first}")
+            first = like[name]
+            if array.shape != first.shape or array.dtype != first.dtype:
+                given, expected = f"{array.dtype} {array.shape}", f"{first.dtype} {first.shape}"
+                raise ValueError(
+                    f"make_example returned {given} for {name!r}, for the first record {expected}"
+                )
     return arrays
 
 
-def _make(
-    source: Source, make_example: MakeExample, order: _Order, position: int, first: int, like: Example | None, strict: bool
+def _make_row(
+    source: Source,
+    make_example: MakeExample,
+    order: Order,
+    position: int,
+    first: int,
+    like: Example | None,
+    strict: bool,
 ) -> tuple[Example, list[_Bad]]:
-    # Record `first`, or its replacements. `strict`: an error that is not the data's is raised as it is.
+    # The row of record `first`, or of the first of its replacements that can be used, and the bad records
+    # before it. With `strict`, an error that is not one of DATA_ERRORS is raised unchanged.
     bad: list[_Bad] = []
     for attempt in range(MAX_ATTEMPTS):
         i, record = order.replacement(position, attempt) if attempt else first, None
@@ -207,16 +144,16 @@ def _make(
         except Exception as error:
             if strict and not isinstance(error, DATA_ERRORS):
                 raise
-            bad.append(_Bad(i, _describe(record, source, i), one_line(error)))
+            bad.append(_Bad(_where(record, source, i), error_summary(error)))
     raise BadDataError(
-        f"{MAX_ATTEMPTS} records in a row of {source.name} cannot be used, the last is {bad[-1].where}: {bad[-1].reason}; "
-        "mend the data, or filter such records out"
+        f"{MAX_ATTEMPTS} records in a row of {source.name} cannot be used, "
+        f"the last is {bad[-1].where}: {bad[-1].reason}; mend the data, or filter such records out"
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def train_batches(
     source: Source,
     make_example: MakeExample,
@@ -225,48 +162,51 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     num_steps: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
     local_rows: np.ndarray | None = None,
-    backend: str = "tf",
-    block: int | None = None,
     max_bad_fraction: float = 0.01,
-    num_workers: int | None = None,
-    prefetch: int = 2,
+    workers: Workers | None = None,
 ) -> TrainBatches:
-    """This host's rows of the global batches of steps start_step, start_step + 1, ...: an iterator of flat dicts of arrays.
+    """This host's rows of the global batches of steps start_step, start_step + 1, ...
 
-    `make_example(record, rng) -> {name: array}` makes one row; it runs in several threads at once, takes all randomness from `rng`,
-    and returns the same names, shapes and dtypes for every record. Each array of a batch holds the rows `local_rows` of the global batch of
-    `batch_size`; without them its batch_size / process_count rows from process_index * that on. Ends after `num_steps` batches, never if
-    None. `num_workers` threads (default: the number of cores, at most 32) keep `prefetch` batches ahead. The iterator has `.stats` and
-    `.close()`.
+    Both backends and any number of hosts give the same rows. Starting at step k equals skipping k batches.
 
-    Both backends ("tf", "numpy") and any number of hosts give the same rows, and starting at step k equals skipping k batches.
+    Args:
+      source: the records.
+      make_example: (record, rng) -> {name: array}, one row. It runs in several threads at once, takes all
+        randomness from `rng`, and returns the same names, shapes and dtypes for every record.
+      batch_size: rows of the global batch.
+      seed: decides the order and the randomness of every row.
+      start_step: the step of the first batch.
+      num_steps: how many batches there are; None for no end.
+      local_rows: int (rows,), which rows of every global batch this host makes; None for all of them.
+      max_bad_fraction: the fraction of records, in [0, 1], that may be unusable.
+      workers: how the batches are made; None for the defaults of `Workers`.
 
-    Raises `ValueError` at once for arguments that do not fit (a batch that the hosts cannot share equally, an unknown backend).
-    While iterating, `BadDataError` with one line when more than `max_bad_fraction` of the records (and more than MIN_BAD, unless the
-    fraction is 0) cannot be used, or when MAX_ATTEMPTS in a row cannot. An error in the first batch that is not the data's (a
-    TypeError, say) is raised as it is.
+    Returns:
+      An iterator of flat dicts of arrays (rows, ...). It also has `.stats` and `.close()`.
+
+    Raises:
+      ValueError: at once, for arguments that do not fit.
+      BadDataError: while iterating, with one line: when more than `max_bad_fraction` of the records cannot be
+        used (and more than MIN_BAD, unless the fraction is 0), or when MAX_ATTEMPTS records in a row cannot
+        be used. An error in the first batch that is not one of DATA_ERRORS (a TypeError, for example) is
+        raised unchanged.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown data backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} cannot be shared equally by {process_count} host(s): choose a multiple of that")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} is outside [0, {process_count})")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    local_rows = np.arange(batch_size) if local_rows is None else np.asarray(local_rows, np.int64)
+    if not len(local_rows) or local_rows.min() < 0 or local_rows.max() >= batch_size:
+        raise ValueError(f"local_rows={local_rows} must be rows of a global batch of {batch_size}")
     if start_step < 0 or (num_steps is not None and num_steps < 0):
         raise ValueError(f"start_step={start_step} and num_steps={num_steps} cannot be negative")
     if not 0 <= max_bad_fraction <= 1:
-        raise ValueError(f"max_bad_fraction={max_bad_fraction} is a fraction in [0, 1]")
+        raise ValueError(f"max_bad_fraction={max_bad_fraction} must be a fraction in [0, 1]")
     if len(source) < 1:
         raise ValueError(f"{source.name} holds no records")
-    order = _Order(len(source), seed, block)
-    if local_rows is None:
-        local_rows = np.arange(batch_size).reshape(process_count, -1)[process_index]
-    rows = _Rows(batch_size, np.asarray(local_rows, np.int64), start_step, num_steps)
-    workers = num_workers or min(32, os.cpu_count() or 1)
-    return TrainBatches(source, make_example, order, rows, backend, max_bad_fraction, workers, max(1, prefetch))
+    rows = _Rows(batch_size, local_rows, start_step, num_steps)
+    return TrainBatches(
+        source, make_example, Order(len(source), seed), rows, max_bad_fraction, workers or Workers()
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,41 +219,49 @@ class _Rows:
     num_steps: int | None
 
     @property
-    def local(self) -> int:
+    def count(self) -> int:
         return len(self.rows)
 
     def positions(self, step: int) -> np.ndarray:
-        # Of the step-th batch after the start: int64 (local,).
+        # Of the step-th batch after the start: int64 (count,).
         return (self.start_step + step) * self.batch_size + self.rows
 
 
 class TrainBatches:
-    """The iterator that `train_batches` returns. `stats` counts the records of the batches handed out; `close()` stops the workers."""
+    """The iterator that `train_batches` returns.
+
+    `stats` counts the records of the batches handed out so far; `close()` stops the workers.
+    """
 
     def __init__(
         self,
         source: Source,
         make_example: MakeExample,
-        order: _Order,
+        order: Order,
         rows: _Rows,
-        backend: str,
         max_bad_fraction: float,
-        workers: int,
-        prefetch: int,
+        workers: Workers,
     ):
         self.stats = Stats()
         self._source, self._make_example, self._order, self._rows = source, make_example, order, rows
         self._max_bad_fraction, self._step = max_bad_fraction, 0
         self._like: Example | None = None
-        self._records = functools.lru_cache(maxsize=prefetch + 8)(lambda step: order.records(rows.positions(step)))
-        self._reports: dict[int, list[_Bad]] = {}  # k -> bad records met for the k-th example; taken when its batch is handed out
+        prefetch = max(1, workers.prefetch)
+        # The order is computed for a whole batch at once, which is far cheaper than record by record.
+        self._records = functools.lru_cache(maxsize=prefetch + 8)(
+            lambda step: order.records(rows.positions(step))
+        )
+        # k -> the bad records met for the k-th example of this host; removed when its batch is handed out.
+        self._reports: dict[int, list[_Bad]] = {}
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
         if rows.num_steps == 0:
             self._batches: Iterator[Example] = iter(())
             return
         self._like = self._make(0)[0]
-        self._batches = (_tf_batches if backend == "tf" else _numpy_batches)(self._example, self._like, rows, workers, prefetch)
+        make_batches = _tf_batches if workers.backend == "tf" else _numpy_batches
+        threads = workers.threads or min(32, os.cpu_count() or 1)
+        self._batches = make_batches(self._example, self._like, rows, threads, prefetch)
 
     def __iter__(self) -> TrainBatches:
         return self
@@ -326,25 +274,26 @@ class TrainBatches:
             raise
         except BaseException as error:
             self.close()
-            if self._failure is not None and isinstance(error, Exception):  # the worker's own error, not the backend's account of it
-                raise self._failure from None
+            if self._failure is not None and isinstance(error, Exception):
+                raise self._failure from None  # the worker's own error, not the backend's report of it
             raise
         self.stats.waited += time.perf_counter() - asked
         self._account()
         return batch
 
     def close(self) -> None:
-        """Stop the workers; the iterator is at its end afterwards. Harmless to call twice."""
+        """Stops the workers and ends the iterator. A second call does nothing."""
         closing = getattr(self._batches, "close", None)
         self._batches = iter(())
         if closing is not None:
             closing()
 
     def _make(self, k: int) -> tuple[Example, list[_Bad]]:
-        # The host's k-th example and the bad records met on the way. The vectorised order is far cheaper than one record at a time.
-        step, slot = divmod(k, self._rows.local)
+        # The k-th example of this host and the bad records met on the way.
+        step, slot = divmod(k, self._rows.count)
         position, first = int(self._rows.positions(step)[slot]), int(self._records(step)[slot])
-        return _make(self._source, self._make_example, self._order, position, first, self._like, strict=step == 0)
+        strict = step == 0
+        return _make_row(self._source, self._make_example, self._order, position, first, self._like, strict)
 
     def _example(self, k: int) -> Example:
         try:
@@ -359,11 +308,12 @@ class TrainBatches:
         return example
 
     def _account(self) -> None:
-        # In the order of the rows, whatever the order in which workers met them: the run stops at the same batch every time.
-        first = self._step * self._rows.local
+        # Bad records are counted in the order of the rows, not in the order in which the workers met them. So
+        # the run stops at the same batch every time.
+        first = self._step * self._rows.count
         self._step += 1
         last = None
-        for k in range(first, first + self._rows.local):
+        for k in range(first, first + self._rows.count):
             with self._lock:
                 bad = self._reports.pop(k, [])
             self.stats.seen += 1 + len(bad)
@@ -376,20 +326,22 @@ class TrainBatches:
         if last is not None and bad > allowed * seen and (bad > MIN_BAD or allowed == 0):
             self.close()
             raise BadDataError(
-                f"{bad} of {seen} records cannot be used, more than max_bad_fraction={allowed}; the last is {last.where}: {last.reason}; "
-                "mend the data, or raise max_bad_fraction"
+                f"{bad} of {seen} records cannot be used, more than max_bad_fraction={allowed}; "
+                f"the last is {last.where}: {last.reason}; mend the data, or raise max_bad_fraction"
             )
 
 
-def _numpy_batches(example: Callable[[int], Example], like: Example, rows: _Rows, workers: int, prefetch: int) -> Iterator[Example]:
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="unclip-data")
+def _numpy_batches(
+    example: Callable[[int], Example], like: Example, rows: _Rows, threads: int, prefetch: int
+) -> Iterator[Example]:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="unclip-data")
     waiting: collections.deque[list[Future]] = collections.deque()
     submitted = 0
     try:
         while rows.num_steps is None or submitted < rows.num_steps or waiting:
             while len(waiting) <= prefetch and (rows.num_steps is None or submitted < rows.num_steps):
-                first = submitted * rows.local
-                waiting.append([pool.submit(example, k) for k in range(first, first + rows.local)])
+                first = submitted * rows.count
+                waiting.append([pool.submit(example, k) for k in range(first, first + rows.count)])
                 submitted += 1
             examples = [future.result() for future in waiting.popleft()]
             yield {name: np.stack([row[name] for row in examples]) for name in like}
@@ -397,8 +349,10 @@ def _numpy_batches(example: Callable[[int], Example], like: Example, rows: _Rows
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _tf_batches(example: Callable[[int], Example], like: Example, rows: _Rows, workers: int, prefetch: int) -> Iterator[Example]:
-    tf = import_tensorflow("the 'tf' data backend (the 'numpy' one does not)")
+def _tf_batches(
+    example: Callable[[int], Example], like: Example, rows: _Rows, threads: int, prefetch: int
+) -> Iterator[Example]:
+    tf = import_tensorflow("the data backend 'tf' (unlike 'numpy')")
     names = list(like)
     dtypes = [tf.as_dtype(like[name].dtype) for name in names]
 
@@ -413,33 +367,42 @@ def _tf_batches(example: Callable[[int], Example], like: Example, rows: _Rows, w
             array.set_shape(like[name].shape)
         return dict(zip(names, arrays, strict=True))
 
-    count = tf.int64.max if rows.num_steps is None else rows.num_steps * rows.local
+    count = tf.int64.max if rows.num_steps is None else rows.num_steps * rows.count
     dataset = tf.data.Dataset.range(count)
-    dataset = dataset.map(make, num_parallel_calls=workers, deterministic=True)
-    dataset = dataset.batch(rows.local, drop_remainder=True).prefetch(prefetch)
+    dataset = dataset.map(make, num_parallel_calls=threads, deterministic=True)
+    dataset = dataset.batch(rows.count, drop_remainder=True).prefetch(prefetch)
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False
-    options.threading.private_threadpool_size = workers
+    options.threading.private_threadpool_size = threads
     yield from dataset.with_options(options).as_numpy_iterator()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def eval_batches(
     source: Source,
     make_example: MakeExample,
     batch_size: int,
     limit: int | None = None,
     seed: int = 0,
-    num_workers: int | None = None,
+    threads: int | None = None,
 ) -> Iterator[tuple[Example, int]]:
-    """One pass in order over the first `limit` records (all if None): (batch, n_valid), every batch (batch_size, ...).
+    """One pass over the first records of a source, in their order: pairs of (batch, n_valid).
 
-    The last batch is padded by repeating its rows; only the first `n_valid` rows count. Record i gets `example_rng(seed, i)`.
+    Every batch holds arrays (batch_size, ...). The last batch is padded by repeating its rows: only its first
+    `n_valid` rows count.
 
-    Raises `ValueError` naming the record if one cannot be used: a figure is measured on all of the set or not at all.
+    Args:
+      source: the records.
+      make_example: (record, rng) -> {name: array}, one row; record i gets `example_rng(seed, i)`.
+      batch_size: rows of each batch.
+      limit: how many records to read; None for all.
+      seed: decides the randomness of every row.
+      threads: how many threads make rows; None means one per core, at most 32.
+
+    Raises `ValueError` naming the record if one cannot be used: figures are measured on all records.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -452,9 +415,11 @@ def eval_batches(
             record = source.read(i)
             return _checked(make_example(record, example_rng(seed, i)), like)
         except DATA_ERRORS as error:
-            raise ValueError(f"cannot evaluate on {_describe(record, source, i)}: {one_line(error)}; mend or filter it out") from error
+            reason = f"{_where(record, source, i)}: {error_summary(error)}"
+            raise ValueError(f"cannot evaluate on {reason}; mend or filter it out") from error
 
-    with ThreadPoolExecutor(num_workers or min(32, os.cpu_count() or 1), thread_name_prefix="unclip-data") as pool:
+    threads = threads or min(32, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads, thread_name_prefix="unclip-data") as pool:
         for first in range(0, total, batch_size):
             rows = list(pool.map(example, range(first, min(first + batch_size, total))))
             like = rows[0]

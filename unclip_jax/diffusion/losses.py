@@ -130,3 +130,31 @@ def split_variance(output: jax.Array, channels: int) -> tuple[jax.Array, jax.Arr
         raise ValueError(f"the output has {output.shape[-1]} channels; expected {channels}, or {2 * channels} with learned variance")
     prediction, raw = jnp.split(output, 2, axis=-1)
     return prediction, (raw + 1) / 2
+
+
+def hybrid_loss(
+    prediction: jax.Array,
+    v_frac: jax.Array | None,
+    x0: jax.Array,
+    eps: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    tables: DiffusionTables,
+    diffusion: dict,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a network with or without learned variance (Nichol and Dhariwal 2021, equation 16).
+
+    Args:
+      prediction, v_frac: as `split_variance` returns them.
+      x0, eps, x_t: (B, ...); t: (B,).
+      diffusion: the part's: `prediction`, `vb_weight`, `num_steps`.
+
+    Returns:
+      The loss (), and with learned variance its two terms: `simple`, and `vb_bits` in bits per dimension.
+    """
+    kind = diffusion["prediction"]
+    simple = jnp.mean(simple_loss(prediction, x0, eps, t, tables, kind))
+    if v_frac is None:
+        return simple, {}
+    bits = jnp.mean(variational_bits(prediction, v_frac, x0, x_t, t, tables, kind))
+    return simple + diffusion["vb_weight"] * diffusion["num_steps"] * bits, {"simple": simple, "vb_bits": bits}

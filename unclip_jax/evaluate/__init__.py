@@ -1,1 +1,1 @@
-"""Figures of merit, as functions of embeddings and images."""
+"""Measuring a bundle: bundle in, report out."""

@@ -6,9 +6,11 @@ compute dtype.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -117,7 +119,7 @@ class LayerNorm(nn.Module):
         return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm")(x)
 
 
-def once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
+def computed_once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
     """What a sampler's steps have in common: taken from the variable collection `fixed` where there is one, else computed, and kept there
     where the caller made the collection mutable. `apply(..., mutable=["fixed"])` fills it; later calls are given it.
 
@@ -132,6 +134,19 @@ def once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
     return value
 
 
+_COUNTING = contextvars.ContextVar("counting", default=False)
+
+
+@contextlib.contextmanager
+def without_remat() -> Iterator[None]:
+    """Inside, models are traced as if `remat` were "none": for counting the operations that a model itself needs."""
+    token = _COUNTING.set(True)
+    try:
+        yield
+    finally:
+        _COUNTING.reset(token)
+
+
 def checkpoint(function: Any, wrap: Callable[..., Any], remat: str) -> Any:
     """What `remat` makes of a function (or a module's class): "none", itself; "full", `wrap()`, of which nothing but the arguments is kept
     for the backward pass; or, by the name of one of jax's policies (`REMAT_POLICIES`), `wrap(policy=...)`, which keeps more.
@@ -139,16 +154,16 @@ def checkpoint(function: Any, wrap: Callable[..., Any], remat: str) -> Any:
     Raises:
       ValueError: on another name.
     """
-    if remat == "none":
+    if remat not in ("none", "full", *REMAT_POLICIES):
+        raise ValueError(f"unknown remat {remat!r}; choose none, full, {' or '.join(REMAT_POLICIES)}")
+    if remat == "none" or _COUNTING.get():
         return function
     if remat == "full":
         return wrap()
-    if remat not in REMAT_POLICIES:
-        raise ValueError(f"unknown remat {remat!r}; choose none, full, {' or '.join(REMAT_POLICIES)}")
     return wrap(policy=getattr(jax.checkpoint_policies, remat))
 
 
-def hooked(
+def with_hooks(
     module: nn.Module, block: type[nn.Module], gather: Gather | None, remat: str, static_argnums: tuple[int, ...] = ()
 ) -> type[nn.Module]:
     """Wraps a block class in the two hooks that act at block boundaries.

@@ -1,71 +1,24 @@
 """The autoregressive prior: CLIP image embeddings as a sequence of codes (unCLIP section 2.2).
 
-Codec: PCA of image embeddings, components in the order of their eigenvalues; the first N projections are cut into `buckets` equal
-buckets each, between the extremes seen in fitting. A code stands for its bucket's centre, so that a projection inside the extremes comes
-back within half a bucket.
-
-Model: a causal transformer over [z_t, d, c_1, ..., c_N], where d is the quantised dot product z_i.z_t; the token before c_n predicts c_n.
-The caption reaches it as keys and values that stand before each layer's own (the paper's latent decoder has a context of 384, which
-319 codes and 256 text tokens do not fit into; how the caption enters is not said). d is never predicted: in training it is the true
-one, in sampling it comes from the upper part of its distribution over the training data.
+The codes are those of `models.codec`. The model is a causal transformer over [z_t, d, c_1, ..., c_N], where d is the quantised
+dot product z_i.z_t. The token before c_n predicts c_n. The caption reaches the transformer as keys and values that stand before
+the keys and values of each layer. (The paper does not say how the caption enters. Its transformer has a context of 384, which
+319 codes and 256 text tokens exceed.) The model never predicts d: training uses the true one, and sampling draws it from the
+upper part of its distribution over the training data.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.models.codec import cosine
 from unclip_jax.models.layers import Dtype, Gather, LayerNorm
 from unclip_jax.models.text_encoder import TextEncoder
 from unclip_jax.models.transformer import KeysValues, Transformer, causal_mask
 
 EXTRA_TOKENS = 2  # z_t and the dot product
-
-
-class Codec(NamedTuple):
-    """PCA of embeddings and the range of every projection.
-
-    mean: (D,); components: (D, D), row k the k-th principal direction; eigenvalues: (D,) variances, falling; low, high: (D,) extremes
-    of the projections.
-    """
-
-    mean: jax.Array
-    components: jax.Array
-    eigenvalues: jax.Array
-    low: jax.Array
-    high: jax.Array
-
-
-def project(codec: Codec, z: jax.Array, dims: int) -> jax.Array:
-    """Raw embeddings (..., D) -> their first `dims` projections (..., dims)."""
-    return jnp.einsum("...d,kd->...k", z - codec.mean, codec.components[:dims], precision="highest")
-
-
-def unproject(codec: Codec, y: jax.Array) -> jax.Array:
-    """Projections (..., k) -> raw embeddings (..., D): exact at k = D."""
-    return codec.mean + jnp.einsum("...k,kd->...d", y, codec.components[: y.shape[-1]], precision="highest")
-
-
-def quantize(codec: Codec, y: jax.Array, buckets: int) -> jax.Array:
-    """Projections (..., k) -> codes (..., k) int32 in [0, buckets); beyond the extremes, the nearest bucket."""
-    k = y.shape[-1]
-    unit = (y - codec.low[:k]) / jnp.maximum(codec.high[:k] - codec.low[:k], 1e-12)
-    return jnp.clip(jnp.floor(unit * buckets), 0, buckets - 1).astype(jnp.int32)
-
-
-def dequantize(codec: Codec, codes: jax.Array, buckets: int) -> jax.Array:
-    """Codes (..., k) -> the centres of their buckets (..., k)."""
-    k = codes.shape[-1]
-    return codec.low[:k] + (codes + 0.5) / buckets * (codec.high[:k] - codec.low[:k])
-
-
-def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Cosine of corresponding rows (..., D) -> (...): z_i.z_t of CLIP's normalised embeddings."""
-    norm = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-    return jnp.sum(a * b, axis=-1) / jnp.maximum(norm, 1e-8)
 
 
 def dot_token(edges: jax.Array, z_image: jax.Array, z_text: jax.Array) -> jax.Array:

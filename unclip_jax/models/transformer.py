@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import ACTIVATIONS, Dtype, Gather, LayerNorm, attend, checkpoint, hooked
+from unclip_jax.models.layers import ACTIVATIONS, Dtype, Gather, LayerNorm, attend, checkpoint, with_hooks
 
 
 class KeysValues(NamedTuple):
@@ -123,7 +123,7 @@ class Transformer(nn.Module):
       remat: what each block computes again in the backward pass (`layers.checkpoint`).
       scan: run the blocks as one loop over their parameters, stacked as it begins: compiling does not take longer with depth. Names and
         results are the same, but for the noise of dropout. Slower on CPU; where keys and values are kept the blocks run one by one.
-      gather: hook on each block's parameters (see `layers.hooked`).
+      gather: hook on each block's parameters (see `layers.with_hooks`).
     """
 
     layers: int
@@ -157,7 +157,7 @@ class Transformer(nn.Module):
         none of them unless `keep`."""
         if self.scan and not keep and not self.is_initializing():
             return self._scanned(x, mask, deterministic, context), []
-        block = hooked(self, Block, self.gather, self.remat, static_argnums=(3,))
+        block = with_hooks(self, Block, self.gather, self.remat, static_argnums=(3,))
         kept = []
         for i in range(self.layers):
             x, layer = block(

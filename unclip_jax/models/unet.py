@@ -1,4 +1,4 @@
-"""The ADM / GLIDE U-Net and its two uses: the CLIP-conditioned decoder and the unconditional upsampler (unCLIP section 2.1).
+"""The ADM / GLIDE U-Net, shared by the decoder and the upsamplers (unCLIP section 2.1).
 
 Each level has `res_blocks` residual blocks, followed by one that halves the resolution; the way up mirrors it with one block more
 per level, every block taking a skip connection. Residual blocks are ADM's (Dhariwal and Nichol 2021, appendix; papers' "scale-shift"):
@@ -20,8 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import Dtype, Gather, LayerNorm, TimeMLP, attend, hooked, once
-from unclip_jax.models.text_encoder import TextEncoder
+from unclip_jax.models.layers import Dtype, Gather, TimeMLP, attend, computed_once, with_hooks
 from unclip_jax.models.winograd import conv3x3
 
 ZEROS = nn.initializers.zeros_init()
@@ -124,7 +123,7 @@ class AttentionBlock(nn.Module):
         q, k, v = dense("query")(y), dense("key")(y), dense("value")(y)
         mask = None
         if context is not None:
-            fixed = once(self, "context", lambda: (dense("context_key")(context), dense("context_value")(context)))
+            fixed = computed_once(self, "context", lambda: (dense("context_key")(context), dense("context_value")(context)))
             k, v = (jnp.concatenate([before, own], axis=1) for before, own in zip(fixed, (k, v)))
             if context_mask is not None:
                 mask = jnp.pad(context_mask.astype(bool), ((0, 0), (0, h * w)), constant_values=True)[:, None, None, :]
@@ -199,8 +198,8 @@ class UNet(nn.Module):
         levels = len(self.channel_mult)
         if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
             raise ValueError(f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, got {x.shape[1:3]}")
-        res_class = hooked(self, ResBlock, self.gather, self.remat, static_argnums=(3,))
-        attention_class = hooked(self, AttentionBlock, self.gather, self.remat)
+        res_class = with_hooks(self, ResBlock, self.gather, self.remat, static_argnums=(3,))
+        attention_class = with_hooks(self, AttentionBlock, self.gather, self.remat)
         emb = TimeMLP(self.channels, 4 * self.channels, self.dtype, name="time")(t)
         if cond is not None:
             emb = emb + cond.astype(self.dtype)
@@ -242,170 +241,3 @@ class UNet(nn.Module):
 
         h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_out")(h))
         return nn.Conv(self.out_channels, (3, 3), padding=1, dtype=self.dtype, kernel_init=ZEROS, name="conv_out")(h).astype(jnp.float32)
-
-
-class ClipConditioning(nn.Module):
-    """What CLIP says, made into a vector for the time embedding and tokens for the attention (unCLIP section 2.1).
-
-    z_i is projected and added to the time embedding, and projected to `clip_tokens` extra tokens that stand before the text
-    states; where `use_text_embed`, z_t is projected and added to the time embedding too (Karlo). A dropped z_i is a learned
-    null embedding. The token projection is laid out as (B, Dc, tokens), then transposed, as in the public weights.
-    """
-
-    cond_dim: int
-    context_dim: int
-    clip_tokens: int = 4
-    use_text_embed: bool = True
-    use_text_states: bool = True
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        image_embed: jax.Array,
-        drop_image: jax.Array,
-        text_embed: jax.Array | None,
-        text_states: jax.Array | None,
-        text_mask: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """image_embed (B, D), drop_image (B,) bool, text_embed (B, D), text_states (B, L, W), text_mask (B, L) bool
-        -> cond (B, cond_dim), context (B, N, context_dim), context_mask (B, N) bool."""
-        b, d = image_embed.shape
-        null = self.param("null_image_embed", nn.initializers.zeros_init(), (d,))
-        z = jnp.where(drop_image[:, None], null, image_embed).astype(self.dtype)
-        cond = nn.Dense(self.cond_dim, dtype=self.dtype, name="image_embed_cond")(z)
-        tokens = nn.Dense(self.clip_tokens * self.context_dim, dtype=self.dtype, name="image_embed_tokens")(z)
-        context = tokens.reshape(b, self.context_dim, self.clip_tokens).transpose(0, 2, 1)
-        mask = jnp.ones((b, self.clip_tokens), bool)
-        if self.use_text_embed:
-            cond = cond + nn.Dense(self.cond_dim, dtype=self.dtype, name="text_embed_cond")(text_embed.astype(self.dtype))
-        if self.use_text_states:
-            text = nn.Dense(self.context_dim, dtype=self.dtype, name="text_states_in")(text_states.astype(self.dtype))
-            text = LayerNorm(dtype=self.dtype, name="text_states_norm")(text)
-            context = jnp.concatenate([context, text], axis=1)
-            mask = jnp.concatenate([mask, text_mask.astype(bool)], axis=1)
-        return cond, context, mask
-
-
-class Decoder(nn.Module):
-    """P(x | z_i, y): the U-Net conditioned on CLIP (unCLIP section 2.1).
-
-    Attributes:
-      unet: keyword arguments of `UNet`.
-      conditioning: keyword arguments of `ClipConditioning` but for cond_dim (context_dim, clip_tokens, ...).
-      text: keyword arguments of the decoder's own `TextEncoder` (the paper), of width context_dim; None: CLIP's states (Karlo), or none.
-      inpaint: it also sees the known part of the image: four more input channels, RGB and mask (GLIDE, on inpainting).
-      scan: the text encoder's blocks in one loop (`Transformer`).
-
-    What image and caption say is the same at every step of a sampler: the conditioning, and the keys and values of its tokens in every
-    attention, are kept in the collection `fixed` (`layers.once`).
-    """
-
-    unet: dict
-    conditioning: dict
-    text: dict | None = None
-    inpaint: bool = False
-    remat: str = "none"
-    winograd: bool = False
-    scan: bool = False
-    dtype: Dtype = jnp.float32
-    gather: Gather | None = None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        t: jax.Array,
-        *,
-        image_embed: jax.Array,
-        drop_image: jax.Array,
-        text_embed: jax.Array | None = None,
-        text_states: jax.Array | None = None,
-        text_mask: jax.Array | None = None,
-        tokens: jax.Array | None = None,
-        token_mask: jax.Array | None = None,
-        known_image: jax.Array | None = None,
-        known: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """Predicts the noise (and the variance fraction).
-
-        Args:
-          x: (B, H, W, 3) noised image.
-          t: (B,) time steps in [0, T).
-          image_embed: (B, D) raw CLIP image embedding.
-          drop_image: (B,) bool, True where the learned null embedding takes its place.
-          text_embed: (B, D) raw CLIP text embedding, when the conditioning uses it.
-          text_states: (B, L, W), text_mask: (B, L) bool, when the conditioning uses them.
-          tokens: (B, L) int32, token_mask: (B, L) bool, when the decoder has its own text encoder.
-          known_image: (B, H, W, 3) in [-1, 1], known: (B, H, W, 1) bool, True where it is known, when the decoder inpaints; what is
-            not known of the image is not looked at.
-          deterministic: False switches dropout on.
-
-        Returns:
-          (B, H, W, 3 or 6) float32.
-        """
-        cond, context, mask = once(
-            self,
-            "conditioning",
-            lambda: self._condition(image_embed, drop_image, text_embed, text_states, text_mask, tokens, token_mask, deterministic),
-        )
-        if self.inpaint:
-            x = jnp.concatenate([x, jnp.where(known, known_image, 0), known.astype(x.dtype)], axis=-1)
-        hooks = {"remat": self.remat, "winograd": self.winograd, "gather": self.gather}
-        return UNet(**self.unet, dtype=self.dtype, name="unet", **hooks)(
-            x, t, cond=cond, context=context, context_mask=mask, deterministic=deterministic
-        )
-
-    def _condition(
-        self,
-        image_embed: jax.Array,
-        drop_image: jax.Array,
-        text_embed: jax.Array | None,
-        text_states: jax.Array | None,
-        text_mask: jax.Array | None,
-        tokens: jax.Array | None,
-        token_mask: jax.Array | None,
-        deterministic: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # What the U-Net is told of image and caption: cond (B, 4 channels), context (B, N, Dc), its mask (B, N).
-        cond_dim = 4 * self.unet["channels"]
-        cond, context, mask = ClipConditioning(cond_dim=cond_dim, dtype=self.dtype, name="conditioning", **self.conditioning)(
-            image_embed, drop_image, text_embed, text_states, text_mask
-        )
-        if self.text is not None:
-            encoder = TextEncoder(**self.text, remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather, name="text")
-            states, last = encoder(tokens, token_mask, deterministic)
-            cond = cond + nn.Dense(cond_dim, dtype=self.dtype, name="text_cond")(last)
-            context = jnp.concatenate([context, states], axis=1)
-            mask = jnp.ones(context.shape[:2], bool)
-        return cond, context, mask
-
-
-class Upsampler(nn.Module):
-    """P(x | low_res): the U-Net on the noised image and the enlarged low-resolution image, concatenated (unCLIP section 2.1).
-
-    Attributes:
-      unet: keyword arguments of `UNet`; the papers' upsamplers have no attention.
-      resize: `cubic` (Karlo) or `linear` (GLIDE), how the low-resolution image is enlarged.
-    """
-
-    unet: dict
-    resize: str = "cubic"
-    remat: str = "none"
-    winograd: bool = False
-    dtype: Dtype = jnp.float32
-    gather: Gather | None = None
-
-    def enlarge(self, low_res: jax.Array, size: tuple[int, int]) -> jax.Array:
-        """(B, h, w, 3) -> (B, *size, 3) as the U-Net sees it; an image of that size is returned as it is."""
-        return jax.image.resize(low_res, (low_res.shape[0], *size, low_res.shape[-1]), self.resize)
-
-    @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, *, low_res: jax.Array, deterministic: bool = True) -> jax.Array:
-        """x (B, H, W, 3) noised, t (B,), low_res (B, h, w, 3) in [-1, 1] -> (B, H, W, 3 or 6) float32."""
-        enlarged = self.enlarge(low_res, x.shape[1:3])
-        hooks = {"remat": self.remat, "winograd": self.winograd, "gather": self.gather}
-        return UNet(**self.unet, dtype=self.dtype, name="unet", **hooks)(
-            jnp.concatenate([x, enlarged.astype(x.dtype)], axis=-1), t, deterministic=deterministic
-        )

@@ -1,1 +1,12 @@
-"""Training: one linear file per stage, and what is not the method (state, optimizer, logging)."""
+"""Training: one linear file per stage, each with `FROZEN`, `stage` and `train_and_evaluate`. `STAGES` lists them."""
+
+from unclip_jax.train import clip, codec, decoder, prior_ar, prior_diffusion, upsampler
+
+STAGES = {
+    "clip": clip,
+    "prior_diffusion": prior_diffusion,
+    "codec": codec,
+    "prior_ar": prior_ar,
+    "decoder": decoder,
+    "upsampler": upsampler,
+}

@@ -23,13 +23,15 @@ from jax.sharding import Mesh, NamedSharding
 from unclip_jax.checkpoint.bundle import Bundle, Part, save_bundle
 from unclip_jax.data import embeddings, ops
 from unclip_jax.data.pipeline import DATA_ERRORS, MAX_LOGGED, MIN_BAD, BadDataError
-from unclip_jax.data.sources import Source, one_line
+from unclip_jax.data.record import Source, error_summary
 from unclip_jax.data.tokenizer import caption_arrays
-from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
+from unclip_jax.generate.networks import Network
+from unclip_jax.metrics.retrieval import mean_cosine, retrieval_at_1
 from unclip_jax.paths import check_store, store_errors, user_path, write_json
+from unclip_jax.run.frozen import captions_of, clip_image_size, clip_network, clip_tokenizer, images_of
+from unclip_jax.run.hosts import Stop, leave_if_stopped, stop_signals, wait_for_hosts
 from unclip_jax.sharding import BATCH, compute_dtype
-from unclip_jax.train import common
-from unclip_jax.train.pca import explained, principal_components
+from unclip_jax.train.codec import explained, principal_components
 
 log = logging.getLogger("unclip_jax")
 
@@ -45,7 +47,7 @@ class _Towers:
     """CLIP on this host's devices: `image` of (rows, Hc, Wc, 3) pictures; `text` of as many captions: embeddings, states (float16, or None
     where they are not kept), masks."""
 
-    clip: common.FrozenClip
+    clip: Network
     rows: int
     image: Callable
     text: Callable
@@ -104,7 +106,7 @@ def embed(
     count = -(-len(source) // shard_records)
     mine = range(jax.process_index(), count, jax.process_count())
     seen = bad = 0
-    with common.stop_signals(alone=True) as stop, ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="unclip-data") as pool:
+    with stop_signals(alone=True) as stop, ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="unclip-data") as pool:
         for done, number in enumerate(mine):
             folder = embeddings.shard_path(out, number)
             records = range(number * shard_records, min((number + 1) * shard_records, len(source)))
@@ -125,32 +127,32 @@ def embed(
                 embeddings.write_arrays(folder, arrays, described)
             if progress is not None:
                 progress(done + 1, len(mine))
-    common.leave_if_stopped(stop)
-    common.wait_for_hosts("embedded")
+    leave_if_stopped(stop)
+    wait_for_hosts("embedded")
     if jax.process_index() == 0:
         _finish(out, plan, towers, source, count)
-    common.wait_for_hosts("embedded_manifest")
+    wait_for_hosts("embedded_manifest")
     return embeddings.read_json(out / "manifest.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------- one shard
 def _towers(path: str, mesh: Mesh, dtype: str, batch_size: int, states: bool) -> _Towers:
-    clip = common.frozen_clip(path, ".", mesh, dtype, captions=False)
-    if clip.model is None:
+    if embeddings.is_embedded(path):
         raise ValueError(f"{path} holds embeddings, not the CLIP that makes them")
+    clip = clip_network(path, mesh, dtype)
     ways, sharding = mesh.shape["data"] * mesh.shape["fsdp"], NamedSharding(mesh, BATCH)
-    image = jax.jit(clip.image)
+    image, tokenizer = jax.jit(functools.partial(images_of, clip, mesh)), clip_tokenizer(clip)
 
     @jax.jit
     def text(params, batch):
-        told = clip.text(params, batch)
-        return told.embed, told.states.astype(np.float16) if states else None, told.mask
+        encoded = captions_of(clip, mesh, True, params, batch)
+        return encoded.embed, encoded.states.astype(np.float16) if states else None, encoded.mask
 
     return _Towers(
         clip,
         -(-batch_size // ways) * ways,
         lambda pictures: image(clip.params, jax.device_put({"clip_image": pictures}, sharding)),
-        lambda captions: text(clip.params, jax.device_put(caption_arrays(captions, clip.tokenizer), sharding)),
+        lambda captions: text(clip.params, jax.device_put(caption_arrays(captions, tokenizer), sharding)),
     )
 
 
@@ -177,22 +179,22 @@ def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...
         record = source.read(i)
     except DATA_ERRORS as error:
         if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-            reason = one_line(error)
+            reason = error_summary(error)
             raise OSError(f"record {i} of {source.name} cannot be reached ({reason}); the same command goes on from here") from None
-        return f"record {i} of {source.name}: {one_line(error)}"
+        return f"record {i} of {source.name}: {error_summary(error)}"
     try:
         return ops.resize_then_crop(ops.decode_image(record.image), size), record.captions
     except DATA_ERRORS as error:
-        return f"record {i} of {source.name}: {one_line(error)}"
+        return f"record {i} of {source.name}: {error_summary(error)}"
 
 
 def _embed_shard(
-    towers: _Towers, source: Source, records: range, pool: ThreadPoolExecutor, stop: common.Stop
+    towers: _Towers, source: Source, records: range, pool: ThreadPoolExecutor, stop: Stop
 ) -> tuple[dict[str, np.ndarray], dict]:
     # The arrays of one shard, and what shard.json says of it; worth nothing when `stop` cut it short.
-    kept, captions, bad, size, dim = [], [], [], towers.rows, towers.clip.embed_dim
+    kept, captions, bad, size, dim = [], [], [], towers.rows, towers.clip.config["model"]["embed_dim"]
     chunks = [records[i : i + size] for i in range(0, len(records), size)]
-    load = functools.partial(_load, source, towers.clip.image_size)
+    load = functools.partial(_load, source, clip_image_size(towers.clip))
     ahead = collections.deque(pool.map(load, chunk) for chunk in chunks[:2])  # decoded while the devices work
 
     def images() -> Iterator[tuple[Any, int]]:
@@ -244,7 +246,7 @@ def _check_plan(out: Any, plan: dict) -> None:
             raise ValueError(f"{out} holds other embeddings ({'; '.join(differing)}); name another folder")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and holds no embeddings; name another folder")
-    common.wait_for_hosts("embed_plan")
+    wait_for_hosts("embed_plan")
     if jax.process_index() == 0 and not begun:
         write_json(file, plan)
 
@@ -257,7 +259,7 @@ def _finished(folder: Any) -> dict | None:
     try:
         embeddings.check_hashes(folder)
     except (ValueError, OSError) as error:
-        log.warning("%s: embedding this shard again", one_line(error))
+        log.warning("%s: embedding this shard again", error_summary(error))
         return None
     return embeddings.read_json(folder / "shard.json")
 
@@ -284,9 +286,9 @@ def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -
         arrays |= {"text_states": np.asarray(kept_states)[:1], "clip_token_mask": np.asarray(mask)[:1]}
     embeddings.write_arrays(out / embeddings.EMPTY, arrays, {})
     codec = {"mean": mean, "components": components, "eigenvalues": eigenvalues, "low": low, "high": high}
-    config = {"kind": "pca", "embed_dim": len(mean), "dims": len(mean), "clip": plan["clip"]}
+    config = {"kind": "codec", "embed_dim": len(mean), "dims": len(mean), "frozen": {"clip": plan["clip"]}}
     part = Part(config, {name: np.asarray(value, np.float32) for name, value in codec.items()})
-    save_bundle(Bundle({"pca": part}, towers.clip.tokenizer.config(), {}, {"embedded": source.name, "images": images}), out / "codec")
+    save_bundle(Bundle({"codec": part}, provenance={"embedded": source.name, "images": images}), out / "codec")
     write_json(
         out / "manifest.json",
         plan
@@ -295,7 +297,7 @@ def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -
             "captions": sum(shard["captions"] for shard in described),
             "bad": sum(shard["bad"] for shard in described),
             "embed_dim": len(mean),
-            "tokenizer": towers.clip.tokenizer.config(),
+            "tokenizer": towers.clip.config["tokenizer"],
             "source_name": source.name,
             "image_embed": {"mean": mean.tolist(), "std": std.tolist()},
             "explained_variance": {str(k): explained(eigenvalues, k) for k in sorted({k for k in REPORTED if k < len(mean)})},
@@ -317,7 +319,7 @@ def _alignment(shards: list[embeddings.Shard], described: list[dict], towers: _T
     again = [again[i] for i in np.linspace(0, len(again) - 1, min(AGAIN, len(again))).astype(int)]
     for shard, i in again:
         record = int(shard.array("record")[i])
-        loaded = _load(source, towers.clip.image_size, record)
+        loaded = _load(source, clip_image_size(towers.clip), record)
         if isinstance(loaded, str):
             raise OSError(f"{loaded}, but it was read before; run the same command again")
         picture, captions = loaded

@@ -12,43 +12,58 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.checkpoint.bundle import load_part
-from unclip_jax.checkpoint.store import CheckpointStore
-from unclip_jax.data import sources
-from unclip_jax.evaluate.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.generate import options_from, sample_prior, select_text, text_inputs
-from unclip_jax.models.prior_ar import ARPrior, Codec, cosine, dot_token, project, quantize
-from unclip_jax.sharding import compute_dtype, make_gather, make_mesh, shard_batch
-from unclip_jax.train import common
-from unclip_jax.train.clip import make_example  # the same row: an image and a caption as CLIP sees them
-from unclip_jax.train.optim import make_optimizer
-from unclip_jax.train.state import abstract_state, accumulated, create_state, make_update, step_rng
+from unclip_jax.data.examples import clip_example
+from unclip_jax.generate.networks import Network
+from unclip_jax.generate.options import options_from
+from unclip_jax.generate.prior import sample_prior
+from unclip_jax.generate.text import Texts, select_text, text_inputs
+from unclip_jax.models.codec import cosine, project, quantize
+from unclip_jax.models.prior_ar import ARPrior, dot_token
+from unclip_jax.run.batches import open_data
+from unclip_jax.run.frozen import (
+    EMPTY,
+    arrays,
+    captions_of,
+    clip_image_size,
+    clip_tokenizer,
+    hashes,
+    images_of,
+    load_frozen,
+    text_tokenizer,
+    zero_captions,
+)  # fmt: skip
+from unclip_jax.run.hosts import on_every_host
+from unclip_jax.run.loop import Run
+from unclip_jax.run.resume import config_json
+from unclip_jax.run.stage import FITTED, Fit, Stage, without_extra
+from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
+from unclip_jax.train.figures import prior_figures
+
+FROZEN = {"clip": "clip", "codec": "codec"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- statistics
-def dot_edges(clip: common.FrozenClip, config, source, example, mesh) -> np.ndarray:
-    """Edges (bins - 1,) that cut z_i.z_t of the first training batches into equally frequent bins."""
+# ---------------------------------------------------------------------------------------------------------------------- fit
+def dot_edges(clip, mesh, keep_states, batches, bins: int) -> np.ndarray:
+    """Edges (bins - 1,) that cut z_i.z_t of training batches into equally frequent bins."""
 
-    dots = jax.jit(lambda params, batch: cosine(clip.image(params, batch), clip.text(params, batch).embed))
-    rows = []
-    batches = common.batches(config, source, example, mesh, 0, config.statistics_batches)
-    with common.closing(batches):
-        for _ in range(config.statistics_batches):
-            rows.append(common.crossed(dots(clip.params, shard_batch(next(batches), mesh))))
-    bins = config.model.dot_bins
+    @jax.jit
+    def dots(params, batch):
+        return cosine(images_of(clip, mesh, params, batch), captions_of(clip, mesh, keep_states, params, batch).embed)
+
+    rows = [on_every_host(dots(clip.params, batch)) for batch in batches]
     return np.quantile(np.concatenate(rows), np.arange(1, bins) / bins)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- loss
-def loss_fn(params, rng, batch, *, frozen, clip, model, edges, drop_text):
-    """Loss () in nats per code and metrics of a global batch; `frozen` holds the CLIP's parameters and the codec."""
+def loss_fn(params, rng, batch, *, frozen, model, images_of, captions_of, drop_text):
+    """Loss () in nats per code and metrics of a global batch; `images_of` and `captions_of` (params, batch) read it with the CLIP in
+    `frozen`, which also holds the codec."""
     rng_drop, rng_dropout = jax.random.split(rng)
-    z = clip.image(frozen["clip"], batch)
-    text = clip.text(frozen["clip"], batch)
-    empty = clip.text(frozen["clip"], clip.empty)
-    dot = dot_token(edges, z, text.embed)
+    z = images_of(frozen["clip"], batch)
+    text = captions_of(frozen["clip"], batch)
+    dot = dot_token(frozen[FITTED], z, text.embed)
     codes = quantize(frozen["codec"], project(frozen["codec"], z, model.codes), model.buckets)
-    text = select_text(jax.random.uniform(rng_drop, (len(z),)) >= drop_text, text, empty)
+    text = select_text(jax.random.uniform(rng_drop, (len(z),)) >= drop_text, text, frozen[EMPTY])
 
     logits = model.apply(
         {"params": params}, codes, dot, **text_inputs(model, text),
@@ -58,37 +73,50 @@ def loss_fn(params, rng, batch, *, frozen, clip, model, edges, drop_text):
     return -jnp.mean(log_prob), {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == codes)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- network
-def example_of(config, clip):
-    """`make_example` as the configuration wants it."""
-    crop_scale = config.data.crop_scale
-    return functools.partial(make_example, tokenizer=clip.tokenizer, own=clip.own, size=clip.image_size, crop_scale=crop_scale)
+# ---------------------------------------------------------------------------------------------------------------------- stage
+def stage(config, mesh, frozen) -> Stage:
+    """The stage as its configuration describes it, on the networks under it. Its fit is the edges of the dot-product token's bins.
 
-
-def build(config, mesh, clip):
-    """The prior, its keyword arguments, and its initialisation (key -> parameters)."""
-    model_config = common.config_json(config.model) | {"length": (clip.own or clip.tokenizer).length}
-    if clip.own is not None:
-        model_config["text"] |= {"vocab_size": clip.own.vocab_size, "length": clip.own.length}
+    Raises:
+      ValueError: when the embeddings have fewer dimensions than there are codes.
+    """
+    clip, own_tokenizer = frozen["clip"], text_tokenizer(config)
+    dim, tokenizer = clip.config["model"]["embed_dim"], clip_tokenizer(clip)
+    if config.model.codes > dim:
+        raise ValueError(f"{config.model.codes} codes need as many dimensions; CLIP's embeddings have {dim}")
+    bins, keep_states = config.model.dot_bins, own_tokenizer is None
+    model_config = config_json(config.model) | {"length": (own_tokenizer or tokenizer).length}
+    part = {"kind": "prior_ar", "model": model_config, "frozen": hashes(frozen)}
+    part["dot_edges"] = np.linspace(-1, 1, bins + 1)[1:-1].tolist()
+    if own_tokenizer is not None:
+        model_config["text"] |= {"vocab_size": own_tokenizer.vocab_size, "length": own_tokenizer.length}
+        part["tokenizer"] = own_tokenizer.config()
     hooks = {"remat": config.remat, "scan": config.scan_layers, "gather": make_gather(mesh)}
     model = ARPrior(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
 
     def init(key):
-        text = text_inputs(model, clip.zeros())
         codes, dot = jnp.zeros((1, model.codes), jnp.int32), jnp.zeros(1, jnp.int32)
-        return model.init(key, codes, dot, **text)["params"]
+        return model.init(key, codes, dot, **text_inputs(model, zero_captions(frozen)))["params"], {}
 
-    return model, model_config, init
+    def measure(run) -> dict:
+        batches = run.measuring_batches(config.statistics_batches)
+        return {"dot_edges": dot_edges(clip, mesh, keep_states, batches, bins).tolist()}
 
-
-def objective(config, model, clip, edges):
-    """`loss_fn` as the configuration wants it: (params, rng, batch, frozen=) -> loss and metrics."""
-    return functools.partial(loss_fn, clip=clip, model=model, edges=edges, drop_text=config.drop_text)
-
-
-def gradient_of(config, mesh, model, clip, edges):
-    """The gradient of the objective, over the parts of the batch that the configuration asks for."""
-    return accumulated(objective(config, model, clip, edges), config.grad_accumulation, mesh)
+    return Stage(
+        name="prior_ar",
+        model=model,
+        part=part,
+        init=init,
+        example=functools.partial(
+            clip_example, tokenizer=tokenizer, text_tokenizer=own_tokenizer, size=clip_image_size(clip),
+            crop_scale=config.data.crop_scale,
+        ),
+        objective=without_extra(functools.partial(
+            loss_fn, model=model, images_of=functools.partial(images_of, clip, mesh),
+            captions_of=functools.partial(captions_of, clip, mesh, keep_states), drop_text=config.drop_text,
+        )),
+        fit=Fit(measure, lambda part: np.asarray(part["dot_edges"], np.float32), ("dot_edges",)),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------- training
@@ -104,99 +132,34 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
       ValueError: when the codec was fitted in another CLIP's space, or has fewer dimensions than there are codes.
     """
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
-    mesh = make_mesh(config.mesh)
-    own = common.own_tokenizer(config)
-    clip = common.frozen_clip(config.clip, workdir, mesh, config.dtype, own, config.scan_layers)
-    pca, _ = load_part(common.resolve(config.pca, workdir), "pca")
-    if pca.config["clip"] != clip.hash:
-        raise ValueError(f"the codec was fitted in the embedding space of CLIP {pca.config['clip']}, but the CLIP given is {clip.hash}")
-    if config.model.codes > clip.embed_dim:
-        raise ValueError(f"{config.model.codes} codes need as many dimensions; CLIP's embeddings have {clip.embed_dim}")
-    codec = jax.device_put(Codec(**pca.params))
-    source = sources.make_source(config.data.train)
-    evaluations = {name: sources.make_source(value) for name, value in config.data.eval.items()}
-    clip = common.matched(clip, source, *evaluations.values())
-    example = example_of(config, clip)
-
-    # ------------------------------------------------------------------------------------------------------------------ model and optimizer
-    model, model_config, init = build(config, mesh, clip)
-    optimizer = make_optimizer(steps=config.steps, **config.optimizer)
-    _, shardings = abstract_state(init, optimizer[0], mesh)
-    state = create_state(init, optimizer[0], config.seed, shardings)
-
-    # ------------------------------------------------------------------------------------------------------------------ restore
-    store = CheckpointStore(workdir, config.keep)
-    meta = {
-        "name": "prior_ar",
-        "part": {"kind": "prior_ar", "model": model_config, "clip": clip.hash, **common.tokenizer_of(own)},
-        "tokenizer": clip.tokenizer.config(),
-        "sampling": common.config_json(config.sampling),
-        "config": common.config_json(config),
-        "provenance": common.new_provenance(source.checksum),
-    }
-    state, meta, start, old_part = common.restore_or_init(store, state, shardings, meta, init_from)
-    if old_part.get("clip") == clip.hash:  # go on with the bins the weights were made for
-        meta["part"]["dot_edges"] = old_part["dot_edges"]
-    else:
-        meta["part"]["dot_edges"] = dot_edges(clip, config, source, example, mesh).tolist()
-    edges = np.asarray(meta["part"]["dot_edges"], np.float32)
-
-    # ------------------------------------------------------------------------------------------------------------------ update step
-    frozen = {"clip": clip.params, "codec": codec}
-    gradient = gradient_of(config, mesh, model, clip, edges)
-    update = make_update(gradient, optimizer, shardings, seed=config.seed, ema_decay=config.ema_decay)
+    mesh, data = make_mesh(config.mesh), open_data(config)
+    networks = load_frozen(config, workdir, mesh, FROZEN, data)
+    prior = stage(config, mesh, networks)
+    run = Run(config, workdir, prior, mesh, data, init_from)
+    frozen = arrays(networks) | {FITTED: run.fit()}
 
     # ------------------------------------------------------------------------------------------------------------------ evaluators
     options = options_from(config.sampling, "prior_ar")
+    clip, keep_states = networks["clip"], prior.model.text is None
 
     @jax.jit
     def predict(params, frozen, batch, rng):
-        text = clip.text(frozen["clip"], batch)
-        empty = clip.text(frozen["clip"], clip.empty)
-        z_hat = sample_prior(model, params, meta["part"], text, empty, rng, options, frozen["codec"])
-        return z_hat, clip.image(frozen["clip"], batch), text.embed
+        texts = Texts(captions_of(clip, mesh, keep_states, frozen["clip"], batch), frozen[EMPTY])
+        z_hat = sample_prior(Network(prior.model, params, run.part), texts, rng, options, frozen["codec"])
+        return z_hat, images_of(clip, mesh, frozen["clip"], batch), texts.captions.embed
 
     def evaluate(state) -> dict[str, float]:
-        figures = {}
-        for name, held_out in evaluations.items():
-            rows = []
-            example_eval = functools.partial(example, training=False)
-            batches = common.eval_batches(held_out, example_eval, mesh, config.eval.batch_size, config.eval.rows)
-            for i, (batch, valid) in enumerate(batches):
-                outs = predict(state.ema_params, frozen, batch, step_rng(config.seed, i))
-                rows.append([common.crossed(out)[:valid] for out in outs])
-            z_hat, z_image, z_text = (np.concatenate(column) for column in zip(*rows))
-            figures |= {
-                f"{name}_cosine": mean_cosine(z_hat, z_image),
-                f"{name}_cosine_of_mean_embedding": mean_cosine(z_image, np.asarray(codec.mean)),
-                f"{name}_cosine_of_text_embedding": mean_cosine(z_text, z_image),
-                f"{name}_retrieval_at_1": retrieval_at_1(z_hat, z_image, config.eval.candidates),
-            }
-        return figures
+        mean = np.asarray(networks["codec"].params.mean)
+        return prior_figures(run, lambda batch, rng: predict(state.ema_params, frozen, batch, rng), mean)
 
     # ------------------------------------------------------------------------------------------------------------------ loop
-    batches = common.batches(config, source, example, mesh, start)
-    logger = common.make_logger(config, workdir, "prior_ar", start, batches)
-    figures: dict[str, float] = {}
-    with common.closing(store, batches, logger), common.stop_signals() as stop:
-        for step in range(start + 1, config.steps + 1):
-            arguments = state, frozen, shard_batch(next(batches), mesh)
-            if step == start + 1:
-                update = common.compiled_together(update, *arguments)
-                logger.operations = common.model_operations(build, gradient_of, config, mesh, clip, arguments, edges)
-            state, metrics = update(*arguments)
-            logger.step(step, metrics)
-            stopping = stop.after(step)
-            if common.due(step, config.checkpoint_every, config.steps) or stopping:
-                with logger.paused("checkpoint"):
-                    store.save(step, state, common.with_time(meta, logger))
-            if stopping:
-                break
-            if common.due(step, config.eval_every, config.steps):
-                with logger.paused("evaluation"):
-                    figures = evaluate(state)
-                    logger.record(step, figures)
-                    common.keep_best(config, workdir, step, state, common.with_time(meta, logger), figures)
-                    common.say(f"prior_ar step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
-    common.leave_if_stopped(stop)
-    return figures
+    with run:
+        update = run.update()
+        for step, batch in run:
+            run.state, metrics = update(run.state, frozen, batch)
+            run.log(step, metrics)
+            if run.saves(step):
+                run.save(step)
+            if run.evaluates(step):
+                run.record(step, evaluate(run.state))
+    return run.figures

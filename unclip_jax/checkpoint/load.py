@@ -1,0 +1,147 @@
+"""Reads bundles and their parts, wherever they lie and whoever wrote them: release bundles of format 1 and 2,
+the folders of public weights (`providers`), and, for single parts, training runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen, read_description, read_part
+from unclip_jax.checkpoint.files import keep
+from unclip_jax.checkpoint.providers import find_provider
+from unclip_jax.checkpoint.store import folder as checkpoint_folder
+from unclip_jax.checkpoint.store import load_run
+from unclip_jax.paths import is_remote, local_copy, store_errors
+from unclip_jax.sharding import placer
+
+SHIPPED = Path(__file__).resolve().parent.parent / "bundles"
+
+
+def bundle_path(name_or_path: str | os.PathLike) -> Path:
+    """The folder of a shipped bundle by its name (`emoji`), or the folder itself.
+
+    Raises:
+      FileNotFoundError: when there is no bundle there.
+    """
+    path = Path(name_or_path).expanduser()
+    if not path.exists() and (SHIPPED / str(name_or_path)).is_dir():
+        path = SHIPPED / str(name_or_path)
+    if not (path / "bundle.json").is_file():
+        shipped = sorted(p.parent.name for p in SHIPPED.glob("*/bundle.json"))
+        raise FileNotFoundError(
+            f"{name_or_path} is not a bundle (no bundle.json); "
+            f"give a bundle's folder or one of: {', '.join(shipped)}"
+        )
+    return path
+
+
+def load_bundle(name_or_path: str | os.PathLike, *, mesh: Mesh | None = None) -> Bundle:
+    """Reads a release bundle or a folder of public weights.
+
+    Args:
+      name_or_path: one of
+        - `"emoji"`, the bundle shipped with the package;
+        - a folder, here or in a store (`gs://...`): a bundle, or public weights in the layout of one of
+          `PROVIDERS`;
+        - "hf:owner/name@revision", a repository of the Hugging Face hub that holds either (extra `web`).
+      mesh: where the parameters go. With a mesh, every parameter goes straight onto it: sharded by
+        `sharding.infer_shardings`, matrices in the mesh's compute dtype. This suits sampling with large
+        weights. None: they stay on the host in float32, to be sampled, saved, exported or trained further.
+
+    Raises:
+      FileNotFoundError, ValueError: when it is missing, incomplete, damaged, or made of parts that do not
+        belong together.
+    """
+    path, place = Path(_local(name_or_path)).expanduser(), keep if mesh is None else placer(mesh)
+    provider = find_provider(path)
+    if provider is not None:
+        return dataclasses.replace(provider.read(path, None, place), mesh=mesh)
+    path = bundle_path(path)
+    found = read_description(path)
+    parts = {
+        name: read_part(folder, found.configs[name], found.top["parts"][name]["hash"], place)
+        for name, folder in found.folders.items()
+    }
+    check_frozen(parts)
+    top = found.top
+    return Bundle(parts, top["system"], top["sampling"], top["provenance"], str(path), mesh)
+
+
+def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
+    """Reads one part of a bundle, or the newest averaged weights of a training run.
+
+    Args:
+      path: a bundle (name or folder), public weights, or a run's folder.
+      name: of the part; a run must have trained it.
+
+    Returns:
+      The part, and its meta: {"sampling", "provenance"}. A run's meta also has "name", "part" and "config",
+        and its provenance
+      has the "step" of the weights.
+
+    Raises:
+      FileNotFoundError, ValueError, KeyError: one line each.
+    """
+    with store_errors(path):
+        trained = checkpoint_folder(path).is_dir()
+    if trained:
+        meta, params, step = load_run(path)
+        if meta["name"] != name:
+            raise KeyError(f"{path} is a run of {meta['name']!r}, not of {name!r}")
+        meta["provenance"]["step"] = step
+        return Part(meta["part"], params), meta
+    path = Path(_local(path)).expanduser()
+    provider = find_provider(path)
+    if provider is not None:
+        read = provider.read(path, name, keep)
+        return read.parts[name], {"sampling": read.sampling.get(name, {}), "provenance": read.provenance}
+    try:
+        path = bundle_path(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} holds neither checkpoints nor a bundle; train {name!r} first, or name another folder"
+        ) from None
+    found = read_description(path, name)
+    provenance = found.top["provenance"]
+    meta = {
+        "sampling": found.top["sampling"].get(name, {}),
+        "provenance": provenance.get("training", {}).get(name, provenance),
+    }
+    return read_part(found.folders[name], found.configs[name], found.top["parts"][name]["hash"]), meta
+
+
+def stored_bytes(name_or_path: str | os.PathLike) -> int:
+    """The size on disk of the tensors of a bundle or of public weights, in bytes; 0 where there are none."""
+    path = Path(_local(name_or_path)).expanduser()
+    path = path if path.exists() else SHIPPED / path
+    return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+
+
+def _local(path: str | os.PathLike) -> str | os.PathLike:
+    # A path of this machine: a copy of what lies in a store; the files of a hub's repository, which the hub's
+    # library fetches once into its own cache; any other path as it is.
+    text = os.fspath(path)
+    if is_remote(text):
+        return local_copy(text)
+    if not text.startswith("hf:"):
+        return path
+    name, _, revision = text.removeprefix("hf:").partition("@")
+    if not revision or name.count("/") != 1:
+        raise ValueError(
+            f"{text}: write hf:owner/name@revision; the revision (a commit or tag) fixes what is loaded"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError(
+            'reading from the hub needs huggingface_hub: pip install "unclip_jax[web]"'
+        ) from None
+    wanted = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors", "*/merges.txt", "merges.txt"]
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=wanted)
+    except Exception as error:  # the hub's library and the network raise many kinds of errors
+        raise OSError(f"{text} cannot be fetched: {' '.join(str(error).split())[:300]}") from None

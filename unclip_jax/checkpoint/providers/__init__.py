@@ -1,0 +1,78 @@
+"""Public weights in the folders their own libraries write, without those libraries.
+
+One file for each provider holds all that is known of its folders: how to recognise them, how to read them,
+the rules of their names, and how to write them where that is possible. `PROVIDERS` lists the providers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.checkpoint.files import Place, read_json
+from unclip_jax.checkpoint.providers import clip, karlo, karlo_export
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A layout of folders with public weights.
+
+    layout: what the folders are, for errors.
+    recognises: path -> whether the folder has this layout. It reads no weights. It raises ValueError when a
+      file that tells is damaged.
+    read: path, the one part to read (None: all), place -> the bundle. It raises FileNotFoundError or
+      ValueError when something is missing, damaged, of another architecture or does not fit, and KeyError
+      when there is no such part.
+    format: the name by which `unclip export --format` asks for this layout; None when it cannot be written.
+    obstacles: bundle -> what keeps it from this layout, a sentence each; None when no bundle can be written.
+    write: bundle, path, dtype of the tensors -> path; None when no bundle can be written.
+    """
+
+    layout: str
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path, str | None, Place], Bundle]
+    format: str | None = None
+    obstacles: Callable[[Bundle], Iterator[str]] | None = None
+    write: Callable[[Bundle, Path, Any], Path] | None = None
+
+
+PROVIDERS: dict[str, Provider] = {
+    "karlo": Provider(
+        layout="Karlo in diffusers' layout",
+        recognises=karlo.recognises,
+        read=karlo.read,
+        format="diffusers",
+        obstacles=karlo_export.obstacles,
+        write=karlo_export.write,
+    ),
+    "clip": Provider(
+        layout="CLIP of transformers or of OpenAI",
+        recognises=clip.recognises,
+        read=clip.read,
+    ),
+}
+
+
+def find_provider(path: Path) -> Provider | None:
+    """The provider whose layout a folder has; None when the folder holds no public weights.
+
+    Raises:
+      ValueError: when it holds public weights that no provider reads; the error says which weights, and which
+        can be read.
+    """
+    for provider in PROVIDERS.values():
+        if provider.recognises(path):
+            return provider
+    if (path / "model_index.json").is_file():
+        found = f"is a {read_json(path / 'model_index.json').get('_class_name')}"
+    elif (path / "config.json").is_file():
+        found = f"holds a {read_json(path / 'config.json').get('model_type')!r} model"
+    elif (path / "model.safetensors").is_file() and not (path / "bundle.json").is_file():
+        found = "has no config.json, and its tensors are not those of a network known here"
+    else:
+        return None
+    layouts = "; ".join(provider.layout for provider in PROVIDERS.values())
+    raise ValueError(f"{path} {found}; the public weights read here are: {layouts}")

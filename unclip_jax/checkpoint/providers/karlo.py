@@ -1,0 +1,420 @@
+"""Karlo, the openly trained unCLIP, in the folder layout of diffusers: prior, decoder with its text
+projection, two networks for super-resolution, of which the second makes the last sampling step. Or the twin
+of it that draws variations of images: it has an image encoder and no prior.
+
+Our networks have Karlo's topology, so the rules only rename: a tensor of Karlo's is a parameter of ours.
+`karlo_export` writes the layout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle, Part, no_part
+from unclip_jax.checkpoint.convert import Rule, convert, expect, linear, norm, shapes_of
+from unclip_jax.checkpoint.files import Place, keep, missing_settings, open_weights, read_json
+from unclip_jax.checkpoint.providers import clip
+from unclip_jax.checkpoint.store import params_hash
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.models.decoder import Decoder
+from unclip_jax.models.prior_diffusion import DiffusionPrior
+from unclip_jax.models.upsampler import Upsampler
+from unclip_jax.sharding import path_name
+
+PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
+# The pipelines' own defaults, by kind of part.
+SAMPLING = {
+    "prior_diffusion": {
+        "steps": 25,
+        "sampler": "ddpm",
+        "variance": "small",
+        "guidance_scale": 4.0,
+        "clip": 5.0,
+    },
+    "decoder": {"steps": 25, "sampler": "ddpm", "variance": "learned", "guidance_scale": 8.0, "clip": 1.0},
+    "upsampler": {"steps": 7, "sampler": "ddpm", "variance": "small", "clip": 1.0},
+}
+VARIANCES = {"fixed_small_log": "small", "learned_range": "learned"}  # diffusers' name -> ours
+
+
+# ------------------------------------------------------------------------------------------- names
+
+
+def _attention(theirs: str, ours: str) -> list[Rule]:
+    return [
+        *linear(rf"{theirs}to_q", f"{ours}/query", "heads"),
+        *linear(rf"{theirs}to_k", f"{ours}/key", "heads"),
+        *linear(rf"{theirs}to_v", f"{ours}/value", "heads"),
+        *linear(rf"{theirs}to_out\.0", f"{ours}/out", "merge"),
+    ]
+
+
+_BLOCK, _OURS = r"transformer_blocks\.(\d+)\.", r"transformer/block_\1"
+PRIOR: tuple[Rule, ...] = (
+    Rule("clip_mean|clip_std", ()),  # the embedding space's
+    Rule("positional_embedding", "position_embedding", "drop_ones"),
+    Rule("prd_embedding", "query", "drop_ones"),
+    *linear(r"time_embedding\.linear_([12])", r"time/fc\1"),
+    *linear("proj_in", "z_in"),
+    *linear("embedding_proj", "text_embed_in"),
+    *linear("encoder_hidden_states_proj", "text_states_in"),
+    *norm(rf"{_BLOCK}norm1", f"{_OURS}/ln1/norm"),
+    *_attention(rf"{_BLOCK}attn1\.", f"{_OURS}/attn"),
+    *norm(rf"{_BLOCK}norm3", f"{_OURS}/ln2/norm"),
+    *linear(rf"{_BLOCK}ff\.net\.0\.proj", f"{_OURS}/fc1"),
+    *linear(rf"{_BLOCK}ff\.net\.2", f"{_OURS}/fc2"),
+    *norm("norm_out", "ln_out/norm"),
+    *linear("proj_to_clip_embeddings", "z_out"),
+)
+
+TEXT_PROJ: tuple[Rule, ...] = (
+    Rule("learned_classifier_free_guidance_embeddings", "conditioning/null_image_embed"),
+    *linear("embedding_proj", "conditioning/text_embed_cond"),
+    *linear("clip_image_embeddings_project_to_time_embeddings", "conditioning/image_embed_cond"),
+    *linear("clip_extra_context_tokens_proj", "conditioning/image_embed_tokens"),
+    *linear("encoder_hidden_states_proj", "conditioning/text_states_in"),
+    *norm("text_encoder_hidden_states_norm", "conditioning/text_states_norm/norm"),
+)
+
+
+def _res(theirs: str, ours: str) -> list[Rule]:
+    return [
+        *(rule for n in "12" for rule in norm(rf"{theirs}norm{n}", f"{ours}/norm{n}")),
+        *(rule for n in "12" for rule in linear(rf"{theirs}conv{n}", f"{ours}/conv{n}", "conv")),
+        *linear(rf"{theirs}time_emb_proj", f"{ours}/time"),
+        *linear(rf"{theirs}conv_shortcut", f"{ours}/skip", "conv"),
+    ]
+
+
+def _cross_attention(theirs: str, ours: str) -> list[Rule]:
+    return [
+        *norm(rf"{theirs}group_norm", f"{ours}/norm"),
+        *_attention(theirs, ours),
+        *linear(rf"{theirs}add_k_proj", f"{ours}/context_key", "heads"),
+        *linear(rf"{theirs}add_v_proj", f"{ours}/context_value", "heads"),
+    ]
+
+
+def unet(levels: int) -> tuple[Rule, ...]:
+    """Rules of a U-Net with so many levels. On the way up, diffusers counts the levels from the coarsest one,
+    and we count them from the finest one."""
+    ways = [("down", "downsamplers", "pool", level, level) for level in range(levels)]
+    ways += [("up", "upsamplers", "expand", levels - 1 - level, level) for level in range(levels)]
+    return (
+        *linear("conv_in", "unet/conv_in", "conv"),
+        *linear(r"time_embedding\.linear_([12])", r"unet/time/fc\1"),
+        *(
+            rule
+            for way, sampler, resample, at, level in ways
+            for rule in (
+                *_res(rf"{way}_blocks\.{at}\.resnets\.(\d+)\.", rf"unet/{way}_{level}_res_\1"),
+                *_res(rf"{way}_blocks\.{at}\.{sampler}\.0\.", f"unet/{way}_{level}_{resample}"),
+                *_cross_attention(
+                    rf"{way}_blocks\.{at}\.attentions\.(\d+)\.", rf"unet/{way}_{level}_attn_\1"
+                ),
+            )
+        ),
+        *_res(r"mid_block\.resnets\.([01])\.", r"unet/middle_res_\1"),
+        *_cross_attention(r"mid_block\.attentions\.0\.", "unet/middle_attn"),
+        *norm("conv_norm_out", "unet/norm_out"),
+        *linear("conv_out", "unet/conv_out", "conv"),
+    )
+
+
+# ------------------------------------------------------------------------------------------- configurations
+def prior_model(config: Mapping[str, Any]) -> dict:
+    """`PriorTransformer`'s configuration -> keyword arguments of `DiffusionPrior`.
+
+    Raises:
+      ValueError: when it is another transformer than Karlo's.
+    """
+    same = {
+        "additional_embeddings": 4,
+        "time_embed_act_fn": "silu",
+        "norm_in_type": None,
+        "embedding_proj_norm_type": None,
+    }
+    same |= {"encoder_hid_proj_type": "linear", "added_emb_type": "prd", "time_embed_dim": None}
+    expect(config, same, "prior")
+    heads, size = config.get("num_attention_heads", 32), config.get("attention_head_dim", 64)
+    dim = config.get("embedding_dim", 768)
+    for key in ("embedding_proj_dim", "clip_embed_dim"):
+        if config.get(key) not in (None, dim):
+            raise ValueError(
+                f"prior: {key} is {config[key]}, but the network here works on embeddings of one size, {dim}"
+            )
+    layers, length = config.get("num_layers", 20), config.get("num_embeddings", 77)
+    return {"embed_dim": dim, "length": length, "width": heads * size, "heads": heads, "layers": layers}
+
+
+_UNET = {
+    **{
+        "act_fn": "silu",
+        "norm_eps": 1e-5,
+        "freq_shift": 0,
+        "flip_sin_to_cos": True,
+        "center_input_sample": False,
+    },
+    **{"mid_block_scale_factor": 1, "time_embedding_type": "positional", "time_embedding_dim": None},
+}
+# The pairs of blocks that a level may have: on the way down, and on the way up.
+PLAIN = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+CROSS = ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
+
+
+def _unet_model(config: Mapping[str, Any], name: str) -> dict:
+    widths, down, up = config["block_out_channels"], config["down_block_types"], config["up_block_types"]
+    pairs = list(zip(down, reversed(up)))
+    other = [pair for pair in pairs if pair not in (PLAIN, CROSS)]
+    if other or not len(widths) == len(down) == len(up):
+        raise ValueError(
+            f"{name}: the U-Net here has levels of {PLAIN[0]} or {CROSS[0]}, the same on both ways, "
+            f"not {down} and {up}"
+        )
+    if any(width % widths[0] for width in widths):
+        raise ValueError(f"{name}: widths {widths} are not multiples of the first")
+    size = config["sample_size"]
+    return {
+        "image_size": size,
+        "out_channels": config["out_channels"],
+        "channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths],
+        "res_blocks": config["layers_per_block"],
+        "attention_resolutions": [size // 2**level for level, pair in enumerate(pairs) if pair == CROSS],
+        "groups": config.get("norm_num_groups", 32),
+    }
+
+
+def decoder_model(config: Mapping[str, Any], text_proj: Mapping[str, Any]) -> dict:
+    """The decoder's `UNet2DConditionModel` and its `UnCLIPTextProjModel` -> keyword arguments of `Decoder`.
+
+    Raises:
+      ValueError: when they are other networks than Karlo's; KeyError when a number is missing.
+    """
+    same = _UNET | {
+        "in_channels": 3,
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "class_embed_type": "identity",
+    }
+    same |= {
+        "only_cross_attention": False,
+        "resnet_time_scale_shift": "scale_shift",
+        "resnet_skip_time_act": False,
+    }
+    same |= {
+        "encoder_hid_dim_type": None,
+        "addition_embed_type": None,
+        "dual_cross_attention": False,
+        "cross_attention_norm": None,
+    }
+    expect(config, same, "decoder")
+    if text_proj["cross_attention_dim"] != config["cross_attention_dim"]:
+        raise ValueError(
+            f"text_proj makes tokens of {text_proj['cross_attention_dim']}, "
+            f"the decoder takes {config['cross_attention_dim']}"
+        )
+    tokens = text_proj.get("clip_extra_context_tokens", 4)
+    return {
+        "unet": _unet_model(config, "decoder") | {"head_channels": config["attention_head_dim"]},
+        "conditioning": {"context_dim": config["cross_attention_dim"], "clip_tokens": tokens},
+    }
+
+
+def upsampler_model(config: Mapping[str, Any], name: str) -> dict:
+    """A super-resolution `UNet2DModel`'s configuration -> keyword arguments of `Upsampler`.
+
+    Raises:
+      ValueError: when it is another network than Karlo's; KeyError when a number is missing.
+    """
+    expect(config, _UNET | {"in_channels": 6, "add_attention": False, "class_embed_type": None}, name)
+    shift = config.get("resnet_time_scale_shift", "default") == "scale_shift"
+    return {
+        "unet": _unet_model(config, name) | {"middle_attention": False, "scale_shift": shift},
+        "resize": "cubic",
+    }
+
+
+def schedule(config: Mapping[str, Any], prediction: str, name: str) -> dict:
+    """`UnCLIPScheduler`'s configuration -> the part's `diffusion`.
+
+    Raises:
+      ValueError: when it is another schedule.
+    """
+    theirs = {"x0": "sample", "eps": "epsilon"}[prediction]
+    expect(
+        config, {"prediction_type": theirs, "clip_sample": True, "beta_schedule": "squaredcos_cap_v2"}, name
+    )
+    return {
+        "schedule": "cosine",
+        "num_steps": config.get("num_train_timesteps", 1000),
+        "prediction": prediction,
+    }
+
+
+# ------------------------------------------------------------------------------------------- reading
+def recognises(path: Path) -> bool:
+    """Whether a folder is one of Karlo's pipelines."""
+    index = path / "model_index.json"
+    return index.is_file() and read_json(index).get("_class_name") in PIPELINES
+
+
+def read(path: Path, only: str | None, place: Place) -> Bundle:
+    """Reads a folder as a bundle; see `providers.Provider`. The other parts hold the hash of CLIP, so CLIP's
+    text encoder is read even when `only` names another part."""
+    with missing_settings(path):
+        makers, sampling = _plan(path, place)
+    if only is not None and only not in makers:
+        raise no_part(path, only, makers)
+    parts = {name: make() for name, make in makers.items() if only in (None, name)}
+    return Bundle(parts, sampling=sampling, provenance={"source": str(path)}, path=str(path))
+
+
+def _plan(path: Path, place: Place) -> tuple[dict[str, Callable[[], Part]], dict]:
+    # A function that makes each part, and the sampling defaults. It checks all configurations and reads no
+    # weights.
+    varies = read_json(path / "model_index.json")["_class_name"] == PIPELINES[1]
+    text = read_json(path / "text_encoder" / "config.json")
+    image = read_json(path / "image_encoder" / "config.json") if varies else None
+    model = clip.two_halves(text, image)
+    tokenizer = ClipTokenizer.from_folder(path / "tokenizer", model["text"]["length"]).config()
+
+    @functools.cache
+    def clip_part() -> Part:
+        folders = {"text": path / "text_encoder", "image": path / "image_encoder"}
+        params = clip.read_halves(model, folders, keep)
+        placed = jax.tree_util.tree_map_with_path(lambda where, value: place(path_name(where), value), params)
+        return Part({"kind": "clip", "model": model, "tokenizer": tokenizer}, placed, params_hash(params))
+
+    def frozen() -> dict:
+        return {"clip": clip_part().hash}
+
+    makers, sampling = {"clip": clip_part}, {}
+    if not varies:
+        makers["prior_diffusion"] = _prior(path, model, frozen, place)
+        sampling["prior_diffusion"] = _sampling(path, "prior_scheduler", "prior_diffusion")
+    makers["decoder"] = _decoder(path, model, frozen, place)
+    sampling["decoder"] = _sampling(path, "decoder_scheduler", "decoder")
+    low = read_json(path / "decoder" / "config.json")["sample_size"]
+    folders = ("super_res_first", "super_res_last")
+    models = [upsampler_model(read_json(path / folder / "config.json"), folder) for folder in folders]
+    sizes = [upsampler["unet"]["image_size"] for upsampler in models]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{folders[0]} makes {sizes[0]} px, but {folders[1]}, its last step, {sizes[1]} px")
+    name = f"upsampler_{sizes[0]}"
+    makers[name] = _upsampler(path, folders[0], models[0], low, None, place)
+    makers[f"{name}_last"] = _upsampler(path, folders[1], models[1], low, name, place)
+    sampling[name] = _sampling(path, "super_res_scheduler", "upsampler")
+    return makers, sampling
+
+
+def _sampling(path: Path, scheduler: str, kind: str) -> dict:
+    config = read_json(path / scheduler / "scheduler_config.json")
+    variance = config.get("variance_type", "fixed_small_log")
+    if variance not in VARIANCES:
+        raise ValueError(
+            f"{scheduler}: variance_type is {variance!r}, but only {', '.join(VARIANCES)} are known here"
+        )
+    bound = float(config.get("clip_sample_range", 1.0))
+    return SAMPLING[kind] | {"variance": VARIANCES[variance], "clip": bound}
+
+
+def _diffusion(path: Path, scheduler: str, prediction: str) -> dict:
+    return schedule(read_json(path / scheduler / "scheduler_config.json"), prediction, scheduler)
+
+
+def _prior(path: Path, clip_model: dict, frozen: Callable[[], dict], place: Place) -> Callable[[], Part]:
+    model = prior_model(read_json(path / "prior" / "config.json"))
+    dim, length = clip_model["embed_dim"], clip_model["text"]["length"]
+    if model["embed_dim"] != dim or model["length"] != length:
+        raise ValueError(
+            f"the prior works on {model['length']} states and embeddings of {model['embed_dim']}, "
+            f"but the text encoder makes {length} and {dim}: they are of different CLIPs"
+        )
+    diffusion = _diffusion(path, "prior_scheduler", "x0")
+
+    def make() -> Part:
+        weights = open_weights(path / "prior")
+        shapes = shapes_of(
+            DiffusionPrior(**model).init, jnp.zeros((1, dim)), jnp.zeros(1), **_text_inputs(clip_model)
+        )
+        params = convert(weights, PRIOR, shapes, "the prior", place)
+        missing = [name for name in ("clip_mean", "clip_std") if name not in weights]
+        if missing:
+            raise ValueError(f"the prior's file lacks {', '.join(missing)}")
+        mean, std = (np.asarray(weights[name], np.float32).reshape(-1) for name in ("clip_mean", "clip_std"))
+        if mean.shape != (dim,) or std.shape != (dim,):
+            raise ValueError(
+                f"the prior's clip_mean and clip_std are of {mean.size} and {std.size}, not of {dim}"
+            )
+        space = {"kind": "whitened", "scale": None, "mean": mean.tolist(), "std": std.tolist()}
+        config = {"kind": "prior_diffusion", "model": model, "diffusion": diffusion, "embedding_space": space}
+        return Part(config | {"frozen": frozen()}, params)
+
+    return make
+
+
+def _decoder(path: Path, clip_model: dict, frozen: Callable[[], dict], place: Place) -> Callable[[], Part]:
+    config, text_proj = (read_json(path / folder / "config.json") for folder in ("decoder", "text_proj"))
+    model, diffusion = decoder_model(config, text_proj), _diffusion(path, "decoder_scheduler", "eps")
+    dim = clip_model["embed_dim"]
+    if text_proj.get("clip_embeddings_dim", 768) != dim:
+        raise ValueError(
+            f"text_proj takes embeddings of {text_proj['clip_embeddings_dim']}, CLIP makes {dim}: "
+            "they are of different CLIPs"
+        )
+
+    def make() -> Part:
+        inputs = {
+            "image_embed": jnp.zeros((1, dim)),
+            "drop_image": jnp.zeros(1, bool),
+            **_text_inputs(clip_model),
+        }
+        levels = len(model["unet"]["channel_mult"])
+        side = 2 ** (levels - 1)  # the parameters do not depend on it
+        shapes = shapes_of(Decoder(**model).init, jnp.zeros((1, side, side, 3)), jnp.zeros(1), **inputs)
+        params: dict = {}
+        for folder, name, half, rules in (
+            ("text_proj", "text_proj", "conditioning", TEXT_PROJ),
+            ("decoder", "the decoder", "unet", unet(levels)),
+        ):
+            params |= convert(open_weights(path / folder), rules, {half: shapes[half]}, name, place)
+        return Part({"kind": "decoder", "model": model, "diffusion": diffusion, "frozen": frozen()}, params)
+
+    return make
+
+
+def _text_inputs(clip_model: dict) -> dict:
+    length, width = clip_model["text"]["length"], clip_model["text"]["width"]
+    return {
+        "text_embed": jnp.zeros((1, clip_model["embed_dim"])),
+        "text_states": jnp.zeros((1, length, width)),
+        "text_mask": jnp.ones((1, length), bool),
+    }
+
+
+def _upsampler(
+    path: Path, folder: str, model: dict, low: int, last_step_of: str | None, place: Place
+) -> Callable[[], Part]:
+    diffusion, size = _diffusion(path, "super_res_scheduler", "eps"), model["unet"]["image_size"]
+    if size % low:
+        raise ValueError(f"{folder} makes {size} px, which is no multiple of the decoder's {low}")
+    config = {"kind": "upsampler", "model": model, "diffusion": diffusion, "factor": size // low}
+    if last_step_of is not None:
+        config["last_step_of"] = last_step_of
+
+    def make() -> Part:
+        levels = len(model["unet"]["channel_mult"])
+        side, low_res = 2 ** (levels - 1), jnp.zeros((1, 1, 1, 3))
+        shapes = shapes_of(
+            Upsampler(**model).init, jnp.zeros((1, side, side, 3)), jnp.zeros(1), low_res=low_res
+        )
+        return Part(config, convert(open_weights(path / folder), unet(levels), shapes, folder, place))
+
+    return make

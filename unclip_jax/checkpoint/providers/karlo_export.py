@@ -1,0 +1,259 @@
+"""Writes a bundle of Karlo's topology as a folder in diffusers' layout: the inverse of `karlo.read`, by the
+same rules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from unclip_jax.checkpoint.bundle import Bundle, Part, last_step, upsamplers
+from unclip_jax.checkpoint.convert import Rule, export
+from unclip_jax.checkpoint.providers import clip, karlo
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.paths import store_errors, user_path, whole_folder
+
+VERSION = "0.33.1"  # of diffusers: the last in which the pipeline is not deprecated
+# The class that reads each folder: (library, name).
+CLASSES = {
+    **{"prior": ("diffusers", "PriorTransformer"), "decoder": ("diffusers", "UNet2DConditionModel")},
+    **{
+        "text_proj": ("unclip", "UnCLIPTextProjModel"),
+        "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    },
+    **{name: ("diffusers", "UNet2DModel") for name in ("super_res_first", "super_res_last")},
+    **{
+        name: ("diffusers", "UnCLIPScheduler")
+        for name in ("prior_scheduler", "decoder_scheduler", "super_res_scheduler")
+    },
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+}
+VARIANCES = {ours: theirs for theirs, ours in karlo.VARIANCES.items()}
+
+
+def obstacles(bundle: Bundle) -> Iterator[str]:
+    """What keeps a bundle from Karlo's layout, a sentence each. There is none when it can be exported."""
+    names, needed = upsamplers(bundle.parts), ("clip", "prior_diffusion", "decoder")
+    missing = [name for name in needed if name not in bundle.parts]
+    if missing:
+        yield f"it lacks {', '.join(missing)}"
+    if len(names) != 1:
+        yield f"it has {len(names)} upsamplers, and Karlo one"
+    if missing or len(names) != 1:
+        return
+    clip_model = bundle.parts["clip"].config["model"]
+    prior, decoder, upsampler = (
+        bundle.parts[name].config for name in ("prior_diffusion", "decoder", names[0])
+    )
+    text, dim = clip_model["text"], clip_model["embed_dim"]
+    if text is None or text["width"] != dim:
+        yield f"Karlo's text states are of the embeddings' size {dim}, not of {text and text['width']}"
+    for name, part, prediction in (
+        ("prior", prior, "x0"),
+        ("decoder", decoder, "eps"),
+        ("upsampler", upsampler, "eps"),
+    ):
+        if part["diffusion"]["prediction"] != prediction:
+            yield f"Karlo's {name} predicts {prediction}, not {part['diffusion']['prediction']}"
+        if part["diffusion"]["schedule"] != "cosine":
+            yield f"Karlo's {name} has the cosine schedule, not the {part['diffusion']['schedule']} one"
+    if prior.get("embedding_space", {}).get("kind") != "whitened":
+        yield "Karlo's prior works on embeddings whitened by mean and standard deviation"
+    for name, part in (("prior", prior), ("decoder", decoder)):
+        if part["model"].get("text") is not None:
+            yield f"the {name} has a text encoder of its own, and Karlo's takes CLIP's states"
+    if prior["model"].get("mlp_ratio", 4.0) != 4.0 or prior["model"].get("activation", "gelu") != "gelu":
+        yield "Karlo's prior has hidden layers of four times its width, and GELU"
+    conditioning = decoder["model"]["conditioning"]
+    if not (conditioning.get("use_text_embed", True) and conditioning.get("use_text_states", True)):
+        yield "Karlo's decoder sees the text embedding and the text states"
+    for name, part, out, attends in (("decoder", decoder, 6, True), ("upsampler", upsampler, 3, False)):
+        unet = part["model"]["unet"]
+        if unet["out_channels"] != out:
+            yield f"Karlo's {name} has {out} output channels, not {unet['out_channels']}"
+        if unet.get("middle_attention", True) != attends or (
+            not attends and unet.get("attention_resolutions")
+        ):
+            yield f"Karlo's {name} has {'attention in the middle' if attends else 'no attention'}"
+    if not decoder["model"]["unet"].get("scale_shift", True):
+        yield "the time embedding scales and shifts in Karlo's decoder"
+    if upsampler["model"].get("resize", "cubic") != "cubic":
+        yield "Karlo's upsampler enlarges with the cubic filter"
+
+
+def write(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Path:
+    """Writes a bundle in the layout of diffusers' `UnCLIPPipeline`. The folder appears whole or not at all.
+
+    Args:
+      bundle: with clip, prior_diffusion, decoder and one upsampler of Karlo's topology. Where the upsampler
+        has no network of its own for the last step, its weights are written twice.
+      path: a folder that is empty or does not exist yet.
+      dtype: of the tensors.
+
+    Returns:
+      The folder, with pathlib's methods.
+
+    Raises:
+      ValueError: naming everything that keeps the bundle from this layout, or when the folder is not empty.
+    """
+    path = user_path(path)
+    reasons = list(obstacles(bundle))
+    if reasons:
+        name = bundle.path or "(unsaved)"
+        raise ValueError(f"the bundle {name} cannot be exported to diffusers: {'; '.join(reasons)}")
+    with store_errors(path):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path} exists and is not empty; choose another folder")
+    with whole_folder(path, "model_index.json") as temporary:
+        _write_folders(bundle, temporary, dtype)
+    return path
+
+
+def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
+    (name,) = upsamplers(bundle.parts)
+    clip_part, prior, decoder, first = (bundle.parts[n] for n in ("clip", "prior_diffusion", "decoder", name))
+    last, dim = bundle.parts[last_step(bundle.parts, name) or name], clip_part.config["model"]["embed_dim"]
+
+    def network(
+        folder: str, config: dict, params: Any, rules: Sequence[Rule], buffers: dict | None = None
+    ) -> None:
+        library, kind = CLASSES[folder]
+        transformers = library == "transformers"
+        header = (
+            {"architectures": [kind]}
+            if transformers
+            else {"_class_name": kind, "_diffusers_version": VERSION}
+        )
+        _json(path / folder / "config.json", header | config)
+        tensors = export(params, rules, folder) | (buffers or {})
+        file = (
+            path / folder / ("model.safetensors" if transformers else "diffusion_pytorch_model.safetensors")
+        )
+        save_file(
+            {k: np.array(v, dtype, order="C") for k, v in tensors.items()}, file, metadata={"format": "pt"}
+        )
+        file.chmod(0o644)  # safetensors lets only the owner read
+
+    text_tower = {"text_tower": clip_part.params["text_tower"]}
+    network("text_encoder", _text_encoder(clip_part.config["model"]), text_tower, clip.TEXT)
+    space = prior.config["embedding_space"]
+    statistics = {"clip_mean": np.asarray(space["mean"])[None], "clip_std": np.asarray(space["std"])[None]}
+    network("prior", _prior(prior.config["model"]), prior.params, karlo.PRIOR, statistics)
+    text_proj = _text_proj(decoder.config["model"], dim)
+    network("text_proj", text_proj, {"conditioning": decoder.params["conditioning"]}, karlo.TEXT_PROJ)
+    network(
+        "decoder", _decoder(decoder.config["model"]), {"unet": decoder.params["unet"]}, _unet_rules(decoder)
+    )
+    for folder, part in (("super_res_first", first), ("super_res_last", last)):
+        network(folder, _upsampler(part.config["model"]), part.params, _unet_rules(part))
+    for folder, sampled in (("prior", "prior_diffusion"), ("decoder", "decoder"), ("super_res", name)):
+        scheduler = _scheduler(bundle.parts[sampled], bundle.sampling.get(sampled, {}), folder)
+        _json(path / f"{folder}_scheduler" / "scheduler_config.json", scheduler)
+    ClipTokenizer.from_config(clip_part.config["tokenizer"]).save_folder(path / "tokenizer")
+    index = {folder: list(reader) for folder, reader in CLASSES.items()}
+    _json(
+        path / "model_index.json", {"_class_name": "UnCLIPPipeline", "_diffusers_version": VERSION, **index}
+    )
+
+
+def _unet_rules(part: Part) -> tuple[Rule, ...]:
+    return karlo.unet(len(part.config["model"]["unet"]["channel_mult"]))
+
+
+def _json(path: Path, value: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _text_encoder(model: dict) -> dict:
+    text = model["text"]
+    return {
+        "model_type": "clip_text_model",
+        "hidden_size": text["width"],
+        "intermediate_size": round(text["width"] * text.get("mlp_ratio", 4.0)),
+        "num_hidden_layers": text["layers"],
+        "num_attention_heads": text["heads"],
+        "vocab_size": text["vocab_size"],
+        "max_position_embeddings": text["length"],
+        "projection_dim": model["embed_dim"],
+        "hidden_act": model.get("activation", "quick_gelu"),
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": text["vocab_size"] - 2,
+        "eos_token_id": text["vocab_size"] - 1,
+        "pad_token_id": 0,
+    }
+
+
+def _prior(model: dict) -> dict:
+    return {
+        "num_attention_heads": model["heads"],
+        "attention_head_dim": model["width"] // model["heads"],
+        "num_layers": model["layers"],
+        "embedding_dim": model["embed_dim"],
+        "num_embeddings": model["length"],
+        "additional_embeddings": 4,
+        "dropout": 0.0,
+    }
+
+
+def _text_proj(decoder: dict, embed_dim: int) -> dict:
+    conditioning = decoder["conditioning"]
+    return {
+        "clip_extra_context_tokens": conditioning.get("clip_tokens", 4),
+        "clip_embeddings_dim": embed_dim,
+        "time_embed_dim": 4 * decoder["unet"]["channels"],
+        "cross_attention_dim": conditioning["context_dim"],
+    }
+
+
+def _unet(unet: dict) -> dict:
+    sizes = [unet["image_size"] // 2**level for level in range(len(unet["channel_mult"]))]
+    attends = [size in unet.get("attention_resolutions", ()) for size in sizes]
+    pairs = [karlo.CROSS if cross else karlo.PLAIN for cross in attends]
+    return {
+        "sample_size": unet["image_size"],
+        "out_channels": unet["out_channels"],
+        "layers_per_block": unet["res_blocks"],
+        "block_out_channels": [unet["channels"] * mult for mult in unet["channel_mult"]],
+        "norm_num_groups": unet.get("groups", 32),
+        "down_block_types": [down for down, _ in pairs],
+        "up_block_types": [up for _, up in reversed(pairs)],
+        "resnet_time_scale_shift": "scale_shift" if unet.get("scale_shift", True) else "default",
+    }
+
+
+def _decoder(model: dict) -> dict:
+    return _unet(model["unet"]) | {
+        "in_channels": 3,
+        "cross_attention_dim": model["conditioning"]["context_dim"],
+        "class_embed_type": "identity",
+        "attention_head_dim": model["unet"].get("head_channels", 64),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    }
+
+
+def _upsampler(model: dict) -> dict:
+    return _unet(model["unet"]) | {"in_channels": 6, "add_attention": False}
+
+
+def _scheduler(part: Part, sampling: dict, name: str) -> dict:
+    variance = sampling.get("variance", "small")
+    if variance not in VARIANCES:
+        raise ValueError(
+            f"{name}: its scheduler in diffusers has no {variance} variance; "
+            f"sample with one of {', '.join(VARIANCES)}"
+        )
+    return {
+        "_class_name": "UnCLIPScheduler",
+        "_diffusers_version": VERSION,
+        "beta_schedule": "squaredcos_cap_v2",
+        "clip_sample": True,
+        "clip_sample_range": sampling.get("clip") or 1.0,
+        "num_train_timesteps": part.config["diffusion"]["num_steps"],
+        "prediction_type": {"x0": "sample", "eps": "epsilon"}[part.config["diffusion"]["prediction"]],
+        "variance_type": VARIANCES[variance],
+    }

@@ -1,1 +1,0 @@
-"""Tables of rules for `convert`, a file for each provider of weights, with what turns its configurations into ours."""

@@ -1,0 +1,1 @@
+"""A stage's programs compiled for devices that need not be there."""

@@ -1,0 +1,358 @@
+"""The train step compiled ahead of time for devices that need not be there: what it needs of them, known before they are rented.
+
+The step is the stage's own (`stage`, `run.state.make_update`), on abstract arrays. Memory, buffers and collectives
+are the compiler's; operations are counted in the traced program, where loops are known to the last turn, and the time is a roofline: the
+largest of what arithmetic, memory and links take when each runs at its peak. It is a bound, not a forecast.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from unclip_jax.compile import hlo
+from unclip_jax.data.record import Record
+from unclip_jax.data.tokenizer import caption_arrays
+from unclip_jax.generate.decoder import sample_decoder
+from unclip_jax.generate.networks import Network, image_size, sampling_model
+from unclip_jax.generate.options import options_from
+from unclip_jax.generate.prior import sample_prior
+from unclip_jax.generate.text import Texts
+from unclip_jax.generate.upsampler import sample_upsampler
+from unclip_jax.models.codec import Codec
+from unclip_jax.run.frozen import EMBEDDABLE, EMPTY, arrays, captions_of, clip_tokenizer, text_tokenizer
+from unclip_jax.run.hardware import CHIPS, Chip, flops
+from unclip_jax.run.loop import count_operations
+from unclip_jax.run.optim import make_optimizers
+from unclip_jax.run.stage import FITTED, Stage
+from unclip_jax.run.state import TrainState, abstract_state, make_update
+from unclip_jax.sharding import BATCH, compute_dtype, infer_shardings, make_mesh
+from unclip_jax.train import STAGES
+
+HELD = ("parameters", "averages", "optimizer", "frozen", "batch")  # what lies on a device before a step
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled train step needs. Bytes and counts are per device unless said otherwise.
+
+    chip: None where the device's peaks are not known (CPU); parameters, averages, optimizer, frozen: bytes of the state's parts and of the
+    frozen networks; batch: of the input; temporary: of everything computed on the way; flops, model_flops: of a whole step on all devices,
+    with and without what remat computes twice; traffic: bytes of main memory read and written; collectives: kind -> (times, bytes that
+    arrive) within a slice; between_slices: the same from other slices. Of a sampler, a step is one call of it.
+    """
+
+    devices: int
+    chip: Chip | None
+    mesh: dict[str, int]
+    batch_size: int
+    parameters: int
+    averages: int
+    optimizer: int
+    frozen: int
+    batch: int
+    temporary: int
+    flops: float
+    model_flops: float
+    traffic: float
+    collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
+    between_slices: tuple[int, int] = (0, 0)
+
+    @property
+    def memory(self) -> int:
+        """All of it."""
+        return self.parameters + self.averages + self.optimizer + self.frozen + self.batch + self.temporary
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What a step takes of each resource at its peak; nothing where the peaks are not known."""
+        if self.chip is None:
+            return {}
+        links, crossing = sum(size for _, size in self.collectives.values()), self.between_slices[1]
+        return {
+            "arithmetic": self.flops / self.devices / self.chip.flops,
+            "memory": self.traffic / self.chip.bandwidth,
+            "links": links / self.chip.links,
+            **({"network": crossing / self.chip.network} if crossing and self.chip.network else {}),
+        }
+
+    @property
+    def limit(self) -> str:
+        """The resource that takes longest."""
+        return max(self.seconds, key=self.seconds.get)
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the chips could do in the roofline's time."""
+        return self.model_flops / self.devices / self.chip.flops / self.seconds[self.limit]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- devices
+def topology(name: str) -> list[Any]:
+    """Devices of "v5e:4x4" and the like, "2*v5e:4x4" for two slices of it, or "cpu:8"; but for the last they need not be there.
+
+    Raises:
+      ValueError: on another name, or more CPU devices than there are; ImportError without libtpu.
+    """
+    kind, _, shape = name.partition(":")
+    if kind == "cpu" and shape.isdigit():
+        devices = jax.devices("cpu")
+        if int(shape) > len(devices):
+            raise ValueError(f"{name}: {len(devices)} CPU devices are there; set XLA_FLAGS=--xla_force_host_platform_device_count={shape}")
+        return devices[: int(shape)]
+    written = re.fullmatch(r"(?:([1-9]\d*)\*)?(v\d+[a-z]*:\d+(?:x\d+)+)", name)
+    if written is None:
+        raise ValueError(f"unknown topology {name!r}; write v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2, 2*v5e:4x4 or cpu:8")
+    try:
+        importlib.import_module("libtpu")
+    except ImportError:
+        raise ImportError('the TPU compiler is in libtpu: pip install "unclip_jax[tpu]"') from None
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held, so several may compile at once
+    try:
+        slices = {"num_slices": int(written[1])} if written[1] else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=written[2], **slices).devices)
+    except Exception as error:  # the compiler's own
+        raise ValueError(f"libtpu knows no topology {name!r} ({' '.join(str(error).split())[:200]})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the step
+def abstract_clip(config: Any, mesh: Mesh, dtype: str, scan: bool, embedded: bool) -> Network:
+    """The frozen CLIP of a `clip` configuration, its parameters shapes on the mesh; without module and parameters where a stage reads its
+    embeddings (`embedded`)."""
+    clip = STAGES["clip"].stage(config, mesh, {})
+    if embedded:
+        return Network(None, {}, clip.part)
+    module = clip.model.clone(dtype=compute_dtype(dtype, mesh), remat="none", scan=scan)
+    return Network(module, _placed(jax.eval_shape(clip.init, jax.random.key(0))[0], mesh), clip.part)
+
+
+def abstract_codec(dim: int, mesh: Mesh) -> Network:
+    """The codec of embeddings (D,), its arrays shapes on the mesh."""
+    shapes = Codec(mean=(dim,), components=(dim, dim), eigenvalues=(dim,), low=(dim,), high=(dim,))
+    replicated = NamedSharding(mesh, P())
+    params = Codec(*(jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated) for shape in shapes))
+    return Network(None, params, {"kind": "codec", "embed_dim": dim, "dims": dim})
+
+
+def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> dict[str, Network]:
+    """The networks under a stage, by role, as `run.frozen.load_frozen` loads them; their parameters are shapes on the mesh."""
+    frozen: dict[str, Network] = {}
+    for role, kind in STAGES[config.stage].FROZEN.items():
+        if kind == "clip":
+            frozen[role] = abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, embedded)
+        else:
+            frozen[role] = abstract_codec(clip_config.model.embed_dim, mesh)
+    if "clip" in frozen:
+        # The empty caption has the shapes of the text tower, also where embeddings stand for it.
+        tower, tokenizer = abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, False), text_tokenizer(config)
+        tokens = caption_arrays([""], clip_tokenizer(tower), tokenizer)
+        shapes = jax.eval_shape(functools.partial(captions_of, tower, mesh, tokenizer is None), tower.params, tokens)
+        frozen[EMPTY] = Network(None, _spread(shapes, 1, mesh, P()), {})
+    return frozen
+
+
+def _placed(shapes: Any, mesh: Mesh, shardings: Any = None) -> Any:
+    shardings = infer_shardings(shapes, mesh) if shardings is None else shardings
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _spread(tree: Any, count: int, mesh: Mesh, spec: P) -> Any:
+    # The tree with `count` rows in every array.
+    place = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=place), tree)
+
+
+def abstract_batch(
+    stage: Stage, frozen: dict[str, Network], batch_size: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of what the stage's `example` makes of one blank picture, or of one record of embeddings, where there is no CLIP to make
+    them."""
+    from PIL import Image
+
+    file, embeds = io.BytesIO(), None
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    clip = frozen.get("clip")
+    if clip is not None and clip.module is None:
+        empty = frozen[EMPTY].params
+        embeds = {"text_embed": np.zeros(empty.embed.shape, np.float32)}
+        embeds |= {} if empty.states is None else {"text_states": np.zeros(empty.states.shape, np.float32)}
+        embeds["image_embed"] = np.zeros(clip.config["model"]["embed_dim"], np.float32)
+    row = stage.example(Record("0", file.getvalue(), ("a",), {}, "", embeds), np.random.default_rng(0))
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        k: jax.ShapeDtypeStruct((batch_size, *np.shape(v)), np.asarray(v).dtype, sharding=sharding) for k, v in row.items()
+    }
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """A stage, its jitted update and the abstract arguments of it: state, frozen networks, batch."""
+
+    stage: Stage
+    update: Any
+    state: TrainState
+    frozen: dict
+    batch: dict
+
+
+def _check(config: Any, mesh: Mesh) -> None:
+    trained = [name for name in STAGES if name != "codec"]
+    if config.stage not in trained:
+        raise ValueError(f"the {config.stage} stage has no train step to compile; choose one of {', '.join(trained)}")
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % ways:
+        raise ValueError(
+            f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; change --batch or --mesh"
+        )
+
+
+def train_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> TrainStep:
+    """The update step of a stage's configuration, as its `train_and_evaluate` makes it.
+
+    Args:
+      config: of the stage; clip_config: of the CLIP under it, None for the stages without one.
+      embedded: whether a prior reads CLIP's embeddings (`unclip embed`).
+
+    Raises:
+      ValueError: on a stage that has no update step, one that needs pictures, or a batch that does not divide over the mesh.
+    """
+    _check(config, mesh)
+    if embedded and config.stage not in EMBEDDABLE:
+        raise ValueError(f"the {config.stage} stage needs pictures; embeddings are for the priors and the codec")
+    networks = abstract_frozen(config, clip_config, mesh, embedded)
+    stage = STAGES[config.stage].stage(config, mesh, networks)
+    optimizers = make_optimizers(config, stage.players)
+    shapes, shardings = abstract_state(stage, optimizers, mesh)
+    update = make_update(stage, optimizers, shardings, mesh, config)
+    frozen = arrays(networks)
+    if stage.fit is not None:
+        frozen[FITTED] = _placed(stage.fit.arrays(stage.part), mesh)
+    batch = abstract_batch(stage, networks, config.batch_size, mesh)
+    return TrainStep(stage, update, _placed(shapes, mesh, shardings), frozen, batch)
+
+
+def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
+    """The sampler of a stage as `sampling` runs it on a mesh, of `config.batch_size` rows that CLIP has embedded already.
+
+    Returns:
+      The jitted function, and its abstract arguments: parameters in the compute dtype, and what it is given.
+
+    Raises:
+      ValueError: on a stage that draws nothing, as `train_step`.
+    """
+    if config.stage == "clip":
+        raise ValueError("the clip stage draws nothing; --sample is for priors, decoder and upsamplers")
+    _check(config, mesh)
+    frozen = abstract_frozen(config, clip_config, mesh)
+    stage = STAGES[config.stage].stage(config, mesh, frozen)
+    part = stage.part
+    if "diffusion" in part:
+        part = part | {"x0_error": [0.1] * part["diffusion"]["num_steps"]}
+    model, options, rows = sampling_model(part, mesh), options_from(config.sampling, config.stage), config.batch_size
+    shapes, dtype = jax.eval_shape(stage.init, jax.random.key(0))[0], compute_dtype("auto", mesh)
+    params = _placed(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype), shapes), mesh)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    given = {"keys": _spread(keys, rows, mesh, BATCH)}
+    if EMPTY in frozen:
+        empty = frozen[EMPTY].params
+        given |= {"text": _spread(empty, rows, mesh, BATCH), "empty": empty}
+        given["z_image"] = _spread(empty.embed, rows, mesh, BATCH)
+    if config.stage == "upsampler":
+        size = image_size(part) // part["factor"]
+        low_res = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+        given["low_res"] = _spread(low_res, rows, mesh, BATCH)
+    codec = {"codec": frozen["codec"].params} if "codec" in frozen else {}
+
+    def draw(params, given):
+        network = Network(model, params, part)
+        if config.stage == "upsampler":
+            return sample_upsampler(network, given["low_res"], given["keys"], options)
+        texts = Texts(given["text"], given["empty"])
+        if config.stage == "decoder":
+            return sample_decoder(network, given["z_image"], texts, given["keys"], options)
+        return sample_prior(network, texts, given["keys"], options, given.get("codec"))
+
+    return jax.jit(draw, out_shardings=NamedSharding(mesh, P())), params, given | codec
+
+
+def compile_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> tuple[Report, Any]:
+    """Compiles the update step for the mesh's devices.
+
+    Returns:
+      The report, and the compiled program.
+
+    Raises:
+      ValueError, as `train_step`; MemoryError, naming the largest buffers, when the compiler finds that it does not fit.
+    """
+    step = train_step(config, clip_config, mesh, embedded)
+    arguments = step.state, step.frozen, step.batch
+    model_flops = count_operations(step.stage, config.grad_accumulation, mesh, *arguments)
+    held = {"parameters": step.state.params, "averages": step.state.ema_params, "optimizer": step.state.opt_state}
+    held |= {"frozen": step.frozen, "batch": step.batch}
+    return _compile(step.update, arguments, held, config.batch_size, mesh, model_flops)
+
+
+def compile_sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Report, Any]:
+    """Compiles the `sampler` for the mesh's devices; all else as `compile_step`."""
+    draw, params, given = sampler(config, clip_config, mesh)
+    return _compile(draw, (params, given), {"parameters": params, "batch": given}, config.batch_size, mesh, None)
+
+
+def _compile(
+    program: Any, arguments: tuple, held: dict[str, Any], batch_size: int, mesh: Mesh, model_flops: float | None
+) -> tuple[Report, Any]:
+    try:
+        compiled = program.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(_buffers(str(error))) from None
+    operations = flops(jax.make_jaxpr(program)(*arguments))
+    moved = hlo.Program(compiled.as_text())
+    report = Report(
+        devices=mesh.size,
+        chip=CHIPS.get(mesh.devices.flat[0].device_kind),
+        mesh=dict(mesh.shape),
+        batch_size=batch_size,
+        **{name: _held(held.get(name, ())) for name in HELD},
+        temporary=compiled.memory_analysis().temp_size_in_bytes,
+        flops=operations,
+        model_flops=operations if model_flops is None else model_flops,
+        traffic=moved.traffic(),
+        collectives=moved.collectives(),
+        between_slices=moved.between_slices(),
+    )
+    return report, compiled
+
+
+def make_abstract_mesh(name: str, shape: dict[str, int] | None) -> Mesh:
+    """The mesh over a `topology`; the error of a shape that does not fit is `make_mesh`'s."""
+    return make_mesh(shape, topology(name))
+
+
+def _held(tree: Any) -> int:
+    # Bytes on one device.
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _buffers(message: str) -> str:
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+    said = f"the step needs {used[1]} of {used[2]} memory on a device" if used else "the step does not fit the devices' memory"
+    largest = re.findall(r"Size: ([\d.]+\w)(.*?)Shape: (\S+)", message, re.DOTALL)
+    named = [(size, shape, re.search(r'op_name="([^"]*)"', between)) for size, between, shape in largest[:5]]
+    listed = "; ".join(" ".join([size, shape] + ([where[1]] if where else [])) for size, shape, where in named)
+    return said + (f"; largest: {listed}" if listed else "")

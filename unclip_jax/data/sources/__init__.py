@@ -1,0 +1,66 @@
+"""Where captioned images come from: every source is an indexed array of records that any thread may read.
+
+`SOURCES` lists the kinds, one file each, and `make_source` builds one from a config:
+
+    make_source({"name": "tfrecord", "pattern": "gs://bucket/laion/*.tfrecord", "filters": {"min_side": 256}})
+
+Paths with "://" are read through `tf.io.gfile`, and a `tfds` source needs tensorflow-datasets. Nothing else
+here needs TensorFlow.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+from unclip_jax.data.balance import balanced
+from unclip_jax.data.record import Source
+from unclip_jax.data.sources.embeddings import embeddings_source
+from unclip_jax.data.sources.emoji import emoji_source
+from unclip_jax.data.sources.folder import folder_source
+from unclip_jax.data.sources.tfds import tfds_source
+from unclip_jax.data.sources.tfrecord import tfrecord_source
+from unclip_jax.data.sources.webdataset import webdataset_source
+
+# All kinds of source, by the name that configs use.
+SOURCES = {
+    "emoji": emoji_source,
+    "tfrecord": tfrecord_source,
+    "webdataset": webdataset_source,
+    "tfds": tfds_source,
+    "folder": folder_source,
+    "embeddings": embeddings_source,
+}
+
+
+def make_source(config: Mapping) -> Source:
+    """The source that a config describes.
+
+    Args:
+      config: {"name": one of SOURCES, the arguments of that source, "filters": {fields of `Filters`}}. Any
+        source also takes "balance": {"by": a field of the metadata, "power": 0 to 1} (see `balanced`).
+
+    Raises `ValueError` naming an unknown source, argument or filter and what is allowed instead, and the
+    errors of the source itself.
+    """
+    arguments = {key: config[key] for key in config}
+    balance = arguments.pop("balance", None)
+    name = arguments.pop("name", None)
+    if name not in SOURCES:
+        raise ValueError(f"unknown data source {name!r}: choose one of {', '.join(SOURCES)}")
+    parameters = inspect.signature(SOURCES[name]).parameters
+    for key in arguments:
+        if key not in parameters:
+            raise ValueError(
+                f"unknown key {key!r} for data source {name!r}: allowed are {', '.join(parameters)}"
+            )
+    for key, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and arguments.get(key) in (None, ""):
+            raise ValueError(f"data source {name!r} needs {key!r}: set it in the config")
+    source = SOURCES[name](**arguments)
+    if balance is None:
+        return source
+    if set(balance) != {"by", "power"}:
+        given = ", ".join(map(repr, balance)) or "nothing"
+        raise ValueError(f"balance needs 'by' and 'power' and no other key, got {given}")
+    return balanced(source, balance["by"], balance["power"])

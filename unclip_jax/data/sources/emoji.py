@@ -1,0 +1,42 @@
+"""The dataset that ships with the package: 64x64 emoji drawings with captions."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from unclip_jax.data import tfrecord
+from unclip_jax.data.filters import Filters, as_filters
+from unclip_jax.data.index import build_index, sharded_source
+from unclip_jax.data.record import Source, json_checksum
+from unclip_jax.data.sources.tfrecord import parse_tfrecord
+
+EMOJI_FOLDER = Path(__file__).parent.parent / "emoji"
+SPLITS = ("train", "val", "compose")
+
+
+def emoji_source(split: str = "train", *, filters: Mapping | Filters | None = None) -> Source:
+    """One split of the emoji data: "train", "val" or "compose" (`data.emoji.build` says what they hold).
+
+    Raises:
+      ValueError: for another split.
+      FileNotFoundError: if the package was installed without its data.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r} of the emoji data: choose one of {', '.join(SPLITS)}")
+    shards = sorted(str(path) for path in EMOJI_FOLDER.glob(f"{split}-*-of-*.tfrecord"))
+    manifest = EMOJI_FOLDER / "manifest.json"
+    if not shards or not manifest.exists():
+        raise FileNotFoundError(
+            "the embedded emoji data is missing from unclip_jax/data/emoji: install the package again"
+        )
+    filters = as_filters(filters)
+    index = build_index(shards, tfrecord.index_records, parse_tfrecord, filters)
+    text = manifest.read_bytes()
+    checksum = json.loads(text).get("checksum") or hashlib.sha256(text).hexdigest()
+    if filters.active:
+        checksum = json_checksum([checksum, dataclasses.asdict(filters)])
+    return sharded_source(f"emoji/{split}", shards, index, parse_tfrecord, filters, checksum)

@@ -1,0 +1,101 @@
+"""Uncompressed tar shards, as img2dataset and webdataset write them."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from typing import BinaryIO
+
+import numpy as np
+
+from unclip_jax.data.filters import Filters
+from unclip_jax.data.index import indexed_source
+from unclip_jax.data.record import IMAGE_KEYS, Record, Source, error_summary, parse_captions, parse_metadata
+from unclip_jax.data.tensorflow import open_remote
+from unclip_jax.paths import is_remote
+
+TAR_BLOCK = 512  # a tar is made of blocks of so many bytes
+
+
+def webdataset_source(
+    pattern: str | Sequence[str], *, filters: Mapping | Filters | None = None, cache_dir: str | None = None
+) -> Source:
+    """The records of all tar shards that match `pattern`, a glob or a list of globs.
+
+    Consecutive members named `<key>.<field>` form one record; the fields are jpg | jpeg | png | webp, `txt`,
+    `json`. Captions are chosen as in `tfrecord_source`.
+
+    Raises:
+      FileNotFoundError: if nothing matches.
+      ValueError: for a broken or compressed tar (naming the shard), or if the filters keep nothing. A
+        compressed tar cannot be read from the middle.
+    """
+    return indexed_source("webdataset", pattern, find_records, parse_tar, filters, cache_dir)
+
+
+def find_records(path: str) -> np.ndarray:
+    """(offset, length) in bytes of every record of a tar, local or in a store: int64 (N, 2).
+
+    A record reaches from the header of its first member to the end of its last one: it is a small tar itself.
+    """
+    if is_remote(path):
+        with open_remote(path) as file:
+            return _find_records(file, file.size(), path)
+    with open(path, "rb") as file:
+        return _find_records(file, os.path.getsize(path), path)
+
+
+def _find_records(file: BinaryIO, size: int, path: str) -> np.ndarray:
+    spans: list[list[int]] = []
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            key = None
+            for member in tar:
+                if not member.isfile():
+                    continue
+                end = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
+                if member.offset_data + member.size > size:
+                    raise ValueError(
+                        f"{path}: truncated tar: member {member.name} runs past the end of the file"
+                    )
+                if _split_name(member.name)[0] == key:
+                    spans[-1][1] = min(end, size) - spans[-1][0]
+                else:
+                    spans.append([member.offset, min(end, size) - member.offset])
+                    key = _split_name(member.name)[0]
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{path}: not an uncompressed tar that can be read ({error_summary(error)})"
+        ) from error
+    return np.array(spans, np.int64).reshape(-1, 2)
+
+
+def parse_tar(data: bytes, path: str) -> Record:
+    """The record of a small tar of its members. Raises `ValueError` if it is damaged or has no image."""
+    members: dict[str, bytes] = {}
+    key = ""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    key, field = _split_name(member.name)
+                    members[field] = tar.extractfile(member).read()
+    except tarfile.TarError as error:
+        raise ValueError(f"damaged tar member ({error_summary(error)})") from error
+    encoding = next((field for field in IMAGE_KEYS if field in members), None)
+    if encoding is None:
+        known = ", ".join(IMAGE_KEYS)
+        raise ValueError(
+            f"record {key!r} has no image: expected a member ending in {known}, it has {sorted(members)}"
+        )
+    meta = parse_metadata(members["json"]) if "json" in members else {}
+    return Record(key, members[encoding], parse_captions(meta, members.get("txt")), meta, path)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    # "a/b/0001.seg.png" -> key "a/b/0001", field "seg.png", as webdataset splits it.
+    head, _, base = name.rpartition("/")
+    stem, _, field = base.partition(".")
+    return (f"{head}/{stem}" if head else stem), field.lower()

@@ -1,0 +1,159 @@
+"""What CLIP is measured by (Radford et al. 2021, sections 3.1 and 3.2; unCLIP appendix C): retrieval, zero-shot classes, a linear probe.
+
+Any source of `unclip_jax.data` serves. Where images need classes, `label` says what a record's class is: `caption`, its first caption (a
+TFDS class label is one); `folder`, the folder it lies in; or a field of its metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
+from unclip_jax.data.record import Record, Source
+from unclip_jax.metrics.linear_probe import Probe, linear_probe
+from unclip_jax.metrics.retrieval import recall_at_k
+from unclip_jax.metrics.zeroshot import class_embeddings, top_k_accuracy
+from unclip_jax.sampling.edits.inversion import embed_captions, embed_images
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
+
+BATCH = 128
+
+
+def label_of(record: Record, label: str) -> str:
+    """The name of a record's class. Underscores of folders are spaces.
+
+    Raises:
+      ValueError: when the record has none.
+    """
+    if label == "caption":
+        name = record.captions[0] if record.captions else ""
+    elif label == "folder":
+        name = PurePosixPath(record.key).parent.name.replace("_", " ")
+    else:
+        name = str(record.meta.get(label, ""))
+    if not name:
+        raise ValueError(f"record {record.key} of {record.shard} has no {label}; label is caption, folder, or a field of the metadata")
+    return name
+
+
+class _Images:
+    # Images of a source's records, decoded when they are asked for.
+    def __init__(self, source: Source, rows: Sequence[int]):
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return ops.decode_image(self.source.read(int(self.rows[i])).image)
+
+
+def _rows(source: Source, rows: int | None, seed: int) -> np.ndarray:
+    # A random choice, in the source's order, so that classes which lie together are all there.
+    if rows is None or rows >= len(source):
+        return np.arange(len(source))
+    return np.sort(np.random.default_rng(seed).choice(len(source), rows, replace=False))
+
+
+def _embed(sampler: Sampler, source: Source, rows: np.ndarray, progress: Progress | None, projected: bool = True) -> np.ndarray:
+    return embed_images(sampler, _Images(source, rows), projected=projected, max_batch=BATCH, progress=progress)
+
+
+def retrieval(
+    bundle: Sampler | Bundle,
+    source: Source,
+    *,
+    rows: int | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, dict[int, float]]:
+    """Recall at k of images and all their captions, both ways (`retrieval.recall_at_k`).
+
+    Args:
+      rows: at most so many records, chosen at random with `seed`; None: all.
+      progress: called with (images done, images in all).
+
+    Raises:
+      ValueError: when an image has no caption.
+    """
+    chosen = _rows(source, rows, seed)
+    captions = [source.read(int(i)).captions for i in chosen]
+    owner = np.repeat(np.arange(len(chosen)), [len(c) for c in captions])
+    if len(owner) == 0:
+        raise ValueError(f"{source.name} has no captions to retrieve")
+    sampler = as_sampler(bundle)
+    z_text = embed_captions(sampler, [caption for group in captions for caption in group], max_batch=BATCH)
+    return recall_at_k(_embed(sampler, source, chosen, progress), z_text, owner, ks)
+
+
+def zeroshot(
+    bundle: Sampler | Bundle,
+    source: Source,
+    templates: Sequence[str],
+    *,
+    label: str = "caption",
+    rows: int | None = None,
+    ks: Sequence[int] = (1, 5),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[dict[int, float], int]:
+    """Zero-shot accuracy at k with an ensemble of prompts in embedding space (`zeroshot.class_embeddings`).
+
+    Args:
+      templates: prompts with one {} for the class.
+      label: see the module's docstring.
+      rows, seed, progress: as in `retrieval`; the classes are those of the whole source.
+
+    Returns:
+      Accuracy at each k that is below the number of classes, and that number.
+
+    Raises:
+      ValueError: when a record has no label, or there is one class only.
+    """
+    labels, classes = _labels(source, label)
+    chosen = _rows(source, rows, seed)
+    sampler, known_ks = as_sampler(bundle), [k for k in ks if k < len(classes)]
+    z_class = class_embeddings(lambda prompts: embed_captions(sampler, prompts, max_batch=BATCH), classes, templates)
+    accuracy = top_k_accuracy(_embed(sampler, source, chosen, progress), z_class, labels[chosen], known_ks)
+    return accuracy, len(classes)
+
+
+def probe(
+    bundle: Sampler | Bundle,
+    train: Source,
+    test: Source,
+    *,
+    label: str = "caption",
+    rows: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Probe:
+    """A linear probe on the image tower's features before the projection, as CLIP's paper does (`linear_probe`).
+
+    Args:
+      train, test: sources of the same classes.
+      label, rows, seed, progress: as in `zeroshot`; `rows` bounds either source.
+
+    Raises:
+      ImportError: without scikit-learn; ValueError: when a record has no label, or a class has too few rows.
+    """
+    sampler, features, labels = as_sampler(bundle), [], []
+    for source in (train, test):
+        chosen = _rows(source, rows, seed)
+        labels.append([label_of(source.read(int(i)), label) for i in chosen])
+        features.append(_embed(sampler, source, chosen, progress, projected=False))
+    return linear_probe(features[0], np.asarray(labels[0]), features[1], np.asarray(labels[1]), seed=seed)
+
+
+def _labels(source: Source, label: str) -> tuple[np.ndarray, list[str]]:
+    names = [label_of(source.read(i), label) for i in range(len(source))]
+    classes = sorted(set(names))
+    if len(classes) < 2:
+        raise ValueError(f"{source.name} has {len(classes)} class by {label}; zero-shot classification needs two")
+    number = {name: i for i, name in enumerate(classes)}
+    return np.asarray([number[name] for name in names]), classes

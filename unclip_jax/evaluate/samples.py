@@ -1,0 +1,80 @@
+"""The figures of merit of a bundle, measured on held-out rows of the embedded emoji: never on training rows.
+
+Per split (`val`: unseen names; `compose`: unseen combinations of seen parts):
+retrieval        CLIP: is an image's own caption first among the group's? Chance is 1 / group.
+prior_cosine     cosine(z_hat, z_i) of the prior's embedding and the image's, beside two baselines: the mean training embedding, and z_t.
+caption_first    is a sample's own caption ranked first by CLIP among the group's? Chance is 1 / group.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
+from unclip_jax.data.sources import make_source
+from unclip_jax.generate.networks import part_space
+from unclip_jax.metrics.retrieval import mean_cosine, retrieval_at_1
+from unclip_jax.sampling.edits.inversion import embed_images
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
+from unclip_jax.sampling.unclip import sample_stages
+
+SPLITS = ("val", "compose")
+
+
+def measure(
+    bundle: Sampler | Bundle,
+    *,
+    rows: int = 100,
+    seed: int = 0,
+    prior: str = "prior_diffusion",
+    progress: Progress | None = None,
+) -> dict:
+    """Measures everything above on the first `rows` rows of each split.
+
+    Args:
+      bundle: with clip, prior_diffusion, decoder.
+      rows: a multiple of the group of 100 candidates; a smaller number is one group of that many.
+      seed: of the samples.
+      prior: as in `text_to_image`.
+      progress: called with (images done, images in all) of the current split.
+
+    Returns:
+      {"candidates", "chance", "rows", split: {"retrieval", "caption_first", "prior_cosine", "mean_embedding_cosine",
+      "text_embedding_cosine"}}, rounded to four digits.
+    """
+    group = min(rows, 100)
+    sampler = as_sampler(bundle)
+    space = part_space(sampler.network("prior_diffusion").config)
+    figures: dict = {"candidates": group, "chance": round(1 / group, 4), "rows": rows, "seed": seed}
+    for split in SPLITS:
+        source = make_source({"name": "emoji", "split": split})
+        records = [source.read(i) for i in range(min(rows, len(source)))]
+        captions = [record.captions[0] for record in records]
+        z_image = embed_images(sampler, [ops.decode_image(record.image) for record in records])
+        stages = sample_stages(sampler, captions, seed=seed, prior=prior, progress=progress)
+        z_sample = embed_images(sampler, ops.to_uint8(stages.images[-1]))
+        figures[split] = {
+            "retrieval": retrieval_at_1(z_image, stages.z_text, group),
+            "caption_first": retrieval_at_1(z_sample, stages.z_text, group),
+            "prior_cosine": mean_cosine(stages.z_image, z_image),
+            "mean_embedding_cosine": mean_cosine(z_image, np.asarray(space.mean)),
+            "text_embedding_cosine": mean_cosine(stages.z_text, z_image),
+        }
+        figures[split] = {name: round(value, 4) for name, value in figures[split].items()}
+    return figures
+
+
+def describe(figures: dict) -> list[str]:
+    """The figures in lines for a person."""
+    lines = [f"{'held-out rows, ' + str(figures['rows']) + ' each':34}" + "".join(f"{s:>10}" for s in SPLITS) + f"{'chance':>10}"]
+    names = {
+        "retrieval": (f"own caption first of {figures['candidates']}, images", figures["chance"]),
+        "caption_first": (f"own caption first of {figures['candidates']}, samples", figures["chance"]),
+        "prior_cosine": ("prior cosine(z_hat, z_i)", None),
+        "mean_embedding_cosine": ("  baseline: mean embedding", None),
+        "text_embedding_cosine": ("  baseline: text embedding", None),
+    }
+    for key, (words, chance) in names.items():
+        lines.append(f"{words:34}" + "".join(f"{figures[s][key]:10.3f}" for s in SPLITS) + (f"{chance:10.3f}" if chance else ""))
+    return lines

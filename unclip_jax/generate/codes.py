@@ -1,0 +1,69 @@
+"""The autoregressive prior: codes of an image embedding, one after the other (unCLIP section 2.2)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.diffusion.guidance import guide
+from unclip_jax.diffusion.process import fold_in
+from unclip_jax.generate.networks import Network
+from unclip_jax.generate.options import CodeSamplingOptions, is_guided
+from unclip_jax.generate.text import Texts, text_inputs, twice
+from unclip_jax.models.codec import Codec, dequantize, unproject
+
+# Folds of the stage's random key.
+DOT = 0  # the dot-product token
+CODES = 1  # the codes; folded again with each code's number
+
+
+def sample_codes(
+    prior: Network, codec: Codec, texts: Texts, rng: jax.Array, options: CodeSamplingOptions
+) -> jax.Array:
+    """Draws codes with cached keys and values, and returns the embeddings they stand for.
+
+    Guidance runs both halves in one batch and mixes their logits.
+
+    Args:
+      prior: of kind `prior_ar`.
+      codec: what the codes mean.
+      texts: the captions and the empty caption.
+      rng: one key, or (B,) keys.
+      options: temperature, top_k, guidance.
+
+    Returns:
+      (B, D) float32 raw image embeddings.
+    """
+    model, rows, guided = prior.module, texts.rows, is_guided(options)
+    both = texts.both() if guided else texts.captions
+    keys = rng if rng.ndim else jax.random.split(rng, rows)
+    lowest = int(np.floor(options.dot_quantile * model.dot_bins))
+    dot = jax.vmap(lambda key: jax.random.randint(key, (), lowest, model.dot_bins))(fold_in(keys, DOT))
+
+    def choose(logits, n):
+        if guided:
+            logits = guide(logits[:rows], logits[rows:], options.guidance_scale)
+        if options.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if options.top_k is not None:
+            logits = jnp.where(logits < jax.lax.top_k(logits, options.top_k)[0][:, -1:], -jnp.inf, logits)
+        draw = jax.vmap(jax.random.categorical)(fold_in(fold_in(keys, CODES), n), logits / options.temperature)
+        return draw.astype(jnp.int32)
+
+    inputs = text_inputs(model, both)
+    z_text = inputs.pop("text_embed")
+    states, mask = prior.apply(**inputs, method="encode_text")
+    dots = twice(dot, guided)
+    logits, caches = prior.apply(dots, text_embed=z_text, text_states=states, text_mask=mask, method="prefill")
+    first = choose(logits, 0)
+
+    def body(carry, n):
+        code, caches = carry
+        logits, caches = prior.apply(twice(code, guided), n, caches, text_mask=mask, method="extend")
+        code = choose(logits, n + 1)
+        return (code, caches), code
+
+    _, rest = jax.lax.scan(body, (first, caches), jnp.arange(model.codes - 1))
+    codes = jnp.concatenate([first[:, None], rest.T], axis=1)
+    return unproject(codec, dequantize(codec, codes, model.buckets))

@@ -1,0 +1,156 @@
+"""Images from embeddings and captions: drawn, inverted, or filled in, with the decoder (unCLIP sections 2.1 and 3).
+
+Guidance runs the conditional and the unconditional half as one batch of 2B rows. The unconditional half has the empty caption and the
+learned null embedding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.diffusion.guidance import Denoise
+from unclip_jax.diffusion.process import eps_from_x0, fold_in, standard_normal
+from unclip_jax.diffusion.samplers import ddim_invert, repaint
+from unclip_jax.generate.denoise import NOISE, STEPS, diffusion_sampler
+from unclip_jax.generate.networks import Network, image_size, part_schedule
+from unclip_jax.generate.options import SamplingOptions, is_guided
+from unclip_jax.generate.text import Texts, text_inputs, twice
+
+
+class Known(NamedTuple):
+    """The part of images that inpainting keeps: image (B, H, W, 3) in [-1, 1]; mask (B, H, W, 1) bool, True where it is kept."""
+
+    image: jax.Array
+    mask: jax.Array
+
+
+def decoder_denoiser(
+    decoder: Network, z_image: jax.Array | None, texts: Texts, options: SamplingOptions, known: Known | None = None
+) -> Denoise:
+    """The decoder as a denoiser of (B, H, W, 3) that already contains conditioning and guidance.
+
+    Args:
+      decoder: of kind `decoder`.
+      z_image: (B, D) raw image embeddings; None: the learned null embedding.
+      texts: the captions and the empty caption.
+      options: guidance and clipping.
+      known: for a decoder that inpaints. The denoiser returns exactly what is known where it is known.
+    """
+    rows, guided = texts.rows, is_guided(options)
+    both = texts.both() if guided else texts.captions
+    z = jnp.zeros_like(both.embed) if z_image is None else twice(z_image, guided)
+    drop = jnp.full(z.shape[0], True) if z_image is None else jnp.arange(z.shape[0]) >= rows
+    inputs = {"image_embed": z, "drop_image": drop, **text_inputs(decoder.module, both)}
+    if known is not None:
+        image, mask = twice(known, guided)
+        inputs |= {"known_image": image, "known": mask}
+    size = image_size(decoder.config)
+    noiseless = jnp.zeros((z.shape[0], size, size, 3)), jnp.zeros(z.shape[0])
+    # Only the collection is used, so XLA removes the U-Net of this call.
+    _, fixed = decoder.module.apply({"params": decoder.params}, *noiseless, **inputs, mutable=["fixed"])
+
+    def network(x, t):
+        return decoder.module.apply({"params": decoder.params, **fixed}, x, t, **inputs)
+
+    denoise = diffusion_sampler(decoder.config, options).denoiser(network, guided)
+    if known is None:
+        return denoise
+    table = np.asarray(part_schedule(decoder.config).alphas_cumprod)
+
+    def with_known(x_t, t):
+        predicted = denoise(x_t, t)
+        x0 = jnp.where(known.mask, known.image, predicted.x0)
+        return predicted._replace(x0=x0, eps=eps_from_x0(x0, x_t, jnp.asarray(table, x_t.dtype)[t]))
+
+    return with_known
+
+
+def sample_decoder(
+    decoder: Network,
+    z_image: jax.Array | None,
+    texts: Texts,
+    rng: jax.Array,
+    options: SamplingOptions,
+    *,
+    x_T: jax.Array | None = None,
+    known: Known | None = None,
+) -> jax.Array:
+    """Draws images for embeddings (unCLIP section 2.1), or their unknown part with a decoder trained to inpaint.
+
+    Args:
+      decoder: of kind `decoder`.
+      z_image: (B, D) raw image embeddings; None: the null embedding, so that the caption alone says what to draw.
+      texts: the captions and the empty caption.
+      rng: one key, or (B,) keys, one per row.
+      options: steps, guidance, clipping, sampler.
+      x_T: (B, H, W, 3) the noise to start from; drawn when None.
+      known: what is kept, for a decoder that inpaints.
+
+    Returns:
+      (B, H, W, 3) float32 in [-1, 1], H = W = the decoder's image size; equal to the known image where it is known.
+
+    Raises:
+      ValueError: when a decoder that inpaints is not told what is known, or another one is.
+    """
+    if decoder.module.inpaint != (known is not None):
+        raise ValueError("a decoder that inpaints needs the known part of the image, and another one cannot use it")
+    denoise = decoder_denoiser(decoder, z_image, texts, options, known)
+    size = image_size(decoder.config)
+    x = standard_normal(fold_in(rng, NOISE), (texts.rows, size, size, 3)) if x_T is None else x_T
+    return jnp.clip(diffusion_sampler(decoder.config, options).run(denoise, x, rng), -1, 1)
+
+
+def invert_decoder(
+    decoder: Network, image: jax.Array, z_image: jax.Array, texts: Texts, options: SamplingOptions
+) -> jax.Array:
+    """The noise x_T from which DDIM with the same options at eta 0 draws the image again (unCLIP section 3).
+
+    Args:
+      image: (B, H, W, 3) in [-1, 1], of the decoder's size.
+      z_image: (B, D) its raw embedding.
+      texts, options: as in `sample_decoder`; x0 is never clipped here, so `options.clip` must be None.
+
+    Returns:
+      (B, H, W, 3) float32.
+
+    Raises:
+      ValueError: when the options clip.
+    """
+    if options.clip is not None:
+        raise ValueError("DDIM inversion needs clip None: what clipping cuts off cannot be found again")
+    sampler = diffusion_sampler(decoder.config, options)
+    return ddim_invert(decoder_denoiser(decoder, z_image, texts, options), image, sampler.schedule, sampler.steps)
+
+
+def inpaint_decoder(
+    decoder: Network,
+    known: Known,
+    z_image: jax.Array,
+    texts: Texts,
+    rng: jax.Array,
+    options: SamplingOptions,
+    resamples: int,
+) -> jax.Array:
+    """Draws the unknown part of images with any decoder, without training for it (`samplers.repaint`).
+
+    Args:
+      known: images of the decoder's size, and what of them is kept.
+      z_image, texts, rng: as in `sample_decoder`.
+      options: steps, guidance and clip; the sampler is ancestral with the posterior's variance.
+      resamples: passes per step, at least 1.
+
+    Returns:
+      (B, H, W, 3) float32 in [-1, 1]; equal to the known image where it is known.
+    """
+    sampler = diffusion_sampler(decoder.config, options)
+    denoise = decoder_denoiser(decoder, z_image, texts, options)
+    x = standard_normal(fold_in(rng, NOISE), known.image.shape)
+    out = repaint(
+        denoise, x, sampler.schedule, sampler.steps, fold_in(rng, STEPS),
+        image=known.image, known=known.mask, resamples=resamples,
+    )  # fmt: skip
+    return jnp.clip(out, -1, 1)

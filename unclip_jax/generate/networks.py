@@ -1,0 +1,96 @@
+"""Networks with their weights, and how a part's configuration becomes a module."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.diffusion.embedding_space import EmbeddingSpace
+from unclip_jax.diffusion.schedule import Schedule, make_schedule
+from unclip_jax.models.clip import CLIP
+from unclip_jax.models.decoder import Decoder
+from unclip_jax.models.layers import Dtype
+from unclip_jax.models.prior_ar import ARPrior
+from unclip_jax.models.prior_diffusion import DiffusionPrior
+from unclip_jax.models.upsampler import Upsampler
+from unclip_jax.sharding import Mesh, compute_dtype, make_gather
+
+MODELS = {
+    "clip": CLIP,
+    "prior_diffusion": DiffusionPrior,
+    "prior_ar": ARPrior,
+    "decoder": Decoder,
+    "upsampler": Upsampler,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network with its weights.
+
+    module: the linen module, None where the weights are all there is (a codec, an embedded caption).
+    params: its parameters: arrays, or tracers inside a program.
+    config: the part's configuration: kind, model, diffusion, ...
+    hash: of the weights (`checkpoint.store.params_hash`), "" where nothing needs it.
+    """
+
+    module: nn.Module | None
+    params: Any
+    config: dict
+    hash: str = ""
+
+    def apply(self, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
+        """The module applied with these weights."""
+        return self.module.apply({"params": self.params}, *args, method=method, **kwargs)
+
+    def with_params(self, params: Any) -> Network:
+        """The same network with other weights."""
+        return dataclasses.replace(self, params=params)
+
+
+def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> nn.Module:
+    """The linen module that a part's configuration describes. `hooks`: remat, scan, gather, and winograd of the U-Nets.
+
+    Raises:
+      ValueError: on an unknown kind; TypeError on an unknown model option.
+    """
+    kind = part_config["kind"]
+    if kind not in MODELS:
+        raise ValueError(f"unknown kind of network {kind!r}; known: {', '.join(MODELS)}")
+    return MODELS[kind](**part_config["model"], dtype=dtype, **hooks)
+
+
+def sampling_model(part_config: dict, mesh: Mesh) -> nn.Module:
+    """The module that samples a part on a mesh, in the mesh's compute dtype. On CPU the U-Nets convolve with fewer products."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu" and part_config["kind"] in ("decoder", "upsampler")
+    hooks = {"winograd": True} if on_cpu else {}
+    return build_model(part_config, compute_dtype("auto", mesh), gather=make_gather(mesh), **hooks)
+
+
+@functools.cache
+def _schedule(name: str, num_steps: int) -> Schedule:
+    return make_schedule(name, num_steps)
+
+
+def part_schedule(part_config: dict) -> Schedule:
+    """The noise schedule that a part was trained with."""
+    return _schedule(part_config["diffusion"]["schedule"], part_config["diffusion"]["num_steps"])
+
+
+def part_space(part_config: dict) -> EmbeddingSpace:
+    """The embedding space that a prior works in."""
+    space = dict(part_config["embedding_space"])
+    for key in ("mean", "std"):
+        if space.get(key) is not None:
+            space[key] = np.asarray(space[key], np.float32)
+    return EmbeddingSpace(**space)
+
+
+def image_size(config: dict) -> int:
+    """The side in pixels of the images that a U-Net part draws."""
+    return config["model"]["unet"]["image_size"]

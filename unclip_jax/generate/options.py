@@ -1,0 +1,120 @@
+"""How a stage is sampled: typed options, read from a part's settings and checked before anything is compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unclip_jax.diffusion.guidance import Guidance, check_threshold
+from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES
+from unclip_jax.diffusion.schedule import time_steps
+from unclip_jax.generate.networks import part_schedule
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a diffusion stage is sampled.
+
+    steps: what `schedule.time_steps` takes: a number, "10,10,3,2,2", "fast27", or a tuple of time steps.
+    sampler: one of `SAMPLERS`. eta: DDIM's. variance: DDPM's (`small`, `large`, `learned`, `analytic`).
+    guidance_scale: 1 is the conditional model. guidance_schedule, guidance_interval, guidance_rescale: see `guidance.Guidance`.
+    clip: bound on |x0| in the stage's own units, None for none. threshold: percentile of dynamic thresholding, None for plain
+    clipping. candidates: samples that a prior draws per caption; it keeps the one with the largest z_i.z_t (the paper: 2).
+    """
+
+    steps: int | str | tuple[int, ...]
+    sampler: str = "ddpm"
+    eta: float = 0.0
+    variance: str = "small"
+    guidance_scale: float = 1.0
+    guidance_schedule: str = "constant"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    clip: float | None = 1.0
+    threshold: float | None = None
+    candidates: int = 1
+
+    @property
+    def guidance(self) -> Guidance:
+        """What the guidance options say."""
+        return Guidance(self.guidance_scale, self.guidance_schedule, self.guidance_interval, self.guidance_rescale)
+
+
+@dataclass(frozen=True)
+class CodeSamplingOptions:
+    """How the autoregressive prior is sampled.
+
+    guidance_scale: 1 is the conditional model. temperature: divides the logits; 0 takes the likeliest code. top_k: draws among the
+    k likeliest codes, None among all. dot_quantile: the dot-product token is drawn from the bins above this quantile of its
+    distribution over the training data (the paper: 0.5). candidates: as in `SamplingOptions`.
+    """
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    dot_quantile: float = 0.5
+    candidates: int = 1
+
+
+Options = SamplingOptions | CodeSamplingOptions
+
+# The kinds of parts that are sampled, and the type of their options.
+OPTIONS = {
+    "prior_diffusion": SamplingOptions,
+    "prior_ar": CodeSamplingOptions,
+    "decoder": SamplingOptions,
+    "upsampler": SamplingOptions,
+}
+
+
+def options_from(settings: dict, kind: str = "decoder", **overrides: Any) -> Options:
+    """Options of a stage's `sampling` settings, with overrides. `kind` is the part's.
+
+    Raises:
+      ValueError: on an unknown setting.
+    """
+    options = OPTIONS[kind]
+    unknown = (set(settings) | set(overrides)) - set(options.__dataclass_fields__)
+    if unknown:
+        known = ", ".join(options.__dataclass_fields__)
+        raise ValueError(f"unknown sampling option {', '.join(sorted(unknown))}; known: {known}")
+    chosen = {**settings, **overrides}
+    return options(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
+
+
+def check_options(options: Options, part_config: dict) -> None:
+    """Raises ValueError where an option is out of range for the part, before anything is compiled."""
+    if not np.isfinite(options.guidance_scale):
+        raise ValueError(f"the guidance scale must be a finite number, got {options.guidance_scale}")
+    if not 1 <= options.candidates:
+        raise ValueError(f"candidates must be at least 1, got {options.candidates}")
+    if isinstance(options, CodeSamplingOptions):
+        _check_code_options(options, part_config["model"]["buckets"])
+        return
+    time_steps(part_schedule(part_config).num_steps, options.steps)
+    if options.sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    if options.variance not in VARIANCES:
+        raise ValueError(f"unknown variance {options.variance!r}; choose one of {', '.join(VARIANCES)}")
+    if not 0 <= options.eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], got {options.eta}")
+    options.guidance.check()
+    if options.clip is not None and not options.clip > 0:
+        raise ValueError(f"clip must be positive or None, got {options.clip}")
+    check_threshold(options.threshold, options.clip)
+
+
+def _check_code_options(options: CodeSamplingOptions, buckets: int) -> None:
+    if not 0 <= options.temperature < np.inf:
+        raise ValueError(f"temperature must be 0 or a positive number, got {options.temperature}")
+    if options.top_k is not None and not 1 <= options.top_k <= buckets:
+        raise ValueError(f"top_k must be between 1 and {buckets}, got {options.top_k}")
+    if not 0 <= options.dot_quantile < 1:
+        raise ValueError(f"dot_quantile must be in [0, 1), got {options.dot_quantile}")
+
+
+def is_guided(options: Options) -> bool:
+    """Whether guidance costs its second half: not at the Python number 1, where it is the conditional model. A traced scale does."""
+    return not (isinstance(options.guidance_scale, (int, float)) and options.guidance_scale == 1)

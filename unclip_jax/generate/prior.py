@@ -1,0 +1,73 @@
+"""Image embeddings from captions, with either prior (unCLIP section 2.2).
+
+Guidance runs the conditional and the unconditional half as one batch of 2B rows. The unconditional half has the empty caption, whose
+start and end tokens are kept.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.diffusion.embedding_space import denormalize
+from unclip_jax.diffusion.process import fold_in, standard_normal
+from unclip_jax.generate.codes import sample_codes
+from unclip_jax.generate.denoise import NOISE, diffusion_sampler
+from unclip_jax.generate.networks import Network, part_space
+from unclip_jax.generate.options import Options, SamplingOptions, is_guided
+from unclip_jax.generate.text import Texts, text_inputs
+from unclip_jax.models.codec import Codec, cosine
+
+
+def sample_prior(
+    prior: Network, texts: Texts, rng: jax.Array, options: Options, codec: Codec | None = None
+) -> jax.Array:
+    """Draws image embeddings for captions.
+
+    Args:
+      prior: of kind `prior_diffusion` or `prior_ar`.
+      texts: the captions and the empty caption.
+      rng: one key, or (B,) keys, one per row.
+      options: of the prior's kind; `clip` is in units of the diffusion prior's normalised space.
+      codec: the autoregressive prior's.
+
+    Returns:
+      (B, D) float32 raw image embeddings.
+
+    Raises:
+      ValueError: when the autoregressive prior is given no codec.
+    """
+    autoregressive = prior.config["kind"] == "prior_ar"
+    if autoregressive and codec is None:
+        raise ValueError("the autoregressive prior needs the codec of the codec part")
+    rows, count = texts.rows, options.candidates
+    repeated = jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), texts.captions)
+    if count > 1:
+        rng = rng if rng.ndim == 0 else jax.vmap(lambda key: jax.random.split(key, count))(rng).reshape(-1)
+    if autoregressive:
+        z = sample_codes(prior, codec, Texts(repeated, texts.empty), rng, options)
+    else:
+        z = _sample_embedding(prior, texts, rng, options)
+    best = jnp.argmax(cosine(z, repeated.embed).reshape(rows, count), axis=1)
+    return z.reshape(rows, count, -1)[jnp.arange(rows), best]
+
+
+def _sample_embedding(prior: Network, texts: Texts, rng: jax.Array, options: SamplingOptions) -> jax.Array:
+    # Every candidate of a caption and every row's empty caption share one prefix: a caption's keys and values are computed once.
+    guided, rows = is_guided(options), texts.rows * options.candidates
+
+    def prefix(text, repeats):
+        kept = prior.apply(**text_inputs(prior.module, text), method="prefill")
+        return jax.tree.map(lambda a: jnp.repeat(a, repeats, axis=0), kept)
+
+    caches, allowed = prefix(texts.captions, options.candidates)
+    if guided:
+        halves = (caches, allowed), prefix(texts.empty, rows)
+        caches, allowed = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *halves)
+
+    def network(z, t):
+        return prior.apply(z, t, caches, allowed, method="predict")
+
+    x = standard_normal(fold_in(rng, NOISE), (rows, texts.captions.embed.shape[1]))
+    sampler = diffusion_sampler(prior.config, options)
+    return denormalize(part_space(prior.config), sampler.run(sampler.denoiser(network, guided), x, rng))

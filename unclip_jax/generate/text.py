@@ -1,0 +1,73 @@
+"""Captions as conditioning: what the frozen CLIP says of them, and the tokens of a stage's own text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.generate.networks import Network
+from unclip_jax.models.decoder import Decoder
+from unclip_jax.models.prior_ar import ARPrior
+from unclip_jax.models.prior_diffusion import DiffusionPrior
+
+
+class TextConditioning(NamedTuple):
+    """A batch of captions.
+
+    As the frozen CLIP sees them: embed (B, D) raw, states (B, L, W), mask (B, L) bool. For networks with a text encoder of their
+    own: tokens (B, L') int32 and token_mask (B, L') bool. None where there is none.
+    """
+
+    embed: jax.Array
+    states: jax.Array | None
+    mask: jax.Array | None
+    tokens: jax.Array | None = None
+    token_mask: jax.Array | None = None
+
+
+class Texts(NamedTuple):
+    """The two halves of guidance: `captions` (B rows), and `empty`, the empty caption (1 row)."""
+
+    captions: TextConditioning
+    empty: TextConditioning
+
+    @property
+    def rows(self) -> int:
+        """B, the number of captions."""
+        return self.captions.embed.shape[0]
+
+    def both(self) -> TextConditioning:
+        """2 B rows: the captions, then as many empty ones."""
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.broadcast_to(b, a.shape)]), self.captions, self.empty)
+
+
+def encode_text(clip: Network, batch: Mapping[str, jax.Array]) -> TextConditioning:
+    """What the frozen CLIP's text tower says of a batch's `clip_tokens` and `clip_token_mask`. `tokens` and `token_mask` pass through."""
+    features = clip.apply(batch["clip_tokens"], method="encode_text")
+    return TextConditioning(
+        features.embed, features.states, batch["clip_token_mask"], batch.get("tokens"), batch.get("token_mask")
+    )
+
+
+def text_inputs(model: DiffusionPrior | ARPrior | Decoder, text: TextConditioning) -> dict[str, Any]:
+    """Captions as the arguments of a network: its own tokens if it has a text encoder, CLIP's states if not; z_t in both cases."""
+    if model.text is None:
+        return {"text_embed": text.embed, "text_states": text.states, "text_mask": text.mask}
+    return {"text_embed": text.embed, "tokens": text.tokens, "token_mask": text.token_mask}
+
+
+def select_text(keep: jax.Array, text: TextConditioning, empty: TextConditioning) -> TextConditioning:
+    """The caption's conditioning where keep (B,) is True, the empty caption's (1 row) elsewhere."""
+
+    def select(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(keep.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(select, text, empty)
+
+
+def twice(tree: Any, guided: bool) -> Any:
+    """The rows of every array for both halves of guidance, in one batch; the tree itself where there is no guidance."""
+    return jax.tree.map(lambda a: jnp.concatenate([a, a]), tree) if guided else tree

@@ -1,0 +1,79 @@
+"""A run's data: its sources, its training batches, and its evaluation batches on the mesh."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from unclip_jax.data import pipeline
+from unclip_jax.data.record import Source
+from unclip_jax.data.sources import make_source
+from unclip_jax.run.hosts import on_every_host
+from unclip_jax.sharding import Mesh, own_rows, shard_batch
+
+
+class Data(NamedTuple):
+    """The training source, and the evaluation sources by name (`eval` where a stage has a single one)."""
+
+    train: Source
+    held_out: dict[str, Source]
+
+
+def open_data(config: ConfigDict) -> Data:
+    """The sources of `config.data`.
+
+    Raises:
+      ValueError, FileNotFoundError: as `data.sources.make_source`.
+    """
+    evaluation = config.data.get("eval", {})
+    if isinstance(evaluation.get("name"), str):  # a single source, and not sources by name
+        evaluation = {"eval": evaluation}
+    return Data(make_source(config.data.train), {name: make_source(source) for name, source in evaluation.items()})
+
+
+def train_batches(
+    config: ConfigDict, source: Source, make_example: pipeline.MakeExample, mesh: Mesh, start: int, stop: int
+) -> pipeline.TrainBatches:
+    """This host's training batches of the steps from `start` to `stop`, as `config.data` says."""
+    backend = config.data.backend
+    if backend == "auto":
+        backend = "tf" if importlib.util.find_spec("tensorflow") else "numpy"
+    return pipeline.train_batches(
+        source,
+        make_example,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start,
+        num_steps=stop - start,
+        local_rows=own_rows(mesh, config.batch_size),
+        max_bad_fraction=config.data.max_bad_fraction,
+        workers=pipeline.Workers(backend),
+    )
+
+
+def eval_batches(
+    source: Source, make_example: Callable, mesh: Mesh, batch_size: int, limit: int
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """`pipeline.eval_batches` of the first `limit` records, on the mesh: (batch, n_valid).
+
+    `make_example` is a stage's; it is called with training=False. A batch size that does not divide over the devices is rounded up to one
+    that does.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def example(record, rng):
+        return make_example(record, rng, training=False)
+
+    for batch, valid in pipeline.eval_batches(source, example, -(-batch_size // ways) * ways, limit):
+        yield shard_batch(batch, mesh, whole=True), valid
+
+
+def joined_rows(outputs: Iterable[tuple[Any, int]]) -> Any:
+    """Trees of arrays (B, ...) with the number of their rows that count -> one tree of NumPy arrays, on every host."""
+    rows = [jax.tree.map(lambda a, n=valid: on_every_host(a)[:n], tree) for tree, valid in outputs]
+    return jax.tree.map(lambda *pieces: np.concatenate(pieces), *rows)

@@ -1,0 +1,209 @@
+"""The networks that stand frozen under a stage: loaded onto the mesh, and what they say of a batch.
+
+Their parameters are arguments of the update step, never closed over; a checkpoint holds their hashes. `load_frozen` returns them by role.
+Under the role `EMPTY` it adds the empty caption as the stage sees it, embedded once, so that no step embeds it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from unclip_jax.checkpoint.load import load_part
+from unclip_jax.checkpoint.store import params_hash
+from unclip_jax.data.embeddings import Embedded, is_embedded, open_embedded
+from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
+from unclip_jax.generate.networks import Network, build_model
+from unclip_jax.generate.text import TextConditioning, encode_text
+from unclip_jax.models.codec import Codec
+from unclip_jax.run.batches import Data
+from unclip_jax.run.resume import resolve
+from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_shardings, make_gather, replicate
+
+EMPTY = "empty_caption"
+EMBEDDABLE = ("prior_diffusion", "prior_ar", "codec")  # stages that can train from embeddings alone
+
+
+def text_tokenizer(config: ConfigDict) -> ClipTokenizer | None:
+    """The tokenizer of the stage's own text encoder, None when the stage takes CLIP's text states.
+
+    Raises:
+      ValueError: when the configuration has one of `text_tokenizer` and `model.text`, but not the other.
+    """
+    settings, text = config.get("text_tokenizer"), config.get("model", {}).get("text")
+    if config.stage == "clip":
+        return None
+    if (settings is None) != (text is None):
+        raise ValueError(
+            "text_tokenizer and model.text belong together: give both for a text encoder of the stage's own, or neither"
+        )
+    return None if settings is None else ClipTokenizer(**settings)
+
+
+def load_frozen(
+    config: ConfigDict, workdir: str | os.PathLike, mesh: Mesh, roles: Mapping[str, str], data: Data | None
+) -> dict[str, Network]:
+    """Loads the networks under a stage from the places that `config.frozen` names.
+
+    Args:
+      config: of the run.
+      workdir: the run's folder, which relative paths ("../clip") start from.
+      mesh: where they go.
+      roles: role -> kind, the stage file's `FROZEN`.
+      data: the sources, which must fit the networks; None: not checked, and the stage looks at no captions.
+
+    Returns:
+      role -> Network, and with captions also `EMPTY`.
+
+    Raises:
+      FileNotFoundError, ValueError, KeyError: one line naming what is missing or does not fit.
+    """
+    frozen: dict[str, Network] = {}
+    for role, kind in roles.items():
+        path = resolve(config.frozen[role], workdir)
+        frozen[role] = _load_clip(path, config, mesh) if kind == "clip" else _load_codec(path, mesh)
+    for role, network in frozen.items():
+        for other, needed in network.config.get("frozen", {}).items():
+            if other in frozen and frozen[other].hash != needed:
+                raise ValueError(
+                    f"the {role} was fitted in the embedding space of {_word(other)} {needed}, "
+                    f"but the {_word(other)} given is {frozen[other].hash}"
+                )
+    if "clip" in frozen and data is not None:
+        clip, tokenizer = frozen["clip"], text_tokenizer(config)
+        check_sources(clip, data, pictures=config.stage not in EMBEDDABLE)
+        frozen[EMPTY] = Network(None, replicate(_empty_caption(clip, data, tokenizer, mesh), mesh), {})
+    return frozen
+
+
+def arrays(frozen: Mapping[str, Network]) -> dict[str, Any]:
+    """The parameters by role: the update step's argument."""
+    return {role: network.params for role, network in frozen.items()}
+
+
+def hashes(frozen: Mapping[str, Network]) -> dict[str, str]:
+    """The hashes by role, for the part's configuration."""
+    return {role: network.hash for role, network in frozen.items() if network.hash}
+
+
+def _word(role: str) -> str:
+    return "CLIP" if role == "clip" else role
+
+
+# ---------------------------------------------------------------------------------------------------------------------- loading
+def _load_clip(path: str, config: ConfigDict, mesh: Mesh) -> Network:
+    # A folder of embeddings stands for the CLIP that made them, where nothing is left to embed.
+    if is_embedded(path):
+        embedded = open_embedded(path)
+        model = {"embed_dim": embedded.embed_dim, "image": None, "text": None}
+        return Network(None, {}, {"kind": "clip", "model": model, "tokenizer": embedded.tokenizer}, embedded.clip)
+    return clip_network(path, mesh, config.dtype, scan=config.get("scan_layers", False))
+
+
+def clip_network(path: str, mesh: Mesh, dtype: str, scan: bool = False) -> Network:
+    """The CLIP of a run, a bundle or public weights on a mesh.
+
+    Args:
+      dtype: what it computes in (`sharding.compute_dtype`).
+      scan: run its layers in one loop (`Transformer`).
+    """
+    part, _ = load_part(path, "clip")
+    module = build_model(part.config, compute_dtype(dtype, mesh), scan=scan, gather=make_gather(mesh))
+    params = jax.device_put(part.params, infer_shardings(part.params, mesh))
+    return Network(module, params, part.config, params_hash(part.params))
+
+
+def _load_codec(path: str, mesh: Mesh) -> Network:
+    part, _ = load_part(path, "codec")
+    return Network(None, replicate(Codec(**part.params), mesh), part.config, params_hash(part.params))
+
+
+def check_sources(clip: Network, data: Data, pictures: bool) -> None:
+    """Raises ValueError when a source does not fit the CLIP: it holds embeddings of another one or, where `pictures` are needed, any; or
+    it holds pictures and CLIP is not there to embed them."""
+    for source in (data.train, *data.held_out.values()):
+        embedded = source.embedded
+        if embedded is None and clip.module is None:
+            raise ValueError(f"{source.name} holds pictures, and the CLIP given is a folder of embeddings: give the CLIP itself")
+        if embedded is not None and pictures:
+            raise ValueError(f"{source.name} holds no pictures, which this stage needs: give it the source that was embedded")
+        if embedded is not None and embedded.clip != clip.hash:
+            raise ValueError(
+                f"{source.name} was made with CLIP {embedded.clip}, but the CLIP given is {clip.hash}: "
+                "embed again, or give that CLIP"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the empty caption
+def _empty_caption(clip: Network, data: Data, tokenizer: ClipTokenizer | None, mesh: Mesh) -> TextConditioning:
+    # Where the stage trains on embeddings, what those hold of the empty caption is used.
+    embedded = data.train.embedded
+    if embedded is not None and (tokenizer is not None or embedded.states):
+        return _embedded_empty(embedded, clip_tokenizer(clip), tokenizer)
+    if clip.module is None:
+        raise ValueError(
+            f"{embedded.path} holds no text states, which this stage needs: embed with --states, or give the CLIP itself"
+        )
+    whole = NamedSharding(mesh, PartitionSpec())
+    tokens = caption_arrays([""], clip_tokenizer(clip), tokenizer)
+    encode = jax.jit(functools.partial(captions_of, clip, mesh, tokenizer is None), out_shardings=whole)
+    text = encode(clip.params, tokens)
+    return jax.tree.map(lambda value: np.asarray(value.addressable_data(0)), text)
+
+
+def _embedded_empty(embedded: Embedded, tokenizer: ClipTokenizer, own: ClipTokenizer | None) -> TextConditioning:
+    embed = embedded.empty["text_embed"]
+    if own is not None:
+        tokens = caption_arrays([""], tokenizer, own)
+        return TextConditioning(embed, None, None, tokens["tokens"], tokens["token_mask"])
+    return TextConditioning(embed, np.float32(embedded.empty["text_states"]), embedded.empty["clip_token_mask"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------- in the step
+def clip_tokenizer(clip: Network) -> ClipTokenizer:
+    """The tokenizer of a CLIP's text tower."""
+    return ClipTokenizer.from_config(clip.config["tokenizer"])
+
+
+def clip_image_size(clip: Network) -> int:
+    """The side of the pictures that a CLIP looks at, 0 where embeddings stand for it."""
+    image = clip.config["model"]["image"]
+    return 0 if image is None else image["image_size"]
+
+
+def captions_of(
+    clip: Network, mesh: Mesh, keep_states: bool, params: Any, batch: Mapping[str, jax.Array]
+) -> TextConditioning:
+    """A batch's captions as conditioning, without a gradient; embeddings in the batch are taken as they are.
+
+    Args:
+      clip: the frozen CLIP; params: its parameters, as the step gets them.
+      keep_states: False for a stage with a text encoder of its own, which needs CLIP's embedding alone.
+    """
+    if "text_embed" in batch:
+        names = ("text_embed", "text_states", "clip_token_mask", "tokens", "token_mask")
+        text = TextConditioning(*map(batch.get, names))
+    else:
+        text = encode_text(clip.with_params(gather_rest(params, mesh)), batch)
+    return jax.lax.stop_gradient(text if keep_states else text._replace(states=None, mask=None))
+
+
+def images_of(clip: Network, mesh: Mesh, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """A batch's `clip_image` (B, Hc, Wc, 3) in [-1, 1] as raw z_i (B, D), without a gradient; embeddings are taken as they are."""
+    if "image_embed" in batch:
+        return batch["image_embed"]
+    params = gather_rest(params, mesh)
+    return jax.lax.stop_gradient(clip.with_params(params).apply(batch["clip_image"], method="encode_image"))
+
+
+def zero_captions(frozen: Mapping[str, Network]) -> TextConditioning:
+    """Zeros in the shapes of one caption's conditioning, to initialise networks with."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), frozen[EMPTY].params)

@@ -1,0 +1,262 @@
+"""What a run tells: metrics.jsonl, trackers, the progress line; and the watchdog that ends a run which hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from unclip_jax.data import ops, pipeline
+from unclip_jax.grid import save_grid
+from unclip_jax.paths import is_remote, local_copy, put_folder, store_errors, user_path, write_whole
+from unclip_jax.run.hardware import CHIPS
+from unclip_jax.run.hosts import RESTART, on_every_host
+from unclip_jax.run.resume import config_json
+from unclip_jax.run.trackers import Trackers
+
+log = logging.getLogger("unclip_jax")
+
+MAX_SKIPPED = 50  # updates skipped in a row that stop a run
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done `every` steps (0: never) is done after `step` steps; always at the end."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def parse_profile(text: str | None) -> tuple[int, ...]:
+    """"10:20" -> (10, 20), None -> (). Raises ValueError on anything else."""
+    if text is None:
+        return ()
+    first, colon, last = str(text).partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
+        raise ValueError(f"profile must be FIRST:LAST, steps from 1, the first less than the last; got {text!r}")
+    return int(first), int(last)
+
+
+class Watchdog:
+    """Ends the process with every thread's stack and the status RESTART when no step has finished for `patience` seconds.
+
+    JAX does not notice a device or another host that is alive but stuck. The watchdog sleeps until the first step has finished. With a
+    patience of 0 it never wakes.
+    """
+
+    def __init__(self, patience: float):
+        self.patience, self.last_progress, self.asleep = patience, time.monotonic(), True
+        self.closed = threading.Event()
+        if patience > 0:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def step_finished(self) -> None:
+        """Notes that the run makes progress."""
+        self.last_progress, self.asleep = time.monotonic(), False
+
+    def sleep(self) -> None:
+        """Stops watching: what comes next may take any time."""
+        self.asleep = True
+
+    def close(self) -> None:
+        """Ends the watch."""
+        self.closed.set()
+
+    def _watch(self) -> None:
+        while not self.closed.wait(min(self.patience / 4, 5.0)):
+            silent = time.monotonic() - self.last_progress
+            if not self.asleep and silent > self.patience:
+                faulthandler.dump_traceback(all_threads=True)
+                print(
+                    f"host {jax.process_index()}: no step finished for {silent:.0f} s (config.watchdog {self.patience:g}): a device or "
+                    "another host hangs. The newest checkpoint is whole; the same command goes on from it",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+                os._exit(RESTART)
+
+
+class Logger:
+    """Metrics of a run: `metrics.jsonl`, trackers, and a progress bar or plain lines on standard error.
+
+    Args:
+      config: the run's: steps, batch_size, log_every, watchdog, profile ("10:20" traces these steps of this process, counted from its first,
+        into `profile/`), track, keep_best.
+      workdir: the run's folder.
+      name: of the stage, on the progress bar.
+      start: the number of steps already done.
+      stats: of the training batches.
+
+    Besides what a step returns, a record holds: `step_time`, and of it `input_wait`, in which the host waited for the next batch (s/step);
+    `examples_per_second`, also `_per_device`; `checkpoint_seconds` and `evaluation_seconds` since the last record; `host_memory_gib`, and
+    `device_memory_gib` where devices tell, at their peaks; `bad_records` so far on this host; and `mfu`, the share of the chips' peak
+    arithmetic that the model itself needs, where `operations` was set and the chip is known.
+
+    Raises:
+      ValueError: when `profile` is not two numbers, the first less than the second, or `keep_best` is set and there are no evaluations.
+    """
+
+    def __init__(
+        self, config: ConfigDict, workdir: str | os.PathLike, name: str, start: int, stats: pipeline.Stats | None = None
+    ):
+        if config.keep_best is not None and not config.eval_every:
+            raise ValueError(f"keep_best={config.keep_best} needs evaluations; set eval_every")
+        self.start, self.total, self.batch_size, self.every = start, config.steps, config.batch_size, config.log_every
+        self.name, self.main, self.bar = name, jax.process_index() == 0, None
+        self.workdir, self.last = user_path(workdir), start
+        self.stats, self.waited = stats, 0.0
+        self.spent: dict[str, float] = {}
+        self.operations = 0.0  # of a step, without what is computed twice
+        self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+        self.finished = 0  # of them that are known to have finished
+        self.made = self.clock = time.perf_counter()
+        self.clock_step = start
+        self.profiled = parse_profile(config.profile)
+        self.traces = tempfile.mkdtemp() if self.profiled and is_remote(workdir) else str(self.workdir / "profile")
+        self.tracing = False
+        self.skipped, self.watchdog = 0, Watchdog(config.watchdog)
+        self.trackers: Trackers | None = None
+        if self.main:
+            self.trackers = Trackers(workdir, name, config_json(config), config_json(config.track), start)
+        if not self.main:
+            return
+        self.metrics = self.workdir / "metrics.jsonl"
+        lines: list[str] = []
+        with store_errors(self.metrics):
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            if self.metrics.exists():  # a run that was cut off after its last checkpoint did these steps in vain: they come again
+                lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_whole(self.metrics, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start))
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of the step just dispatched (`step` counts from 1); fetches them only when a record is due.
+
+        Raises:
+          FloatingPointError: when too many updates in a row were skipped; it names what was not finite.
+        """
+        self.pending.append((step, metrics))
+        self.last = step
+        if step - self.start in self.profiled:
+            jax.block_until_ready(metrics)  # the trace begins and ends between steps
+            if step - self.start == self.profiled[0]:
+                jax.profiler.start_trace(self.traces)
+                self.tracing = True
+            else:
+                self._end_trace()
+        if self.bar is not None:
+            self.bar.update(1)
+        while self.finished < len(self.pending) and all(value.is_ready() for value in self.pending[self.finished][1].values()):
+            self.finished += 1  # a step has finished, though no record is due
+            self.watchdog.step_finished()
+        if not due(step, self.every, self.total):
+            return
+        values = jax.device_get([m for _, m in self.pending])
+        self.pending.clear()
+        self.finished = 0
+        self.watchdog.step_finished()
+        self._count_skipped(step, values)
+        now = time.perf_counter()
+        seconds = (now - self.clock) / max(step - self.clock_step, 1)
+        self.clock, self.clock_step = now, step
+        record = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
+        record |= {"step_time": seconds, "examples_per_second": self.batch_size / seconds}
+        record["examples_per_second_per_device"] = record["examples_per_second"] / jax.device_count()
+        record |= self._resources(seconds, len(values))
+        self.record(step, record)
+        words = (f"loss {record['loss']:.4f}  " if "loss" in record else "") + f"{record['examples_per_second']:.1f} examples/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(words)
+        elif self.main:
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - step)))
+            log.info("%s step %d/%d  %s  left %s", self.name, step, self.total, words, left)
+
+    def _end_trace(self) -> None:
+        jax.profiler.stop_trace()
+        self.tracing = False
+        if is_remote(self.workdir):
+            put_folder(Path(self.traces), self.workdir / "profile" / str(jax.process_index()))
+            shutil.rmtree(self.traces)
+
+    def _resources(self, seconds: float, steps: int) -> dict[str, float]:
+        # What the machine did since the last record.
+        found, chip = {f"{key}_seconds": value for key, value in self.spent.items()}, CHIPS.get(jax.devices()[0].device_kind)
+        self.spent = {}
+        if self.stats is not None:
+            found |= {"input_wait": (self.stats.waited - self.waited) / steps, "bad_records": self.stats.bad}
+            self.waited = self.stats.waited
+        found["host_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        memory = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            found["device_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
+        if self.operations and chip is not None:
+            found["mfu"] = self.operations / seconds / jax.device_count() / chip.flops
+        return found
+
+    def _count_skipped(self, step: int, values: list[dict[str, np.ndarray]]) -> None:
+        for value in values:
+            self.skipped = self.skipped + 1 if value.get("skipped") else 0
+            if self.skipped >= MAX_SKIPPED:
+                bad = ", ".join(key for key, number in value.items() if not np.isfinite(number))
+                raise FloatingPointError(
+                    f"{self.name} step {step}: {self.skipped} updates in a row were skipped, their {bad} not finite; parameters are those "
+                    "of before, and the last checkpoint is whole: lower the learning rate or look at the data, and run the command again"
+                )
+
+    @contextlib.contextmanager
+    def paused(self, what: str) -> Iterator[None]:
+        """Leaves what is done inside out of the step time; the next record tells it as `<what>_seconds`."""
+        started, asleep = time.perf_counter(), self.watchdog.asleep
+        self.watchdog.sleep()
+        yield
+        if not asleep:
+            self.watchdog.step_finished()
+        took = time.perf_counter() - started
+        self.clock += took
+        self.spent[what] = self.spent.get(what, 0.0) + took
+
+    def seconds(self) -> float:
+        """Wall time since the logger was made."""
+        return time.perf_counter() - self.made
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes values (floats) under their names, once to each file."""
+        if not self.main:
+            return
+        with store_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:  # a store writes it anew
+            file.write(json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in values.items()}}) + "\n")
+        if self.trackers is not None:
+            self.trackers.scalars(step, values)
+
+    def samples(self, step: int, images: jax.Array, captions: list[str], valid: int) -> None:
+        """Writes `samples/<step>.png`, a labelled grid of the first `valid` of float images in [-1, 1], on the first host, and gives it to
+        the trackers; every host must call it."""
+        images = on_every_host(images)[:valid]
+        if self.main:
+            path = save_grid(self.workdir / "samples" / f"{step:07d}.png", ops.to_uint8(images), captions[:valid], cell=128)
+            if self.trackers is not None:
+                self.trackers.picture(step, local_copy(path))
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        if self.tracing:  # the run ended before the last step to trace
+            self._end_trace()
+        for thing in (self.watchdog, self.bar):
+            if thing is not None:
+                thing.close()
+        if self.trackers is not None:
+            failed = sys.exc_info()[0] is not None
+            outcome = "failed" if failed else "finished" if self.last >= self.total else "stopped"
+            self.trackers.close(outcome)

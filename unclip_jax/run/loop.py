@@ -1,0 +1,207 @@
+"""`Run`: signals, checkpoints, figures and data of a training run. The loop itself stays in the stage's file:
+
+    with Run(config, workdir, stage, mesh, data, init_from) as run:
+        update = run.update()
+        for step, batch in run:
+            run.state, metrics = update(run.state, frozen, batch)
+            run.log(step, metrics)
+            if run.saves(step):
+                run.save(step)
+            if run.evaluates(step):
+                run.record(step, evaluate(run.state, step))
+    return run.figures
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from unclip_jax.checkpoint.load import load_part
+from unclip_jax.checkpoint.store import CheckpointStore
+from unclip_jax.models.layers import without_remat
+from unclip_jax.run import batches
+from unclip_jax.run.hardware import CHIPS, flops
+from unclip_jax.run.hosts import compiled_together, leave_if_stopped, print_once, stop_signals
+from unclip_jax.run.logger import Logger, due
+from unclip_jax.run.optim import make_optimizers
+from unclip_jax.run.resume import config_json, keep_best, new_provenance, restore_or_init, with_time
+from unclip_jax.run.stage import Stage
+from unclip_jax.run.state import abstract_state, create_state, gradients_of, make_update
+from unclip_jax.sharding import Mesh, replicate, shard_batch
+
+
+class Run:
+    """A training run in a folder. Entering it restores or initialises the state; iterating over it yields (step, batch on the mesh).
+
+    Args:
+      config: the run's configuration.
+      workdir: its folder; a run found there is resumed.
+      stage: what is trained.
+      mesh: where.
+      data: its sources.
+      init_from: a bundle or run whose weights a new run starts from.
+      load: reads them (`checkpoint.load.load_part`).
+
+    Attributes:
+      state: the `TrainState`, which the loop replaces. part: the part's configuration, with what `stage.fit` measured. figures: of the last
+      evaluation.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: str | os.PathLike,
+        stage: Stage,
+        mesh: Mesh,
+        data: batches.Data,
+        init_from: str | None = None,
+        load: Callable = load_part,
+    ):
+        self.config, self.workdir, self.stage, self.mesh, self.data = config, workdir, stage, mesh, data
+        self.figures: dict[str, float] = {}
+        self.optimizers = make_optimizers(config, stage.players)
+        self.shardings = abstract_state(stage, self.optimizers, mesh)[1]
+        state = create_state(stage, self.optimizers, config.seed, self.shardings)
+        self.store = CheckpointStore(workdir, config.keep)
+        meta = {
+            "name": stage.name,
+            "part": stage.part,
+            "sampling": config_json(config.get("sampling", ConfigDict())),
+            "config": config_json(config),
+            "provenance": new_provenance(data.train.checksum),
+        }
+        self.start = restore_or_init(self.store, state, self.shardings, meta, init_from, load)
+        self.state, self.meta = self.start.state, {**self.start.meta, "part": dict(stage.part)}
+        self.stopping = False
+        self._closing, self._evaluation = contextlib.ExitStack(), contextlib.ExitStack()
+
+    @property
+    def part(self) -> dict:
+        """The part's configuration, as checkpoints hold it."""
+        return self.meta["part"]
+
+    def fit(self) -> Any:
+        """Makes the stage's fit, or takes over what came with the weights if they stand on the same frozen networks.
+
+        Returns:
+          The arrays that the objective finds in `frozen[stage.FITTED]`, on the mesh.
+        """
+        fit, old = self.stage.fit, self.start.part
+        before, now = old.get("frozen", {}), self.part["frozen"]
+        shared = before.keys() & now.keys()
+        if all(key in old for key in fit.keys) and shared and all(before[role] == now[role] for role in shared):
+            self.part.update({key: old[key] for key in fit.keys})
+        else:
+            self.part.update(fit.measure(self))
+        return replicate(fit.arrays(self.part), self.mesh)
+
+    def measuring_batches(self, count: int) -> Iterator[dict[str, jax.Array]]:
+        """The first `count` training batches on the mesh, for what is measured on them."""
+        found = batches.train_batches(self.config, self.data.train, self.stage.example, self.mesh, 0, count)
+        with contextlib.closing(found):
+            for batch in found:
+                yield shard_batch(batch, self.mesh)
+
+    def update(self) -> Callable:
+        """The stage's update step (`state.make_update`), compiled on every host before any of them runs it."""
+        update = compiled_together(make_update(self.stage, self.optimizers, self.shardings, self.mesh, self.config))
+        counted = False
+
+        def call(state: Any, frozen: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+            nonlocal counted
+            if not counted:
+                self.logger.operations, counted = self._operations(state, frozen, batch), True
+            return update(state, frozen, batch)
+
+        return call
+
+    def _operations(self, *arguments: Any) -> float:
+        # Of a step's gradients on all devices, each counted once where remat computes some twice; 0 where the devices' peak is not known, as
+        # nothing is compared with it.
+        if jax.devices()[0].device_kind not in CHIPS:
+            return 0.0
+        state, frozen, batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
+        return count_operations(self.stage, self.config.grad_accumulation, self.mesh, state, frozen, batch)
+
+    def __enter__(self) -> Run:
+        stack = self._closing
+        stack.callback(self.store.close)
+        self.stop = stack.enter_context(stop_signals())
+        self._batches = batches.train_batches(
+            self.config, self.data.train, self.stage.example, self.mesh, self.start.step, self.config.steps
+        )
+        stack.callback(self._batches.close)
+        self.logger = Logger(self.config, self.workdir, self.stage.name, self.start.step, self._batches.stats)
+        stack.callback(self.logger.close)
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._closing.__exit__(kind, error, trace)
+        if kind is None:
+            leave_if_stopped(self.stop)
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        for step in range(self.start.step + 1, self.config.steps + 1):
+            yield step, shard_batch(next(self._batches), self.mesh)
+            if self.stopping:
+                return
+
+    def log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of the step just dispatched. Every host calls it once a step; it also asks whether the run shall stop."""
+        self.logger.step(step, metrics)
+        self.stopping = self.stop.after(step)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step, or the run stops here."""
+        return self.stopping or due(step, self.config.checkpoint_every, self.config.steps)
+
+    def save(self, step: int, **measured: Any) -> None:
+        """Writes a checkpoint in the background. `measured` joins the part's configuration first."""
+        with self.logger.paused("checkpoint"):
+            self.part.update(measured)
+            self.store.save(step, self.state, with_time(self.meta, self.logger.seconds()))
+
+    def replace_parameters(self, params: Any, step: int) -> None:
+        """Puts parameters (host arrays) that were computed otherwise than by updates into the state, as those of `step`."""
+        placed = jax.tree.map(jax.device_put, params, self.shardings.params)
+        averages = jax.tree.map(lambda a: a + 0.0, placed)
+        step_array = jax.device_put(self.state.step * 0 + step, self.shardings.step)
+        self.state = self.state.replace(step=step_array, params=placed, ema_params=averages)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after this step. If so, the clock of the steps stands still until `record`."""
+        if self.stopping or not due(step, self.config.eval_every, self.config.steps):
+            return False
+        self._evaluation.enter_context(self.logger.paused("evaluation"))
+        return True
+
+    def record(self, step: int, figures: dict[str, float]) -> None:
+        """Records the figures of an evaluation, prints them, and keeps the checkpoint if it is the best so far."""
+        self.figures = figures
+        self.logger.record(step, figures)
+        meta = with_time(self.meta, self.logger.seconds())
+        keep_best(self.config, self.workdir, step, self.state, meta, figures)
+        print_once(f"{self.stage.name} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+        self._evaluation.close()
+
+
+def count_operations(stage: Stage, grad_accumulation: int, mesh: Mesh, state: Any, frozen: Any, batch: Any) -> float:
+    """The operations of a step's gradients, on all devices, each counted once where remat computes some twice; arguments are shapes."""
+
+    def gradients(params, extra, frozen, batch):
+        key, step = jax.random.key(0), state.step
+        found = []
+        for player, gradient in zip(stage.players, gradients_of(stage, grad_accumulation, mesh), strict=True):
+            chosen = {name: params[name] for name in player.parameters} if player.parameters else params
+            fixed = {"fixed": params} if player.parameters else {}
+            found.append(gradient(chosen, extra, key, batch, step, frozen=frozen, **fixed))
+        return found
+
+    with without_remat():
+        return flops(jax.make_jaxpr(gradients)(state.params, state.extra, frozen, batch))

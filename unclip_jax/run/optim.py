@@ -1,0 +1,78 @@
+"""AdamW with the masks of the field, warmup then cosine, gradient clipping by global norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from unclip_jax.sharding import path_name
+
+SCHEDULES = ("cosine", "constant")
+
+
+class Optimizer(NamedTuple):
+    """tx: the transformation of gradients into updates. learning_rate: count of applied updates -> rate."""
+
+    tx: optax.GradientTransformation
+    learning_rate: optax.Schedule
+
+
+def decay_mask(params: Any) -> Any:
+    """True for matrices and kernels; False for biases, gains, single vectors and scalars (Radford et al. 2021, section 2.5)."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim >= 2 and path_name(path).split("/")[-1] != "bias", params)
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    steps: int,
+    warmup_steps: int = 0,
+    schedule: str = "cosine",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = 1.0,
+    mu_dtype: str | None = None,
+) -> Optimizer:
+    """AdamW and its learning-rate schedule.
+
+    Args:
+      learning_rate: the peak.
+      steps: where the cosine reaches zero.
+      warmup_steps: linear from zero to the peak.
+      schedule: `cosine` or `constant` after the warmup.
+      clip_norm: largest global gradient norm, None for no clipping.
+      mu_dtype: `bfloat16` keeps the first moment in half the memory; None: float32.
+
+    Raises:
+      ValueError: on an unknown schedule or mu_dtype, or a warmup as long as the training.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown learning-rate schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if mu_dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"unknown mu_dtype {mu_dtype!r}; choose float32, bfloat16 or None")
+    if warmup_steps >= steps:
+        raise ValueError(f"warmup_steps {warmup_steps} must be fewer than steps {steps}")
+    if schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps)
+    else:
+        rate = optax.join_schedules(
+            [optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1)), optax.constant_schedule(learning_rate)], [warmup_steps]
+        )
+    chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    chain.append(optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask, mu_dtype=mu_dtype))
+    return Optimizer(optax.chain(*chain), rate)
+
+
+def make_optimizers(config: Any, players: Sequence[Any]) -> tuple[Optimizer, ...]:
+    """The optimizer of each of a stage's players (`stage.Player`), as the run's configuration describes it."""
+    return tuple(make_optimizer(steps=config.steps, **config[player.optimizer]) for player in players)
+
+
+def updates_applied(opt_state: Any) -> jax.Array:
+    """The optimizer's own count: updates applied, those skipped not included."""
+    return optax.tree.get(opt_state, "count", filtering=lambda path, _: "ScaleByAdam" in str(path))

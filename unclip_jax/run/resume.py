@@ -1,0 +1,168 @@
+"""Starting and resuming a run: its provenance, its newest checkpoint, the weights it starts from, its best checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from unclip_jax.checkpoint.load import load_part
+from unclip_jax.checkpoint.store import CheckpointStore
+from unclip_jax.paths import absolute, user_path
+from unclip_jax.run.hosts import print_once
+from unclip_jax.run.state import TrainState
+from unclip_jax.sharding import path_name
+
+
+def resolve(path: str, workdir: str | os.PathLike) -> str:
+    """A path from a config: relative ones (./x, ../x) are relative to the run's folder, all others stand as given."""
+    return absolute(user_path(workdir) / path) if path.startswith(".") else path
+
+
+def hardware() -> str:
+    """The machine in words: "2 x cpu (x86_64)" or "1 x NVIDIA H200"."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    return f"{len(devices)} x {kind}" + (f", {os.cpu_count()} cores, {platform.machine()}" if kind == "cpu" else "")
+
+
+def new_provenance(data_checksum: str) -> dict:
+    """Where and when a run started; the wall time is added as it goes."""
+    return {
+        "hardware": hardware(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "data_checksum": data_checksum,
+        "jax": jax.__version__,
+        "commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        here = Path(__file__).resolve().parent
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def with_time(meta: dict, seconds: float) -> dict:
+    """The run's meta with the wall time of this process added to that of its earlier ones."""
+    provenance = meta["provenance"]
+    return {**meta, "provenance": {**provenance, "seconds": round(provenance["seconds"] + seconds, 1)}}
+
+
+def config_json(config: ConfigDict) -> dict:
+    """A config as plain JSON values."""
+    return json.loads(config.to_json_best_effort())
+
+
+def keep_best(
+    config: ConfigDict, workdir: str | os.PathLike, step: int, state: TrainState, meta: dict, figures: Mapping[str, float]
+) -> None:
+    """Keeps the best checkpoint so far in the run's folder `best/`, which may be named wherever a run's folder may.
+
+    `config.keep_best` names the figure of the evaluation that decides ("val_cosine"; "-eval_loss": the lower the better); None: nothing is
+    kept.
+
+    Raises:
+      ValueError: when there is no such figure.
+    """
+    if config.keep_best is None:
+        return
+    name = config.keep_best.removeprefix("-")
+    if name not in figures:
+        raise ValueError(f"keep_best names {name!r}; the evaluation's figures are {', '.join(figures)}")
+    value = -figures[name] if config.keep_best.startswith("-") else figures[name]
+    if not np.isfinite(value):
+        return
+    store = CheckpointStore(user_path(workdir) / "best", keep=1)
+    with closing(store):
+        before = store.latest()
+        if before is None or (before != step and value > store.meta(before)["best"]):
+            if before is not None and before > step:  # the run was cut off later than where it resumes
+                store.manager.delete(before)
+            store.save(step, state, meta | {"best": value, "figures": dict(figures)})
+
+
+class Start(NamedTuple):
+    """Where a run starts: its state, its meta (a resumed run keeps its own provenance), the steps already done, and the part
+    configuration that came with the weights ({} for fresh ones)."""
+
+    state: TrainState
+    meta: dict
+    step: int
+    part: dict
+
+
+def restore_or_init(
+    store: CheckpointStore, state: TrainState, shardings: Any, meta: dict, init_from: str | None, load: Callable = load_part
+) -> Start:
+    """The run's newest checkpoint if it has one; else fresh weights, or those of `init_from` (a bundle or another run), read by `load`.
+
+    Raises:
+      ValueError: when the weights found are of another model, or the run was made with other frozen networks.
+    """
+    if store.latest() is not None:
+        old = store.newest_meta()
+        _check_frozen(old["part"].get("frozen", {}), meta["part"]["frozen"])
+        state, step = store.restore(state, shardings)
+        print_once(f"{meta['name']}: resuming from step {step}" + _differences(old["config"], meta["config"]))
+        return Start(state, {**meta, "provenance": store.meta(step)["provenance"]}, step, old["part"])
+    if init_from is None:
+        return Start(state, meta, 0, {})
+    part, old = load(init_from, meta["name"])
+    theirs = {k: np.shape(v) for k, v in _leaves(part.params)}
+    ours = {k: v.shape for k, v in _leaves(state.params)}
+    if theirs != ours:
+        differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
+        raise ValueError(
+            f"{init_from} holds another {meta['name']} than this configuration: {len(differing)} differ, {differing[0]} first"
+        )
+    print_once(f"{meta['name']}: starting from the weights of {init_from}")
+    state = state.replace(
+        params=jax.device_put(part.params, shardings.params), ema_params=jax.device_put(part.params, shardings.ema_params)
+    )
+    meta = {**meta, "provenance": {**meta["provenance"], "initialised_from": old["provenance"]}}
+    return Start(state, meta, 0, part.config)
+
+
+def _check_frozen(before: dict, now: dict) -> None:
+    for role in sorted(before.keys() & now.keys()):
+        if before[role] != now[role]:
+            name = "CLIP" if role == "clip" else role
+            raise ValueError(
+                f"this run was trained with {name} {before[role]}, but {now[role]} is given now; "
+                f"use another workdir, or the same {name}"
+            )
+
+
+def _differences(before: dict, now: dict) -> str:
+    before, now = traverse_util.flatten_dict(before, sep="."), traverse_util.flatten_dict(now, sep=".")
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    return "".join(f"\n  {key} was {before.get(key)}, is {now.get(key)}" for key in keys)
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+@contextlib.contextmanager
+def closing(*things: Any) -> Iterator[None]:
+    """Closes all of them on the way out, whatever happened: a checkpoint being written is finished even if the loop failed."""
+    with contextlib.ExitStack() as stack:
+        for thing in things:
+            stack.callback(thing.close)
+        yield

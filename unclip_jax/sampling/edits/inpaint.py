@@ -1,0 +1,115 @@
+"""Inpainting: the part of an image that is not kept is drawn anew for a caption (GLIDE section 4, used by unCLIP's decoder).
+
+The prior draws z_i for the caption; a decoder fills the unknown part around the known one; the kept pixels of the input are put back into
+the enlarged picture. Two ways to fill: `trained`, with the part `decoder_inpaint`, which sees what is known; and `resample`, with any
+decoder and without training, by RePaint (`samplers.repaint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
+from unclip_jax.diffusion.process import fold_in
+from unclip_jax.generate.decoder import Known, inpaint_decoder, sample_decoder
+from unclip_jax.generate.networks import image_size
+from unclip_jax.sampling.edits.inversion import square
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, row_keys, split_scales, with_scales
+from unclip_jax.sampling.unclip import DECODER, check_prior, draw_z_image, encode_captions, enlarge
+
+RESAMPLES = 5
+METHODS = {"trained": "decoder_inpaint", "resample": "decoder"}  # method -> the part it needs
+
+
+def inpaint(
+    bundle: Sampler | Bundle,
+    image: np.ndarray,
+    mask: np.ndarray,
+    caption: str,
+    *,
+    count: int = 4,
+    method: str | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    prior: str = "prior_diffusion",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Draws the unknown part of an image.
+
+    Args:
+      bundle: with clip, the method's decoder, the prior chosen, and any number of upsamplers.
+      image: uint8 (H, W, 3).
+      mask: bool (H, W), True where the image is kept.
+      caption: of the whole picture.
+      count: pictures to draw.
+      method: one of METHODS; None: `trained` where the bundle has its decoder, else `resample`.
+      resamples: passes per step of `resample`; more fit the drawn part better to the kept one, at their cost.
+      seed: non-negative integer.
+      prior: as in `text_to_image`.
+      options: overrides of the bundle's sampling defaults per part; the sampler of `resample` is ancestral whatever they say.
+      progress: called with (images done, images in all).
+
+    Returns:
+      uint8 (count, S, S, 3), S the largest size; the centred square of the image, resized to it, stands unchanged where the mask keeps it.
+
+    Raises:
+      ValueError: when the mask is not boolean or of another size than the image, the method is unknown, or options are out of range;
+        KeyError when the bundle lacks a part.
+    """
+    image, mask = np.asarray(image), np.asarray(mask)
+    if mask.dtype != np.bool_ or mask.shape != image.shape[:2]:
+        raise ValueError(f"the mask must be boolean and of the image's size {image.shape[:2]}, got {mask.dtype} {mask.shape}")
+    if count < 1:
+        raise ValueError(f"the number of pictures must be at least 1, got {count}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
+    sampler = as_sampler(bundle)
+    method = method or ("trained" if METHODS["trained"] in sampler.bundle.parts else "resample")
+    if method not in METHODS:
+        raise ValueError(f"unknown way to inpaint {method!r}; choose one of {', '.join(METHODS)}")
+    name = METHODS[method]
+    for needed in ("clip", name):
+        sampler.bundle.part(needed)
+    check_prior(sampler.bundle, prior)
+    static, scales = split_scales(sampler.options(options))
+    small = image_size(sampler.network(name).config)
+    target = Known(ops.to_float(square([image], small)), _shrink(mask, small)[None])
+
+    def make():
+        def run(params, scales, captions, empty, known, seed, positions):
+            networks, chosen = sampler.with_params(params), with_scales(static, scales)
+            keys = row_keys(seed, positions)
+            texts = encode_captions(networks["clip"], captions, empty)
+            z_image = draw_z_image(prior, networks, texts, keys, chosen)
+            decoder, key = networks[name], fold_in(keys, DECODER)
+            if method == "trained":
+                drawn = sample_decoder(decoder, z_image, texts, key, chosen[name], known=known)
+            else:
+                drawn = inpaint_decoder(decoder, known, z_image, texts, key, chosen[name], resamples)
+            return enlarge(sampler.bundle.parts, networks, drawn, keys, static)[-1]
+
+        return run
+
+    run = sampler.program(("inpaint", method, prior, resamples, *static.items()), make)
+    captions, empty = sampler.captions([caption]), sampler.captions([""])
+
+    def batch(rows):
+        text, known = sampler.rows((captions, target), np.zeros(len(rows), int))
+        positions = sampler.rows(np.arange(count, dtype=np.uint32), rows)
+        return run(sampler.params, scales, text, empty, known, np.uint32(seed), positions)
+
+    drawn = ops.to_uint8(sampler.in_batches(batch, count, progress))
+    size = drawn.shape[1]
+    return np.where(_shrink(mask, size), square([image], size), drawn)
+
+
+def _shrink(mask: np.ndarray, size: int) -> np.ndarray:
+    """bool (H, W) -> (size, size, 1) of its centred square: kept where all of what falls into the pixel is."""
+    square = ops.center_crop_square(np.repeat(mask[..., None], 3, axis=2).astype(np.float32))
+    method = "box" if size <= square.shape[0] else "bilinear"
+    return ops.resize(square, size, method)[..., :1] > 1 - 1e-4

@@ -1,0 +1,59 @@
+"""Interpolation between two images (unCLIP section 3.2)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
+from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.edits.inversion import Latents, slerp
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
+
+NOISES = ("slerp", "fixed")
+
+
+def interpolate(
+    bundle: Sampler | Bundle,
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    count: int = 8,
+    noise: str = "slerp",
+    steps: int | str | tuple[int, ...] = inversion.STEPS,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Draws the way from one image to another: z_i turns from the first's to the second's by slerp.
+
+    Args:
+      bundle: with clip and decoder.
+      first, second: uint8 (H, W, 3), any sizes.
+      count: images, the two ends included; at least 2.
+      noise: `slerp`: x_T turns as well, so that the ends are the two images; `fixed`: one random x_T throughout (the paper's second way).
+      steps, guidance_scale: of inversion and decoding.
+      seed: of the fixed noise and of the upsamplers.
+      progress: called with (images done, images in all).
+
+    Returns:
+      uint8 (count, H, W, 3).
+
+    Raises:
+      ValueError: on what is not an image, or options out of range; KeyError when the bundle lacks a part.
+    """
+    if count < 2:
+        raise ValueError(f"an interpolation needs at least 2 images, got {count}")
+    if noise not in NOISES:
+        raise ValueError(f"unknown noise {noise!r}; choose one of {', '.join(NOISES)}")
+    sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
+    found = inversion.encode(sampler, [first, second], **shared)
+    theta = np.linspace(0, 1, count)
+
+    def between(rows):
+        return slerp(np.repeat(rows[:1], count, axis=0), np.repeat(rows[1:], count, axis=0), theta)
+
+    x_T = between(found.x_T) if noise == "slerp" else inversion.one_noise(found.x_T.shape[1:], count, seed)
+    latents, positions = Latents(between(found.z_image), x_T), np.zeros(count, int)
+    drawn = inversion.decode(sampler, latents, seed=seed, positions=positions, progress=progress, **shared)[-1]
+    return ops.to_uint8(drawn)

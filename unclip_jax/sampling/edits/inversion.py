@@ -1,0 +1,247 @@
+"""An image as the pair (z_i, x_T), and back (unCLIP section 3).
+
+z_i is CLIP's embedding: what the image shows. x_T is the noise that the decoder, conditioned on z_i, turns into this very image: the
+rest. It is found by running DDIM backwards. Everything the paper does to images changes one or both and decodes.
+
+The decoder is run at guidance scale 1 and without clipping unless asked otherwise, as inversion undoes neither well. Captions are empty
+unless given. Images are cut to their centred square and resized to the networks' sizes; the upsamplers enlarge what the decoder drew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle, upsamplers
+from unclip_jax.data import ops
+from unclip_jax.diffusion.process import fold_in, standard_normal
+from unclip_jax.generate.decoder import invert_decoder, sample_decoder
+from unclip_jax.generate.networks import image_size
+from unclip_jax.generate.options import SamplingOptions
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, row_keys, split_scales, with_scale
+from unclip_jax.sampling.unclip import DECODER, encode_captions, enlarge
+
+STEPS = 50
+
+
+class Latents(NamedTuple):
+    """z_image (N, D) raw CLIP embeddings; x_T (N, h, w, 3), the decoder's noise, None to have it drawn. NumPy."""
+
+    z_image: np.ndarray
+    x_T: np.ndarray | None = None
+
+
+def slerp(a: np.ndarray, b: np.ndarray, theta: np.ndarray | float) -> np.ndarray:
+    """Spherical interpolation of flattened rows: the direction turns evenly from a's to b's, the norm runs linearly.
+
+    Args:
+      a, b: (N, ...) rows, none of them zero; opposite directions have no arc between them and are an error.
+      theta: () or (N,) in [0, 1]; 0 gives a, 1 gives b.
+
+    Returns:
+      (N, ...) float32.
+
+    Raises:
+      ValueError: on a zero row, or two opposite ones.
+    """
+    shape = np.broadcast_shapes(np.shape(a), np.shape(b))
+    a, b = (np.broadcast_to(np.asarray(v, np.float64), shape).reshape(shape[0], -1) for v in (a, b))
+    theta = np.broadcast_to(np.asarray(theta, np.float64), shape[:1])[:, None]
+    norm_a, norm_b = (np.linalg.norm(v, axis=1, keepdims=True) for v in (a, b))
+    if np.any(norm_a == 0) or np.any(norm_b == 0):
+        raise ValueError("slerp needs vectors that are not zero")
+    a, b = a / norm_a, b / norm_b
+    omega = np.arccos(np.clip(np.sum(a * b, axis=1, keepdims=True), -1, 1))
+    if np.any(omega > np.pi - 1e-6):
+        raise ValueError("slerp between opposite vectors is not defined")
+    near = omega < 1e-6  # sin(omega) vanishes; the chord is the arc
+    safe = np.where(near, 1.0, np.sin(omega))
+    weight_a = np.where(near, 1 - theta, np.sin((1 - theta) * omega) / safe)
+    weight_b = np.where(near, theta, np.sin(theta * omega) / safe)
+    norm = (1 - theta) * norm_a + theta * norm_b
+    return (norm * (weight_a * a + weight_b * b)).reshape(shape).astype(np.float32)
+
+
+def square(images: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
+    """uint8 images (H, W, 3) of any sizes -> their centred squares at one size, uint8 (N, size, size, 3).
+
+    Raises:
+      ValueError: when there are none, or one is not uint8 (H, W, 3).
+    """
+    if len(images) == 0:
+        raise ValueError("no images: give at least one")
+    for image in images:
+        if np.ndim(image) != 3 or np.shape(image)[2] != 3 or np.asarray(image).dtype != np.uint8:
+            raise ValueError(f"images must be uint8 (H, W, 3), got {np.asarray(image).dtype} {np.shape(image)}")
+    return np.stack([ops.resize(ops.center_crop_square(np.asarray(image)), size) for image in images])
+
+
+def embed_images(
+    bundle: Sampler | Bundle,
+    images: Sequence[np.ndarray] | np.ndarray,
+    *,
+    projected: bool = True,
+    max_batch: int | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """uint8 images (H, W, 3) -> raw CLIP embeddings (N, D); not projected: the image tower's features (N, W)."""
+    sampler = as_sampler(bundle)
+    clip = sampler.network("clip")
+    if clip.config["model"]["image"] is None:
+        raise ValueError(f"the CLIP of {sampler.bundle.path or 'the bundle'} has no image encoder, so it cannot look at images")
+    size, method = clip.config["model"]["image"]["image_size"], "encode_image" if projected else "image_features"
+    encode = sampler.program(method, lambda: lambda params, x: clip.with_params(params).apply(x, method=method))
+
+    def run(index):
+        rows = ops.to_float(square([images[i] for i in index], size))
+        return encode(clip.params, sampler.rows(rows, np.arange(len(index))))
+
+    if len(images) == 0:
+        raise ValueError("no images: give at least one")
+    return sampler.in_batches(run, len(images), progress, max_batch)
+
+
+def embed_captions(bundle: Sampler | Bundle, captions: Sequence[str], *, max_batch: int | None = None) -> np.ndarray:
+    """Captions -> raw CLIP text embeddings (N, D)."""
+    sampler = as_sampler(bundle)
+    clip, (tokens, _) = sampler.network("clip"), sampler.tokenizer(list(captions))
+    encode = sampler.program(
+        "embed_captions", lambda: lambda params, tokens: clip.with_params(params).apply(tokens, method="encode_text").embed
+    )
+    return sampler.in_batches(lambda index: encode(clip.params, sampler.rows(tokens, index)), len(tokens), None, max_batch)
+
+
+def _options(sampler: Sampler, steps: Any, guidance_scale: float, eta: float = 0.0) -> SamplingOptions:
+    settings = {"sampler": "ddim", "eta": eta, "guidance_scale": guidance_scale, "clip": None, "threshold": None}
+    return sampler.options({"decoder": {"steps": steps, **settings}})["decoder"]
+
+
+def _texts(sampler: Sampler, captions: Sequence[str] | None, count: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The captions (empty ones when None) as the networks take them, and the empty caption."""
+    captions = [""] * count if captions is None else list(captions)
+    if len(captions) != count:
+        raise ValueError(f"expected one caption per image, got {len(captions)} and {count}")
+    return sampler.captions(captions), sampler.captions([""])
+
+
+def encode(
+    bundle: Sampler | Bundle,
+    images: Sequence[np.ndarray] | np.ndarray,
+    *,
+    steps: int | str | tuple[int, ...] = STEPS,
+    guidance_scale: float = 1.0,
+    captions: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Latents:
+    """Finds (z_i, x_T) of images.
+
+    Args:
+      bundle: with clip and decoder.
+      images: uint8 (H, W, 3), any sizes.
+      steps: DDIM steps, see `schedule.time_steps`; the error of inverting and decoding halves as they double.
+      guidance_scale: of the decoder; decode with the same.
+      captions: one per image; empty ones when None.
+      progress: called with (images done, images in all).
+
+    Raises:
+      ValueError: on what is not an image, or options out of range; KeyError when the bundle lacks a part.
+    """
+    sampler = as_sampler(bundle)
+    size = image_size(sampler.network("decoder").config)
+    z_image = embed_images(sampler, images)
+    rows = ops.to_float(square(images, size))
+    texts, empty = _texts(sampler, captions, len(rows))
+    static, scales = split_scales({"decoder": _options(sampler, steps, guidance_scale)})
+
+    def make():
+        def run(params, scale, texts, empty, image, z):
+            networks, options = sampler.with_params(params), with_scale(static["decoder"], scale)
+            both = encode_captions(networks["clip"], texts, empty)
+            return invert_decoder(networks["decoder"], image, z, both, options)
+
+        return run
+
+    run = sampler.program(("invert", static["decoder"]), make)
+
+    def batch(index):
+        chosen, image, z = sampler.rows((texts, rows, z_image), index)
+        return run(sampler.params, scales["decoder"], chosen, empty, image, z)
+
+    return Latents(z_image, sampler.in_batches(batch, len(rows), progress))
+
+
+def decode(
+    bundle: Sampler | Bundle,
+    latents: Latents,
+    *,
+    steps: int | str | tuple[int, ...] = STEPS,
+    eta: float = 0.0,
+    guidance_scale: float = 1.0,
+    captions: Sequence[str] | None = None,
+    seed: int = 0,
+    positions: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> list[np.ndarray]:
+    """Draws images from (z_i, x_T) with DDIM, and enlarges them.
+
+    Args:
+      bundle: with clip, decoder, and any number of upsamplers.
+      latents: z_image (N, D) raw embeddings; x_T (N, h, w, 3), drawn from the seed when None.
+      steps, guidance_scale, captions: as in `encode`.
+      eta: 0 decodes, up to 1 lets everything vary that z_i does not hold.
+      seed, positions: row i draws from (seed, positions[i]); its number when None. Equal positions get equal noise.
+      progress: called with (images done, images in all).
+
+    Returns:
+      One float32 array (N, H, W, 3) in [-1, 1] per size, the decoder's first.
+
+    Raises:
+      ValueError: on shapes that do not fit, or options out of range; KeyError when the bundle lacks a part.
+    """
+    sampler = as_sampler(bundle)
+    size, dim = image_size(sampler.network("decoder").config), sampler.network("clip").config["model"]["embed_dim"]
+    z_image, noise, count = np.asarray(latents.z_image, np.float32), latents.x_T, len(latents.z_image)
+    if count == 0 or z_image.shape != (count, dim):
+        raise ValueError(f"z_image must be (N, {dim}) with N at least 1, got {z_image.shape}")
+    if noise is not None and np.shape(noise) != (count, size, size, 3):
+        raise ValueError(f"x_T must be {(count, size, size, 3)}, got {np.shape(noise)}")
+    positions = np.arange(count) if positions is None else np.asarray(positions)
+    texts, empty = _texts(sampler, captions, count)
+    defaults, names = sampler.options(), upsamplers(sampler.bundle.parts)
+    chosen = {"decoder": _options(sampler, steps, guidance_scale, eta), **{name: defaults[name] for name in names}}
+    static, scales = split_scales(chosen)
+
+    def make():
+        def run(params, scale, texts, empty, z, x_T, seed, positions):
+            networks, options = sampler.with_params(params), with_scale(static["decoder"], scale)
+            keys = row_keys(seed, positions)
+            both = encode_captions(networks["clip"], texts, empty)
+            drawn = sample_decoder(networks["decoder"], z, both, fold_in(keys, DECODER), options, x_T=x_T)
+            return enlarge(sampler.bundle.parts, networks, drawn, keys, static)
+
+        return run
+
+    run = sampler.program(("decode", noise is not None, *static.items()), make)
+    given = None if noise is None else np.asarray(noise, np.float32)
+
+    def batch(index):
+        chosen, z, x, where = sampler.rows((texts, z_image, given, positions.astype(np.uint32)), index)
+        return run(sampler.params, scales["decoder"], chosen, empty, z, x, np.uint32(seed), where)
+
+    return sampler.in_batches(batch, count, progress)
+
+
+def one_noise(shape: tuple[int, ...], count: int, seed: int) -> np.ndarray:
+    """One random x_T of `shape` for all of `count` rows: (count, *shape) float32."""
+    noise = standard_normal(jax.random.fold_in(jax.random.key(seed), 0), (1, *shape))
+    return np.repeat(np.asarray(noise), count, axis=0)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], (N, ...) -> (N,); infinite where they are equal."""
+    error = np.mean(np.square(np.asarray(a, np.float64) - b).reshape(len(a), -1), axis=1)
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(4.0 / error)

@@ -1,0 +1,71 @@
+"""Reconstructions from the first principal components of z_i (unCLIP section 4, figure 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
+from unclip_jax.generate.networks import image_size
+from unclip_jax.models.codec import Codec, project, unproject
+from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.edits.inversion import Latents
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
+
+DIMS = (20, 30, 40, 80, 120, 160, 200, 320)  # the paper's, of 1,024
+
+
+def truncate(bundle: Bundle, z_image: np.ndarray, dims: int) -> np.ndarray:
+    """Raw embeddings (N, D) -> what their first `dims` principal components hold of them (N, D); all D components give them back.
+
+    Raises:
+      ValueError: when dims is not in [1, D]; KeyError when the bundle has no part `codec`.
+    """
+    codec = Codec(**bundle.part("codec").params)
+    most = codec.mean.shape[0]
+    if not 1 <= dims <= most:
+        raise ValueError(f"the number of principal components must be between 1 and {most}, got {dims}")
+    return np.asarray(unproject(codec, project(codec, z_image, dims)))
+
+
+def reconstruct(
+    bundle: Sampler | Bundle,
+    image: np.ndarray,
+    *,
+    dims: Sequence[int] | None = None,
+    steps: int | str | tuple[int, ...] = inversion.STEPS,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Draws an image from more and more of its z_i, always from the same noise.
+
+    Args:
+      bundle: with clip, codec and decoder.
+      image: uint8 (H, W, 3).
+      dims: numbers of components; the paper's up to D, and D, when None.
+      steps, guidance_scale: of the decoder.
+      seed: of the noise.
+      progress: called with (images done, images in all).
+
+    Returns:
+      uint8 (len(dims), H, W, 3), and the dims.
+
+    Raises:
+      ValueError: on what is not an image, or options out of range; KeyError when the bundle lacks a part.
+    """
+    sampler = as_sampler(bundle)
+    most, size = sampler.network("codec").config["embed_dim"], image_size(sampler.network("decoder").config)
+    chosen = tuple(dims) if dims is not None else (*(d for d in DIMS if d < most), most)
+    z_image = inversion.embed_images(sampler, [image])
+    rows = [truncate(sampler.bundle, z_image, d) for d in chosen]
+    latents = Latents(
+        np.concatenate(rows) if rows else np.zeros((0, most), np.float32), inversion.one_noise((size, size, 3), len(chosen), seed)
+    )
+    drawn = inversion.decode(
+        sampler, latents, steps=steps, guidance_scale=guidance_scale, seed=seed,
+        positions=np.zeros(len(chosen), int), progress=progress,
+    )[-1]  # fmt: skip
+    return ops.to_uint8(drawn), chosen

@@ -1,0 +1,61 @@
+"""Text diffs: an image changed in the direction from one caption to another (unCLIP section 3.3)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
+from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.edits.inversion import Latents, slerp
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
+
+
+def text_diff(
+    bundle: Sampler | Bundle,
+    image: np.ndarray,
+    source: str,
+    target: str,
+    *,
+    count: int = 8,
+    max_theta: float = 0.5,
+    steps: int | str | tuple[int, ...] = inversion.STEPS,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Turns z_i towards z_d = norm(z_t(target) - z_t(source)) while x_T stays.
+
+    Args:
+      bundle: with clip and decoder.
+      image: uint8 (H, W, 3).
+      source, target: captions of the image as it is ("" or "a photo" work too) and as it shall be. Text embeddings are taken at unit
+        length, as CLIP compares them; the norm of z_i is kept.
+      count: images, theta evenly from 0 (the image itself) to `max_theta`; at least 2.
+      max_theta: in (0, 1]; the paper uses 0.25 to 0.5.
+      steps, guidance_scale: of inversion and decoding.
+      seed: of the upsamplers.
+      progress: called with (images done, images in all).
+
+    Returns:
+      uint8 (count, H, W, 3).
+
+    Raises:
+      ValueError: on what is not an image, equal captions, or options out of range; KeyError when the bundle lacks a part.
+    """
+    if count < 2:
+        raise ValueError(f"a text diff needs at least 2 images, got {count}")
+    if not 0 < max_theta <= 1:
+        raise ValueError(f"max_theta must be in (0, 1], got {max_theta}")
+    sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
+    z_source, z_target = inversion.embed_captions(sampler, [source, target])
+    direction = z_target / np.linalg.norm(z_target) - z_source / np.linalg.norm(z_source)
+    if np.linalg.norm(direction) < 1e-6:
+        raise ValueError("the two captions are the same to CLIP: there is no direction between them")
+    found = inversion.encode(sampler, [image], **shared)
+    direction *= np.linalg.norm(found.z_image) / np.linalg.norm(direction)
+    z_image, x_T = (np.repeat(a, count, axis=0) for a in found)
+    z_image = slerp(z_image, np.repeat(direction[None], count, axis=0), np.linspace(0, max_theta, count))
+    positions = np.zeros(count, int)
+    drawn = inversion.decode(sampler, Latents(z_image, x_T), seed=seed, positions=positions, progress=progress, **shared)[-1]
+    return ops.to_uint8(drawn)

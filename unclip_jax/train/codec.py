@@ -1,0 +1,137 @@
+"""The codec of the autoregressive prior: PCA of CLIP image embeddings (unCLIP section 2.2).
+
+One sharded pass over the training images: sums of z and of z z^T are taken on the devices at the highest precision and gathered into
+float64 on the host, batch by batch; the eigenvectors of the covariance follow. A second pass over as many rows finds the extremes of the
+projections. All components are kept, in the order of their eigenvalues; whoever uses them takes the first ones.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.data.examples import clip_example
+from unclip_jax.models.codec import Codec, project
+from unclip_jax.run.batches import open_data
+from unclip_jax.run.frozen import arrays, check_sources, clip_image_size, clip_tokenizer, hashes, images_of, load_frozen
+from unclip_jax.run.loop import Run
+from unclip_jax.run.stage import Stage
+from unclip_jax.sharding import make_mesh
+
+FROZEN = {"clip": "clip"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- fit
+def principal_components(count: int, total: np.ndarray, outer: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """PCA from sums.
+
+    Args:
+      count: number of embeddings.
+      total: (D,) float64, their sum; outer: (D, D) float64, the sum of z z^T.
+
+    Returns:
+      mean (D,), eigenvalues (D,) falling and not negative, components (D, D), row k the k-th direction, its largest entry positive.
+    """
+    mean = total / count
+    values, vectors = np.linalg.eigh(outer / count - np.outer(mean, mean))
+    components = vectors[:, ::-1].T
+    largest = np.take_along_axis(components, np.abs(components).argmax(axis=1, keepdims=True), axis=1)
+    return mean, np.maximum(values[::-1], 0.0), components * np.sign(largest)
+
+
+def explained(eigenvalues: np.ndarray, dims: int) -> float:
+    """Fraction of the variance in the first `dims` components; the rest is the relative mean squared error of reconstruction."""
+    return float(np.sum(eigenvalues[:dims]) / max(np.sum(eigenvalues), 1e-30))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- stage
+def stage(config, mesh, frozen) -> Stage:
+    """The stage as its configuration describes it, on the CLIP under it. It is fitted, not trained: it has no players.
+
+    Raises:
+      ValueError: when there are fewer rows than the covariance asks for, or more dimensions than the embedding has.
+    """
+    clip, rows = frozen["clip"], config.steps * config.batch_size
+    dim = clip.config["model"]["embed_dim"]
+    if not 1 <= config.dims <= dim:
+        raise ValueError(f"dims must be between 1 and the embedding's {dim}, got {config.dims}")
+    if rows <= dim:
+        raise ValueError(f"{rows} rows (steps x batch_size) are too few for the covariance of {dim} dimensions; raise steps")
+    shapes = {"mean": (dim,), "components": (dim, dim), "eigenvalues": (dim,), "low": (dim,), "high": (dim,)}
+    return Stage(
+        name="codec",
+        model=None,
+        part={"kind": "codec", "embed_dim": dim, "dims": config.dims, "frozen": hashes(frozen)},
+        init=lambda key: ({name: jnp.zeros(shape) for name, shape in shapes.items()}, {}),
+        example=functools.partial(
+            clip_example, tokenizer=clip_tokenizer(clip), size=clip_image_size(clip), crop_scale=config.data.crop_scale
+        ),
+        objective=None,
+        players=(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- training
+def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
+    """Fits the codec and writes it as the run's only checkpoint; a finished run is left alone. Returns its figures.
+
+    Args:
+      config: see `configs/emoji/codec.py`.
+      workdir: the run's folder.
+      init_from: must be None: there is nothing to start from.
+
+    Raises:
+      ValueError: as `stage`, or with `init_from`.
+    """
+    if init_from is not None:
+        raise ValueError("the codec is fitted on embeddings and starts from nothing: leave out --init-from")
+    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    mesh, data = make_mesh(config.mesh), open_data(config)
+    networks = load_frozen(config, workdir, mesh, FROZEN, None)
+    clip = networks["clip"]
+    check_sources(clip, data, pictures=False)
+    codec_stage = stage(config, mesh, networks)
+    dim, rows = codec_stage.part["embed_dim"], config.steps * config.batch_size
+    params = arrays(networks)["clip"]
+
+    # ------------------------------------------------------------------------------------------------------------------ passes
+    @jax.jit
+    def sums(params, batch):
+        z = images_of(clip, mesh, params, batch).astype(jnp.float32)
+        return jnp.sum(z, axis=0), jnp.einsum("bi,bj->ij", z, z, precision="highest")
+
+    @jax.jit
+    def extremes(params, codec, batch):
+        y = project(codec, images_of(clip, mesh, params, batch), dim)
+        return jnp.min(y, axis=0), jnp.max(y, axis=0)
+
+    run = Run(config, workdir, codec_stage, mesh, data)
+    if run.start.step:
+        run.store.close()
+        eigenvalues = np.asarray(jax.device_get(run.state.params["eigenvalues"]), np.float64)
+        return {"explained_variance": explained(eigenvalues, config.dims)}
+    with run:
+        total, outer = np.zeros(dim), np.zeros((dim, dim))
+        low, high = np.full(dim, np.inf), np.full(dim, -np.inf)
+        for step, batch in run:
+            batch_total, batch_outer = jax.device_get(sums(params, batch))
+            total, outer = total + batch_total, outer + batch_outer
+            run.log(step, {})
+        if run.stopping:
+            return run.figures
+        mean, eigenvalues, components = principal_components(rows, total, outer)
+        codec = Codec(*(jnp.asarray(a, jnp.float32) for a in (mean, components, eigenvalues, 0 * mean, 0 * mean)))
+        for batch in run.measuring_batches(config.steps):
+            least, most = jax.device_get(extremes(params, codec, batch))
+            low, high = np.minimum(low, least), np.maximum(high, most)
+            if run.stop:
+                return run.figures
+        found = {"mean": mean, "components": components, "eigenvalues": eigenvalues, "low": low, "high": high}
+        run.replace_parameters({name: np.asarray(value, np.float32) for name, value in found.items()}, config.steps)
+        run.save(config.steps)
+        report = sorted({*config.report, config.dims})
+        run.record(config.steps, {f"explained_variance_{k}": explained(eigenvalues, k) for k in report if k <= dim})
+    return run.figures | {"explained_variance": explained(eigenvalues, config.dims)}
