@@ -40,9 +40,17 @@ def clip_configs(activation="quick_gelu", vocab_size=600, mlp=64, width=DIM):
     """A text and a vision configuration."""
     from transformers import CLIPTextConfig, CLIPVisionConfig
 
-    shared = dict(hidden_size=width, intermediate_size=mlp, num_hidden_layers=2, num_attention_heads=2, projection_dim=DIM)
+    shared = dict(
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=DIM,
+    )
     ids = dict(bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1, pad_token_id=0)
-    text = CLIPTextConfig(vocab_size=vocab_size, max_position_embeddings=LENGTH, hidden_act=activation, **ids, **shared)
+    text = CLIPTextConfig(
+        vocab_size=vocab_size, max_position_embeddings=LENGTH, hidden_act=activation, **ids, **shared
+    )
     return text, CLIPVisionConfig(image_size=16, patch_size=8, hidden_act=activation, **shared)
 
 
@@ -71,8 +79,12 @@ def karlo(folder, pipeline="UnCLIPPipeline"):
         sample_size=32, in_channels=6, out_channels=3, down_block_types=("ResnetDownsampleBlock2D",) * 2,
         up_block_types=("ResnetUpsampleBlock2D",) * 2, add_attention=False, **small,
     )  # fmt: skip
-    text_proj = UnCLIPTextProjModel(clip_extra_context_tokens=4, clip_embeddings_dim=DIM, time_embed_dim=128, cross_attention_dim=20)
-    prior = PriorTransformer(num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=DIM, num_embeddings=LENGTH)
+    text_proj = UnCLIPTextProjModel(
+        clip_extra_context_tokens=4, clip_embeddings_dim=DIM, time_embed_dim=128, cross_attention_dim=20
+    )
+    prior = PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=DIM, num_embeddings=LENGTH
+    )
     parts = {
         "decoder": randomize(decoder, 1),
         "text_encoder": randomize(CLIPTextModelWithProjection(text), 2),
@@ -84,7 +96,9 @@ def karlo(folder, pipeline="UnCLIPPipeline"):
         "super_res_scheduler": UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="epsilon"),
     }
     if pipeline == "UnCLIPPipeline":
-        scheduler = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
+        scheduler = UnCLIPScheduler(
+            variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0
+        )
         made = UnCLIPPipeline(prior=randomize(prior, 6), prior_scheduler=scheduler, **parts)
     else:
         encoder = randomize(CLIPVisionModelWithProjection(image), 7)
@@ -96,14 +110,19 @@ def karlo(folder, pipeline="UnCLIPPipeline"):
 
 
 def load_karlo(folder):
-    """The library's pipeline of a folder's parts, each loaded by its own class: new versions cannot load this pipeline whole, not even one
-    that they saved."""
+    """The library's pipeline of a folder's parts, each loaded by its own class: new versions cannot load this
+    pipeline whole, not even one that they saved."""
     from diffusers import PriorTransformer, UnCLIPPipeline, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     classes = {
-        **{"prior": PriorTransformer, "decoder": UNet2DConditionModel, "text_proj": UnCLIPTextProjModel, "tokenizer": CLIPTokenizer},
+        **{
+            "prior": PriorTransformer,
+            "decoder": UNet2DConditionModel,
+            "text_proj": UnCLIPTextProjModel,
+            "tokenizer": CLIPTokenizer,
+        },
         **{f"super_res_{which}": UNet2DModel for which in ("first", "last")},
         **{f"{part}_scheduler": UnCLIPScheduler for part in ("prior", "decoder", "super_res")},
         "text_encoder": CLIPTextModelWithProjection,
@@ -117,7 +136,8 @@ SCHEDULERS = ("prior", "decoder", "super_res")
 
 
 def exact(scheduler):
-    """The scheduler with its tables in float64: in float32 its 1 - abar at t = 0 is off by 5e-4, and so is its last step."""
+    """The scheduler with its tables in float64: in float32 its 1 - abar at t = 0 is off by 5e-4, and so is
+    its last step."""
     scheduler.alphas = 1 - scheduler.betas.double()
     scheduler.betas, scheduler.alphas_cumprod = scheduler.betas.double(), torch.cumprod(scheduler.alphas, 0)
     return scheduler
@@ -137,12 +157,15 @@ def nchw(a):
 
 
 def share_noise(monkeypatch, dim, sides=(8, 32), rows=2, seed=0):
-    """The same noise in both libraries at every step: of embeddings (rows, dim), and of images of these sides; returns the latents that
-    the pipelines start from."""
+    """The same noise in both libraries at every step: of embeddings (rows, dim), and of images of these
+    sides; returns the latents that the pipelines start from."""
     import diffusers.schedulers.scheduling_unclip as theirs
 
     rng = np.random.default_rng(seed)
-    noises = [np.float32(rng.normal(size=shape)) for shape in ((rows, dim), *((rows, side, side, 3) for side in sides))]
+    noises = [
+        np.float32(rng.normal(size=shape))
+        for shape in ((rows, dim), *((rows, side, side, 3) for side in sides))
+    ]
     ours = {noise.shape: jnp.asarray(noise) for noise in noises}
     torches = [torch.from_numpy(noises[0]), *map(nchw, noises[1:])]
     by_shape = {tuple(t.shape): t for t in torches}
