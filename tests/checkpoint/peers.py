@@ -1,13 +1,15 @@
 """The peers' networks at random weights and small size, saved as their libraries save them."""
 
+import sys
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
 from unclip_jax.data.tokenizer import ClipTokenizer
-from unclip_jax.diffusion import samplers
+from unclip_jax.generate import build_model
 
 DIM, LENGTH = 16, 10  # Karlo's text states are of the embedding's size, as ViT-L/14's are
 CROSS = "SimpleCrossAttn"
@@ -71,14 +73,26 @@ def karlo(folder, pipeline="UnCLIPPipeline"):
     text, image = clip_configs()
     small = dict(layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=32)
     decoder = UNet2DConditionModel(
-        sample_size=8, in_channels=3, out_channels=6, cross_attention_dim=20, class_embed_type="identity", attention_head_dim=8,
-        down_block_types=("ResnetDownsampleBlock2D", f"{CROSS}DownBlock2D"), mid_block_type=f"UNetMidBlock2D{CROSS}",
-        up_block_types=(f"{CROSS}UpBlock2D", "ResnetUpsampleBlock2D"), resnet_time_scale_shift="scale_shift", **small,
-    )  # fmt: skip
-    super_res = lambda: UNet2DModel(  # noqa: E731
-        sample_size=32, in_channels=6, out_channels=3, down_block_types=("ResnetDownsampleBlock2D",) * 2,
-        up_block_types=("ResnetUpsampleBlock2D",) * 2, add_attention=False, **small,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=3,
+        out_channels=6,
+        cross_attention_dim=20,
+        class_embed_type="identity",
+        attention_head_dim=8,
+        down_block_types=("ResnetDownsampleBlock2D", f"{CROSS}DownBlock2D"),
+        mid_block_type=f"UNetMidBlock2D{CROSS}",
+        up_block_types=(f"{CROSS}UpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        **small,
+    )
+
+    def super_res():
+        plain = ("ResnetDownsampleBlock2D",) * 2, ("ResnetUpsampleBlock2D",) * 2
+        blocks = dict(zip(("down_block_types", "up_block_types"), plain))
+        return UNet2DModel(
+            sample_size=32, in_channels=6, out_channels=3, add_attention=False, **blocks, **small
+        )
+
     text_proj = UnCLIPTextProjModel(
         clip_extra_context_tokens=4, clip_embeddings_dim=DIM, time_embed_dim=128, cross_attention_dim=20
     )
@@ -170,7 +184,27 @@ def share_noise(monkeypatch, dim, sides=(8, 32), rows=2, seed=0):
     torches = [torch.from_numpy(noises[0]), *map(nchw, noises[1:])]
     by_shape = {tuple(t.shape): t for t in torches}
     monkeypatch.setattr(theirs, "randn_tensor", lambda shape, **kwargs: by_shape[tuple(shape)])
-    draw = lambda key, shape, dtype=jnp.float32: ours[tuple(shape)]  # noqa: E731
-    monkeypatch.setattr(samplers, "standard_normal", draw)
-    monkeypatch.setattr("unclip_jax.generate.standard_normal", draw)
+
+    def draw(key, shape, dtype=jnp.float32):
+        return ours[tuple(shape)]
+
+    for name, module in list(sys.modules.items()):  # whoever has imported the function
+        if name.startswith("unclip_jax.") and hasattr(module, "standard_normal"):
+            monkeypatch.setattr(module, "standard_normal", draw)
     return dict(zip((f"{part}_latents" for part in SCHEDULERS), torches))
+
+
+def run_part(bundle, name, *args, method=None, **kwargs):
+    """The network of a bundle's part, applied to inputs."""
+    part = bundle.parts[name]
+    model = build_model(part.config)
+    return jax.jit(lambda p, a, k: model.apply({"params": p}, *a, **k, method=method))(
+        part.params, args, kwargs
+    )
+
+
+def close(ours, theirs, atol=1e-5):
+    """Asserts that arrays are equal to rounding, and that they are not zero everywhere."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert theirs.std() > 1e-2
+    np.testing.assert_allclose(ours, theirs, atol=atol * max(1.0, np.abs(theirs).max()), rtol=0)
