@@ -1,13 +1,15 @@
 """The peers' networks at random weights and small size, saved as their libraries save them."""
 
+import sys
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
 from unclip_jax.data.tokenizer import ClipTokenizer
-from unclip_jax.diffusion import samplers
+from unclip_jax.generate import build_model
 
 DIM, LENGTH = 16, 10  # Karlo's text states are of the embedding's size, as ViT-L/14's are
 CROSS = "SimpleCrossAttn"
@@ -40,9 +42,17 @@ def clip_configs(activation="quick_gelu", vocab_size=600, mlp=64, width=DIM):
     """A text and a vision configuration."""
     from transformers import CLIPTextConfig, CLIPVisionConfig
 
-    shared = dict(hidden_size=width, intermediate_size=mlp, num_hidden_layers=2, num_attention_heads=2, projection_dim=DIM)
+    shared = dict(
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=DIM,
+    )
     ids = dict(bos_token_id=vocab_size - 2, eos_token_id=vocab_size - 1, pad_token_id=0)
-    text = CLIPTextConfig(vocab_size=vocab_size, max_position_embeddings=LENGTH, hidden_act=activation, **ids, **shared)
+    text = CLIPTextConfig(
+        vocab_size=vocab_size, max_position_embeddings=LENGTH, hidden_act=activation, **ids, **shared
+    )
     return text, CLIPVisionConfig(image_size=16, patch_size=8, hidden_act=activation, **shared)
 
 
@@ -63,16 +73,32 @@ def karlo(folder, pipeline="UnCLIPPipeline"):
     text, image = clip_configs()
     small = dict(layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=32)
     decoder = UNet2DConditionModel(
-        sample_size=8, in_channels=3, out_channels=6, cross_attention_dim=20, class_embed_type="identity", attention_head_dim=8,
-        down_block_types=("ResnetDownsampleBlock2D", f"{CROSS}DownBlock2D"), mid_block_type=f"UNetMidBlock2D{CROSS}",
-        up_block_types=(f"{CROSS}UpBlock2D", "ResnetUpsampleBlock2D"), resnet_time_scale_shift="scale_shift", **small,
-    )  # fmt: skip
-    super_res = lambda: UNet2DModel(  # noqa: E731
-        sample_size=32, in_channels=6, out_channels=3, down_block_types=("ResnetDownsampleBlock2D",) * 2,
-        up_block_types=("ResnetUpsampleBlock2D",) * 2, add_attention=False, **small,
-    )  # fmt: skip
-    text_proj = UnCLIPTextProjModel(clip_extra_context_tokens=4, clip_embeddings_dim=DIM, time_embed_dim=128, cross_attention_dim=20)
-    prior = PriorTransformer(num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=DIM, num_embeddings=LENGTH)
+        sample_size=8,
+        in_channels=3,
+        out_channels=6,
+        cross_attention_dim=20,
+        class_embed_type="identity",
+        attention_head_dim=8,
+        down_block_types=("ResnetDownsampleBlock2D", f"{CROSS}DownBlock2D"),
+        mid_block_type=f"UNetMidBlock2D{CROSS}",
+        up_block_types=(f"{CROSS}UpBlock2D", "ResnetUpsampleBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        **small,
+    )
+
+    def super_res():
+        plain = ("ResnetDownsampleBlock2D",) * 2, ("ResnetUpsampleBlock2D",) * 2
+        blocks = dict(zip(("down_block_types", "up_block_types"), plain))
+        return UNet2DModel(
+            sample_size=32, in_channels=6, out_channels=3, add_attention=False, **blocks, **small
+        )
+
+    text_proj = UnCLIPTextProjModel(
+        clip_extra_context_tokens=4, clip_embeddings_dim=DIM, time_embed_dim=128, cross_attention_dim=20
+    )
+    prior = PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=DIM, num_embeddings=LENGTH
+    )
     parts = {
         "decoder": randomize(decoder, 1),
         "text_encoder": randomize(CLIPTextModelWithProjection(text), 2),
@@ -84,7 +110,9 @@ def karlo(folder, pipeline="UnCLIPPipeline"):
         "super_res_scheduler": UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="epsilon"),
     }
     if pipeline == "UnCLIPPipeline":
-        scheduler = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
+        scheduler = UnCLIPScheduler(
+            variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0
+        )
         made = UnCLIPPipeline(prior=randomize(prior, 6), prior_scheduler=scheduler, **parts)
     else:
         encoder = randomize(CLIPVisionModelWithProjection(image), 7)
@@ -96,14 +124,19 @@ def karlo(folder, pipeline="UnCLIPPipeline"):
 
 
 def load_karlo(folder):
-    """The library's pipeline of a folder's parts, each loaded by its own class: new versions cannot load this pipeline whole, not even one
-    that they saved."""
+    """The library's pipeline of a folder's parts, each loaded by its own class: new versions cannot load this
+    pipeline whole, not even one that they saved."""
     from diffusers import PriorTransformer, UnCLIPPipeline, UnCLIPScheduler, UNet2DConditionModel, UNet2DModel
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
     classes = {
-        **{"prior": PriorTransformer, "decoder": UNet2DConditionModel, "text_proj": UnCLIPTextProjModel, "tokenizer": CLIPTokenizer},
+        **{
+            "prior": PriorTransformer,
+            "decoder": UNet2DConditionModel,
+            "text_proj": UnCLIPTextProjModel,
+            "tokenizer": CLIPTokenizer,
+        },
         **{f"super_res_{which}": UNet2DModel for which in ("first", "last")},
         **{f"{part}_scheduler": UnCLIPScheduler for part in ("prior", "decoder", "super_res")},
         "text_encoder": CLIPTextModelWithProjection,
@@ -117,7 +150,8 @@ SCHEDULERS = ("prior", "decoder", "super_res")
 
 
 def exact(scheduler):
-    """The scheduler with its tables in float64: in float32 its 1 - abar at t = 0 is off by 5e-4, and so is its last step."""
+    """The scheduler with its tables in float64: in float32 its 1 - abar at t = 0 is off by 5e-4, and so is
+    its last step."""
     scheduler.alphas = 1 - scheduler.betas.double()
     scheduler.betas, scheduler.alphas_cumprod = scheduler.betas.double(), torch.cumprod(scheduler.alphas, 0)
     return scheduler
@@ -137,17 +171,40 @@ def nchw(a):
 
 
 def share_noise(monkeypatch, dim, sides=(8, 32), rows=2, seed=0):
-    """The same noise in both libraries at every step: of embeddings (rows, dim), and of images of these sides; returns the latents that
-    the pipelines start from."""
+    """The same noise in both libraries at every step: of embeddings (rows, dim), and of images of these
+    sides; returns the latents that the pipelines start from."""
     import diffusers.schedulers.scheduling_unclip as theirs
 
     rng = np.random.default_rng(seed)
-    noises = [np.float32(rng.normal(size=shape)) for shape in ((rows, dim), *((rows, side, side, 3) for side in sides))]
+    noises = [
+        np.float32(rng.normal(size=shape))
+        for shape in ((rows, dim), *((rows, side, side, 3) for side in sides))
+    ]
     ours = {noise.shape: jnp.asarray(noise) for noise in noises}
     torches = [torch.from_numpy(noises[0]), *map(nchw, noises[1:])]
     by_shape = {tuple(t.shape): t for t in torches}
     monkeypatch.setattr(theirs, "randn_tensor", lambda shape, **kwargs: by_shape[tuple(shape)])
-    draw = lambda key, shape, dtype=jnp.float32: ours[tuple(shape)]  # noqa: E731
-    monkeypatch.setattr(samplers, "standard_normal", draw)
-    monkeypatch.setattr("unclip_jax.generate.standard_normal", draw)
+
+    def draw(key, shape, dtype=jnp.float32):
+        return ours[tuple(shape)]
+
+    for name, module in list(sys.modules.items()):  # whoever has imported the function
+        if name.startswith("unclip_jax.") and hasattr(module, "standard_normal"):
+            monkeypatch.setattr(module, "standard_normal", draw)
     return dict(zip((f"{part}_latents" for part in SCHEDULERS), torches))
+
+
+def run_part(bundle, name, *args, method=None, **kwargs):
+    """The network of a bundle's part, applied to inputs."""
+    part = bundle.parts[name]
+    model = build_model(part.config)
+    return jax.jit(lambda p, a, k: model.apply({"params": p}, *a, **k, method=method))(
+        part.params, args, kwargs
+    )
+
+
+def close(ours, theirs, atol=1e-5):
+    """Asserts that arrays are equal to rounding, and that they are not zero everywhere."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert theirs.std() > 1e-2
+    np.testing.assert_allclose(ours, theirs, atol=atol * max(1.0, np.abs(theirs).max()), rtol=0)
