@@ -180,8 +180,8 @@ def our_sampler(folder: Path, part: str, captions: int, steps: int, sides: tuple
     save_memory_on_cpu()
     import jax
     import jax.numpy as jnp
-
     from unclip_jax.checkpoint.public import load_public
+
     from unclip_jax.generate import SamplingOptions, TextConditioning, sample_decoder, sample_prior, sample_upsampler, sampling_model
     from unclip_jax.sharding import placer, sampling_mesh
 

@@ -25,8 +25,8 @@ CAPTIONS = (
 )
 STAGES = (
     ("clip", "clip"),
-    ("prior_diffusion", "prior"),
-    ("pca", "pca"),
+    ("prior_diffusion", "prior_diffusion"),
+    ("codec", "codec"),
     ("prior_ar", "prior_ar"),
     ("decoder", "decoder"),
     ("upsampler", "upsampler_64"),
@@ -52,8 +52,8 @@ def draw(bundles: dict[str, str], captions: list[str], out: Path) -> None:
 
     from unclip_jax.checkpoint.load import load_bundle
     from unclip_jax.cli.options import progress_bar, use_compilation_cache
+    from unclip_jax.evaluate.samples import describe
     from unclip_jax.grid import save_grid
-    from unclip_jax.sampling.figures import describe
     from unclip_jax.sampling.text_to_image import text_to_image
 
     use_compilation_cache()

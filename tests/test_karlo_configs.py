@@ -1,6 +1,5 @@
 """Karlo's configurations: exact sizes by shape alone, and tiny variants that train, are exported, and draw the same in diffusers."""
 
-import importlib
 from pathlib import Path
 
 import jax
@@ -10,16 +9,18 @@ import pytest
 
 from tests.checkpoint.peers import load_karlo, share_noise
 from tests.helpers import param_count, param_shapes, struct
-from unclip_jax.checkpoint.bundle import load_bundle
+from unclip_jax.checkpoint.load import load_bundle
 from unclip_jax.cli.main import main
-from unclip_jax.cli.train import STAGES, load_config, override
+from unclip_jax.cli.train import load_config, override
+from unclip_jax.compile.step import train_step
 from unclip_jax.models.clip import CLIP
+from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.models.unet import Decoder, Upsampler
+from unclip_jax.models.upsampler import Upsampler
+from unclip_jax.run.resume import config_json
 from unclip_jax.sampling.text_to_image import text_to_image
 from unclip_jax.sharding import make_mesh
-from unclip_jax.train import common
-from unclip_jax.train.aot import train_step
+from unclip_jax.train import STAGES
 
 KARLO = Path(__file__).resolve().parent.parent / "configs" / "karlo"
 D, L = 768, 77
@@ -28,7 +29,7 @@ TEXT = {"text_embed": struct(1, D), "text_states": struct(1, L, D), "text_mask":
 
 def model_of(name):
     config = load_config(str(KARLO / f"{name}.py"))
-    return config, common.config_json(config.model)
+    return config, config_json(config.model)
 
 
 def test_sizes():
@@ -59,18 +60,18 @@ def test_tiny_variants_have_a_step(name):
 def test_trained_exported_and_drawn_by_the_peer(tmp_path, monkeypatch):
     """A few steps of every stage, a bundle, a folder; diffusers draws from it what we draw, to one level, from the same noise."""
     runs = tmp_path / "runs"
-    for name, run in (("clip", "clip"), ("prior_diffusion", "prior"), ("decoder", "decoder"), ("upsampler_256", "upsampler_32")):
+    for name, run in (("clip", "clip"), ("prior_diffusion", "prior_diffusion"), ("decoder", "decoder"), ("upsampler_256", "upsampler_32")):
         config = load_config(f"{KARLO / name}.py:tiny")
         settings = {"optimizer.learning_rate": 1e-2, "ema_decay": 0.0}  # so that four steps leave the zeros of fresh networks
         for key, value in {"data.backend": "numpy", "eval_every": 0, **settings}.items():
             override(config, key, value)
-        importlib.import_module(STAGES[config.stage]).train_and_evaluate(config, str(runs / run))
+        STAGES[config.stage].train_and_evaluate(config, str(runs / run))
     assert main(["bundle", str(runs), "--out", str(tmp_path / "bundle"), "--rows", "0"]) == 0
     assert main(["export", str(tmp_path / "bundle"), "--out", str(tmp_path / "karlo")]) == 0
     pipeline = load_karlo(tmp_path / "karlo")
     latents = share_noise(monkeypatch, 32)
     captions = ["a red fox", "a 3d emoji of a blue heart"]
-    options = {"prior": {"steps": 4}, "decoder": {"steps": 4}, "upsampler_32": {"steps": 3}}
+    options = {"prior_diffusion": {"steps": 4}, "decoder": {"steps": 4}, "upsampler_32": {"steps": 3}}
     counts = dict(prior_num_inference_steps=4, decoder_num_inference_steps=4, super_res_num_inference_steps=3)
     expected = pipeline(captions, output_type="np", **counts, **latents).images
     drawn = text_to_image(load_bundle(tmp_path / "bundle"), captions, options=options)

@@ -12,13 +12,16 @@ from tests.helpers import param_count, param_shapes, struct
 from tests.runs import losses, train_tiny
 from unclip_jax import sharding
 from unclip_jax.cli.main import main
-from unclip_jax.cli.train import STAGES, load_config, override
+from unclip_jax.cli.train import load_config, override
 from unclip_jax.models.clip import CLIP
+from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.models.unet import Decoder, Upsampler
+from unclip_jax.models.upsampler import Upsampler
+from unclip_jax.run.frozen import text_tokenizer
+from unclip_jax.run.resume import config_json
+from unclip_jax.train import STAGES
 from unclip_jax.train import clip as clip_stage
-from unclip_jax.train import common
 
 PAPER = Path(__file__).resolve().parent.parent / "configs" / "dalle2"
 D, L = 1024, 256
@@ -28,7 +31,7 @@ TOKENS = {"tokens": struct(1, L, dtype=jnp.int32), "token_mask": struct(1, L, dt
 
 def paper(name):
     config = load_config(str(PAPER / f"{name}.py"))
-    return config, common.config_json(config.model)
+    return config, config_json(config.model)
 
 
 def dense(inputs, outputs):
@@ -114,9 +117,7 @@ def train(name, workdir, **changes):
     config = load_config(f"{PAPER / name}.py:tiny")
     for key, value in {"data.backend": "numpy", **changes}.items():
         override(config, key, value)
-    import importlib
-
-    return importlib.import_module(STAGES[config.stage]).train_and_evaluate(config, str(workdir))
+    return STAGES[config.stage].train_and_evaluate(config, str(workdir))
 
 
 def test_tiny_variants_train_and_sample(tiny_run, tmp_path, monkeypatch):
@@ -125,16 +126,16 @@ def test_tiny_variants_train_and_sample(tiny_run, tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     runs.mkdir()
     (runs / "clip").symlink_to(tiny_run("clip"))
-    for name, run in (("pca", "pca"), ("prior_diffusion", "prior"), ("prior_ar", "prior_ar"), ("decoder", "decoder")):
+    for name, run in ((name, name) for name in ("codec", "prior_diffusion", "prior_ar", "decoder")):
         figures = train(name, runs / run)
         assert figures and all(np.isfinite(v) for v in figures.values()), name
     assert main(["bundle", str(runs), "--out", str(tmp_path / "bundle"), "--rows", "0"]) == 0
     bundle = unclip_jax.load_bundle(tmp_path / "bundle")
-    assert bundle.sampling["prior"]["variance"] == "analytic" and bundle.sampling["prior"]["candidates"] == 2
-    errors = bundle.parts["prior"].config["x0_error"]
+    assert bundle.sampling["prior_diffusion"]["variance"] == "analytic" and bundle.sampling["prior_diffusion"]["candidates"] == 2
+    errors = bundle.parts["prior_diffusion"].config["x0_error"]
     assert len(errors) == 1000 and min(errors) >= 0 and max(errors) > 0
-    assert bundle.parts["decoder"].config["text_tokenizer"]["length"] == 12
-    for prior in ("diffusion", "ar"):
+    assert bundle.parts["decoder"].config["tokenizer"]["length"] == 12
+    for prior in ("prior_diffusion", "prior_ar"):
         images = unclip_jax.text_to_image(bundle, ["a red fox", "a blue heart"], prior=prior)
         assert images.shape == (2, 8, 8, 3) and images.std() > 0
 
@@ -175,4 +176,4 @@ def test_text_encoder_settings_belong_together():
     with config.unlocked():
         config.text_tokenizer = None
     with pytest.raises(ValueError, match="text_tokenizer and model.text belong together"):
-        common.own_tokenizer(config)
+        text_tokenizer(config)

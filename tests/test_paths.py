@@ -43,7 +43,8 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from unclip_jax import paths
-from unclip_jax.checkpoint.bundle import load_bundle, save_bundle
+from unclip_jax.checkpoint.bundle import save_bundle
+from unclip_jax.checkpoint.load import load_bundle
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.main import main
 from unclip_jax.data.sources import make_source
@@ -59,7 +60,7 @@ said["metrics"] = [json.loads(line)["step"] for line in paths.user_path("gs://bu
 few = ["--data", "name=emoji", "--data", "split=compose"]
 embed = ["embed", "--clip", "gs://bucket/runs/clip", *few, "--out", "gs://bucket/embedded", "--shard", "400"]
 said["embed"] = main(embed)
-pca = ["train", config + "/pca.py:tiny", "--workdir", "gs://bucket/runs/pca", "--embeddings", "gs://bucket/embedded"]
+pca = ["train", config + "/codec.py:tiny", "--workdir", "gs://bucket/runs/codec", "--embeddings", "gs://bucket/embedded"]
 said["pca"] = main([*pca, "--set", "steps=2"])
 
 bundle = load_bundle("emoji")
@@ -102,7 +103,7 @@ def test_a_store(tmp_path):
     lines = [line for line in done.stdout.splitlines() if line.startswith("SAID ")]
     assert lines, done.stdout + done.stderr
     said = json.loads(lines[0].removeprefix("SAID "))
-    assert said["train"] == [0, 0] and said["run"] == 2 and "going on from step 2" in done.stderr
+    assert said["train"] == [0, 0] and said["run"] == 2 and "resuming from step 2" in done.stderr
     assert said["metrics"] == [1, 2]
     assert said["embed"] == 0 and said["pca"] == 0
     assert said["first"] > 1e6 and said["parts"] and all(said["parts"].values())
@@ -111,7 +112,7 @@ def test_a_store(tmp_path):
     assert {"embedded/manifest.json", "embedded/00001/shard.json", "embedded/codec/bundle.json", "grids/x.png"} <= names
     assert any(name.startswith("runs/clip/tb/events") for name in names) and "runs/clip/checkpoints/2/commit_success.txt" in names
     # Of every network's tensors one request: the second time they lie in the cache.
-    fetched = [line for line in gcs.log if line.startswith("GET /bucket/bundle%2Fprior%2Fmodel.safetensors")]
+    fetched = [line for line in gcs.log if line.startswith("GET /bucket/bundle%2Fprior_diffusion%2Fmodel.safetensors")]
     assert 0 < len(fetched) <= 2, fetched
     assert said["errors"] == [1, 1, 1, 1]
     for message in ("gs://elsewhere/run", "paths may begin with gs://", "gs://bucket/nothing"):

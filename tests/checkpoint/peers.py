@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from unclip_jax.data.tokenizer import ClipTokenizer
-from unclip_jax.generate import build_model
+from unclip_jax.generate.networks import build_model
 
 DIM, LENGTH = 16, 10  # Karlo's text states are of the embedding's size, as ViT-L/14's are
 CROSS = "SimpleCrossAttn"

@@ -197,7 +197,7 @@ def test_every_config_has_its_variants(path):
 def test_errors_of_a_program_are_not_another_hosts(monkeypatch, capsys):
     """On several hosts what XLA says of a program ends the run; anything else of it is a lost host, and the command starts again."""
     from unclip_jax.cli import train
-    from unclip_jax.train.common import RESTART
+    from unclip_jax.run.hosts import RESTART
 
     class Left(BaseException):
         pass

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from unclip_jax.compile.hlo import Program
 from unclip_jax.sharding import make_mesh
-from unclip_jax.train.hlo import Program
 
 LOOP = """
 HloModule m

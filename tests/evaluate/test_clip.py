@@ -12,9 +12,9 @@ import unclip_jax
 from unclip_jax.cli.main import main
 from unclip_jax.data import ops, sources
 from unclip_jax.data.record import Record
-from unclip_jax.evaluate.zeroshot import templates_of
-from unclip_jax.sampling import evaluation
-from unclip_jax.sampling.latents import embed_images
+from unclip_jax.evaluate import clip as evaluation
+from unclip_jax.metrics.zeroshot import templates_of
+from unclip_jax.sampling.edits.inversion import embed_images
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from unclip_jax.cli.main import build_parser
-from unclip_jax.train.common import RESTART
+from unclip_jax.run.hosts import RESTART
 
 ROOT = Path(__file__).resolve().parents[2]
 SLICE = ["decoder", "--accelerator", "tpu-v5-lite-podslice", "--topology", "8x8", "--image", "here/unclip", "--bucket", "mine"]

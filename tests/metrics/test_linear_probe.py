@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from unclip_jax.evaluate.linear_probe import linear_probe
+from unclip_jax.metrics.linear_probe import linear_probe
 
 
 def clusters(n, spread, seed, classes=3, width=6):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from unclip_jax.evaluate.retrieval import mean_cosine, recall_at_k, retrieval_at_1
+from unclip_jax.metrics.retrieval import mean_cosine, recall_at_k, retrieval_at_1
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unclip_jax.evaluate.zeroshot import TEMPLATES, class_embeddings, templates_of, top_k_accuracy
+from unclip_jax.metrics.zeroshot import TEMPLATES, class_embeddings, templates_of, top_k_accuracy
 
 RNG = np.random.default_rng(0)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import param_count, param_shapes, random_params, struct
+from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.text_encoder import TextEncoder
-from unclip_jax.models.unet import Decoder
 
 B, L, D, V = 2, 5, 6, 11
 TINY = dict(vocab_size=V, length=L, width=8, layers=2, heads=2)

@@ -9,7 +9,9 @@ import pytest
 
 from tests.helpers import fast_key, param_count, param_shapes, random_params, randomize, struct
 from unclip_jax.models import unet
-from unclip_jax.models.unet import AttentionBlock, ClipConditioning, Decoder, ResBlock, UNet, Upsampler
+from unclip_jax.models.decoder import ClipConditioning, Decoder
+from unclip_jax.models.unet import AttentionBlock, ResBlock, UNet
+from unclip_jax.models.upsampler import Upsampler
 
 B, SIZE, D, L, TEXT_WIDTH = 2, 8, 6, 5, 10
 UNET = dict(

@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unclip_jax import sharding
-from unclip_jax.sharding import BATCH, make_mesh
 from unclip_jax.run.optim import Optimizer, make_optimizer
 from unclip_jax.run.stage import Player, Stage, without_extra
 from unclip_jax.run.state import abstract_state, accumulated, create_state, make_update
+from unclip_jax.sharding import BATCH, make_mesh
 
 OPTIMIZER = {"learning_rate": 0.1, "steps": 100, "schedule": "constant"}
 RNG = np.random.default_rng(0)

@@ -16,9 +16,9 @@ import pytest
 from tests.runs import SMALL, STEPS, Signalling, tiny_config, train_tiny, wrap_batches
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.main import main
-from unclip_jax.sharding import make_mesh
 from unclip_jax.compile import step as compiled
 from unclip_jax.run import hardware, loop, resume, trackers
+from unclip_jax.sharding import make_mesh
 
 NAME = "upsampler_16"
 

@@ -7,14 +7,16 @@ import pytest
 from flax import traverse_util
 
 import unclip_jax
-from unclip_jax.data import ops, sources
-from unclip_jax.sampling import latents
-from unclip_jax.sampling.inpaint import inpaint
-from unclip_jax.sampling.interpolation import interpolate
-from unclip_jax.sampling.latents import psnr, slerp
-from unclip_jax.sampling.reconstruct import reconstruct, truncate
-from unclip_jax.sampling.text_diff import text_diff
-from unclip_jax.sampling.variations import variations
+from unclip_jax.data import ops
+from unclip_jax.data.sources import make_source
+from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.edits.inpaint import inpaint
+from unclip_jax.sampling.edits.interpolation import interpolate
+from unclip_jax.sampling.edits.inversion import Latents, psnr, slerp
+from unclip_jax.sampling.edits.reconstruct import reconstruct, truncate
+from unclip_jax.sampling.edits.text_diff import text_diff
+from unclip_jax.sampling.edits.variations import variations
+from unclip_jax.sampling.programs import Sampler
 
 STEPS = 8
 
@@ -32,13 +34,13 @@ def bundle(whole):
     flat = traverse_util.flatten_dict(decoder.params)
     params = traverse_util.unflatten_dict({path: factors.get(path[:2], 1.0) * value for path, value in flat.items()})
     parts = {name: part for name, part in whole.parts.items() if name != "upsampler_16"}
-    return dataclasses.replace(whole, parts=parts | {"decoder": dataclasses.replace(decoder, params=params)}, cache={})
+    return Sampler(dataclasses.replace(whole, parts=parts | {"decoder": dataclasses.replace(decoder, params=params)}))
 
 
 @pytest.fixture(scope="module")
 def images():
     """An emoji, the negative of another, and a picture that is not square."""
-    source = sources.emoji("val")
+    source = make_source({"name": "emoji", "split": "val"})
     first, second = (ops.decode_image(source.read(i).image) for i in (0, 40))
     return [first, 255 - second, np.tile(second, (1, 2, 1))]
 
@@ -73,24 +75,24 @@ def test_slerp_of_nearly_equal_and_of_opposite_rows():
 # ---------------------------------------------------------------------------------------------------------------------- latents
 def test_decoding_at_eta_zero_reconstructs(bundle, images):
     """(z_i, x_T) decoded is the image, the nearer the more steps; another x_T or another z_i gives another image."""
-    target = ops.to_float(latents.square(images, 8))
+    target = ops.to_float(inversion.square(images, 8))
     errors = []
     for steps in (15, 60):
-        code = latents.encode(bundle, images, steps=steps)
+        code = inversion.encode(bundle, images, steps=steps)
         assert code.z_image.shape == (3, 16) and code.x_T.shape == (3, 8, 8, 3)
-        drawn = latents.decode(bundle, *code, steps=steps)
+        drawn = inversion.decode(bundle, code, steps=steps)
         assert [d.shape for d in drawn] == [(3, 8, 8, 3)]
         errors.append(np.sqrt(np.mean((drawn[0] - target) ** 2)))
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.05, errors
-    for other in ((-code.z_image, code.x_T), (code.z_image, code.x_T[::-1])):
-        assert np.sqrt(np.mean((latents.decode(bundle, *other, steps=60)[0] - target) ** 2)) > 4 * errors[1]
+    for other in (Latents(-code.z_image, code.x_T), Latents(code.z_image, code.x_T[::-1])):
+        assert np.sqrt(np.mean((inversion.decode(bundle, other, steps=60)[0] - target) ** 2)) > 4 * errors[1]
 
 
 def test_embeddings_do_not_depend_on_the_batch(bundle, images):
     """A row alone and among others; a picture and its centred square are the same picture."""
-    z = latents.embed_images(bundle, images)
-    np.testing.assert_allclose(latents.embed_images(bundle, images[:1]), z[:1], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(latents.embed_images(bundle, [ops.center_crop_square(images[2])]), z[2:], rtol=1e-4, atol=1e-5)
+    z = inversion.embed_images(bundle, images)
+    np.testing.assert_allclose(inversion.embed_images(bundle, images[:1]), z[:1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(inversion.embed_images(bundle, [ops.center_crop_square(images[2])]), z[2:], rtol=1e-4, atol=1e-5)
 
 
 def test_psnr():
@@ -103,12 +105,12 @@ def test_psnr():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda b, i: latents.encode(b, []), "no images"),
-        (lambda b, i: latents.encode(b, [i[0].astype(float)]), "images must be uint8"),
-        (lambda b, i: latents.encode(b, i, steps=0), "decoder: sampling steps must be between 1"),
-        (lambda b, i: latents.encode(b, i, captions=["one"]), "one caption per image, got 1 and 3"),
-        (lambda b, i: latents.decode(b, np.zeros((2, 5))), r"z_image must be \(N, 16\)"),
-        (lambda b, i: latents.decode(b, np.ones((1, 16)), np.zeros((1, 4, 4, 3))), r"x_T must be \(1, 8, 8, 3\)"),
+        (lambda b, i: inversion.encode(b, []), "no images"),
+        (lambda b, i: inversion.encode(b, [i[0].astype(float)]), "images must be uint8"),
+        (lambda b, i: inversion.encode(b, i, steps=0), "decoder: sampling steps must be between 1"),
+        (lambda b, i: inversion.encode(b, i, captions=["one"]), "one caption per image, got 1 and 3"),
+        (lambda b, i: inversion.decode(b, Latents(np.zeros((2, 5)))), r"z_image must be \(N, 16\)"),
+        (lambda b, i: inversion.decode(b, Latents(np.ones((1, 16)), np.zeros((1, 4, 4, 3)))), r"x_T must be \(1, 8, 8, 3\)"),
         (lambda b, i: variations(b, i, count=0), "at least 1, got 0"),
         (lambda b, i: variations(b, i, eta=1.5), "eta must be in"),
         (lambda b, i: interpolate(b, i[0], i[1], count=1), "at least 2 images"),
@@ -132,7 +134,7 @@ def test_bad_input_is_one_line(bundle, images, call, message):
 # ---------------------------------------------------------------------------------------------------------------------- manipulations
 def test_variations(bundle, images):
     """At eta 0 all are the image decoded; at eta 1 all differ from it and from one another, and the seed decides."""
-    plain = ops.to_uint8(latents.decode(bundle, *latents.encode(bundle, images[:2], steps=STEPS), steps=STEPS)[0])
+    plain = ops.to_uint8(inversion.decode(bundle, inversion.encode(bundle, images[:2], steps=STEPS), steps=STEPS)[0])
     drawn = variations(bundle, images[:2], count=2, eta=0.0, steps=STEPS)
     assert drawn.shape == (2, 2, 8, 8, 3) and drawn.dtype == np.uint8
     for i in range(2):
@@ -147,7 +149,7 @@ def test_upsamplers_enlarge_what_the_decoder_drew(whole, images):
     """The last size is the largest upsampler's; equal positions get equal noise."""
     drawn = variations(whole, images[:1], count=2, eta=0.0, steps=3)
     assert drawn.shape == (1, 2, 16, 16, 3)
-    small, large = latents.decode(whole, np.ones((2, 16)), latents.one_noise((8, 8, 3), 2, 0), steps=3, positions=[4, 4])
+    small, large = inversion.decode(whole, Latents(np.ones((2, 16)), inversion.one_noise((8, 8, 3), 2, 0)), steps=3, positions=[4, 4])
     assert small.shape == (2, 8, 8, 3) and large.shape == (2, 16, 16, 3)
     np.testing.assert_array_equal(large[0], large[1])
 
@@ -157,9 +159,9 @@ def test_interpolation(bundle, images, noise):
     """Its ends are the two images decoded (with the fixed noise: decoded from it), the middle is neither."""
     drawn = interpolate(bundle, images[0], images[1], count=3, noise=noise, steps=STEPS, seed=2)
     assert drawn.shape == (3, 8, 8, 3) and drawn.dtype == np.uint8
-    code = latents.encode(bundle, images[:2], steps=STEPS)
-    x_T = code.x_T if noise == "slerp" else latents.one_noise(code.x_T.shape[1:], 2, 2)
-    ends = ops.to_uint8(latents.decode(bundle, code.z_image, x_T, steps=STEPS, seed=2, positions=[0, 0])[-1])
+    code = inversion.encode(bundle, images[:2], steps=STEPS)
+    x_T = code.x_T if noise == "slerp" else inversion.one_noise(code.x_T.shape[1:], 2, 2)
+    ends = ops.to_uint8(inversion.decode(bundle, Latents(code.z_image, x_T), steps=STEPS, seed=2, positions=[0, 0])[-1])
     assert np.abs(drawn[[0, 2]].astype(int) - ends).max() <= 2
     assert all(np.abs(drawn[1].astype(int) - end).max() > 2 for end in ends)
 
@@ -167,8 +169,8 @@ def test_interpolation(bundle, images, noise):
 def test_text_diff(bundle, images):
     """theta 0 is the image decoded; the rest moves away from it, the further the larger theta; swapping the captions goes elsewhere."""
     drawn = text_diff(bundle, images[0], "a red fox", "a blue heart", count=3, max_theta=0.5, steps=STEPS)
-    code = latents.encode(bundle, images[:1], steps=STEPS)
-    start = ops.to_uint8(latents.decode(bundle, *code, steps=STEPS)[-1])[0]
+    code = inversion.encode(bundle, images[:1], steps=STEPS)
+    start = ops.to_uint8(inversion.decode(bundle, code, steps=STEPS)[-1])[0]
     assert np.abs(drawn[0].astype(int) - start).max() <= 1
     way = [np.abs(d.astype(int) - start).mean() for d in drawn]
     assert 0 <= way[0] < way[1] < way[2]
@@ -180,12 +182,12 @@ def test_reconstruction(bundle, images):
     """All components give the image's own z_i decoded from the noise; fewer come nearer the more there are."""
     drawn, dims = reconstruct(bundle, images[0], steps=STEPS, seed=1)
     assert dims == (16,) and drawn.shape == (1, 8, 8, 3)
-    z = latents.embed_images(bundle, images[:1])
-    noise = latents.one_noise((8, 8, 3), 1, 1)
-    own = ops.to_uint8(latents.decode(bundle, z, noise, steps=STEPS, seed=1)[-1])
+    z = inversion.embed_images(bundle, images[:1])
+    noise = inversion.one_noise((8, 8, 3), 1, 1)
+    own = ops.to_uint8(inversion.decode(bundle, Latents(z, noise), steps=STEPS, seed=1)[-1])
     assert np.abs(drawn.astype(int) - own).max() <= 1
-    np.testing.assert_allclose(truncate(bundle, z, 16), z, rtol=1e-3, atol=1e-3)
-    left = [np.linalg.norm(truncate(bundle, z, d) - z) for d in (1, 4, 8, 12, 16)]
+    np.testing.assert_allclose(truncate(bundle.bundle, z, 16), z, rtol=1e-3, atol=1e-3)
+    left = [np.linalg.norm(truncate(bundle.bundle, z, d) - z) for d in (1, 4, 8, 12, 16)]
     assert all(a > b for a, b in zip(left, left[1:])) and left[-1] < 1e-3 * left[0]
 
 
@@ -194,7 +196,7 @@ def test_inpainting(method, bundle, images):
     """An all-true mask returns the input; half a mask keeps its half exactly and draws the other, differently for other seeds."""
     size = ops.resize(images[0], 8)
     everything = np.ones(size.shape[:2], bool)
-    options = {"decoder": {"steps": 3}, "decoder_inpaint": {"steps": 3}, "prior": {"steps": 2}}
+    options = {"decoder": {"steps": 3}, "decoder_inpaint": {"steps": 3}, "prior_diffusion": {"steps": 2}}
     draw = lambda mask, **kw: inpaint(bundle, size, mask, "a red fox", count=2, method=method, resamples=2, options=options, **kw)
     np.testing.assert_array_equal(draw(everything), np.stack([size, size]))
     half = everything.copy()

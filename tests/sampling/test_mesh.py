@@ -14,11 +14,11 @@ from tests.helpers import param_shapes, struct
 from unclip_jax import sharding
 from unclip_jax.checkpoint.bundle import save_bundle
 from unclip_jax.checkpoint.convert import export
-from unclip_jax.checkpoint.rules import karlo
+from unclip_jax.checkpoint.providers import karlo
 from unclip_jax.cli.main import main
 from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.sampling import programs
-from unclip_jax.sampling.latents import embed_images
+from unclip_jax.sampling.edits.inversion import embed_images
+from unclip_jax.sampling.programs import Sampler
 from unclip_jax.sharding import infer_shardings, make_mesh, sampling_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def test_every_mesh_draws_the_same(shape, tiny_bundle, monkeypatch):
     assert expected.std() > 0 and np.abs(drawn.astype(int) - expected).max() <= 1
     split = 0
     for part in bundle.parts.values():
-        if part.config["kind"] == "pca":
+        if part.config["kind"] == "codec":
             continue
         for leaf, wanted in zip(jax.tree.leaves(part.params), jax.tree.leaves(infer_shardings(part.params, bundle.mesh))):
             assert leaf.sharding == wanted
@@ -84,7 +84,7 @@ import jax, numpy as np
 from tests.sampling.test_mesh import prior_shapes
 from unclip_jax.checkpoint import files
 from unclip_jax.checkpoint.convert import convert
-from unclip_jax.checkpoint.rules import karlo
+from unclip_jax.checkpoint.providers import karlo
 from unclip_jax.sharding import placer, sampling_mesh
 
 def anonymous():  # bytes of memory that are this process's own, and no file's
@@ -126,5 +126,5 @@ def test_memory_of_loading(tmp_path):
 def test_on_cpu_the_hosts_weights_are_the_devices(tiny_bundle):
     """Nothing is copied to sample a bundle that was loaded to the host."""
     bundle = unclip_jax.load_bundle(tiny_bundle)
-    host, device = bundle.parts["prior"].params["z_in"]["kernel"], programs.device_params(bundle)["prior"]["z_in"]["kernel"]
+    host, device = bundle.parts["prior_diffusion"].params["z_in"]["kernel"], Sampler(bundle).params["prior_diffusion"]["z_in"]["kernel"]
     assert device.unsafe_buffer_pointer() == host.ctypes.data

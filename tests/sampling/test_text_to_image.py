@@ -5,14 +5,19 @@ import numpy as np
 import pytest
 
 import unclip_jax
-from unclip_jax.sampling import programs
-from unclip_jax.sampling import text_to_image as module
-from unclip_jax.sampling.figures import describe, measure
+from unclip_jax.data import ops
+from unclip_jax.data.sources import make_source
+from unclip_jax.evaluate.samples import describe, measure
+from unclip_jax.sampling import programs, unclip
+from unclip_jax.sampling.edits.inversion import embed_captions, embed_images
+from unclip_jax.sampling.programs import Sampler
+from unclip_jax.sampling.unclip import PRIORS, sample_stages
+from unclip_jax.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle):
-    return unclip_jax.load_bundle(tiny_bundle)
+    return Sampler(unclip_jax.load_bundle(tiny_bundle))
 
 
 def test_pictures(bundle):
@@ -35,37 +40,37 @@ def test_a_fixed_number_of_compilations(bundle, monkeypatch):
     """Calls of 1 to 16 captions, other captions, seeds and guidance scales use at most one program per power of two."""
     monkeypatch.setattr(programs, "MAX_BATCH", 4)
     traced = []
-    original = programs.encode_text
-    monkeypatch.setattr(programs, "encode_text", lambda *args: traced.append(1) or original(*args))
-    bundle.cache.clear()
+    original = unclip.encode_text
+    monkeypatch.setattr(unclip, "encode_text", lambda *args: traced.append(1) or original(*args))
+    sampler = Sampler(bundle.bundle)
     for count in (1, 2, 3, 4, 5, 9):
         for scale in (2.0, 3.5):
-            unclip_jax.text_to_image(bundle, ["a fox"] * count, seed=count, options={"decoder": {"guidance_scale": scale}})
+            unclip_jax.text_to_image(sampler, ["a fox"] * count, seed=count, options={"decoder": {"guidance_scale": scale}})
     assert len(traced) == 2 * 3  # captions and the empty caption, for batches of 1, 2 and 4
 
 
 def test_guidance_scale_one_is_the_conditional_model(bundle):
     """The program without guidance and the guided one at scale 1 agree."""
-    plain = module.sample_stages(bundle, ["a fox"], options={"prior": {"guidance_scale": 1}, "decoder": {"guidance_scale": 1}})
+    plain = sample_stages(bundle, ["a fox"], options={"prior_diffusion": {"guidance_scale": 1}, "decoder": {"guidance_scale": 1}})
     almost = {"guidance_scale": np.float32(1.0)}
-    guided = module.sample_stages(bundle, ["a fox"], options={"prior": almost, "decoder": almost})
+    guided = sample_stages(bundle, ["a fox"], options={"prior_diffusion": almost, "decoder": almost})
     np.testing.assert_allclose(plain.z_image, guided.z_image, atol=1e-3)
     np.testing.assert_allclose(plain.images[0], guided.images[0], atol=2e-3)
 
 
 def test_every_way_to_z_image(bundle):
     """Both priors, the text embedding and the null embedding give different pictures; the stages say what z_i was."""
-    stages = {prior: module.sample_stages(bundle, ["a fox", "a heart"], prior=prior) for prior in programs.PRIORS}
+    stages = {prior: sample_stages(bundle, ["a fox", "a heart"], prior=prior) for prior in PRIORS}
     np.testing.assert_array_equal(stages["none"].z_image, stages["none"].z_text)
     assert not stages["null"].z_image.any()
     pictures = [s.images[0] for s in stages.values()]
     for i, first in enumerate(pictures):
         assert first.shape == (2, 8, 8, 3)
         assert all(np.abs(first - second).max() > 0.02 for second in pictures[i + 1 :])
-    codec = bundle.parts["pca"].params
-    codes = (stages["ar"].z_image - codec["mean"]) @ codec["components"].T
+    codec = bundle.bundle.part("codec").params
+    codes = (stages["prior_ar"].z_image - codec["mean"]) @ codec["components"].T
     np.testing.assert_allclose(codes[:, 6:], 0.0, atol=1e-4)  # the prior has six codes
-    with pytest.raises(ValueError, match="unknown prior 'gan'; choose one of diffusion, ar"):
+    with pytest.raises(ValueError, match="unknown prior 'gan'; choose one of prior_diffusion, prior_ar"):
         unclip_jax.text_to_image(bundle, "x", prior="gan")
 
 
@@ -87,23 +92,41 @@ def test_bad_input_is_one_line(bundle, captions, options, message):
 
 
 def test_figures(bundle):
-    """Fractions in [0, 1], cosines in [-1, 1], for both splits, and a table for a person."""
-    figures = measure(bundle, rows=8)
+    """Counted again from the embeddings, for both splits; with z_i the text embedding, the prior's cosine is the text embedding's."""
+    figures = measure(bundle, rows=8, prior="none")
     assert figures["chance"] == 0.125
     for split in ("val", "compose"):
-        assert 0 <= figures[split]["retrieval"] <= 1 and 0 <= figures[split]["caption_first"] <= 1
-        assert -1 <= figures[split]["prior_cosine"] <= 1
-    assert len(describe(figures)) == 6
+        source = make_source({"name": "emoji", "split": split})
+        records = [source.read(i) for i in range(8)]
+        z_image = embed_images(bundle, [ops.decode_image(record.image) for record in records])
+        z_text = embed_captions(bundle, [record.captions[0] for record in records])
+        cosines = (z_image / np.linalg.norm(z_image, axis=1)[:, None]) @ (z_text / np.linalg.norm(z_text, axis=1)[:, None]).T
+        best = np.array([np.argmax(row) == i for i, row in enumerate(cosines)])
+        assert figures[split]["retrieval"] == pytest.approx(best.mean(), abs=1e-3)
+        assert figures[split]["text_embedding_cosine"] == pytest.approx(np.diag(cosines).mean(), abs=2e-3)
+        assert figures[split]["prior_cosine"] == figures[split]["text_embedding_cosine"]
+        assert np.isclose(figures[split]["caption_first"] * 8 % 1, 0)
+    table = describe(figures)
+    assert len(table) == 6 and f"{figures['val']['retrieval']:.3f}" in table[1]
+
+
+def test_a_sampler_of_a_bundle_on_a_mesh(tiny_bundle):
+    """It keeps the mesh that the bundle was loaded onto, and refuses another one."""
+    mesh = make_mesh({"data": 2}, jax.devices()[:2])
+    placed = unclip_jax.load_bundle(tiny_bundle, mesh=mesh)
+    assert Sampler(placed).mesh == mesh
+    with pytest.raises(ValueError, match="lies on another mesh"):
+        Sampler(placed, make_mesh({"data": 1}, jax.devices()[:1]))
 
 
 def test_shipped_bundle_is_sound():
     """Its parts belong together, it is at most 32 MB, and it says how it was made and what it reaches."""
-    from unclip_jax.checkpoint.bundle import bundle_path
+    from unclip_jax.checkpoint.load import bundle_path
 
     path = bundle_path("emoji")
     assert sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) <= 32e6
     shipped = unclip_jax.load_bundle("emoji")
-    assert set(shipped.parts) == {"clip", "prior", "pca", "prior_ar", "decoder", "decoder_inpaint", "upsampler_64"}
+    assert set(shipped.parts) == {"clip", "prior_diffusion", "codec", "prior_ar", "decoder", "decoder_inpaint", "upsampler_64"}
     for name, run in shipped.provenance["training"].items():
         assert run["seconds"] > 0 and run["step"] > 0 and run["hardware"] and run["data_checksum"], name
     figures = shipped.provenance["figures"]

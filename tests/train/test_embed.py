@@ -1,6 +1,7 @@
 """`unclip embed`: what lies in the folder is what CLIP says of the source, whatever happened on the way; and the priors train from it."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -11,17 +12,20 @@ import pytest
 
 from tests.runs import losses, tiny_config, train_tiny
 from unclip_jax import sharding
-from unclip_jax.checkpoint.bundle import load_part
+from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.main import main
 from unclip_jax.cli.train import use_embeddings
 from unclip_jax.data import embeddings, sources
+from unclip_jax.data.examples import clip_example
 from unclip_jax.data.pipeline import BadDataError
 from unclip_jax.data.tokenizer import ClipTokenizer
-from unclip_jax.models.prior_ar import Codec, project
-from unclip_jax.train import common, prior_diffusion
+from unclip_jax.models.codec import Codec, project
+from unclip_jax.run import frozen
+from unclip_jax.run.batches import Data
+from unclip_jax.run.frozen import EMPTY, captions_of, clip_image_size, clip_network, clip_tokenizer, images_of, load_frozen
 from unclip_jax.train import embed as stage
-from unclip_jax.train.clip import make_example
+from unclip_jax.train import prior_diffusion
 
 COUNT, SHARD = 70, 32  # records, of which a shard holds so many
 
@@ -50,7 +54,7 @@ def copy(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def clip(tiny_run):
-    return common.frozen_clip(str(tiny_run("clip")), ".", sharding.make_mesh(None, jax.devices()[:1]), "float32")
+    return clip_network(str(tiny_run("clip")), sharding.make_mesh(None, jax.devices()[:1]), "float32")
 
 
 def hashes(out):
@@ -61,8 +65,9 @@ def test_what_is_read_is_what_clip_says(folder, source, clip):
     """Every image and every caption, in the source's order, across shards; states to half precision."""
     embedded = sources.make_source({"name": "embeddings", "path": str(folder)})
     assert len(embedded) == COUNT and embedded.embedded.clip == clip.hash
-    example = lambda record: make_example(record, None, tokenizer=clip.tokenizer, size=clip.image_size, training=False)
-    image, text = jax.jit(clip.image), jax.jit(clip.text)
+    about = {"tokenizer": clip_tokenizer(clip), "size": clip_image_size(clip), "training": False}
+    example, mesh = lambda record: clip_example(record, None, **about), sharding.make_mesh(None, jax.devices()[:1])
+    image, text = jax.jit(functools.partial(images_of, clip, mesh)), jax.jit(functools.partial(captions_of, clip, mesh, True))
     for i in (0, SHARD - 1, SHARD, COUNT - 1):
         record, picture = embedded.read(i), source.read(i)
         assert record.captions == picture.captions and len(record.embeds["text_embed"]) == len(picture.captions)
@@ -84,8 +89,8 @@ def test_manifest_and_codec(folder, source, clip):
     assert manifest["clip"] == clip.hash and manifest["alignment"]["pairs"] == COUNT
     np.testing.assert_allclose(manifest["image_embed"]["mean"], z.mean(0), atol=1e-6)
     np.testing.assert_allclose(manifest["image_embed"]["std"], z.std(0), rtol=1e-5)
-    part, _ = load_part(folder / "codec", "pca")
-    assert part.config["clip"] == clip.hash
+    part, _ = load_part(folder / "codec", "codec")
+    assert part.config["frozen"] == {"clip": clip.hash}
     components = part.params["components"].astype(np.float64)
     np.testing.assert_allclose(components @ np.cov(z.T, bias=True) @ components.T, np.diag(part.params["eigenvalues"]), atol=1e-5)
     y = np.asarray(project(Codec(**part.params), np.float32(z), z.shape[1]))
@@ -123,7 +128,7 @@ def test_two_hosts_share_the_shards(folder, tiny_run, source, tmp_path, monkeypa
                 run(tiny_run("clip"), source, tmp_path / "out")
             turn["host"] = 0
 
-    monkeypatch.setattr(common, "wait_for_hosts", wait)
+    monkeypatch.setattr(stage, "wait_for_hosts", wait)
     monkeypatch.setattr(stage.jax, "process_count", lambda: 2)
     monkeypatch.setattr(stage.jax, "process_index", lambda: turn["host"])
     run(tiny_run("clip"), source, tmp_path / "out")
@@ -173,9 +178,9 @@ def config_of(name, folder, keep_clip=False, **changes):
 
 def test_a_prior_trains_from_it(folder, tiny_run, tmp_path):
     """Without the CLIP, which is not looked for; it says whose space it works in, and takes the mean of all embeddings."""
-    prior_diffusion.train_and_evaluate(config_of("prior", folder, eval__rows=16), str(tmp_path / "prior"))
+    prior_diffusion.train_and_evaluate(config_of("prior_diffusion", folder, eval__rows=16), str(tmp_path / "prior"))
     meta = load_run(tmp_path / "prior")[0]
-    assert meta["part"]["clip"] == load_run(tiny_run("prior"))[0]["part"]["clip"]
+    assert meta["part"]["frozen"] == load_run(tiny_run("prior_diffusion"))[0]["part"]["frozen"]
     mean = json.loads((folder / "manifest.json").read_text())["image_embed"]["mean"]
     np.testing.assert_allclose(meta["part"]["embedding_space"]["mean"], mean, rtol=1e-6)
     assert np.mean(losses(tmp_path / "prior")[-4:]) < np.mean(losses(tmp_path / "prior")[:4])
@@ -183,28 +188,36 @@ def test_a_prior_trains_from_it(folder, tiny_run, tmp_path):
 
 def test_the_other_prior_trains_from_it(folder, tiny_run, tmp_path):
     """By the command, with the codec that lies in the folder; the evaluation still embeds pictures, with the CLIP named."""
-    settings = {"pca": folder / "codec", "steps": 2, "eval_every": 2, "checkpoint_every": 2, "data.backend": "numpy"}
+    settings = {"frozen.codec": folder / "codec", "steps": 2, "eval_every": 2, "checkpoint_every": 2, "data.backend": "numpy"}
     command = ["train", "configs/emoji/prior_ar.py:tiny", "--workdir", str(tmp_path / "ar"), "--embeddings", str(folder)]
     command += ["--clip", str(tiny_run("clip")), *(part for k, v in settings.items() for part in ("--set", f"{k}={v}"))]
     assert main(command) == 0
     assert len(losses(tmp_path / "ar")) == 2
 
 
-def test_the_same_loss_as_from_pictures(folder, source, tiny_run):
-    """One batch, as pictures and as embeddings, in both priors' ways: CLIP's states, and a text encoder of the prior's own."""
-    own = ClipTokenizer(length=12, vocab_size=8192)
+def test_the_same_conditioning_as_from_pictures(folder, source, tiny_run):
+    """One batch, as pictures and as embeddings, in both priors' ways: CLIP's states, and a text encoder of the prior's own. The CLIP itself,
+    and the folder in its place, say the same of it and of the empty caption."""
     embedded = sources.make_source({"name": "embeddings", "path": str(folder)})
     mesh = sharding.make_mesh(None, jax.devices()[:1])
-    for mine in (None, own):
-        clip = common.frozen_clip(str(tiny_run("clip")), ".", mesh, "float32", mine)
-        without = common.frozen_clip(str(folder), ".", mesh, "float32", mine)
-        about, told = {"tokenizer": clip.tokenizer, "size": clip.image_size, "training": False, "own": mine}, []
-        for read, its in ((source.read, clip), (embedded.read, common.matched(clip, embedded)), (embedded.read, without)):
-            rows = [make_example(read(i), None, **about) for i in range(4)]
+    clip_run, tokenizer = str(tiny_run("clip")), {"length": 12, "vocab_size": 8192}
+    for own in (None, tokenizer):
+        config = tiny_config("prior_diffusion")
+        if own is not None:
+            with config.unlocked():
+                config.text_tokenizer, config.model.text = own, {}
+        found = []
+        for place, data in ((clip_run, source), (clip_run, embedded), (str(folder), embedded)):
+            config.frozen.clip = place
+            networks = load_frozen(config, ".", mesh, {"clip": "clip"}, Data(data, {}))
+            clip, mine = networks["clip"], None if own is None else ClipTokenizer(**own)
+            about = {"tokenizer": clip_tokenizer(clip), "size": clip_image_size(clip), "training": False, "text_tokenizer": mine}
+            rows = [clip_example(data.read(i), None, **about) for i in range(4)]
             batch = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-            told.append((its.image(clip.params, batch), *its.text(clip.params, batch), *its.text(clip.params, its.empty)))
-        for others in told[1:]:
-            for a, b in zip(told[0], others, strict=True):
+            text = captions_of(clip, mesh, own is None, clip.params, batch)
+            found.append((images_of(clip, mesh, clip.params, batch), *text, *networks[EMPTY].params))
+        for others in found[1:]:
+            for a, b in zip(found[0], others, strict=True):
                 assert (a is None) == (b is None)
                 if a is not None:
                     np.testing.assert_allclose(np.float32(a), np.float32(b), atol=1e-2, rtol=1e-3)
@@ -213,17 +226,18 @@ def test_the_same_loss_as_from_pictures(folder, source, tiny_run):
 def test_what_does_not_fit_is_refused(folder, clip, tmp_path):
     """Another CLIP, a stage that needs pictures, pictures without a CLIP, states that were not kept."""
     with pytest.raises(ValueError, match="was made with CLIP .* but the CLIP given is"):
-        prior_diffusion.train_and_evaluate(config_of("prior", folder, True, clip="emoji"), str(tmp_path / "a"))
+        prior_diffusion.train_and_evaluate(config_of("prior_diffusion", folder, True, frozen__clip="emoji"), str(tmp_path / "a"))
     with pytest.raises(ValueError, match="the decoder stage needs pictures"):
         use_embeddings(tiny_config("decoder"), [str(folder)], False)
     with pytest.raises(ValueError, match="there is no evaluation 'test'; there are"):
-        use_embeddings(tiny_config("prior"), [f"test={folder}"], False)
+        use_embeddings(tiny_config("prior_diffusion"), [f"test={folder}"], False)
     with pytest.raises(ValueError, match="holds no pictures, which this stage needs"):
-        common.matched(clip, sources.make_source({"name": "embeddings", "path": str(folder)}), pictures=True)
+        embedded = sources.make_source({"name": "embeddings", "path": str(folder)})
+        frozen.check_sources(clip, Data(embedded, {}), pictures=True)
     with pytest.raises(ValueError, match="holds pictures, and the CLIP given is a folder of embeddings"):
-        train_tiny("prior", tmp_path / "d", clip=str(folder))
+        train_tiny("prior_diffusion", tmp_path / "d", frozen__clip=str(folder))
     manifest = embeddings.read_json(folder / "manifest.json")
     bare = Path(shutil.copytree(folder, tmp_path / "bare"))
     embeddings.write_json(bare / "manifest.json", manifest | {"states": False})
     with pytest.raises(ValueError, match="holds no text states, which this stage needs"):
-        common.frozen_clip(str(bare), ".", sharding.make_mesh(), "float32")
+        prior_diffusion.train_and_evaluate(config_of("prior_diffusion", bare), str(tmp_path / "e"))

@@ -12,13 +12,15 @@ import pytest
 
 from tests.runs import BESIDE, STAGES, STEPS, Repeating, Signalling, losses, train_tiny, wrap_batches
 from unclip_jax import sharding
-from unclip_jax.checkpoint.bundle import load_bundle
+from unclip_jax.checkpoint.load import load_bundle
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.main import main
 from unclip_jax.diffusion.losses import training_tables
 from unclip_jax.diffusion.schedule import make_schedule
-from unclip_jax.generate import TextConditioning
-from unclip_jax.train import common, decoder
+from unclip_jax.generate.text import TextConditioning
+from unclip_jax.run.frozen import EMPTY, clip_image_size, clip_network, clip_tokenizer, images_of
+from unclip_jax.run.hosts import RESTART
+from unclip_jax.train import decoder
 
 
 @pytest.fixture(params=list(STAGES))
@@ -76,7 +78,7 @@ def test_stopped_and_resumed_equals_running_through(name, tiny_run, beside, monk
         wrap_batches(patch, lambda inner: Signalling(inner, at=5))
         with pytest.raises(SystemExit) as stopped:
             train_tiny(name, beside)
-        assert stopped.value.code == common.RESTART
+        assert stopped.value.code == RESTART
     assert load_run(beside)[2] == 5
     train_tiny(name, beside)
     (_, resumed, step), (_, through, _) = load_run(beside), load_run(tiny_run(name))
@@ -89,17 +91,18 @@ def test_codec_is_the_pca_of_the_training_embeddings(tiny_run, tmp_path):
     """The components diagonalise the covariance of the very rows that were read, and the extremes hold all of them; a finished run is
     left alone; the mesh does not matter."""
     from unclip_jax.data import pipeline, sources
-    from unclip_jax.models.prior_ar import Codec, project
-    from unclip_jax.train.clip import make_example
+    from unclip_jax.data.examples import clip_example
+    from unclip_jax.models.codec import Codec, project
 
-    workdir = tiny_run("pca")
+    workdir = tiny_run("codec")
     meta, params, steps = load_run(workdir)
-    clip = common.frozen_clip(str(tiny_run("clip")), workdir, sharding.make_mesh(None, jax.devices()[:1]), "float32")
-    assert meta["part"]["clip"] == clip.hash and steps == 2
-    example = lambda record, rng: make_example(record, rng, tokenizer=clip.tokenizer, size=clip.image_size, crop_scale=0.95)
+    mesh = sharding.make_mesh(None, jax.devices()[:1])
+    clip = clip_network(str(tiny_run("clip")), mesh, "float32")
+    assert meta["part"]["frozen"] == {"clip": clip.hash} and steps == 2
+    example = functools.partial(clip_example, tokenizer=clip_tokenizer(clip), size=clip_image_size(clip), crop_scale=0.95)
     source = sources.make_source(meta["config"]["data"]["train"])
-    rows = list(pipeline.train_batches(source, example, batch_size=16, seed=0, num_steps=2, backend="numpy"))
-    z = np.concatenate([jax.jit(clip.image)(clip.params, row) for row in rows]).astype(np.float64)
+    rows = list(pipeline.train_batches(source, example, batch_size=16, seed=0, num_steps=2, workers=pipeline.Workers("numpy")))
+    z = np.concatenate([jax.jit(functools.partial(images_of, clip, mesh))(clip.params, row) for row in rows]).astype(np.float64)
     np.testing.assert_allclose(params["mean"], z.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(params["components"] @ params["components"].T, np.eye(16), atol=1e-5)
     covariance = params["components"] @ np.cov(z.T, bias=True) @ params["components"].T
@@ -109,7 +112,7 @@ def test_codec_is_the_pca_of_the_training_embeddings(tiny_run, tmp_path):
     np.testing.assert_allclose(y.min(0), params["low"], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(y.max(0), params["high"], rtol=1e-3, atol=1e-4)
     before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
-    again = train_tiny("pca", workdir)
+    again = train_tiny("codec", workdir)
     assert again["explained_variance"] == pytest.approx(sum(params["eigenvalues"][:6]) / sum(params["eigenvalues"]))
     assert before == {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
 
@@ -118,16 +121,16 @@ def test_what_the_codec_refuses(tiny_run, tmp_path):
     """Too few rows for a covariance, more components than there are, a start from weights; and a prior whose CLIP is another."""
     (tmp_path / "clip").symlink_to(tiny_run("clip"))
     with pytest.raises(ValueError, match="16 rows .* too few for the covariance of 16"):
-        train_tiny("pca", tmp_path / "pca", steps=1)
+        train_tiny("codec", tmp_path / "codec", steps=1)
     with pytest.raises(ValueError, match="between 1 and the embedding's 16, got 17"):
-        train_tiny("pca", tmp_path / "pca", dims=17)
+        train_tiny("codec", tmp_path / "codec", dims=17)
     with pytest.raises(ValueError, match="starts from nothing"):
-        train_tiny("pca", tmp_path / "pca", init_from="emoji")
-    (tmp_path / "pca").symlink_to(tiny_run("pca"))
+        train_tiny("codec", tmp_path / "codec", init_from="emoji")
+    (tmp_path / "codec").symlink_to(tiny_run("codec"))
     with pytest.raises(ValueError, match="20 codes need as many dimensions"):
         train_tiny("prior_ar", tmp_path / "prior_ar", model__codes=20)
     with pytest.raises(ValueError, match="fitted in the embedding space of CLIP"):
-        train_tiny("prior_ar", tmp_path / "prior_ar", clip="emoji")
+        train_tiny("prior_ar", tmp_path / "prior_ar", frozen__clip="emoji")
 
 
 def test_init_from_a_run(tiny_run, tmp_path):
@@ -165,12 +168,12 @@ def test_what_the_decoder_loss_teaches(inpaint, frozen):
     known = np.broadcast_to(np.arange(8) < 5, (2, 8, 8))[..., None]
     image, noise = np.random.default_rng(0).normal(size=(2, 2, 8, 8, 3)).astype(np.float32)
     caption = TextConditioning(jnp.ones((2, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 3), bool))
-    clip = SimpleNamespace(image=lambda params, batch: jnp.ones((2, 4)), text=lambda params, batch: caption, empty=None)
-    answers = SimpleNamespace(text=None, apply=lambda variables, *_, **__: variables["params"]["unet"] + variables["params"]["text"])
-    settings = {"diffusion": {"prediction": "v"}, "freeze_text": frozen, "drop_embedding": 0.1, "drop_text": 0.5}
+    clip = {"images_of": lambda params, batch: jnp.ones((2, 4)), "captions_of": lambda params, batch: caption}
+    answers = SimpleNamespace(text=None, inpaint=inpaint, apply=lambda variables, *_, **__: variables["params"]["unet"] + variables["params"]["text"])
+    settings = {"diffusion": {"prediction": "v", "vb_weight": 0.0, "num_steps": 1000}, "freeze_text": frozen, "drop_embedding": 0.1, "drop_text": 0.5}
     loss = functools.partial(
         decoder.loss_fn, rng=jax.random.key(0), batch={"image": image} | ({"known": known} if inpaint else {}),
-        frozen={"clip": None}, clip=clip, model=answers, tables=training_tables(make_schedule("cosine", 1000)), **settings,
+        frozen={"clip": None, EMPTY: jax.tree.map(lambda a: a[:1], caption)}, **clip, model=answers, tables=training_tables(make_schedule("cosine", 1000)), **settings,
     )  # fmt: skip
     taught = jax.grad(lambda params: loss(params)[0])({"unet": noise, "text": np.zeros_like(noise)})
     unknown = np.broadcast_to(~known | (not inpaint), noise.shape)
@@ -184,10 +187,10 @@ def test_bundle_of_runs(tiny_run, tmp_path, capsys):
     assert main(["bundle", str(runs["clip"].parent), "--out", str(tmp_path / "b"), "--rows", "8", "--sampling", "decoder.steps=2"]) == 0
     assert "own caption first of 8" in capsys.readouterr().out
     bundle = load_bundle(tmp_path / "b")
-    assert set(bundle.parts) == {*STAGES, "pca"} and bundle.sampling["decoder"]["steps"] == 2
-    assert bundle.provenance["figures"]["chance"] == 0.125 and bundle.provenance["training"]["prior"]["step"] == STEPS
-    trained = load_run(runs["prior"])[1]
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float16)), bundle.parts["prior"].params, trained)
+    assert set(bundle.parts) == {*STAGES, "codec"} and bundle.sampling["decoder"]["steps"] == 2
+    assert bundle.provenance["figures"]["chance"] == 0.125 and bundle.provenance["training"]["prior_diffusion"]["step"] == STEPS
+    trained = load_run(runs["prior_diffusion"])[1]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float16)), bundle.parts["prior_diffusion"].params, trained)
 
 
 def test_bundle_of_one_run_and_a_base(tiny_run, tiny_bundle, tmp_path, capsys):
@@ -196,10 +199,10 @@ def test_bundle_of_one_run_and_a_base(tiny_run, tiny_bundle, tmp_path, capsys):
     (tmp_path / "runs" / "upsampler_16").symlink_to(tiny_run("upsampler_16"))
     args = ["bundle", str(tmp_path / "runs"), "--out", str(tmp_path / "b"), "--rows", "0"]
     assert main(args) == 1
-    assert "has no run of clip, prior, decoder; train it first (it has: upsampler_16)" in capsys.readouterr().err
+    assert "has no run of clip, prior_diffusion, decoder; train it first (it has: upsampler_16)" in capsys.readouterr().err
     assert main([*args, "--base", str(tiny_bundle)]) == 0
     bundle, base = load_bundle(tmp_path / "b"), load_bundle(tiny_bundle)
-    assert set(bundle.parts) == set(base.parts) and bundle.tokenizer == base.tokenizer and bundle.sampling == base.sampling
+    assert set(bundle.parts) == set(base.parts) and bundle.sampling == base.sampling
     for name, part in bundle.parts.items():
         same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(part.params), jax.tree.leaves(base.parts[name].params)))
         assert same == (name != "upsampler_16"), name
@@ -214,7 +217,7 @@ def test_another_model_in_the_workdir_is_refused(tiny_run, tmp_path):
 
 def test_missing_clip_is_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="train 'clip' first"):
-        train_tiny("prior", tmp_path / "prior")
+        train_tiny("prior_diffusion", tmp_path / "prior_diffusion")
 
 
 def test_not_finite_gradient_skips_the_update(tmp_path, monkeypatch):

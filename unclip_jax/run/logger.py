@@ -139,7 +139,7 @@ class Logger:
                 lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         write_whole(self.metrics, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start))
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=self.total, initial=start, desc=name, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of the step just dispatched (`step` counts from 1); fetches them only when a record is due.

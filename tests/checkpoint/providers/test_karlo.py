@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from unclip_jax.sampling.variations import fresh_variations
 
 import unclip_jax
 from tests.checkpoint import peers
@@ -21,8 +22,7 @@ from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.cli import export
 from unclip_jax.cli.main import main
 from unclip_jax.diffusion import samplers
-from unclip_jax.sampling.latents import embed_images
-from unclip_jax.sampling.variations import fresh_variations
+from unclip_jax.sampling.edits.inversion import embed_images
 
 RNG = np.random.default_rng(0)
 normal = lambda *shape: np.float32(RNG.normal(size=shape))
@@ -128,7 +128,7 @@ def test_scheduler_steps(part, karlo, bundle, monkeypatch):
 
     from unclip_jax.diffusion.guidance import make_denoiser
     from unclip_jax.diffusion.schedule import time_steps
-    from unclip_jax.generate import part_schedule
+    from unclip_jax.generate.networks import part_schedule
 
     scheduler = peers.exact(getattr(karlo[1], f"{part}_scheduler"))
     name = {"super_res": "upsampler_32", "prior": "prior_diffusion"}.get(part, part)

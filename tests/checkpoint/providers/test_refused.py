@@ -11,7 +11,7 @@ from unclip_jax.checkpoint.bundle import save_bundle
 from unclip_jax.checkpoint.load import load_bundle, load_part
 from unclip_jax.cli.main import main
 from unclip_jax.data import ops
-from unclip_jax.sampling.latents import embed_images
+from unclip_jax.sampling.edits.inversion import embed_images
 
 
 def test_unknown_public_weights_are_refused(tmp_path):
