@@ -60,12 +60,16 @@ def train_tiny(name, workdir, init_from=None, **changes):
 def random_bundle():
     """All parts of the tiny recipes with random parameters; the codec's directions are orthogonal."""
     rng = np.random.default_rng(0)
-    files = {name: name for name in ("clip", "prior_diffusion", "prior_ar", "decoder")} | {"upsampler_16": "upsampler"}
+    files = {name: name for name in ("clip", "prior_diffusion", "prior_ar", "decoder")} | {
+        "upsampler_16": "upsampler"
+    }
     configs = {name: load_config(str(ROOT / f"configs/emoji/{file}.py:tiny")) for name, file in files.items()}
     tokenizer = ClipTokenizer(**configs["clip"].tokenizer)
     dim, width, length = configs["clip"].model.embed_dim, configs["clip"].model.text.width, tokenizer.length
     plain = lambda value: json.loads(value.to_json_best_effort())
-    draw = lambda x: np.float32(rng.normal(size=x.shape) * (np.prod(x.shape[:-1]) ** -0.5 if x.ndim > 1 else 1.0))
+    draw = lambda x: np.float32(
+        rng.normal(size=x.shape) * (np.prod(x.shape[:-1]) ** -0.5 if x.ndim > 1 else 1.0)
+    )
 
     def part(name, config, *args, **kwargs):
         config = {"model": plain(configs[name].model)} | config
@@ -80,15 +84,6 @@ def random_bundle():
     parts = {"clip": part("clip", clip_config, jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, length), int))}
     frozen = {"clip": params_hash(parts["clip"].params)}
     codes = configs["prior_ar"].model.codes
-    values = {
-        "mean": rng.normal(size=dim),
-        "components": np.linalg.qr(rng.normal(size=(dim, dim)))[0],
-        "eigenvalues": np.sort(rng.uniform(0.1, 2.0, dim))[::-1],
-        "low": rng.uniform(-3.0, -1.0, dim),
-        "high": rng.uniform(1.0, 3.0, dim),
-    }
-    codec_config = {"kind": "codec", "embed_dim": dim, "dims": codes, "frozen": frozen}
-    parts["codec"] = Part(codec_config, {name: np.asarray(value, np.float32) for name, value in values.items()})
     text = {"text_embed": jnp.zeros((1, dim)), "text_states": jnp.zeros((1, length, width))}
     text["text_mask"] = jnp.ones((1, length), bool)
     prior = {
@@ -103,24 +98,44 @@ def random_bundle():
         "kind": "prior_ar",
         "model": plain(configs["prior_ar"].model) | {"length": length},
         "dot_edges": [-0.2, 0.0, 0.2],
-        "frozen": frozen | {"codec": params_hash(parts["codec"].params)},
+        "frozen": frozen,
     }
     parts["prior_ar"] = part("prior_ar", prior_ar, jnp.zeros((1, codes), int), jnp.zeros(1, int), **text)
     decoder = {"kind": "decoder", "diffusion": plain(configs["decoder"].diffusion), "frozen": frozen}
     images = {"image_embed": text["text_embed"], "drop_image": jnp.zeros(1, bool)}
     parts["decoder"] = part("decoder", decoder, jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), **images, **text)
     upsampler_config = configs["upsampler_16"]
-    upsampler = {"kind": "upsampler", "diffusion": plain(upsampler_config.diffusion), "factor": upsampler_config.factor}
+    upsampler = {
+        "kind": "upsampler",
+        "diffusion": plain(upsampler_config.diffusion),
+        "factor": upsampler_config.factor,
+    }
     low_res = jnp.zeros((1, 8, 8, 3))
-    parts["upsampler_16"] = part("upsampler_16", upsampler, jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), low_res=low_res)
+    parts["upsampler_16"] = part(
+        "upsampler_16", upsampler, jnp.zeros((1, 16, 16, 3)), jnp.zeros(1), low_res=low_res
+    )
 
     # ---------------------------------------------------------------------------------------- inpainting
     # The same decoder with four more input channels.
     conv = parts["decoder"].params["unet"]["conv_in"]
     more = np.float32(rng.normal(size=(3, 3, 4, conv["kernel"].shape[3])) * 36**-0.5)
-    unet = parts["decoder"].params["unet"] | {"conv_in": conv | {"kernel": np.concatenate([conv["kernel"], more], axis=2)}}
+    unet = parts["decoder"].params["unet"] | {
+        "conv_in": conv | {"kernel": np.concatenate([conv["kernel"], more], axis=2)}
+    }
     config = parts["decoder"].config | {"model": parts["decoder"].config["model"] | {"inpaint": True}}
     parts["decoder_inpaint"] = Part(config, parts["decoder"].params | {"unet": unet})
+
+    # ---------------------------------------------------------------------------------------- codec
+    values = {
+        "mean": rng.normal(size=dim),
+        "components": np.linalg.qr(rng.normal(size=(dim, dim)))[0],
+        "eigenvalues": np.sort(rng.uniform(0.1, 2.0, dim))[::-1],
+        "low": rng.uniform(-3.0, -1.0, dim),
+        "high": rng.uniform(1.0, 3.0, dim),
+    }
+    values = {name: np.asarray(value, np.float32) for name, value in values.items()}
+    parts["codec"] = Part({"kind": "codec", "embed_dim": dim, "dims": codes, "frozen": frozen}, values)
+    parts["prior_ar"].config["frozen"] = frozen | {"codec": params_hash(values)}
     sampling = {name: plain(config.sampling) for name, config in configs.items() if name != "clip"}
     sampling["decoder_inpaint"] = sampling["decoder"]
     return Bundle(parts, sampling=sampling, provenance={"note": "random"})

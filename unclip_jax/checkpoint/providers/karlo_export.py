@@ -52,6 +52,8 @@ def obstacles(bundle: Bundle) -> Iterator[str]:
     text, dim = clip_model["text"], clip_model["embed_dim"]
     if text is None or text["width"] != dim:
         yield f"Karlo's text states are of the embeddings' size {dim}, not of {text and text['width']}"
+    if "tokenizer" not in bundle.parts["clip"].config:
+        yield "its clip part has no tokenizer"
     for name, part, prediction in (
         ("prior", prior, "x0"),
         ("decoder", decoder, "eps"),
