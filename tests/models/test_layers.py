@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.models.layers import ACTIVATIONS, LayerNorm, TimeMLP, attend, hooked, timestep_embedding
+from unclip_jax.models.layers import ACTIVATIONS, LayerNorm, TimeMLP, attend, with_hooks, timestep_embedding
 
 
 def test_attention_against_loops():
@@ -118,7 +118,7 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        block = hooked(self, Affine, self.gather, self.remat, static_argnums=(2,))
+        block = with_hooks(self, Affine, self.gather, self.remat, static_argnums=(2,))
         return block(name="b")(block(name="a")(x, True), False)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from unclip_jax.train.pca import explained, principal_components
+from unclip_jax.train.codec import explained, principal_components
 
 from tests.helpers import random_params
 from unclip_jax.models.codec import Codec, cosine, dequantize, project, quantize, unproject

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from unclip_jax.train.hardware import flops
+from unclip_jax.run.hardware import flops
 
 from tests.helpers import fast_key, param_count, param_shapes, random_params, struct
 from unclip_jax.models.transformer import Attention, Transformer, causal_mask

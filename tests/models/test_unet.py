@@ -228,10 +228,10 @@ def test_hooks_change_nothing():
         calls.append(tree)
         return jax.tree.map(lambda leaf: leaf * 1.0, tree)
 
-    plain, hooked = UNet(**UNET), UNet(**UNET, remat="full", gather=gather)
-    assert jax.tree.structure(param_shapes(hooked, X, TIME)) == jax.tree.structure(p)
+    plain, with_hooks = UNet(**UNET), UNet(**UNET, remat="full", gather=gather)
+    assert jax.tree.structure(param_shapes(with_hooks, X, TIME)) == jax.tree.structure(p)
     calls.clear()
-    one, other = jax.jit(lambda p: [model.apply({"params": p}, X, TIME) for model in (plain, hooked)])(p)
+    one, other = jax.jit(lambda p: [model.apply({"params": p}, X, TIME) for model in (plain, with_hooks)])(p)
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     assert len(calls) == sum("res" in n or "attn" in n or "pool" in n or "expand" in n for n in p)
 
