@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,11 @@ def address(settings):
     """Where this machine reaches the server."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings["host"], settings["host"])
     return f"http://{f'[{host}]' if ':' in host else host}:{settings['port']}"
+
+
+def with_driver(database):
+    """A database's URI that names PostgreSQL's client: the default is not the same in every SQLAlchemy."""
+    return re.sub("^postgresql://", "postgresql+psycopg2://", database)
 
 
 def read_json(path):
@@ -112,7 +118,7 @@ def server_command(settings):
         "MLFLOW_UVICORN_OPTS": "--no-access-log",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         **os.environ,
-        "MLFLOW_BACKEND_STORE_URI": settings["database"],
+        "MLFLOW_BACKEND_STORE_URI": with_driver(settings["database"]),
     }
     return command, env
 

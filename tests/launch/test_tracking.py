@@ -34,7 +34,12 @@ def tracking(verb, folder, *arguments, **env):
 @pytest.fixture(scope="module")
 def store():
     """launch/tracking_store.py as a module, in this process: to import MLflow takes seconds."""
-    spec = importlib.util.spec_from_file_location("tracking_store", ROOT / "launch" / "tracking_store.py")
+    return load("tracking_store")
+
+
+def load(name):
+    """A module in launch/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -194,6 +199,17 @@ def test_clear_asks_on_a_terminal(tmp_path):
         os.close(inside)
         assert process.returncode == status and "Delete all runs: the artifacts" in shown
         assert (tmp_path / "mlflow.db").exists() == (status == 1) == (tmp_path / "artifacts" / "1").exists()
+
+
+def test_the_server_of_a_team(tmp_path):
+    """The database's client is named, and the password is in no command line."""
+    settings = {"python": "python", "host": "0.0.0.0", "port": 5001, "artifacts": "gs://bucket/mlflow"}
+    server = load("tracking_server")
+    command, env = server.server_command({**settings, "database": "postgresql://user:secret@host/mlflow"})
+    assert env["MLFLOW_BACKEND_STORE_URI"] == "postgresql+psycopg2://user:secret@host/mlflow"
+    assert "secret" not in " ".join(command) and "gs://bucket/mlflow" in command
+    assert server.address(settings) == "http://127.0.0.1:5001"
+    assert server.address({**settings, "host": "::1"}) == "http://[::1]:5001"
 
 
 def test_a_password_is_not_shown(tmp_path):
