@@ -11,9 +11,9 @@ from unclip_jax.paths import store_errors, user_path
 
 WORDS = (
     "MASK: a picture of the image's size. If any of its pixels is transparent, only its alpha counts: alpha "
-    "below 128 is drawn anew. Otherwise white (128 or more) is drawn anew, and black is kept. Without a mask, "
-    "the image's own alpha says what is drawn anew. CAPTION: of the whole picture. No option may stand between "
-    "the two"
+    "below 128 is drawn anew. Otherwise white (128 or more) is drawn anew, and black is kept. "
+    "Without a mask, the image's own alpha says what is drawn anew. "
+    "CAPTION: of the whole picture. No option may stand between the two"
 )
 
 
