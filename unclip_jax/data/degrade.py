@@ -1,9 +1,14 @@
-"""What an upsampler is conditioned on while it trains: a low-resolution image, made slightly worse than a clean downsampling.
+"""The low-resolution image on which an upsampler is conditioned in training: slightly degraded.
 
-At sampling time an upsampler sees the smaller model's output, which is softer than a downsampled photograph. unCLIP (2204.06125,
-section 2.1 and appendix C) therefore degrades the conditioning image in training: at 64 -> 256 by a Gaussian blur with kernel size 3
-and standard deviation 0.6, as SR3-style cascades do; at 256 -> 1024 by BSR, the blind super-resolution degradation of BSRGAN (Zhang et
-al. 2021, arXiv 2103.14006), in its light variant. At sampling time nothing is degraded.
+At sampling time an upsampler sees the output of a smaller model, which is softer than a downsampled
+photograph. unCLIP (2204.06125, section 2.1 and appendix C) therefore degrades the conditioning image in
+training:
+
+- 64 -> 256: a Gaussian blur with kernel size 3 and standard deviation 0.6, as in cascades after SR3;
+- 256 -> 1024: the light variant of BSR, the blind super-resolution degradation of BSRGAN (Zhang et al. 2021,
+  arXiv 2103.14006).
+
+At sampling time the image is not degraded.
 """
 
 from __future__ import annotations
@@ -27,21 +32,29 @@ def low_resolution(
     sigma: float = 0.6,
     sigma_jitter: float = 0.0,
 ) -> np.ndarray:
-    """Downsample float32 (H, W, 3) in [-1, 1] to (size, size, 3) and blur it with probability `blur_prob`; float32 in [-1, 1].
+    """A downsampled image, blurred with probability `blur_prob`: float32 (size, size, 3) in [-1, 1].
 
-    `method` is one of `ops.METHODS` ("box" is the area mean). The blur works on the small image: `kernel` taps (odd), standard
-    deviation `sigma` in its pixels, multiplied by a factor uniform in [1 - sigma_jitter, 1 + sigma_jitter]. `rng` is advanced by two
-    numbers whatever happens, so that changing a probability does not change later draws.
+    `rng` always advances by two numbers, so that changing a probability does not change later draws.
 
-    Raises `ValueError` if the image is not float32 or is smaller than `size`, or for a kernel that is even or below 1, a sigma that
-    is not above 0, a probability outside [0, 1] or a jitter outside [0, 1).
+    Args:
+      image: float32 (H, W, 3) in [-1, 1].
+      size: the side of the result in pixels.
+      rng: the randomness.
+      method: one of `ops.METHODS` ("box" is the area mean).
+      blur_prob: the probability of the blur, in [0, 1].
+      kernel: how many taps the blur of the small image has, an odd number.
+      sigma: its standard deviation, in pixels of the small image, above 0.
+      sigma_jitter: sigma is multiplied by a factor uniform in 1 - sigma_jitter ... 1 + sigma_jitter.
+
+    Raises `ValueError` if the image is not float32 or is smaller than `size`, or for an option out of range.
     """
     if image.dtype != np.float32:
         raise ValueError(f"low_resolution expects float32 in [-1, 1], got {image.dtype}")
     if min(image.shape[:2]) < size:
         raise ValueError(f"low_resolution cannot make {size}x{size} out of {image.shape[1]}x{image.shape[0]}")
     if not 0 <= blur_prob <= 1 or not 0 <= sigma_jitter < 1:
-        raise ValueError(f"low_resolution: blur_prob={blur_prob} is in [0, 1] and sigma_jitter={sigma_jitter} in [0, 1)")
+        given = f"blur_prob={blur_prob} must be in [0, 1] and sigma_jitter={sigma_jitter} in [0, 1)"
+        raise ValueError(f"low_resolution: {given}")
     chance, factor = rng.random(), 1 + sigma_jitter * rng.uniform(-1, 1)
     small = ops.resize(image, size, method)
     if chance < blur_prob:
@@ -50,39 +63,58 @@ def low_resolution(
 
 
 def gaussian_blur(image: np.ndarray, kernel: int = 3, sigma: float = 0.6) -> np.ndarray:
-    """Separable Gaussian blur of float32 (H, W, C) with `kernel` taps (odd) and `sigma` in pixels; borders are reflected.
+    """Separable Gaussian blur of float32 (H, W, C), with reflected borders.
 
-    Taps are exp(-i^2 / (2 sigma^2)), i = -(kernel-1)/2 ... (kernel-1)/2, normalised to sum 1: a constant image is unchanged. Raises
-    `ValueError` for a kernel that is even, below 1 or wider than the image allows, or a sigma not above 0.
+    The taps are exp(-i^2 / (2 sigma^2)) for i = -(kernel-1)/2 ... (kernel-1)/2, normalised to sum 1. So a
+    constant image does not change.
+
+    Args:
+      image: float32 (H, W, C).
+      kernel: how many taps, an odd number.
+      sigma: the standard deviation in pixels, above 0.
+
+    Raises `ValueError` for a kernel that is even, below 1 or too wide for the image, or a sigma of 0 or less.
     """
     if kernel < 1 or kernel % 2 == 0 or not sigma > 0:
         raise ValueError(f"gaussian_blur: kernel={kernel} must be odd and at least 1, sigma={sigma} above 0")
     half = kernel // 2
     if half >= min(image.shape[:2]):
-        raise ValueError(f"gaussian_blur: kernel={kernel} is too wide for an image of {image.shape[1]}x{image.shape[0]}")
+        pixels = f"{image.shape[1]}x{image.shape[0]}"
+        raise ValueError(f"gaussian_blur: kernel={kernel} is too wide for an image of {pixels}")
     taps = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * sigma**2))
     taps = (taps / taps.sum()).astype(np.float32)
     height, width = image.shape[:2]
-    padded = np.pad(image.astype(np.float32, copy=False), ((half, half), (half, half), (0, 0)), mode="reflect")
+    padded = np.pad(
+        image.astype(np.float32, copy=False), ((half, half), (half, half), (0, 0)), mode="reflect"
+    )
     rows = sum(tap * padded[i : i + height] for i, tap in enumerate(taps))
     return sum(tap * rows[:, i : i + width] for i, tap in enumerate(taps))
 
 
 def bsr_light(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Downsample float32 (H, W, 3) in [-1, 1] to (size, size, 3) by the light variant of BSR; float32 in [-1, 1].
+    """An image downsampled by the light variant of BSR: float32 (size, size, 3) in [-1, 1].
 
-    Blur, resize, noise and (nine times in ten) JPEG in random order, then the final size, then JPEG. All of one image:
+    The steps blur, resize, noise and JPEG (the last with probability 0.9) come in random order. Then the
+    image is resized to its final size and compressed as JPEG once more. The steps are:
 
     - blur: an isotropic Gaussian of 5 to 7 taps, or an anisotropic one of 5 to 14 taps at a random angle;
-    - resize: with probability 0.8 to a random size between the image's and half the result's, by bilinear, bicubic or box; else by the
-      box straight to the result's;
-    - noise: Gaussian of standard deviation 1 to 2 of 255, per channel, grey, or with a random covariance of the channels;
+    - resize: with probability 0.8 to a random size between the image's and half the result's, by bilinear,
+      bicubic or box; else to the result's size, by box;
+    - noise: Gaussian with a standard deviation of 1 to 2 of 255 levels: independent in the channels, the same
+      in all channels, or with a random covariance of the channels;
     - JPEG: quality 80 to 95.
+
+    Args:
+      image: float32 (H, H, 3) in [-1, 1].
+      size: the side of the result in pixels.
+      rng: the randomness.
 
     Raises `ValueError` if the image is not float32, not square, or smaller than `size`.
     """
     if image.dtype != np.float32 or image.shape[0] != image.shape[1]:
-        raise ValueError(f"bsr_light expects square float32 images in [-1, 1], got {image.dtype} {image.shape}")
+        raise ValueError(
+            f"bsr_light expects square float32 images in [-1, 1], got {image.dtype} {image.shape}"
+        )
     side = image.shape[0]
     if side < size:
         raise ValueError(f"bsr_light cannot make {size}x{size} out of {side}x{side}")
@@ -95,7 +127,9 @@ def bsr_light(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndar
         elif step == "resize":
             random_size = rng.random() < 0.8
             smaller = max(1, round(side / rng.uniform(1, 2 * factor)))
-            x = ops.resize(x, smaller if random_size else size, str(rng.choice(methods)) if random_size else "box")
+            x = ops.resize(
+                x, smaller if random_size else size, str(rng.choice(methods)) if random_size else "box"
+            )
         elif step == "noise":
             x = x + _noise(x.shape, rng)
         elif rng.random() < 0.9:
@@ -105,7 +139,8 @@ def bsr_light(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndar
 
 
 def _gaussian_kernel(rng: np.random.Generator, factor: float) -> np.ndarray:
-    # (taps, taps), sum 1. Widths as in BSRGAN, of the scale factor: standard deviation up to 2 + 0.2 f, or variances up to 4 + f.
+    # (taps, taps), sum 1. The widths depend on the scale factor f as in BSRGAN: a standard deviation up to
+    # 2 + 0.2 f for an isotropic kernel, variances up to 4 + f for an anisotropic one.
     if rng.random() < 0.5:
         taps = int(rng.integers(2, 5)) + 3
         precision = np.eye(2) / max((2 + 0.2 * factor) * rng.random(), 0.1) ** 2
@@ -121,7 +156,8 @@ def _gaussian_kernel(rng: np.random.Generator, factor: float) -> np.ndarray:
 
 
 def _filter(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    # Correlation of (H, W, C) with (taps, taps); an even kernel leans half a pixel to the top left; borders are the edge's pixels.
+    # Correlation of (H, W, C) with (taps, taps). An even kernel shifts the image by half a pixel to the top
+    # left; borders repeat the pixels of the edge.
     taps = len(kernel)
     height, width = image.shape[:2]
     before = (taps - 1) // 2
@@ -134,13 +170,14 @@ def _filter(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    # In units of [-1, 1], where one of 255 levels is 2 / 255.
+    # One of 255 levels is 2 / 255 in the range [-1, 1].
     level, kind = 2 / 255 * rng.uniform(1, 2), rng.random()
     if kind < 0.4:
         return np.float32(level * rng.normal(size=shape))
     if kind < 0.8:
         return np.float32(level * rng.normal(size=(*shape[:2], 1)))
-    mix = np.linalg.qr(rng.normal(size=(3, 3)))[0] * np.sqrt(rng.random(3))  # mix mix^T is a random covariance with eigenvalues in [0, 1]
+    # mix mix^T is a random covariance with eigenvalues in [0, 1].
+    mix = np.linalg.qr(rng.normal(size=(3, 3)))[0] * np.sqrt(rng.random(3))
     return np.float32(level * rng.normal(size=shape) @ mix.T)
 
 

@@ -112,8 +112,7 @@ def build_index(
 ) -> Index:
     """The index of the records of `shards` that pass the filters, in the order of the shards.
 
-    Records are parsed only if a filter is set. Raises `ValueError` for a broken shard, or if no record is
-    left.
+    Records are parsed only if a filter is set. Raises `ValueError` for a broken shard or without records.
     """
     read = shard_reader(shards)
 

@@ -1,7 +1,8 @@
-"""Per-record image operations in NumPy and PIL: decoding, antialiased resizing, cropping, and the [-1, 1] range.
+"""Image operations in NumPy and PIL: decoding, antialiased resizing, cropping, and the [-1, 1] range.
 
-Both backends of the input pipeline call these functions, so that a record yields the same bytes with and without TensorFlow.
-Images are (H, W, 3) arrays, uint8 in [0, 255] until `to_float` makes them float32 in [-1, 1].
+Both backends of the input pipeline call these functions, so that a record yields the same bytes with and
+without TensorFlow. Images are (H, W, 3) arrays, uint8 in [0, 255] until `to_float` makes them
+float32 in [-1, 1].
 """
 
 from __future__ import annotations
@@ -12,11 +13,26 @@ import io
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 
-# 2**27 pixels are 400 MB as RGB: larger than any photograph in a caption dataset, small enough for a worker thread.
+# 2**27 pixels take 400 MB as RGB: more than any photograph in a caption dataset has.
 MAX_PIXELS = 2**27
 
-# A handful of formats opens in every PIL; naming none here would also let PIL start external programs (EPS through Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "MPO", "TGA", "ICO", "AVIF", "QOI", "PCX")
+# The formats that PIL may open. Without this list it would start Ghostscript for an EPS file.
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "MPO",
+    "TGA",
+    "ICO",
+    "AVIF",
+    "QOI",
+    "PCX",
+)
 
 METHODS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -26,24 +42,28 @@ METHODS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Decoding
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def image_size(image: bytes | np.ndarray) -> tuple[int, int]:
-    """(width, height) in pixels, read from the header alone. Raises `ValueError` if `image` is no image PIL knows."""
+    """(width, height) in pixels, read from the header alone. Raises `ValueError` for an unknown format."""
     if isinstance(image, np.ndarray):
         return int(image.shape[1]), int(image.shape[0])
     return _open(image).size
 
 
 def decode_image(image: bytes | np.ndarray) -> np.ndarray:
-    """Decode an encoded image, or normalise a decoded one, to uint8 (H, W, 3) RGB in [0, 255].
+    """The pixels of an encoded or decoded image: uint8 (H, W, 3), RGB in [0, 255].
 
-    Any format in `FORMATS`; of an animation the first frame. Transparency is composited on white, palettes and CMYK are converted,
-    16-bit greys are scaled to 8 bits, and the EXIF orientation is applied. An array is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
-    uint8, uint16 or bool.
+    Transparency is composited on white, palettes and CMYK are converted, 16-bit greys are scaled to 8 bits,
+    and the EXIF orientation is applied. An animation gives its first frame.
 
-    Raises `ValueError` with one line if the image is empty, truncated, not an image, larger than `MAX_PIXELS`, or of floats.
+    Args:
+      image: encoded bytes in one of `FORMATS`, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
+        uint8, uint16 or bool.
+
+    Raises `ValueError` with one line if the image is empty, truncated, not an image, larger than
+    `MAX_PIXELS`, or has floating-point pixels.
     """
     if isinstance(image, np.ndarray):
         return _decode_array(image)
@@ -52,14 +72,16 @@ def decode_image(image: bytes | np.ndarray) -> np.ndarray:
         opened.load()
         opened = _upright(opened)
         return np.asarray(_to_rgb(opened), np.uint8)
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ... for a damaged file
-        raise ValueError(f"cannot decode image: {_one_line(error)}") from error
+    except (
+        Exception
+    ) as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ... for a damaged file
+        raise ValueError(f"cannot decode image: {_reason(error)}") from error
 
 
 @functools.lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF and others come with some builds of PIL only
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # some builds of PIL lack AVIF and others
 
 
 def _open(data: bytes) -> Image.Image:
@@ -70,38 +92,42 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(f"cannot decode image: more than {MAX_PIXELS} pixels") from error
     except Exception as error:
-        reason = f"{len(data)} bytes, {_one_line(error)}"
-        raise ValueError(f"cannot decode image: damaged, or not an image of a known format ({reason})") from error
+        reason = f"{len(data)} bytes, {_reason(error)}"
+        raise ValueError(
+            f"cannot decode image: damaged, or not an image of a known format ({reason})"
+        ) from error
     width, height = opened.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"cannot decode image: {width}x{height} is more than {MAX_PIXELS} pixels")
     return opened
 
 
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if "cannot identify image file" in text:  # the rest is the address of a Python object
+    if "cannot identify image file" in text:  # the rest of the text is the address of a Python object
         return "cannot identify it"
     return text[:200] or type(error).__name__
 
 
 def _upright(opened: Image.Image) -> Image.Image:
     try:
-        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1  # else PIL would copy it
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1  # if not, PIL would only copy it
         return ImageOps.exif_transpose(opened) if turned else opened
-    except Exception:  # a damaged EXIF block does not make the pixels bad
+    except Exception:  # a damaged EXIF block says nothing about the pixels
         return opened
 
 
 def _to_rgb(opened: Image.Image) -> Image.Image:
-    if opened.mode.startswith("I"):  # 16-bit grey; PIL's own conversion clips at 255 instead of scaling
+    if opened.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255 and does not scale
         grey = np.clip(np.asarray(opened).astype(np.int64), 0, 65535)
         return Image.fromarray(np.round(grey / 257).astype(np.uint8)).convert("RGB")
     if opened.mode == "F":
         raise ValueError("floating-point pixels have no defined range; convert it to 8 bits")
     if opened.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in opened.info:
         layer = opened.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert(
+            "RGB"
+        )
     return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
@@ -110,7 +136,8 @@ def _decode_array(image: np.ndarray) -> np.ndarray:
     if image.ndim == 2:
         image = image[:, :, None]
     if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or 0 in image.shape:
-        raise ValueError(f"cannot decode image: array of shape {shape}, expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+        expected = "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
+        raise ValueError(f"cannot decode image: array of shape {shape}, expected {expected}")
     if image.shape[0] * image.shape[1] > MAX_PIXELS:
         raise ValueError(f"cannot decode image: {shape[1]}x{shape[0]} is more than {MAX_PIXELS} pixels")
     if image.dtype == np.uint16:
@@ -126,15 +153,23 @@ def _decode_array(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Resizing and cropping
-# ----------------------------------------------------------------------------------------------------------------------
-def resize(image: np.ndarray, size: int | tuple[int, int], method: str = "bicubic", box: tuple | None = None) -> np.ndarray:
-    """Antialiased resize of uint8 or float32 (H, W, 3) to (size, size, 3), or to (h, w, 3) if `size` is (h, w); the dtype stays.
+# ------------------------------------------------------------------------------------------------------------
+def resize(
+    image: np.ndarray, size: int | tuple[int, int], method: str = "bicubic", box: tuple | None = None
+) -> np.ndarray:
+    """Antialiased resize of an image: (size, size, 3), or (h, w, 3) if `size` is (h, w); same dtype.
 
-    Going down, the filter is widened by the scale (an exact area mean for "box" at whole factors). `box` = (left, top, right, bottom)
-    in pixels, may be fractional: only that part of the image is resized. float32 results may overshoot their range by the filter's
-    ringing (not with "box" or "bilinear"); uint8 is clipped.
+    When the image shrinks, the filter is widened by the scale. "box" at whole factors is then the exact area
+    mean. Filters other than "box" and "bilinear" ring: float32 results may leave the range of the image, and
+    uint8 results are clipped.
+
+    Args:
+      image: uint8 or float32 (H, W, 3).
+      size: the side or the (height, width) of the result in pixels.
+      method: one of `METHODS`.
+      box: (left, top, right, bottom) in pixels, may be fractional: only this part of the image is resized.
 
     Raises `ValueError` for an unknown method or a size below 1.
     """
@@ -142,18 +177,22 @@ def resize(image: np.ndarray, size: int | tuple[int, int], method: str = "bicubi
         raise ValueError(f"unknown resize method {method!r}: choose one of {', '.join(METHODS)}")
     height, width = (size, size) if isinstance(size, (int, np.integer)) else size
     if height < 1 or width < 1:
-        raise ValueError(f"cannot resize to {width}x{height}: sides are at least 1 pixel")
+        raise ValueError(f"cannot resize to {width}x{height}: a side has at least 1 pixel")
     if box is None and image.shape[:2] == (height, width):
         return image
     if image.dtype == np.uint8:
         resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), METHODS[method], box)
         return np.asarray(resized, np.uint8)
-    channels = [Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(image.astype(np.float32, copy=False), 2, 0)]
-    return np.stack([np.asarray(channel.resize((width, height), METHODS[method], box), np.float32) for channel in channels], axis=2)
+    channels = np.moveaxis(
+        image.astype(np.float32, copy=False), 2, 0
+    )  # PIL has no float images of 3 channels
+    pictures = [Image.fromarray(np.ascontiguousarray(channel)) for channel in channels]
+    resized = [picture.resize((width, height), METHODS[method], box) for picture in pictures]
+    return np.stack([np.asarray(picture, np.float32) for picture in resized], axis=2)
 
 
 def center_crop_square(image: np.ndarray) -> np.ndarray:
-    """The largest centred square of (H, W, 3): (S, S, 3), S = min(H, W)."""
+    """The largest central square of an image (H, W, 3): (S, S, 3), S = min(H, W)."""
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -161,33 +200,46 @@ def center_crop_square(image: np.ndarray) -> np.ndarray:
 
 
 def random_crop_square(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A largest square of (H, W, 3) at a uniform place along the longer side: (S, S, 3), S = min(H, W)."""
+    """A largest square of an image (H, W, 3), uniformly placed: (S, S, 3), S = min(H, W)."""
     return random_crop(image, min(image.shape[:2]), rng)
 
 
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A (size, size, 3) window of (H, W, 3) at a uniform place. Raises `ValueError` if the image is smaller than `size`."""
+    """A uniformly placed window (size, size, 3) of an image (H, W, 3).
+
+    Raises `ValueError` if the image is smaller than `size`.
+    """
     height, width = image.shape[:2]
     if min(height, width) < size:
-        raise ValueError(f"cannot crop {size}x{size} out of an image of {width}x{height}; filter with min_side={size} or resize first")
+        advice = f"filter with min_side={size} or resize first"
+        raise ValueError(f"cannot crop {size}x{size} out of an image of {width}x{height}; {advice}")
     top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
     return image[top : top + size, left : left + size]
 
 
-def resize_then_crop(image: np.ndarray, size: int, rng: np.random.Generator | None = None, method: str = "bicubic") -> np.ndarray:
-    """The shorter side resized to `size`, then a centred (`rng=None`) or random square: (size, size, 3), dtype as given.
+def resize_then_crop(
+    image: np.ndarray, size: int, rng: np.random.Generator | None = None, method: str = "bicubic"
+) -> np.ndarray:
+    """A square of an image (H, W, 3), resized: (size, size, 3), the dtype does not change.
 
-    Computed as one resize of the square's window, so that an image of 100,000 x 10 costs no more than its square.
+    The square is the central one, or with `rng` a random one. Only the square is resized, so that an image of
+    100,000 x 10 pixels costs no more than its square.
     """
     square = center_crop_square(image) if rng is None else random_crop_square(image, rng)
     return resize(square, size, method)
 
 
 def random_mask(size: int, rng: np.random.Generator) -> np.ndarray:
-    """What is known of an image, to train inpainting on: bool (size, size, 1), True where it is kept.
+    """A random mask to train inpainting on: bool (size, size, 1), True where the image is kept.
 
-    In turn of chance: nothing is known (10 %), all but a box (30 %), a box alone (20 %), all but some thick strokes (40 %). Boxes have
-    sides of a quarter to all of the image's, strokes a width of a sixteenth to a quarter.
+    | kept                          | probability |
+    |-------------------------------|-------------|
+    | no pixel                      | 0.1         |
+    | all pixels outside of a box   | 0.3         |
+    | the pixels of a box           | 0.2         |
+    | all but one to three strokes  | 0.4         |
+
+    The sides of a box are 1/4 to 1 of the image's side; the width of a stroke is 1/16 to 1/4 of it.
     """
     kind = rng.choice(4, p=(0.1, 0.3, 0.2, 0.4))
     mask = Image.new("1", (size, size), 1)
@@ -207,16 +259,16 @@ def random_mask(size: int, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(mask, bool)[..., None]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Range
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def to_float(image: np.ndarray) -> np.ndarray:
-    """uint8 in [0, 255] -> float32 in [-1, 1], x / 127.5 - 1; any shape."""
+    """uint8 in [0, 255] of any shape -> float32 in [-1, 1], x / 127.5 - 1. Raises `ValueError` otherwise."""
     if image.dtype != np.uint8:
         raise ValueError(f"to_float expects uint8 in [0, 255], got {image.dtype}")
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """float in [-1, 1] -> uint8 in [0, 255], rounded to nearest and clipped; any shape. `to_uint8(to_float(x)) == x`."""
+    """float in [-1, 1] of any shape -> uint8 in [0, 255], rounded and clipped: the inverse of `to_float`."""
     return np.clip(np.round((np.asarray(image, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)

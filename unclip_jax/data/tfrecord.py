@@ -11,7 +11,8 @@ in little-endian order. The payload is, by convention, a serialised `tf.train.Ex
     BytesList { repeated bytes value = 1 } FloatList { repeated float value = 1 [packed] }
     Int64List { repeated int64 value = 1 [packed] }
 
-Both formats are small enough to be written out by hand, which keeps machines without TensorFlow able to read the same shards.
+Both formats are small enough to be written out here, so that machines without TensorFlow can read
+them.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-_HEADER_BYTES = 12  # length and its crc
-_FOOTER_BYTES = 4  # crc of the payload
+_HEADER_BYTES = 12  # the length and its crc
+_FOOTER_BYTES = 4  # the crc of the payload
 _MASK_DELTA = 0xA282EAD8
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # crc32c (Castagnoli), reflected polynomial 0x82F63B78
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def _make_crc_table() -> tuple[int, ...]:
     table = []
     for byte in range(256):
@@ -53,18 +54,19 @@ def crc32c(data: bytes) -> int:
 
 
 def masked_crc32c(data: bytes) -> int:
-    """The rotated and offset crc that TFRecord stores, so that the crc of data which itself holds crcs stays meaningful."""
+    """The crc as TFRecord stores it: rotated and offset, because the data may hold crcs itself."""
     crc = crc32c(data)
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Record framing
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def write_records(path: str | os.PathLike, records: Iterable[bytes]) -> int:
-    """Write `records` as one TFRecord file and return how many were written.
+    """Writes records as one TFRecord file and returns how many there were.
 
-    The file is written under a temporary name in the same folder and renamed when complete, so that `path` never holds half a shard.
+    The file is written under a temporary name in the same folder and renamed when it is complete, so that
+    `path` never holds half a shard.
     """
     path = os.fspath(path)
     partial, count = f"{path}.partial-{os.getpid()}", 0
@@ -85,13 +87,18 @@ def write_records(path: str | os.PathLike, records: Iterable[bytes]) -> int:
 
 
 def index_records(path_or_fileobj: str | os.PathLike | BinaryIO, check_payload: bool = False) -> np.ndarray:
-    """Where each record's payload lies: int64 (N, 2) of (offset, length) in bytes, in file order; (0, 2) for an empty file.
+    """Where the payload of each record lies: int64 (N, 2), (offset, length) in bytes, in file order.
 
-    Only the framing is read (16 bytes a record), so that indexing costs a seek per record whatever its size. `check_payload=True` also
-    reads every payload and checks its crc. A file object needs `seek` and `read`; it is read from its beginning and left open.
+    Only the framing is read (16 bytes of each record), so that the cost does not depend on their size.
 
-    Raises `ValueError` with one line that names the file and the byte offset of the record's header, if the file is truncated, the crc
-    of a length is wrong or, with `check_payload`, the crc of a payload is wrong; `OSError` if the file cannot be opened.
+    Args:
+      path_or_fileobj: a path, or an object with `seek` and `read`, read from its beginning and left open.
+      check_payload: whether to read every payload and check its crc.
+
+    Raises:
+      ValueError: with one line that names the file and the byte offset of the record's header, if the file is
+        truncated, or if the crc of a length or (with `check_payload`) of a payload is wrong.
+      OSError: if the file cannot be opened.
     """
     if isinstance(path_or_fileobj, (str, os.PathLike)):
         with open(path_or_fileobj, "rb") as file:
@@ -106,7 +113,8 @@ def _index_file(file: BinaryIO, name: str, check_payload: bool) -> np.ndarray:
     header = file.read(_HEADER_BYTES)
     while header:
         if len(header) < _HEADER_BYTES:
-            raise ValueError(f"{name}: truncated TFRecord: {len(header)} of {_HEADER_BYTES} header bytes at byte {start}")
+            found = f"{len(header)} of {_HEADER_BYTES} header bytes"
+            raise ValueError(f"{name}: truncated TFRecord: {found} at byte {start}")
         length, length_crc = struct.unpack("<QI", header)
         if masked_crc32c(header[:8]) != length_crc:
             raise ValueError(f"{name}: corrupt TFRecord: wrong crc of the record length at byte {start}")
@@ -115,26 +123,31 @@ def _index_file(file: BinaryIO, name: str, check_payload: bool) -> np.ndarray:
             payload = file.read(length)
         else:
             file.seek(payload_start + length)
-        tail = file.read(_FOOTER_BYTES + _HEADER_BYTES)  # this record's footer and the next one's header in one read
+        tail = file.read(
+            _FOOTER_BYTES + _HEADER_BYTES
+        )  # this record's footer and the next one's header in one read
         if len(tail) < _FOOTER_BYTES:
-            raise ValueError(f"{name}: truncated TFRecord: the record of {length} bytes at byte {start} runs past the end of the file")
+            record = f"the record of {length} bytes at byte {start}"
+            raise ValueError(f"{name}: truncated TFRecord: {record} runs past the end of the file")
         if check_payload and masked_crc32c(payload) != struct.unpack("<I", tail[:_FOOTER_BYTES])[0]:
-            raise ValueError(f"{name}: corrupt TFRecord: wrong crc of the payload of the record at byte {start}")
+            raise ValueError(
+                f"{name}: corrupt TFRecord: wrong crc of the payload of the record at byte {start}"
+            )
         entries.append((payload_start, length))
         start = payload_start + length + _FOOTER_BYTES
         header = tail[_FOOTER_BYTES:]
     return np.array(entries, np.int64).reshape(-1, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # tf.train.Example: encoding
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 _BYTES, _FLOAT, _INT64 = 1, 2, 3  # field numbers of Feature's oneof
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
 def _varint(value: int) -> bytes:
-    value &= 0xFFFFFFFFFFFFFFFF  # negative int64 travel as their two's complement in 64 bits
+    value &= 0xFFFFFFFFFFFFFFFF  # a negative int64 is stored as its two's complement in 64 bits
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -164,16 +177,26 @@ def _encode_feature(name: str, value) -> bytes:
         return _delimited(_INT64, _delimited(1, b"".join(map(_varint, values))))
     if all(isinstance(item, (int, float)) for item in values):
         return _delimited(_FLOAT, _delimited(1, struct.pack(f"<{len(values)}f", *values)))
-    raise TypeError(f"feature {name!r}: expected bytes, str, int, float or a list of one of them, got {type(values[0]).__name__}")
+    given = type(values[0]).__name__
+    raise TypeError(
+        f"feature {name!r}: expected bytes, str, int, float or a list of one of them, got {given}"
+    )
 
 
 def encode_example(features: dict[str, bytes | str | int | float | list]) -> bytes:
-    """Serialise `features` as a `tf.train.Example`.
+    """The serialised `tf.train.Example` of some features; equal features give equal bytes.
 
-    bytes and str (as UTF-8) become a bytes_list, integers an int64_list, floats (or a mixture of floats and integers) a float_list of
-    float32; a scalar is a list of one, an empty list a feature of no kind. The result is deterministic: keys are sorted.
+    | value                                   | becomes                   |
+    |-----------------------------------------|---------------------------|
+    | bytes, str (as UTF-8)                   | a bytes_list              |
+    | integers and booleans                   | an int64_list             |
+    | floats, or floats and integers together | a float_list of float32   |
+    | a single value                          | a list of one             |
+    | an empty list                           | a feature of no kind      |
 
-    Raises `TypeError` or `ValueError` naming the feature for any other type, for mixed lists and for integers beyond int64.
+    Raises:
+      TypeError: naming the feature, for any other type and for mixed lists.
+      ValueError: naming the feature, for an integer beyond int64.
     """
     entries = []
     for name in sorted(features):
@@ -182,9 +205,9 @@ def encode_example(features: dict[str, bytes | str | int | float | list]) -> byt
     return _delimited(1, b"".join(entries))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # tf.train.Example: decoding
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def _read_varint(buf: bytes, pos: int) -> tuple[int, int]:
     value = shift = 0
     while True:
@@ -201,7 +224,7 @@ def _read_varint(buf: bytes, pos: int) -> tuple[int, int]:
 
 
 def _fields(buf: bytes):
-    """Yield (field number, wire type, value) of one message; the value is an int for varints and bytes otherwise."""
+    """Yields (field number, wire type, value) of one message: ints for varints, else bytes."""
     pos = 0
     while pos < len(buf):
         tag, pos = _read_varint(buf, pos)
@@ -216,7 +239,8 @@ def _fields(buf: bytes):
             else:
                 raise ValueError(f"malformed tf.train.Example: wire type {wire}")
             if pos + size > len(buf):
-                raise ValueError(f"malformed tf.train.Example: field {field} of {size} bytes runs past the end of its message")
+                where = f"field {field} of {size} bytes"
+                raise ValueError(f"malformed tf.train.Example: {where} runs past the end of its message")
             value, pos = buf[pos : pos + size], pos + size
         yield field, wire, value
 
@@ -234,7 +258,9 @@ def _decode_list(kind: int, buf: bytes) -> list:
             values.append(value)
         elif kind == _FLOAT and wire in (_DELIMITED, _FIXED32):  # packed or not
             if len(value) % 4:
-                raise ValueError("malformed tf.train.Example: a packed float_list whose size is not a multiple of 4")
+                raise ValueError(
+                    "malformed tf.train.Example: the size of a float_list is not a multiple of 4"
+                )
             values.extend(struct.unpack(f"<{len(value) // 4}f", value))
         elif kind == _INT64 and wire == _VARINT:
             values.append(_signed(value))
@@ -252,18 +278,19 @@ def _decode_feature(buf: bytes) -> list:
     kind, values = None, []
     for field, wire, value in _fields(buf):
         if field in (_BYTES, _FLOAT, _INT64) and wire == _DELIMITED:
-            if field != kind:  # of a oneof the last kind wins; parts of the same kind are merged
+            if field != kind:  # the last kind in a oneof wins; parts of the same kind are merged
                 kind, values = field, []
             values.extend(_decode_list(field, value))
     return values
 
 
 def decode_example(buf: bytes) -> dict[str, list]:
-    """Parse a serialised `tf.train.Example` into {name: list of bytes, of float (float32 values) or of int}.
+    """The features of a serialised `tf.train.Example`: {name: list of bytes, floats (float32) or ints}.
 
-    Accepts packed and unpacked number lists and skips unknown fields, as protobuf does. A feature without values is an empty list.
+    Like protobuf, it accepts packed and unpacked lists of numbers, and skips unknown fields. A feature
+    without values is an empty list.
 
-    Raises `ValueError` with one line if `buf` is not a well-formed message.
+    Raises `ValueError` with one line if `buf` is malformed.
     """
     features: dict[str, list] = {}
     for field, wire, value in _fields(bytes(buf)):

@@ -1,14 +1,20 @@
 """CLIP's byte-level BPE tokenizer, from the vocabulary file that ships with the package.
 
-The file (MIT, from OpenAI's CLIP) is an ordered list of merges. Ids are: 256 bytes, 256 bytes that end a word, the merges in order,
-then the start and the end token; so 49,408 in all. A smaller `vocab_size` keeps the first merges only: it still tokenises any text,
-in more tokens, which is what a model trained in minutes needs. The end token has the highest id in every case (CLIP's pooling takes
-the argmax of the ids).
+The file (MIT, from OpenAI's CLIP) is an ordered list of merges. The ids stand for:
 
-Text is cleaned as the original does: mended by ftfy, HTML entities unescaped twice, whitespace collapsed, lower case. The merging is
-done by the `tokenizers` library, the engine beneath transformers' fast tokenizers, without transformers' own normalisation, which
-differs from the original's in composed characters and in lower case. A "<|endoftext|>" written inside a caption is ordinary text:
-captions cannot end themselves.
+1. the 256 bytes;
+2. the 256 bytes at the end of a word;
+3. the merges, in their order;
+4. the start token and the end token: 49,408 ids in all.
+
+A smaller `vocab_size` keeps only the first merges. It still tokenises any text, into more tokens; a model
+that trains in minutes needs no more. The end token always has the highest id, because CLIP's pooling takes
+the argmax of the ids.
+
+Text is cleaned as in the original: repaired by ftfy, HTML entities unescaped twice, whitespace collapsed,
+lower case. The `tokenizers` library does the merging. Transformers' fast tokenizers use it too, but their
+normalisation differs from the original in composed characters and in lower case, so it is not used here. A
+"<|endoftext|>" that is written in a caption is ordinary text and does not end the caption.
 """
 
 from __future__ import annotations
@@ -25,23 +31,26 @@ from pathlib import Path
 import numpy as np
 
 VOCAB_FILE = Path(__file__).parent / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
-IMAGENET_TEMPLATES_FILE = VOCAB_FILE.with_name("imagenet_templates.txt")  # CLIP's 80 prompts, one a line
+IMAGENET_TEMPLATES_FILE = VOCAB_FILE.with_name(
+    "imagenet_templates.txt"
+)  # CLIP's 80 prompts, one on each line
 VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 VOCAB_SIZE = 49408
-BYTE_TOKENS = 512  # every byte, inside a word and at its end
+BYTE_TOKENS = 512  # every byte, within a word and at its end
 SPECIAL_TOKENS = 2  # start and end
 
-# A text is cut here before it is cleaned. Its first 75 tokens come out of far fewer characters, and a megabyte then costs nothing.
+# A text is cut to so many characters before it is cleaned. Its first 75 tokens need far fewer, and a text of
+# a megabyte then costs no time.
 MAX_CHARS = 20_000
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Cleaning
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def clean_text(text: str) -> str:
-    """The original's cleaning: ftfy, HTML entities twice, stripped, every run of whitespace one space, lower case."""
+    """The text as CLIP cleans it: ftfy, HTML entities unescaped twice, whitespace collapsed, lower case."""
     import ftfy
 
     text = ftfy.fix_text(text.lstrip(" \t\r\n")[:MAX_CHARS])
@@ -49,12 +58,17 @@ def clean_text(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Vocabulary
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def _byte_characters() -> list[str]:
-    # The printable stand-ins of the 256 bytes in the original's order: printable bytes first, then the others from U+0100 on.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    # The characters that stand for the 256 bytes, in CLIP's order: printable bytes stand for themselves and
+    # come first; the others are U+0100 and what follows.
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = len(set(range(256)) - set(printable))
     return [chr(code) for code in printable] + [chr(256 + i) for i in range(others)]
 
@@ -64,31 +78,41 @@ def _shipped_merges() -> tuple[tuple[str, str], ...]:
     try:
         data = VOCAB_FILE.read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{VOCAB_FILE.name} is missing from unclip_jax/data/vocab: install the package again") from None
+        where = "unclip_jax/data/vocab"
+        raise FileNotFoundError(
+            f"{VOCAB_FILE.name} is missing from {where}: install the package again"
+        ) from None
     digest = hashlib.sha256(data).hexdigest()
     if digest != VOCAB_SHA256:
-        raise ValueError(f"{VOCAB_FILE.name} is not the CLIP vocabulary (sha256 {digest[:16]}...): install the package again")
+        reason = f"is not the CLIP vocabulary (sha256 {digest[:16]}...)"
+        raise ValueError(f"{VOCAB_FILE.name} {reason}: install the package again")
     lines = gzip.decompress(data).decode("utf-8").split("\n")
     count = VOCAB_SIZE - BYTE_TOKENS - SPECIAL_TOKENS
     return tuple(tuple(line.split()) for line in lines[1 : 1 + count])  # the first line is a version
 
 
 def _tokens(merges: tuple[tuple[str, str], ...]) -> list[str]:
-    # All tokens in the order of their ids but for the start and the end.
+    # All tokens but the start and the end, in the order of their ids.
     characters = _byte_characters()
-    return [*characters, *(character + "</w>" for character in characters), *("".join(pair) for pair in merges)]
+    return [
+        *characters,
+        *(character + "</w>" for character in characters),
+        *("".join(pair) for pair in merges),
+    ]
 
 
 @functools.lru_cache(maxsize=8)
 def _engine(merges: tuple[tuple[str, str], ...]):
-    # A tokenizers.Tokenizer without special tokens: start and end are added by ClipTokenizer.
+    # A tokenizers.Tokenizer without special tokens: ClipTokenizer adds the start and the end.
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     tokens = _tokens(merges)
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise ValueError("the merges of this vocabulary repeat a token: it is not a CLIP vocabulary")
-    engine = Tokenizer(models.BPE(vocab=vocab, merges=list(merges), end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    engine = Tokenizer(
+        models.BPE(vocab=vocab, merges=list(merges), end_of_word_suffix="</w>", continuing_subword_prefix="")
+    )
     engine.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
@@ -99,7 +123,8 @@ def _engine(merges: tuple[tuple[str, str], ...]):
 
 
 def _folder_merges(folder: Path) -> tuple[tuple[tuple[str, str], ...], int]:
-    # (merges, number of tokens) of a transformers tokenizer folder, old (vocab.json, merges.txt) or new (tokenizer.json).
+    # (merges, number of tokens) of a folder of a transformers tokenizer, in its old format (vocab.json,
+    # merges.txt) or its new one (tokenizer.json).
     try:
         if (folder / "merges.txt").exists() and (folder / "vocab.json").exists():
             vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
@@ -110,38 +135,47 @@ def _folder_merges(folder: Path) -> tuple[tuple[tuple[str, str], ...], int]:
             vocab = model["vocab"]
             pairs = [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]
         else:
-            raise FileNotFoundError(f"{folder} holds no CLIP tokenizer: expected vocab.json and merges.txt, or tokenizer.json")
+            expected = "vocab.json and merges.txt, or tokenizer.json"
+            raise FileNotFoundError(f"{folder} holds no CLIP tokenizer: expected {expected}")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds a damaged tokenizer ({' '.join(str(error).split())}): download it again") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} holds a damaged tokenizer ({reason}): download it again") from error
     merges = tuple(tuple(pair) for pair in pairs)
     total = BYTE_TOKENS + len(merges) + SPECIAL_TOKENS
     wanted = [("<|startoftext|>", total - 2), ("<|endoftext|>", total - 1), ("!", 0), ("!</w>", 256)]
     if any(len(pair) != 2 for pair in merges) or any(vocab.get(token) != i for token, i in wanted):
-        raise ValueError(f"{folder} is not a CLIP tokenizer: expected 512 byte tokens, the merges, <|startoftext|>, <|endoftext|>")
+        expected = "512 byte tokens, the merges, <|startoftext|>, <|endoftext|>"
+        raise ValueError(f"{folder} is not a CLIP tokenizer: expected {expected}")
     return merges, total
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The tokenizer
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class ClipTokenizer:
-    """Captions to ids. `ClipTokenizer(length=77, vocab_size=49408)(texts) -> tokens int32 (B, L), mask bool (B, L)`.
+    """Turns captions into ids: `ClipTokenizer(length=77, vocab_size=49408)(texts)`. Any thread may call it.
 
-    A row is start, tokens, end, then zeros; the mask is true from start to end inclusive. A longer text is cut and its last slot is
-    the end token. Ids lie in [0, vocab_size). Attributes: `length` (L), `vocab_size`, `sot_id` = vocab_size - 2, `eot_id` =
-    vocab_size - 1. Calls are thread-safe.
+    A row is the start token, the text's tokens, the end token, then zeros. The mask is true from the start to
+    the end token inclusive. A text that is too long is cut, and its last token is the end token.
 
-    Raises `ValueError` for a length below 2 or a vocab_size outside [514, 49408].
+    Attributes:
+      length: L, how many tokens a row has, at least 2.
+      vocab_size: how many ids there are, in [514, 49408]; ids lie in [0, vocab_size).
+      sot_id, eot_id: the ids of the start and the end token: vocab_size - 2 and vocab_size - 1.
+
+    Raises `ValueError` for a length or a vocab_size out of range.
     """
 
     def __init__(self, length: int = 77, vocab_size: int = VOCAB_SIZE):
         if not BYTE_TOKENS + SPECIAL_TOKENS <= vocab_size <= VOCAB_SIZE:
-            raise ValueError(f"vocab_size={vocab_size} must lie in [{BYTE_TOKENS + SPECIAL_TOKENS}, {VOCAB_SIZE}]")
+            raise ValueError(
+                f"vocab_size={vocab_size} must lie in [{BYTE_TOKENS + SPECIAL_TOKENS}, {VOCAB_SIZE}]"
+            )
         self._set_up(length, _shipped_merges()[: vocab_size - BYTE_TOKENS - SPECIAL_TOKENS], shipped=True)
 
     def _set_up(self, length: int, merges: tuple[tuple[str, str], ...], shipped: bool) -> None:
         if length < 2:
-            raise ValueError(f"length={length} must be at least 2: the start and the end token")
+            raise ValueError(f"length={length} must be at least 2, for the start and the end token")
         self.length, self.vocab_size = int(length), BYTE_TOKENS + len(merges) + SPECIAL_TOKENS
         self.sot_id, self.eot_id = self.vocab_size - 2, self.vocab_size - 1
         self._merges, self._shipped = merges, shipped
@@ -149,9 +183,11 @@ class ClipTokenizer:
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike, length: int = 77) -> ClipTokenizer:
-        """Read a transformers CLIP tokenizer folder: `vocab.json` and `merges.txt`, or `tokenizer.json`.
+        """The tokenizer in a folder of transformers: `vocab.json` and `merges.txt`, or `tokenizer.json`.
 
-        Raises `FileNotFoundError` if they are missing and `ValueError` if they are damaged or not CLIP's.
+        Raises:
+          FileNotFoundError: if the files are missing.
+          ValueError: if they are damaged or not those of a CLIP tokenizer.
         """
         merges, _ = _folder_merges(Path(path))
         tokenizer = cls.__new__(cls)
@@ -160,7 +196,7 @@ class ClipTokenizer:
         return tokenizer
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int32 (B, L), mask bool (B, L)) of B texts. Raises `TypeError` for one bare string or an item that is no string."""
+        """(tokens int32 (B, L), mask bool (B, L)) of B texts. Raises `TypeError` if not given texts."""
         if isinstance(texts, (str, bytes)):
             raise TypeError("the tokenizer takes a list of texts; for one text pass [text]")
         for text in texts:
@@ -175,24 +211,38 @@ class ClipTokenizer:
         return tokens, mask
 
     def empty(self) -> tuple[np.ndarray, np.ndarray]:
-        """The empty caption, which a dropped caption becomes: tokens int32 (L,), mask bool (L,); start and end only."""
+        """The empty caption, which stands for a dropped caption: tokens int32 (L,), mask bool (L,)."""
         tokens, mask = self([""])
         return tokens[0], mask[0]
 
     def save_folder(self, path: str | os.PathLike) -> None:
-        """Write a transformers CLIP tokenizer folder, the inverse of `from_folder`: `vocab.json`, `merges.txt`, `tokenizer_config.json`.
-        The padding is id 0, as here."""
+        """Writes the folder of a transformers CLIP tokenizer: the inverse of `from_folder`.
+
+        The files are `vocab.json`, `merges.txt` and `tokenizer_config.json`. The padding is id 0, as here.
+        """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        vocab = {token: i for i, token in enumerate([*_tokens(self._merges), "<|startoftext|>", "<|endoftext|>"])}
+        vocab = {
+            token: i for i, token in enumerate([*_tokens(self._merges), "<|startoftext|>", "<|endoftext|>"])
+        }
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), "utf-8")
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in self._merges), "utf-8")
-        special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "!"}
+        (folder / "merges.txt").write_text(
+            "#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in self._merges), "utf-8"
+        )
+        special = {
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>",
+            "pad_token": "!",
+        }
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, **special}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), "utf-8")
 
     def config(self) -> dict:
-        """What `from_config` needs to build this tokenizer again: a dict of JSON types. Merges are listed only if not the shipped ones."""
+        """What `from_config` needs to build this tokenizer again: a dict of JSON types.
+
+        It lists the merges only if they are not those of the shipped vocabulary.
+        """
         config = {"kind": "clip_bpe", "length": self.length, "vocab_size": self.vocab_size}
         if self._shipped:
             return {**config, "vocab_sha256": VOCAB_SHA256}
@@ -200,27 +250,44 @@ class ClipTokenizer:
 
     @classmethod
     def from_config(cls, config: dict) -> ClipTokenizer:
-        """The inverse of `config()`. Raises `ValueError` naming the key for an unknown kind, key or vocabulary."""
+        """The inverse of `config()`. Raises `ValueError` for an unknown kind, key or vocabulary."""
         allowed = ("kind", "length", "vocab_size", "vocab_sha256", "merges")
         for key in config:
             if key not in allowed:
-                raise ValueError(f"unknown key {key!r} in the tokenizer config: allowed are {', '.join(allowed)}")
+                raise ValueError(
+                    f"unknown key {key!r} in the tokenizer config: allowed are {', '.join(allowed)}"
+                )
         if config.get("kind") != "clip_bpe":
             raise ValueError(f"unknown tokenizer kind {config.get('kind')!r}: this version reads 'clip_bpe'")
         if "merges" not in config:
             if config.get("vocab_sha256", VOCAB_SHA256) != VOCAB_SHA256:
-                raise ValueError("the tokenizer config names another vocabulary (vocab_sha256) than the shipped one: update unclip_jax")
+                reason = "the tokenizer config names another vocabulary (vocab_sha256) than the shipped one"
+                raise ValueError(f"{reason}: update unclip_jax")
             return cls(length=config["length"], vocab_size=config["vocab_size"])
         merges = tuple(tuple(pair.split()) for pair in config["merges"])
         if BYTE_TOKENS + len(merges) + SPECIAL_TOKENS != config["vocab_size"]:
-            raise ValueError(f"the tokenizer config lists {len(merges)} merges, which is not vocab_size={config['vocab_size']}")
+            given = f"{len(merges)} merges, which does not fit vocab_size={config['vocab_size']}"
+            raise ValueError(f"the tokenizer config lists {given}")
         tokenizer = cls.__new__(cls)
         tokenizer._set_up(config["length"], merges, shipped=False)
         return tokenizer
 
 
-def caption_arrays(captions: Sequence[str], clip: ClipTokenizer, own: ClipTokenizer | None = None) -> dict[str, np.ndarray]:
-    """What a batch holds of captions: `clip_tokens` and `clip_token_mask` (B, L), and `tokens` and `token_mask` (B, L') for a stage with a
-    text encoder of its own."""
-    arrays = dict(zip(("clip_tokens", "clip_token_mask"), clip(captions)))
-    return arrays if own is None else arrays | dict(zip(("tokens", "token_mask"), own(captions)))
+def caption_arrays(
+    captions: Sequence[str], tokenizer: ClipTokenizer, text_tokenizer: ClipTokenizer | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays that a batch holds for its captions.
+
+    Args:
+      captions: B texts.
+      tokenizer: CLIP's tokenizer, for rows of L tokens.
+      text_tokenizer: the tokenizer of a stage that has its own text encoder, for rows of L' tokens.
+
+    Returns:
+      `clip_tokens` int32 (B, L) and `clip_token_mask` bool (B, L); with a `text_tokenizer` also `tokens`
+      int32 (B, L') and `token_mask` bool (B, L').
+    """
+    arrays = dict(zip(("clip_tokens", "clip_token_mask"), tokenizer(captions)))
+    if text_tokenizer is not None:
+        arrays |= dict(zip(("tokens", "token_mask"), text_tokenizer(captions)))
+    return arrays

@@ -1,1 +1,1 @@
-"""The embedded emoji dataset: captioned 64x64 drawings in TFRecord shards, and the program that builds them."""
+"""The embedded emoji dataset: captioned 64x64 drawings in TFRecord shards, and the program that builds it."""

@@ -1,11 +1,14 @@
-"""From Unicode's emoji names to captions a person might write.
+"""From Unicode's names of emoji to captions that a person might write.
 
-The Common Locale Data Repository (CLDR) names every emoji in short labels: "fox", "woman: red hair", "no smoking", "eight o’clock".
-This module decides which of them make a picture with a caption (`is_depictable`), turns the label into a noun phrase
-(`noun_phrase`: "a woman with red hair", "a no smoking sign", "scissors") and the noun phrase into captions (`captions`).
+The Common Locale Data Repository (CLDR) gives every emoji a short label: "fox", "woman: red hair",
+"no smoking", "eight o’clock". This module works in three steps:
 
-Emoji are identified by their codepoints as lower-case hexadecimal joined by dashes, without the presentation selector FE0F:
-"1f98a", "1f469-1f3fd-200d-1f692".
+1. `is_depictable` decides which emoji can become a picture with a caption.
+2. `phrase` and `noun_phrase` turn the label into a noun phrase: "a woman with red hair", "a no smoking sign".
+3. `captions` turns the noun phrase into captions.
+
+An emoji is identified by its codepoints in lower-case hexadecimal, joined by dashes, without the presentation
+selector FE0F: "1f98a", "1f469-1f3fd-200d-1f692".
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ SKIN_TONES = {
 }
 _ZWJ, _FEMALE, _MALE = "200d", "2640", "2642"
 
-# Gendered codepoints -> the neutral one, for telling which emoji show the same thing.
+# Gendered codepoints -> the neutral one. It shows which emoji depict the same thing.
 _NEUTRAL = {
     "1f468": "1f9d1", "1f469": "1f9d1",  # man, woman -> person
     "1f466": "1f9d2", "1f467": "1f9d2",  # boy, girl -> child
@@ -47,25 +50,30 @@ def normalise(codepoints: str) -> str:
 def split_tone(codepoints: str) -> tuple[str, list[str]]:
     """(codepoints without skin-tone modifiers, the modifiers in order)."""
     parts = codepoints.split("-")
-    return "-".join(part for part in parts if part not in SKIN_TONES), [part for part in parts if part in SKIN_TONES]
+    return "-".join(part for part in parts if part not in SKIN_TONES), [
+        part for part in parts if part in SKIN_TONES
+    ]
 
 
 def group_of(codepoints: str) -> str:
-    """What an emoji shows, whatever the person's skin tone, gender and direction: the codepoints of the neutral variant.
+    """What an emoji shows, without skin tone, gender and direction: the codepoints of the neutral variant.
 
-    "1f469-1f3fd-200d-1f692" (woman firefighter: medium skin tone) and "1f468-200d-1f692" (man firefighter) both give "1f9d1-200d-1f692".
+    "1f469-1f3fd-200d-1f692" (woman firefighter: medium skin tone) and "1f468-200d-1f692" (man firefighter)
+    both give "1f9d1-200d-1f692".
     """
     base, _ = split_tone(codepoints)
     parts = [_NEUTRAL.get(part, part) for part in base.split("-")]
-    while len(parts) > 2 and parts[-2] == _ZWJ and parts[-1] in (_FEMALE, _MALE, "27a1"):  # 27a1: facing right
+    while (
+        len(parts) > 2 and parts[-2] == _ZWJ and parts[-1] in (_FEMALE, _MALE, "27a1")
+    ):  # 27a1: facing right
         parts = parts[:-2]
     group = "-".join(parts)
     return _NEUTRAL_GROUPS.get(group, group)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Which emoji
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 _TEXT_LIKE = re.compile(
     r"^(keycap|flag:|input |japanese “)"  # digits, country flags, letters, ideographs
     r"|^(a|ab|b|o) button \(blood type\)$"
@@ -81,8 +89,14 @@ _COMPONENT = re.compile(r"^((red|curly|white) hair|bald)$")
 def is_depictable(codepoints: str, label: str) -> bool:
     """Whether the emoji is kept. `label` is the CLDR name of the emoji without its skin tone.
 
-    Dropped: letters, digits, keycaps, ideographs and signs that are words; flags of countries and regions; families, couples and kisses
-    spelt out by gender; skin tones of several people at once; turned variants ("facing right") with a skin tone; loose hair components.
+    These are dropped:
+
+    - letters, digits, keycaps, ideographs, and signs that are words;
+    - flags of countries and regions;
+    - families, couples and kisses whose label lists genders;
+    - emoji with several people and a skin tone;
+    - turned variants ("facing right") with a skin tone;
+    - hair without a person.
     """
     base, tones = split_tone(codepoints)
     label = label.lower()
@@ -91,14 +105,17 @@ def is_depictable(codepoints: str, label: str) -> bool:
     return not tones or (len(tones) == 1 and not _COUPLE.search(label) and "facing right" not in label)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Noun phrases
-# ----------------------------------------------------------------------------------------------------------------------
-_ZODIAC = "aries taurus gemini cancer leo virgo libra scorpio sagittarius capricorn aquarius pisces ophiuchus".split()
+# ------------------------------------------------------------------------------------------------------------
+_ZODIAC = (
+    "aries taurus gemini cancer leo virgo libra scorpio sagittarius capricorn aquarius pisces ophiuchus"
+).split()
 _SIGNS = (
-    "baggage claim", "biohazard", "children crossing", "construction", "currency exchange", "customs", "high voltage", "left luggage",
-    "men's room", "mobile phone off", "non-potable water", "passport control", "place of worship", "potable water", "prohibited",
-    "radioactive", "restroom", "vibration mode", "warning", "women's room",
+    "baggage claim", "biohazard", "children crossing", "construction", "currency exchange", "customs",
+    "high voltage", "left luggage", "men's room", "mobile phone off", "non-potable water", "passport control",
+    "place of worship", "potable water", "prohibited", "radioactive", "restroom", "vibration mode", "warning",
+    "women's room",
 )  # fmt: skip
 _SYMBOLS = ("dizzy", "infinity", "khanda", "om", "wireless")
 _RENAMED = {
@@ -117,18 +134,21 @@ _RENAMED = {
     "star-struck": "star-struck face",
     "unlocked": "unlocked padlock",
 }
-# Uncountable things, activities, proper names and phrases, which take no article.
+# Uncountable things, activities, proper names and phrases: they take no article.
 _NO_ARTICLE = set(
     (
-        "bacon|badminton|baguette bread|bowling|bread|broccoli|bubble tea|building construction|butter|camping|candy|canned food|"
-        "cooked rice|cooking|coral|curry rice|custard|dashing away|dna|field hockey|fire|flatbread|fog|fondue|garlic|ginger root|"
-        "horse racing|ice|ice cream|ice hockey|lacrosse|luggage|mate|meat on bone|money with wings|mount fuji|mrs. claus|mx claus|"
-        "nail polish|oden|ping pong|popcorn|pouring liquid|sake|salt|santa claus|shaved ice|soap|soft ice cream|spaghetti|"
+        "bacon|badminton|baguette bread|bowling|bread|broccoli|bubble tea|building construction|butter|"
+        "camping|candy|canned food|cooked rice|cooking|coral|curry rice|custard|dashing away|dna|"
+        "field hockey|fire|flatbread|fog|fondue|garlic|ginger root|horse racing|ice|ice cream|ice hockey|"
+        "lacrosse|luggage|mate|meat on bone|money with wings|mount fuji|mrs. claus|mx claus|nail polish|oden|"
+        "ping pong|popcorn|pouring liquid|sake|salt|santa claus|shaved ice|soap|soft ice cream|spaghetti|"
         "stuffed flatbread|sushi|tennis|thread|thumbs down|thumbs up|tokyo tower|wood|yarn"
     ).split("|")
 )
 _DEFINITE = {"kaaba", "milky way", "statue of liberty"}
-_PREPOSITION = re.compile(r" (with|without|of|on|in|at|from|behind|over|showing|holding|lifting|hugging|wrestling|up)\b")
+_PREPOSITION = re.compile(
+    r" (with|without|of|on|in|at|from|behind|over|showing|holding|lifting|hugging|wrestling|up)\b"
+)
 _SINGULAR = re.compile(r"(ss|us|is|os|crossbones)$")
 _PLURALS = {"skis", "men", "women", "people"}
 _AN = re.compile(r"^([aeiou]|hour|herb\b|x-ray|8)")
@@ -164,7 +184,7 @@ def indefinite(text: str) -> str:
 
 
 def is_plural(text: str) -> bool:
-    """Whether the head noun of a phrase is a plural: "crossed swords", "people hugging", not "compass", "face with rolling eyes"."""
+    """Whether the head noun of a phrase is a plural: in "crossed swords", not in "face with rolling eyes"."""
     head = _PREPOSITION.split(text)[0].split()[-1]
     return head in _PLURALS or (head.endswith("s") and not _SINGULAR.search(head))
 
@@ -177,33 +197,42 @@ def with_tone(text: str, tone: str | None) -> str:
 
 
 def noun_phrase(text: str, tone: str | None = None) -> str:
-    """The phrase with the right article, or none before plurals, uncountable things and names, and its skin tone."""
+    """The phrase with skin tone and article; plurals, uncountable things and names take no article."""
     full = with_tone(text, tone)
     if text in _DEFINITE:
         return f"the {full}"
     return full if text in _NO_ARTICLE or is_plural(text) else indefinite(full)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Captions
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 MAX_KEYWORDS = 6
-_UNWANTED = {"ass", "gun", "handgun", "pistol", "revolver", "sexy", "sucks", "weapon"}  # crude, or wrong for a water pistol
+_UNWANTED = {
+    "ass",
+    "gun",
+    "handgun",
+    "pistol",
+    "revolver",
+    "sexy",
+    "sucks",
+    "weapon",
+}  # crude, or wrong for a water pistol
 
 
 def stable_hash(*parts: str) -> int:
-    """A 64-bit integer from sha256 of the parts: the same on every machine and version, for splits, orders and choices."""
+    """A 64-bit integer from the sha256 of the parts: the same on every machine and in every version."""
     return int.from_bytes(hashlib.sha256("/".join(parts).encode("utf-8")).digest()[:8], "big")
 
 
 def pick_keywords(words: list[str], text: str) -> list[str]:
-    """At most six of CLDR's keywords, chosen by a stable hash: those which say something that the phrase `text` does not."""
-    said = set(re.split(r"[\s-]+", text))
+    """At most six of CLDR's keywords, chosen by a stable hash among those that add to the phrase `text`."""
+    in_phrase = set(re.split(r"[\s-]+", text))
     plain = [word.lower().replace("’", "'").replace("“", "").replace("”", "") for word in words]
     new = [
         word
         for word in dict.fromkeys(plain)
-        if not set(re.split(r"[\s-]+", word)) <= said
+        if not set(re.split(r"[\s-]+", word)) <= in_phrase
         and word not in _UNWANTED
         and "skin tone" not in word
         and re.fullmatch(r"[^\W_][\w' -]+", word)
@@ -214,8 +243,8 @@ def pick_keywords(words: list[str], text: str) -> list[str]:
 def captions(text: str, tone: str | None, style: str, keywords: list[str]) -> list[str]:
     """Four to six captions for one image; the first is the canonical one: "a 3d emoji of a fox".
 
-    `text` is a phrase without article, `tone` a skin-tone codepoint or None, `style` the style's word and `keywords` what
-    `pick_keywords` gave. The last caption does not name the style.
+    `text` is a phrase without article, `tone` a skin-tone codepoint or None, `style` the word for the style,
+    and `keywords` the result of `pick_keywords`. The last caption does not name the style.
     """
     full, thing = with_tone(text, tone), noun_phrase(text, tone)
     short = len(full.split()) <= 3 and " with " not in full and not is_plural(text)
