@@ -11,6 +11,7 @@ Each library runs in a process of its own, in turn; the first batches, in which 
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -55,15 +56,15 @@ def crop(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def ours(folder: Path, batch_size: int, workers: int, backend: str):
     """Batches without end."""
-    from unclip_jax.data.pipeline import train_batches
-    from unclip_jax.data.sources import webdataset
+    from unclip_jax.data.examples import clip_example
+    from unclip_jax.data.pipeline import Workers, train_batches
+    from unclip_jax.data.sources.webdataset import webdataset
     from unclip_jax.data.tokenizer import ClipTokenizer
-    from unclip_jax.train.clip import make_example
 
     tokenizer = ClipTokenizer()
-    example = lambda record, rng: make_example(record, rng, tokenizer=tokenizer, size=SIZE, crop_scale=CROP)  # noqa: E731
+    example = functools.partial(clip_example, tokenizer=tokenizer, size=SIZE, crop_scale=CROP)
     source = webdataset(str(folder / "*.tar"), cache_dir=str(folder))
-    return train_batches(source, example, batch_size=batch_size, seed=0, backend=backend, num_workers=workers)
+    return train_batches(source, example, batch_size=batch_size, seed=0, workers=Workers(backend, workers))
 
 
 class Example:

@@ -1,6 +1,6 @@
 """Sampling Karlo here and in diffusers: the same architecture, the same random weights, the same steps, part by part.
 
-    python benchmarks/sampling.py --part prior --captions 1 --rounds 3        # needs torch and diffusers: pip install -e ".[test]"
+    python benchmarks/sampling.py --part prior_diffusion --captions 1 --rounds 3        # needs torch and diffusers: pip install -e ".[test]"
 
 Each library runs in a process of its own, in turn, so that neither holds memory or threads while the other is timed. Told are: seconds to
 load, to the first sample, of a later one; peak memory (resident, and anonymous: without the pages of files); the ratio of the later ones,
@@ -25,7 +25,7 @@ import numpy as np
 
 LENGTH, WORDS = 77, 20  # text states, and how many of them are a caption's
 PARTS = {  # folders with weights, steps and guidance scale of the pipeline
-    "prior": {"folders": ["prior"], "steps": 25, "guidance": 4.0},
+    "prior_diffusion": {"folders": ["prior"], "steps": 25, "guidance": 4.0},
     "decoder": {"folders": ["decoder", "text_proj"], "steps": 25, "guidance": 8.0},
     "upsampler": {"folders": ["super_res_first", "super_res_last"], "steps": 7, "guidance": 1.0},
 }
@@ -99,11 +99,11 @@ def make(folder: Path, size: str, part: str) -> None:
 def inputs(captions: int, sides: tuple[int, int]) -> dict[str, np.ndarray]:
     """Random embeddings and states of the captions, the empty one first; noise of every part; small images."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: np.float32(rng.normal(size=shape))  # noqa: E731
+    normal = lambda *shape: np.float32(rng.normal(size=shape))
     small, large = ((captions, side, side, 3) for side in sides)
     return {
         "states": normal(captions + 1, LENGTH, 768), "embed": normal(captions + 1, 768), "z_image": normal(captions, 768),
-        "prior": normal(captions, 768), "decoder": normal(*small), "upsampler": normal(*large), "low_res": np.tanh(normal(*small)),
+        "prior_diffusion": normal(captions, 768), "decoder": normal(*small), "upsampler": normal(*large), "low_res": np.tanh(normal(*small)),
     }  # fmt: skip
 
 
@@ -114,18 +114,18 @@ def diffusers_sampler(folder: Path, part: str, captions: int, steps: int, sides:
     import torch
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
-    kind = {"prior": diffusers.PriorTransformer, "decoder": diffusers.UNet2DConditionModel, "upsampler": diffusers.UNet2DModel}[part]
+    kind = {"prior_diffusion": diffusers.PriorTransformer, "decoder": diffusers.UNet2DConditionModel, "upsampler": diffusers.UNet2DModel}[part]
     nets = [kind.from_pretrained(folder / name).eval() for name in PARTS[part]["folders"] if name != "text_proj"]
     text_proj = UnCLIPTextProjModel.from_pretrained(folder / "text_proj").eval() if part == "decoder" else None
     called = [torch.compile(net) for net in nets] if compiled else nets
     scheduler = diffusers.UnCLIPScheduler.from_pretrained(folder / f"{'super_res' if part == 'upsampler' else part}_scheduler")
     given = {k: torch.from_numpy(np.moveaxis(v, -1, 1).copy() if v.ndim == 4 else v) for k, v in inputs(captions, sides).items()}
-    both = lambda a: torch.cat([a[:1].expand(captions, *a.shape[1:]), a[1:]])  # noqa: E731
+    both = lambda a: torch.cat([a[:1].expand(captions, *a.shape[1:]), a[1:]])
     mask = (torch.arange(LENGTH)[None] < WORDS).expand(2 * captions, -1)
     scale = PARTS[part]["guidance"]
-    if part == "prior":
+    if part == "prior_diffusion":
         known = {"proj_embedding": both(given["embed"]), "encoder_hidden_states": both(given["states"]), "attention_mask": mask}
-        network = lambda x, t, last: called[0](torch.cat([x] * 2), t, **known).predicted_image_embedding  # noqa: E731
+        network = lambda x, t, last: called[0](torch.cat([x] * 2), t, **known).predicted_image_embedding
     elif part == "decoder":
 
         def told():
@@ -136,16 +136,16 @@ def diffusers_sampler(folder: Path, part: str, captions: int, steps: int, sides:
             seen = torch.nn.functional.pad(mask, (4, 0), value=True)
             return {"encoder_hidden_states": context, "class_labels": added, "attention_mask": seen}
 
-        network = lambda x, t, last: called[0](torch.cat([x] * 2), t, **known).sample  # noqa: E731
+        network = lambda x, t, last: called[0](torch.cat([x] * 2), t, **known).sample
     else:
         enlarged = torch.nn.functional.interpolate(given["low_res"], size=[sides[1]] * 2, mode="bicubic", antialias=True)
-        network = lambda x, t, last: called[last](torch.cat([x, enlarged], dim=1), t).sample  # noqa: E731
+        network = lambda x, t, last: called[last](torch.cat([x, enlarged], dim=1), t).sample
 
     def guided(out):
         if part == "upsampler":
             return out
         empty, text = out.chunk(2)
-        if part == "prior":
+        if part == "prior_diffusion":
             return empty + scale * (text - empty)
         return torch.cat([empty[:, :3] + scale * (text[:, :3] - empty[:, :3]), text[:, 3:]], dim=1)
 
@@ -162,7 +162,7 @@ def diffusers_sampler(folder: Path, part: str, captions: int, steps: int, sides:
             x = scheduler.step(out, t, x, prev_timestep=None if last else times[i + 1]).prev_sample
         return x.numpy()
 
-    known = known if part == "prior" else {}
+    known = known if part == "prior_diffusion" else {}
 
     @torch.no_grad()
     def step() -> np.ndarray:
@@ -180,14 +180,19 @@ def our_sampler(folder: Path, part: str, captions: int, steps: int, sides: tuple
     save_memory_on_cpu()
     import jax
     import jax.numpy as jnp
-    from unclip_jax.checkpoint.public import load_public
 
-    from unclip_jax.generate import SamplingOptions, TextConditioning, sample_decoder, sample_prior, sample_upsampler, sampling_model
+    from unclip_jax.checkpoint.providers import find_provider
+    from unclip_jax.generate.decoder import sample_decoder
+    from unclip_jax.generate.networks import Network, sampling_model
+    from unclip_jax.generate.options import SamplingOptions
+    from unclip_jax.generate.prior import sample_prior
+    from unclip_jax.generate.text import TextConditioning, Texts
+    from unclip_jax.generate.upsampler import sample_upsampler
     from unclip_jax.sharding import placer, sampling_mesh
 
     mesh = sampling_mesh()
     names = {"upsampler": [f"upsampler_{sides[1]}", f"upsampler_{sides[1]}_last"]}.get(part, [part])
-    bundles = [load_public(folder, name, placer(mesh)) for name in names]
+    bundles = [find_provider(folder).read(folder, name, placer(mesh)) for name in names]
     parts = [bundle.parts[name] for bundle, name in zip(bundles, names)]
     config, params = parts[0].config, [part.params for part in parts]
     models = [sampling_model(part.config, mesh) for part in parts]
@@ -195,23 +200,24 @@ def our_sampler(folder: Path, part: str, captions: int, steps: int, sides: tuple
     given, mask = inputs(captions, sides), jnp.arange(LENGTH)[None] < WORDS
     text = TextConditioning(given["embed"][1:], given["states"][1:], jnp.repeat(mask, captions, axis=0))
     empty = TextConditioning(given["embed"][:1], given["states"][:1], mask)
-    both = lambda a: jnp.concatenate([jnp.repeat(a[:1], captions, axis=0), a[1:]])  # noqa: E731
+    both = lambda a: jnp.concatenate([jnp.repeat(a[:1], captions, axis=0), a[1:]])
     texts = {"text_embed": both(given["embed"]), "text_states": both(given["states"]), "text_mask": jnp.repeat(mask, 2 * captions, axis=0)}
     twice, z, low = (lambda a: jnp.concatenate([a, a])), given["z_image"], given["low_res"]
     # The peer has the unconditional half first.
     drop = {"image_embed": twice(z), "drop_image": jnp.arange(2 * captions) < captions}
+    networks = lambda p: [Network(model, weights, config) for model, weights in zip(models, p)]
     samplers = {
-        "prior": lambda p, text, empty, key: sample_prior(models[0], p[0], config, text, empty, key, options),
-        "decoder": lambda p, text, empty, key: sample_decoder(models[0], p[0], config, jnp.asarray(z), text, empty, key, options),
-        "upsampler": lambda p, text, empty, key: sample_upsampler(models[0], p[0], config, low, key, options, (models[-1], p[-1])),
+        "prior_diffusion": lambda p, texts, key: sample_prior(networks(p)[0], texts, key, options),
+        "decoder": lambda p, texts, key: sample_decoder(networks(p)[0], jnp.asarray(z), texts, key, options),
+        "upsampler": lambda p, texts, key: sample_upsampler(networks(p)[0], low, key, options, networks(p)[-1]),
     }
-    networks = {
-        "prior": lambda p, x, t: models[0].apply({"params": p[0]}, twice(x), twice(t), **texts),
+    steps_of = {
+        "prior_diffusion": lambda p, x, t: models[0].apply({"params": p[0]}, twice(x), twice(t), **texts),
         "decoder": lambda p, x, t: models[0].apply({"params": p[0]}, twice(x), twice(t), **drop, **texts),
         "upsampler": lambda p, x, t: models[0].apply({"params": p[0]}, x, t, low_res=low),
     }
-    run, network = jax.jit(samplers[part]), jax.jit(networks[part])
-    sample = lambda: np.asarray(run(params, text, empty, jax.random.key(0)))  # noqa: E731
+    run, network = jax.jit(samplers[part]), jax.jit(steps_of[part])
+    sample = lambda: np.asarray(run(params, Texts(text, empty), jax.random.key(0)))
     return sample, lambda: np.asarray(network(params, given[part], jnp.full(captions, 500)))
 
 
@@ -289,7 +295,7 @@ def compare(args: argparse.Namespace, part: str, folder: Path) -> dict[str, dict
 def main() -> None:
     """Compares the libraries on one part, or on all of them and their sum."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=[*PARTS, "whole"], default="prior", help="whole: all three, one after the other, and their sum")
+    parser.add_argument("--part", choices=[*PARTS, "whole"], default="prior_diffusion", help="whole: all three, one after the other, and their sum")
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--captions", type=int, default=1, metavar="N")
     parser.add_argument("--steps", type=int, metavar="N", help="sampling steps of every part (the pipeline's: 25, 25, 7)")

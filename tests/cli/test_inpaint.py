@@ -6,7 +6,7 @@ from PIL import Image
 
 from unclip_jax.cli import options
 from unclip_jax.cli.main import build_parser, main
-from unclip_jax.sampling import inpaint
+from unclip_jax.sampling.edits import inpaint
 
 LEFT = np.repeat([[True] * 8 + [False] * 16], 24, axis=0)  # what the masks below draw anew
 

@@ -11,7 +11,7 @@ import pytest
 
 from unclip_jax.data import pipeline
 from unclip_jax.data.pipeline import BadDataError, eval_batches, train_batches
-from unclip_jax.data.sources import Record, Source
+from unclip_jax.data.record import Record, Source
 
 BACKENDS = pipeline.BACKENDS
 

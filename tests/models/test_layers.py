@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.models.layers import ACTIVATIONS, LayerNorm, TimeMLP, attend, with_hooks, timestep_embedding
+from unclip_jax.models.layers import ACTIVATIONS, LayerNorm, TimeMLP, attend, timestep_embedding, with_hooks
 
 
 def test_attention_against_loops():

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from unclip_jax.train.codec import explained, principal_components
 
 from tests.helpers import random_params
 from unclip_jax.models.codec import Codec, cosine, dequantize, project, quantize, unproject
 from unclip_jax.models.prior_ar import ARPrior, dot_token
+from unclip_jax.train.codec import explained, principal_components
 
 B, N, L, D, BUCKETS, BINS = 3, 5, 4, 8, 7, 4
 MODEL = ARPrior(codes=N, buckets=BUCKETS, dot_bins=BINS, length=L, width=16, layers=2, heads=2)

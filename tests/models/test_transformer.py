@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from unclip_jax.run.hardware import flops
 
 from tests.helpers import fast_key, param_count, param_shapes, random_params, struct
 from unclip_jax.models.transformer import Attention, Transformer, causal_mask
+from unclip_jax.run.hardware import flops
 
 L, W = 6, 16
 TINY = dict(layers=2, heads=2, mlp_ratio=2.0)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from unclip_jax.sampling.variations import fresh_variations
 
 import unclip_jax
 from tests.checkpoint import peers
@@ -23,6 +22,7 @@ from unclip_jax.cli import export
 from unclip_jax.cli.main import main
 from unclip_jax.diffusion import samplers
 from unclip_jax.sampling.edits.inversion import embed_images
+from unclip_jax.sampling.edits.variations import fresh_variations
 
 RNG = np.random.default_rng(0)
 normal = lambda *shape: np.float32(RNG.normal(size=shape))
