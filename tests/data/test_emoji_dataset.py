@@ -1,4 +1,4 @@
-"""The embedded emoji dataset: its shards match the manifest, its splits their description, its captions English."""
+"""The embedded emoji dataset: its shards match the manifest, its splits their description."""
 
 import hashlib
 import io
