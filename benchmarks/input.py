@@ -58,12 +58,12 @@ def ours(folder: Path, batch_size: int, workers: int, backend: str):
     """Batches without end."""
     from unclip_jax.data.examples import clip_example
     from unclip_jax.data.pipeline import Workers, train_batches
-    from unclip_jax.data.sources.webdataset import webdataset
+    from unclip_jax.data.sources.webdataset import webdataset_source
     from unclip_jax.data.tokenizer import ClipTokenizer
 
     tokenizer = ClipTokenizer()
     example = functools.partial(clip_example, tokenizer=tokenizer, size=SIZE, crop_scale=CROP)
-    source = webdataset(str(folder / "*.tar"), cache_dir=str(folder))
+    source = webdataset_source(str(folder / "*.tar"), cache_dir=str(folder))
     return train_batches(source, example, batch_size=batch_size, seed=0, workers=Workers(backend, workers))
 
 

@@ -62,7 +62,9 @@ def test_probability_range_and_draws(image):
 
 def test_jitter_varies_the_blur(image):
     rng = np.random.default_rng(3)
-    jittered = {degrade.low_resolution(image, 8, rng, blur_prob=1, sigma_jitter=0.5).tobytes() for _ in range(5)}
+    jittered = {
+        degrade.low_resolution(image, 8, rng, blur_prob=1, sigma_jitter=0.5).tobytes() for _ in range(5)
+    }
     fixed = {degrade.low_resolution(image, 8, rng, blur_prob=1).tobytes() for _ in range(5)}
     assert len(jittered) == 5 and len(fixed) == 1
 
@@ -92,9 +94,15 @@ def test_bad_images(image):
 
 
 def test_bsr_is_a_mild_degradation(image):
-    """Of a smooth picture it keeps the content (it is near the clean reduction, never equal to it), every draw is another, the same draws
-    give the same bytes."""
-    wave = np.sin(np.linspace(0, 9, 64))[:, None, None] * np.cos(np.linspace(0, 7, 64))[None, :, None] * [0.9, -0.7, 0.5]
+    """The result is near the clean reduction of a smooth picture, and never equal to it.
+
+    Every draw differs, and the same draw gives the same bytes.
+    """
+    wave = (
+        np.sin(np.linspace(0, 9, 64))[:, None, None]
+        * np.cos(np.linspace(0, 7, 64))[None, :, None]
+        * [0.9, -0.7, 0.5]
+    )
     wave = wave.astype(np.float32)
     clean = ops.resize(wave, 16, "box")
     draws = [degrade.bsr_light(wave, 16, np.random.default_rng(seed)) for seed in range(40)]
@@ -106,21 +114,23 @@ def test_bsr_is_a_mild_degradation(image):
 
 
 def test_bsr_kernels():
-    """Sum one, symmetric about their centre, of the sizes stated; an isotropic blur of a constant changes nothing."""
+    """Kernels sum to one, are symmetric, and have the stated sizes; they do not change a constant image."""
     rng = np.random.default_rng(0)
     kernels = [degrade._gaussian_kernel(rng, 4.0) for _ in range(200)]
     assert {len(k) for k in kernels} == set(range(5, 15))
     for k in kernels:
         np.testing.assert_allclose(k.sum(), 1.0, rtol=1e-5)
         np.testing.assert_allclose(k, k[::-1, ::-1], atol=1e-6)
-    assert any(np.abs(k - k.T).max() > 1e-3 for k in kernels) and any(np.allclose(k, k.T, atol=1e-7) for k in kernels)
+    assert any(np.abs(k - k.T).max() > 1e-3 for k in kernels) and any(
+        np.allclose(k, k.T, atol=1e-7) for k in kernels
+    )
     flat = np.full((9, 9, 3), 0.25, np.float32)
     for k in kernels[:10]:
         np.testing.assert_allclose(degrade._filter(flat, k), flat, rtol=1e-5)
 
 
 def test_bsr_noise_level():
-    """One to two of 255 levels, of all three kinds."""
+    """The standard deviation is one to two of 255 levels; a part of the noise is grey."""
     rng = np.random.default_rng(0)
     levels = np.array([degrade._noise((64, 64, 3), rng).std() for _ in range(60)]) * 255 / 2
     assert levels.max() < 2.1 and np.mean((levels > 0.9) & (levels < 2.1)) > 0.7

@@ -1,4 +1,4 @@
-"""The embedded emoji dataset: the kept shards are the declared ones, its splits mean what they say, its captions are English."""
+"""The embedded emoji dataset: its shards match the manifest, its splits their description."""
 
 import hashlib
 import io
@@ -20,8 +20,10 @@ FOLDER = Path(unclip_jax.data.emoji.__file__).parent
 TONE = re.compile(r" (?:with|and) ((?:light|medium-light|medium|medium-dark|dark) skin tone)$")
 
 BAD_CAPTION = re.compile(
-    r"  |[’“”]|: facing|\b(a|an|the) (a|an|the)\b|skin tone.*skin tone"  # leftovers of CLDR's labels, doubled words
-    r"|\ba (?!uni|euro|ewe|one[ -])[aeiou]|\ban (uni|euro|ewe|one[ -]|[bcdfgjklmnpqrstvwyz])"  # the wrong article
+    # leftovers of CLDR's labels, doubled words
+    r"  |[’“”]|: facing|\b(a|an|the) (a|an|the)\b|skin tone.*skin tone"
+    # the wrong article
+    r"|\ba (?!uni|euro|ewe|one[ -])[aeiou]|\ban (uni|euro|ewe|one[ -]|[bcdfgjklmnpqrstvwyz])"
 )
 
 
@@ -38,7 +40,9 @@ def rows(manifest):
         raw = (FOLDER / file).read_bytes()
         for offset, length in tfrecord.index_records(FOLDER / file):
             example = tfrecord.decode_example(raw[offset : offset + length])
-            assert set(example) == {"key", "webp", "txt", "json"} and all(len(values) == 1 for values in example.values())
+            assert set(example) == {"key", "webp", "txt", "json"} and all(
+                len(values) == 1 for values in example.values()
+            )
             row = json.loads(example["json"][0])
             assert row["key"] == example["key"][0].decode() and file.startswith(row["split"] + "-")
             result.append(row | {"txt": example["txt"][0].decode(), "webp": example["webp"][0]})
@@ -50,9 +54,9 @@ def by_split(rows):
     return {split: [row for row in rows if row["split"] == split] for split in build.SPLITS}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_shards_are_those_of_the_manifest(manifest):
     assert {path.name for path in FOLDER.glob("*.tfrecord")} == set(manifest["files"])
     for name, entry in manifest["files"].items():
@@ -61,7 +65,10 @@ def test_shards_are_those_of_the_manifest(manifest):
         assert len(tfrecord.index_records(FOLDER / name)) == entry["records"]
     digests = "".join(manifest["files"][name]["sha256"] for name in sorted(manifest["files"]))
     assert manifest["checksum"] == hashlib.sha256(digests.encode()).hexdigest()
-    assert manifest["packages"] == {name: version for name, version, _ in build.PACKAGES.values()} and manifest["tools"] == build.TOOLS
+    assert (
+        manifest["packages"] == {name: version for name, version, _ in build.PACKAGES.values()}
+        and manifest["tools"] == build.TOOLS
+    )
 
 
 def test_payload_checksums(manifest):
@@ -102,9 +109,9 @@ def test_vocabulary():
     assert "Copyright (c) 2021 OpenAI" in (build.VOCAB / "LICENSE").read_text()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rows
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_keys_and_pairs_are_unique(rows):
     assert len({row["key"] for row in rows}) == len(rows)
     assert len({(row["style"], row["name"]) for row in rows}) == len(rows)
@@ -123,7 +130,10 @@ def test_every_image_is_a_64_pixel_drawing_on_white(rows):
         assert pixels.std() > 1, row["key"]
         digests.add((row["style"], hashlib.sha256(row["webp"]).hexdigest()))
     assert len(digests) == len(rows)  # no picture twice in a style
-    corners = [np.asarray(Image.open(io.BytesIO(row["webp"])))[[0, 0, -1, -1], [0, -1, 0, -1]].mean() for row in rows[::20]]
+    corners = [
+        np.asarray(Image.open(io.BytesIO(row["webp"])))[[0, 0, -1, -1], [0, -1, 0, -1]].mean()
+        for row in rows[::20]
+    ]
     assert np.mean(np.array(corners) > 245) > 0.9
 
 
@@ -140,16 +150,18 @@ def test_captions_are_grammatical(rows):
             assert not BAD_CAPTION.search(caption), caption
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Splits
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_val_ideas_are_unseen(by_split):
     val = {row["base"] for row in by_split["val"]}
     for split in ("train", "compose"):
         assert val.isdisjoint(row["base"] for row in by_split[split])
         assert {row["name"] for row in by_split["val"]}.isdisjoint(row["name"] for row in by_split[split])
     groups = {names.group_of(row["codepoints"]) for row in by_split["val"]}
-    assert groups.isdisjoint(names.group_of(row["codepoints"]) for row in by_split["train"] + by_split["compose"])
+    assert groups.isdisjoint(
+        names.group_of(row["codepoints"]) for row in by_split["train"] + by_split["compose"]
+    )
 
 
 def test_compose_is_new_combinations_of_seen_parts(by_split):
@@ -173,13 +185,18 @@ def test_compose_is_new_combinations_of_seen_parts(by_split):
 def test_first_rows_of_val_and_compose_are_all_different(by_split):
     for split in ("val", "compose"):
         head = by_split[split][:100]
-        assert len({row["base"] for row in head}) == len({row["name"] for row in head}) == len({row["txt"] for row in head}) == 100
+        assert (
+            len({row["base"] for row in head})
+            == len({row["name"] for row in head})
+            == len({row["txt"] for row in head})
+            == 100
+        )
         assert len({row["style"] for row in head}) == len(build.STYLES)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Names
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "label, tone, expected",
     [
@@ -233,28 +250,42 @@ def test_what_is_depictable(codepoints, label, kept):
 
 
 def test_groups_join_tone_gender_and_direction():
-    firefighter = {names.group_of(code) for code in ("1f9d1-200d-1f692", "1f468-1f3fe-200d-1f692", "1f469-200d-1f692")}
-    running = {names.group_of(code) for code in ("1f3c3", "1f3c3-1f3fb-200d-2640", "1f3c3-200d-2642-200d-27a1", "1f3c3-200d-27a1")}
+    firefighter = {
+        names.group_of(code) for code in ("1f9d1-200d-1f692", "1f468-1f3fe-200d-1f692", "1f469-200d-1f692")
+    }
+    running = {
+        names.group_of(code)
+        for code in ("1f3c3", "1f3c3-1f3fb-200d-2640", "1f3c3-200d-2642-200d-27a1", "1f3c3-200d-27a1")
+    }
     assert len(firefighter) == len(running) == 1 and firefighter != running
     assert names.normalise("0031-FE0F-20E3") == "31-20e3"
 
 
 def test_captions_of_one_image():
-    assert names.captions("fox", None, "3d", []) == ["a 3d emoji of a fox", "a fox emoji in 3d style", "3d fox", "an emoji of a fox"]
+    assert names.captions("fox", None, "3d", []) == [
+        "a 3d emoji of a fox",
+        "a fox emoji in 3d style",
+        "3d fox",
+        "an emoji of a fox",
+    ]
     full = names.captions("grapes", None, "noto", ["fruit", "vine", "wine"])
     assert full[1] == "an emoji of grapes in noto style" and len(full) == 6
     assert all(caption.startswith("a noto emoji of grapes") for caption in full[3:5])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The program
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_a_wrong_archive_is_one_line_and_exit_status_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build, "check_tools", lambda: None)
     (tmp_path / "misskey-dev-emoji-assets-17.0.3.tgz").write_bytes(b"not an archive")
     assert build.main(["--out", str(tmp_path / "out"), "--packages", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "@misskey-dev/emoji-assets 17.0.3" in error and not (tmp_path / "out").exists()
+    assert (
+        error.count("\n") == 1
+        and "@misskey-dev/emoji-assets 17.0.3" in error
+        and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Decoding of every kind of image and every kind of damage; resizing, cropping and the [-1, 1] range by their properties."""
+"""Decoding of images of every kind, whole and damaged; the properties of resizing, cropping and the range."""
 
 import io
 
@@ -35,7 +35,10 @@ def test_lossless_formats_decode_exactly(photo, kind):
 def test_jpeg_cmyk_and_grey(photo):
     image = Image.fromarray(photo)
     assert np.abs(ops.decode_image(encode(image, "JPEG", quality=95)).astype(int) - photo).mean() < 4
-    assert np.abs(ops.decode_image(encode(image.convert("CMYK"), "JPEG", quality=95)).astype(int) - photo).mean() < 6
+    assert (
+        np.abs(ops.decode_image(encode(image.convert("CMYK"), "JPEG", quality=95)).astype(int) - photo).mean()
+        < 6
+    )
     grey = ops.decode_image(encode(image.convert("L"), "PNG"))
     np.testing.assert_array_equal(grey, np.repeat(np.asarray(image.convert("L"))[:, :, None], 3, axis=2))
 
@@ -52,7 +55,9 @@ def test_transparency_is_composited_on_white():
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 0), 1)
     assert ops.decode_image(encode(palette, "PNG")).tolist() == [[[10, 20, 30], [40, 50, 60]]]
-    assert ops.decode_image(encode(palette, "PNG", transparency=0)).tolist() == [[[255, 255, 255], [40, 50, 60]]]
+    assert ops.decode_image(encode(palette, "PNG", transparency=0)).tolist() == [
+        [[255, 255, 255], [40, 50, 60]]
+    ]
     grey = Image.new("LA", (1, 1), (0, 0))
     assert ops.decode_image(encode(grey, "PNG")).tolist() == [[[255, 255, 255]]]
 
@@ -68,7 +73,9 @@ def test_sixteen_bits_are_scaled():
 def test_exif_orientation_is_applied(photo):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
-    np.testing.assert_array_equal(ops.decode_image(encode(Image.fromarray(photo), "PNG", exif=exif)), np.rot90(photo, -1))
+    np.testing.assert_array_equal(
+        ops.decode_image(encode(Image.fromarray(photo), "PNG", exif=exif)), np.rot90(photo, -1)
+    )
 
 
 def test_bad_images_are_one_line_errors(photo, monkeypatch):
@@ -129,17 +136,21 @@ def test_crops(photo):
     tall = np.arange(100)[:, None, None] * np.ones((1, 10, 3), np.int64)
     tops = {int(ops.random_crop_square(tall, rng)[0, 0, 0]) for _ in range(2000)}
     assert tops == set(range(91))  # both ends are reached
-    corners = {tuple(ops.random_crop(np.indices((5, 4)).transpose(1, 2, 0), 3, rng)[0, 0]) for _ in range(300)}
+    corners = {
+        tuple(ops.random_crop(np.indices((5, 4)).transpose(1, 2, 0), 3, rng)[0, 0]) for _ in range(300)
+    }
     assert corners == {(top, left) for top in range(3) for left in range(2)}
     with pytest.raises(ValueError, match="out of an image of 64x48"):
         ops.random_crop(photo, 49, rng)
     assert ops.resize_then_crop(photo, 24).shape == ops.resize_then_crop(photo, 24, rng).shape == (24, 24, 3)
-    np.testing.assert_array_equal(ops.resize_then_crop(photo, 24, method="box"), ops.resize(square, 24, "box"))
+    np.testing.assert_array_equal(
+        ops.resize_then_crop(photo, 24, method="box"), ops.resize(square, 24, "box")
+    )
     assert ops.resize_then_crop(np.zeros((2, 50_000, 3), np.uint8), 64).shape == (64, 64, 3)
 
 
 def test_random_masks():
-    """Bool, the generator's own; nothing is known of a tenth, a box of a fifth, all but a box of three tenths."""
+    """Masks depend on the generator alone, and each kind comes as often as its probability says."""
     masks = np.stack([ops.random_mask(32, np.random.default_rng(seed)) for seed in range(600)])
     assert masks.shape == (600, 32, 32, 1) and masks.dtype == np.bool_
     np.testing.assert_array_equal(masks[5], ops.random_mask(32, np.random.default_rng(5)))

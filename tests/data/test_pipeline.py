@@ -1,6 +1,5 @@
-"""The order of training data and what happens to bad records: the same on both backends, on any number of hosts, from any step."""
+"""Batches: the same on both backends, on any number of hosts and from any step; and bad records."""
 
-import dataclasses
 import subprocess
 import sys
 import threading
@@ -9,11 +8,18 @@ import time
 import numpy as np
 import pytest
 
+<<<<<<< HEAD
 from unclip_jax.data import pipeline
 from unclip_jax.data.pipeline import BadDataError, eval_batches, train_batches
 from unclip_jax.data.record import Record, Source
 
 BACKENDS = pipeline.BACKENDS
+=======
+from unclip_jax.data.examples import choose_caption
+from unclip_jax.data.order import Order
+from unclip_jax.data.pipeline import BACKENDS, BadDataError, Workers, eval_batches, train_batches
+from unclip_jax.data.record import Record, Source
+>>>>>>> w-data
 
 
 def memory(n: int, bad=(), error=None) -> Source:
@@ -22,13 +28,19 @@ def memory(n: int, bad=(), error=None) -> Source:
     def fetch(i: int) -> Record:
         if i in bad:
             raise (error or ValueError("cannot decode image: truncated"))
-        return Record(f"key{i}", np.full((2, 2, 3), i % 256, np.uint8), (f"caption {i}", f"other {i}"), {"i": i}, "memory-00000")
+        return Record(
+            f"key{i}",
+            np.full((2, 2, 3), i % 256, np.uint8),
+            (f"caption {i}", f"other {i}"),
+            {"i": i},
+            "memory-00000",
+        )
 
     return Source("memory", "0" * 64, 0, n, fetch)
 
 
 def make_example(record: Record, rng: np.random.Generator) -> dict:
-    caption = record.captions[pipeline.choose_caption(record, rng)]
+    caption = record.captions[choose_caption(record, rng)]
     return {
         "id": np.int64(record.meta["i"]),
         "noise": rng.standard_normal(3).astype(np.float32),
@@ -37,10 +49,16 @@ def make_example(record: Record, rng: np.random.Generator) -> dict:
     }
 
 
-def take(count: int, *, n: int = 37, bad=(), source=None, **options) -> list[dict]:
-    options = {"batch_size": 8, "seed": 3, "backend": "numpy", "num_workers": 3, "max_bad_fraction": 1.0, **options}
-    batches = train_batches(source or memory(n, bad), make_example, num_steps=count, **options)
-    return list(batches)
+def take(count: int, *, n: int = 37, bad=(), workers=None, **options) -> list[dict]:
+    """The first `count` batches of 8 of an in-memory source."""
+    options = {"batch_size": 8, "seed": 3, "max_bad_fraction": 1.0, **options}
+    workers = workers or Workers("numpy", 3)
+    return list(train_batches(memory(n, bad), make_example, num_steps=count, workers=workers, **options))
+
+
+def record_at(position: int) -> int:
+    """The record at a position of `take`'s order."""
+    return int(Order(37, 3).records(np.array([position]))[0])
 
 
 def assert_same(left: list[dict], right: list[dict]) -> None:
@@ -52,74 +70,15 @@ def assert_same(left: list[dict], right: list[dict]) -> None:
             assert a[name].tobytes() == b[name].tobytes()
 
 
-# ---- the permutation --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 100, 1023, 1025, 4096])
-@pytest.mark.parametrize("block", [None, 1, 7, 16, 5000])
-def test_permutation_is_a_bijection(n, block):
-    for seed in (0, 1, -5, 2**70):
-        for epoch in (0, 1, 10**6):
-            assert np.array_equal(np.sort(pipeline.permutation(np.arange(n), n, seed, epoch, block)), np.arange(n))
-
-
-def test_permutation_is_seekable():
-    whole = pipeline.permutation(np.arange(1000), 1000, 5, 2)
-    assert [int(pipeline.permutation(np.array(i), 1000, 5, 2)) for i in (0, 17, 999)] == whole[[0, 17, 999]].tolist()
-    epochs = np.arange(1000) % 3
-    mixed = pipeline.permutation(np.arange(1000), 1000, 5, epochs, block=64)
-    for epoch in range(3):
-        alone = pipeline.permutation(np.arange(1000), 1000, 5, epoch, block=64)
-        np.testing.assert_array_equal(mixed[epochs == epoch], alone[epochs == epoch])
-    huge = 10**17 + 3
-    far = pipeline.permutation(np.array([0, huge // 2, huge - 1]), huge, 1)
-    assert ((far >= 0) & (far < huge)).all()
-
-
-def test_permutation_differs_by_epoch_and_seed_and_is_uniform():
-    n = 101
-    orders = np.stack([pipeline.permutation(np.arange(n), n, seed, epoch) for seed in range(20) for epoch in range(50)])
-    assert len({row.tobytes() for row in orders}) == len(orders)
-    for column in (0, 1, n - 1):  # a position sees every record equally often: chi-squared with 100 degrees of freedom
-        counts = np.bincount(orders[:, column], minlength=n)
-        chi2 = ((counts - len(orders) / n) ** 2 / (len(orders) / n)).sum()
-        assert 50 < chi2 < 165  # p about 1e-5 at both ends
-    steps = np.diff(orders, axis=1)
-    assert 0.002 < (steps == 1).mean() < 0.02  # neighbours do not stay neighbours
-    fixed = (orders == np.arange(n)).sum(axis=1)
-    assert 0.9 < fixed.mean() < 1.1
-
-
-def test_blocks_stay_together():
-    order = pipeline.permutation(np.arange(100), 100, 0, 0, block=16)
-    blocks = order // 16
-    assert (np.diff(blocks) != 0).sum() == 6  # seven runs, one of them the short one
-    assert list(blocks[np.r_[True, np.diff(blocks) != 0]]) != list(range(7))
-    assert not np.array_equal(order, np.sort(order))
-    places = {int(np.flatnonzero(pipeline.permutation(np.arange(100), 100, seed, 0, block=16) // 16 == 6)[0]) for seed in range(200)}
-    assert places == {0, 16, 32, 48, 64, 80, 96}  # the short block comes anywhere
-
-
-def test_bad_permutations():
-    with pytest.raises(ValueError, match="outside"):
-        pipeline.permutation(np.array([5]), 5, 0)
-    with pytest.raises(ValueError, match="n=0"):
-        pipeline.permutation(np.array([], np.int64), 0, 0)
-
-
-@pytest.mark.parametrize("block", [None, 5])
-def test_every_epoch_has_every_record_once(block):
-    n, batch_size = 37, 8
-    ids, epochs = map(np.concatenate, zip(*(pipeline.global_indices(s, batch_size, n, 0, block) for s in range(37)), strict=True))
-    for epoch in range(8):
-        assert sorted(ids[epochs == epoch]) == list(range(n))
-    seen = np.concatenate([batch["id"] for batch in take(37, seed=0, block=block)])
-    np.testing.assert_array_equal(seen, ids)
-
-
-# ---- batches ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("block", [None, 5])
-def test_backends_give_the_same_bytes(block):
+# ---- batches -----------------------------------------------------------------------------------------------
+def test_backends_give_the_same_bytes():
     bad = {3, 30}
-    assert_same(take(12, bad=bad, block=block), take(12, bad=bad, block=block, backend="tf"))
+    assert_same(take(12, bad=bad), take(12, bad=bad, workers=Workers("tf", 3)))
+
+
+def test_batches_follow_the_order():
+    ids = np.concatenate([batch["id"] for batch in take(37)])
+    np.testing.assert_array_equal(ids, Order(37, 3).records(np.arange(37 * 8)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -127,36 +86,43 @@ def test_hosts_together_make_the_global_batch(backend):
     bad = {5, 6, 20}
     whole = take(7, bad=bad)
     for hosts in (1, 2, 4):
-        parts = [take(7, bad=bad, process_index=i, process_count=hosts, backend=backend) for i in range(hosts)]
-        joined = [{name: np.concatenate([part[name] for part in step]) for name in step[0]} for step in zip(*parts, strict=True)]
+        rows = np.arange(8).reshape(hosts, -1)
+        parts = [take(7, bad=bad, local_rows=rows[i], workers=Workers(backend, 3)) for i in range(hosts)]
+        joined = [
+            {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+            for step in zip(*parts, strict=True)
+        ]
         assert_same(joined, whole)
+    rows = [5, 0, 6]  # any rows, in any order
+    some = take(7, bad=bad, local_rows=np.array(rows), workers=Workers(backend, 3))
+    assert_same(some, [{name: array[rows] for name, array in batch.items()} for batch in whole])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_starting_late_equals_skipping(backend):
     bad = {1}
-    assert_same(take(4, bad=bad, start_step=9, backend=backend), take(13, bad=bad)[9:])
+    assert_same(take(4, bad=bad, start_step=9, workers=Workers(backend, 3)), take(13, bad=bad)[9:])
 
 
 def test_workers_and_prefetch_do_not_matter():
-    assert_same(take(6, num_workers=1, prefetch=1), take(6, num_workers=7, prefetch=5))
+    assert_same(take(6, workers=Workers("numpy", 1, 1)), take(6, workers=Workers("numpy", 7, 5)))
 
 
 def test_randomness_is_new_at_every_position_and_repeats_exactly():
     batches = take(20)
     noise = np.concatenate([batch["noise"] for batch in batches])
-    assert len({row.tobytes() for row in noise}) == len(noise)  # also when a record comes again in another epoch
+    # It is new also when a record comes again in another epoch.
+    assert len({row.tobytes() for row in noise}) == len(noise)
     picks = np.concatenate([batch["other"] for batch in batches])
     assert 0.3 < picks.mean() < 0.7
     assert_same(batches, take(20))
     assert not np.array_equal(noise, np.concatenate([batch["noise"] for batch in take(20, seed=4)]))
-    assert pipeline.example_rng(1, 2).random() != pipeline.example_rng(2, 1).random()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_endless_iteration_and_close(backend):
     before = threading.active_count()
-    batches = train_batches(memory(5), make_example, batch_size=4, seed=0, backend=backend, num_workers=2)
+    batches = train_batches(memory(5), make_example, batch_size=4, seed=0, workers=Workers(backend, 2))
     for _, batch in zip(range(10), batches, strict=False):
         assert batch["image"].shape == (4, 2, 2, 3)
     batches.close()
@@ -171,37 +137,40 @@ def test_endless_iteration_and_close(backend):
 
 
 def test_numpy_backend_needs_no_tensorflow():
-    program = (
-        "import sys; sys.modules['tensorflow'] = None\n"
-        "import numpy as np\n"
-        "from unclip_jax.data import pipeline, sources\n"
-        "record = sources.Record('k', np.zeros((2, 2, 3), np.uint8), ('c',), {}, 's')\n"
-        "source = sources.Source('m', '', 0, 3, lambda i: record)\n"
-        "make = lambda record, rng: {'image': record.image}\n"
-        "batches = pipeline.train_batches(source, make, batch_size=2, seed=0, backend='numpy', num_steps=2)\n"
-        "assert [b['image'].shape for b in batches] == [(2, 2, 2, 3)] * 2\n"
-        "try:\n    next(pipeline.train_batches(source, make, batch_size=2, seed=0, backend='tf'))\n"
-        "except ImportError as error:\n    assert 'numpy' in str(error)\n"
-    )
+    program = """
+import sys
+sys.modules["tensorflow"] = None
+import numpy as np
+from unclip_jax.data.pipeline import Workers, train_batches
+from unclip_jax.data.record import Record, Source
+record = Record("k", np.zeros((2, 2, 3), np.uint8), ("c",), {}, "s")
+source = Source("m", "", 0, 3, lambda i: record)
+def batches(backend):
+    make = lambda record, rng: {"image": record.image}
+    return train_batches(source, make, batch_size=2, seed=0, num_steps=2, workers=Workers(backend))
+assert [batch["image"].shape for batch in batches("numpy")] == [(2, 2, 2, 3)] * 2
+try:
+    next(batches("tf"))
+except ImportError as error:
+    assert "unlike 'numpy'" in str(error)
+else:
+    raise AssertionError("the tf backend ran without TensorFlow")
+"""
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_blank_captions_are_never_chosen():
-    record = memory(1).read(0)
-    rng = np.random.default_rng(0)
-    some = dataclasses.replace(record, captions=("", "one", "  ", "two"))
-    assert {some.captions[pipeline.choose_caption(some, rng)] for _ in range(50)} == {"one", "two"}
-    for captions in ((), ("", " \n")):
-        with pytest.raises(ValueError, match="no caption"):
-            pipeline.choose_caption(dataclasses.replace(record, captions=captions), rng)
-
-
-# ---- bad records ------------------------------------------------------------------------------------------------------
+# ---- bad records -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bad_record_is_replaced_in_its_own_slot(backend, caplog):
     clean, bad = take(10), {11, 12}
     batches = train_batches(
-        memory(37, bad), make_example, batch_size=8, seed=3, backend=backend, num_steps=10, num_workers=3, max_bad_fraction=1
+        memory(37, bad),
+        make_example,
+        batch_size=8,
+        seed=3,
+        num_steps=10,
+        max_bad_fraction=1,
+        workers=Workers(backend, 3),
     )
     replaced = 0
     for before, after in zip(clean, batches, strict=True):
@@ -220,10 +189,16 @@ def test_a_bad_record_is_replaced_in_its_own_slot(backend, caplog):
 @pytest.mark.parametrize("error", [ValueError("bad pixel"), OSError("disk gone"), KeyError("jpg")])
 def test_too_many_bad_records_stop_the_run(backend, error):
     batches = train_batches(
-        memory(1000, range(0, 1000, 5), error), make_example, batch_size=8, seed=0, backend=backend, max_bad_fraction=0.05, num_workers=2
+        memory(1000, range(0, 1000, 5), error),
+        make_example,
+        batch_size=8,
+        seed=0,
+        max_bad_fraction=0.05,
+        workers=Workers(backend, 2),
     )
     count = 0
-    with pytest.raises(BadDataError, match=r"^11 of \d+ records cannot be used, more than max_bad_fraction=0.05.*raise max_bad_fraction$"):
+    message = r"^11 of \d+ records cannot be used, more than max_bad_fraction=0.05.*raise max_bad_fraction$"
+    with pytest.raises(BadDataError, match=message):
         for _ in batches:
             count += 1
     assert 2 <= count <= 20
@@ -231,27 +206,34 @@ def test_too_many_bad_records_stop_the_run(backend, error):
 
 
 def test_the_run_stops_at_the_same_batch_every_time():
-    def run(**options) -> tuple[int, str]:
-        batches = train_batches(memory(500, range(0, 500, 4)), make_example, batch_size=8, seed=1, **options)
+    def run(*workers) -> tuple[int, str]:
+        source = memory(500, range(0, 500, 4))
+        batches = train_batches(source, make_example, batch_size=8, seed=1, workers=Workers(*workers))
         count = 0
         try:
             for _ in batches:
                 count += 1
         except BadDataError as error:
             return count, str(error)
+        raise AssertionError("the run did not stop")
 
-    assert len({run(backend="numpy", num_workers=1), run(backend="numpy", num_workers=6), run(backend="tf", num_workers=4)}) == 1
+    assert len({run("numpy", 1), run("numpy", 6), run("tf", 4)}) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_usable_is_one_line_naming_the_last_record(backend):
-    with pytest.raises(BadDataError, match=r"8 records in a row of memory .* record \d+ of memory: cannot decode image") as error:
-        next(train_batches(memory(50, range(50)), make_example, batch_size=4, seed=0, backend=backend))
+    message = r"8 records in a row of memory .* record \d+ of memory: cannot decode image"
+    with pytest.raises(BadDataError, match=message) as error:
+        next(
+            train_batches(memory(50, range(50)), make_example, batch_size=4, seed=0, workers=Workers(backend))
+        )
     assert "\n" not in str(error.value)
 
 
 def test_a_few_bad_records_do_not_stop_a_young_run_unless_none_is_allowed():
-    assert len(take(4, n=32, bad={0, 1, 2}, max_bad_fraction=0.01)) == 4  # 3 of 35 is far over 1 percent, but only 3
+    assert (
+        len(take(4, n=32, bad={0, 1, 2}, max_bad_fraction=0.01)) == 4
+    )  # 3 of 35 is far over 1 percent, but only 3
     with pytest.raises(BadDataError, match="max_bad_fraction=0"):
         take(4, n=32, bad={0}, max_bad_fraction=0)
 
@@ -262,15 +244,19 @@ def test_a_mistake_in_the_program_is_raised_as_it_is(backend):
         return {"image": record.image + None}
 
     with pytest.raises(TypeError, match="unsupported operand"):
-        next(train_batches(memory(10), wrong, batch_size=4, seed=0, backend=backend))
+        next(train_batches(memory(10), wrong, batch_size=4, seed=0, workers=Workers(backend)))
+
+    def text(record, rng):
+        return {"text": record.captions[0]}
+
     with pytest.raises(TypeError, match="numbers and booleans"):
-        next(train_batches(memory(10), lambda record, rng: {"text": record.captions[0]}, batch_size=4, seed=0, backend=backend))
+        next(train_batches(memory(10), text, batch_size=4, seed=0, workers=Workers(backend)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_errors_of_workers_arrive_as_they_are(backend):
     """Not only those of the first row, which is made before any worker starts."""
-    fourth = int(pipeline.global_indices(0, 8, 37, 3)[0][3])
+    fourth = record_at(3)
 
     def wrong(record, rng):
         if record.meta["i"] == fourth:
@@ -278,7 +264,7 @@ def test_errors_of_workers_arrive_as_they_are(backend):
         return make_example(record, rng)
 
     with pytest.raises(TypeError, match="^caption is None$"):
-        next(train_batches(memory(37), wrong, batch_size=8, seed=3, backend=backend))
+        next(train_batches(memory(37), wrong, batch_size=8, seed=3, workers=Workers(backend)))
 
     gone = threading.Event()
 
@@ -287,25 +273,29 @@ def test_errors_of_workers_arrive_as_they_are(backend):
             raise OSError("disk gone")
         return make_example(record, rng)
 
-    batches = train_batches(memory(37), fails_later, batch_size=8, seed=3, backend=backend, num_workers=2)
+    batches = train_batches(memory(37), fails_later, batch_size=8, seed=3, workers=Workers(backend, 2))
     next(batches)
     gone.set()
-    with pytest.raises(BadDataError, match=r"^8 records in a row of memory cannot be used.*disk gone; mend the data") as error:
+    message = r"^8 records in a row of memory cannot be used.*disk gone; mend the data"
+    with pytest.raises(BadDataError, match=message) as error:
         list(batches)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_error_in_a_later_batch_is_counted(backend):
-    broken = int(pipeline.global_indices(3, 8, 37, 3)[0][2])
+    broken = record_at(3 * 8 + 2)
 
     def make(record, rng):
         if record.meta["i"] == broken:
             raise TypeError("caption is None")
         return make_example(record, rng)
 
-    batches = train_batches(memory(37), make, batch_size=8, seed=3, num_steps=5, backend=backend, max_bad_fraction=1, num_workers=1)
-    assert len(list(batches)) == 5 and batches.stats.bad >= 1
+    workers = Workers(backend, 1)
+    batches = train_batches(
+        memory(37), make, batch_size=8, seed=3, num_steps=5, max_bad_fraction=1, workers=workers
+    )
+    assert len(list(batches)) == 5 and batches.stats.bad == 1
 
 
 def test_a_row_of_another_shape_is_a_bad_record():
@@ -313,28 +303,36 @@ def test_a_row_of_another_shape_is_a_bad_record():
         side = 3 if record.meta["i"] == 7 else 2
         return {"id": np.int64(record.meta["i"]), "image": np.zeros((side, side), np.float32)}
 
-    batches = train_batches(memory(37), make, batch_size=8, seed=3, num_steps=10, backend="numpy", max_bad_fraction=1)
+    workers = Workers("numpy")
+    batches = train_batches(
+        memory(37), make, batch_size=8, seed=3, num_steps=10, max_bad_fraction=1, workers=workers
+    )
     assert 7 not in np.concatenate([batch["id"] for batch in batches]) and batches.stats.bad >= 1
 
 
 @pytest.mark.parametrize(
     "words, options",
     [
-        ("batch_size=8 cannot be shared equally by 3 host", {"process_count": 3}),
-        ("process_index=2", {"process_index": 2, "process_count": 2}),
-        ("tf, numpy", {"backend": "torch"}),
+        ("batch_size=0", {"batch_size": 0}),
+        ("rows of a global batch of 8", {"local_rows": np.array([7, 8])}),
+        ("rows of a global batch of 8", {"local_rows": np.array([], int)}),
         ("start_step=-1", {"start_step": -1}),
         ("max_bad_fraction=2", {"max_bad_fraction": 2}),
     ],
 )
 def test_arguments_that_do_not_fit(words, options):
     with pytest.raises(ValueError, match=words):
-        train_batches(memory(9), make_example, **{"batch_size": 8, "seed": 0, "backend": "numpy", **options})
+        train_batches(memory(9), make_example, **{"batch_size": 8, "seed": 0, **options})
+
+
+def test_a_source_without_records_and_an_unknown_backend():
     with pytest.raises(ValueError, match="no records"):
-        train_batches(memory(0), make_example, batch_size=8, seed=0, backend="numpy")
+        train_batches(memory(0), make_example, batch_size=8, seed=0)
+    with pytest.raises(ValueError, match="'torch': choose one of tf, numpy"):
+        Workers("torch")
 
 
-# ---- evaluation -------------------------------------------------------------------------------------------------------
+# ---- evaluation --------------------------------------------------------------------------------------------
 def test_evaluation_is_one_ordered_pass():
     rows = list(eval_batches(memory(10), make_example, 4))
     assert [valid for _, valid in rows] == [4, 4, 2]
@@ -342,12 +340,14 @@ def test_evaluation_is_one_ordered_pass():
     assert np.concatenate([batch["id"][:valid] for batch, valid in rows]).tolist() == list(range(10))
     assert rows[-1][0]["id"].tolist() == [8, 9, 8, 9]
     assert [valid for _, valid in eval_batches(memory(10), make_example, 4, limit=5)] == [4, 1]
-    again = [batch for batch, _ in eval_batches(memory(10), make_example, 4, num_workers=1)]
+    again = [batch for batch, _ in eval_batches(memory(10), make_example, 4, threads=1)]
     assert_same([batch for batch, _ in rows], again)
     assert list(eval_batches(memory(10), make_example, 4, limit=0)) == []
 
 
 def test_evaluation_names_a_bad_record():
-    with pytest.raises(ValueError, match=r"cannot evaluate on record 6 of memory: cannot decode image: truncated") as error:
+    with pytest.raises(
+        ValueError, match=r"cannot evaluate on record 6 of memory: cannot decode image: truncated"
+    ) as error:
         list(eval_batches(memory(10, {6}), make_example, 4))
     assert "\n" not in str(error.value)

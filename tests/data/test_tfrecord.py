@@ -49,7 +49,9 @@ def tf_example(tf, features):
             return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
         return tf.train.Feature(float_list=tf.train.FloatList(value=values))
 
-    return tf.train.Example(features=tf.train.Features(feature={name: feature(values) for name, values in features.items()}))
+    return tf.train.Example(
+        features=tf.train.Features(feature={name: feature(values) for name, values in features.items()})
+    )
 
 
 def test_crc32c_known_values():
@@ -142,7 +144,11 @@ def test_example_round_trip_is_deterministic():
     assert tfrecord.decode_example(tfrecord.encode_example({})) == {}
     assert tfrecord.decode_example(tfrecord.encode_example({"none": []})) == {"none": []}
     arrays = {"ids": np.arange(3), "x": np.float32(0.5), "mixed": [1, 2.5]}
-    assert tfrecord.decode_example(tfrecord.encode_example(arrays)) == {"ids": [0, 1, 2], "x": [0.5], "mixed": [1.0, 2.5]}
+    assert tfrecord.decode_example(tfrecord.encode_example(arrays)) == {
+        "ids": [0, 1, 2],
+        "x": [0.5],
+        "mixed": [1.0, 2.5],
+    }
 
 
 def test_example_against_tensorflow(tf):
@@ -151,8 +157,13 @@ def test_example_against_tensorflow(tf):
     assert tf.train.Example.FromString(ours) == reference
     assert ours == reference.SerializeToString(deterministic=True)
     assert tfrecord.decode_example(reference.SerializeToString()) == DECODED
-    parsed = tf.io.parse_single_example(ours, {"sizes": tf.io.FixedLenFeature([6], tf.int64), "txt": tf.io.FixedLenFeature([], tf.string)})
-    assert parsed["sizes"].numpy().tolist() == FEATURES["sizes"] and parsed["txt"].numpy().decode() == FEATURES["txt"]
+    parsed = tf.io.parse_single_example(
+        ours, {"sizes": tf.io.FixedLenFeature([6], tf.int64), "txt": tf.io.FixedLenFeature([], tf.string)}
+    )
+    assert (
+        parsed["sizes"].numpy().tolist() == FEATURES["sizes"]
+        and parsed["txt"].numpy().decode() == FEATURES["txt"]
+    )
 
 
 def delimited(field, payload):
@@ -164,8 +175,14 @@ def test_example_decodes_unpacked_lists_and_unknown_fields():
     ints = delimited(3, bytes([1 << 3, 5]) + bytes([1 << 3]) + b"\xff" * 9 + b"\x01")  # 5, -1
     floats = delimited(2, b"".join(bytes([1 << 3 | 5]) + struct.pack("<f", x) for x in (0.5, -2.0)))
     unknown = bytes([9 << 3, 1]) + bytes([10 << 3 | 1]) + bytes(8) + bytes([11 << 3 | 5]) + bytes(4)
-    entries = [delimited(1, delimited(1, name) + delimited(2, value)) for name, value in ((b"i", ints), (b"f", floats))]
-    assert tfrecord.decode_example(unknown + delimited(1, unknown + b"".join(entries))) == {"i": [5, -1], "f": [0.5, -2.0]}
+    entries = [
+        delimited(1, delimited(1, name) + delimited(2, value))
+        for name, value in ((b"i", ints), (b"f", floats))
+    ]
+    assert tfrecord.decode_example(unknown + delimited(1, unknown + b"".join(entries))) == {
+        "i": [5, -1],
+        "f": [0.5, -2.0],
+    }
 
 
 def test_malformed_examples_are_value_errors():

