@@ -8,18 +8,10 @@ import time
 import numpy as np
 import pytest
 
-<<<<<<< HEAD
-from unclip_jax.data import pipeline
-from unclip_jax.data.pipeline import BadDataError, eval_batches, train_batches
-from unclip_jax.data.record import Record, Source
-
-BACKENDS = pipeline.BACKENDS
-=======
 from unclip_jax.data.examples import choose_caption
 from unclip_jax.data.order import Order
 from unclip_jax.data.pipeline import BACKENDS, BadDataError, Workers, eval_batches, train_batches
 from unclip_jax.data.record import Record, Source
->>>>>>> w-data
 
 
 def memory(n: int, bad=(), error=None) -> Source:

@@ -42,7 +42,7 @@ def test_what_starts_it_again():
     spec = json.loads(gke(*SLICE, *TRAIN).stdout)["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["action"] == "FailJob" and set(rule["onExitCodes"]["values"]) == {1, 2} and RESTART not in rule["onExitCodes"]["values"]
+    assert rule["action"] == "FailJob" and set(rule["onExitCodes"]["values"]) == {1, 2, 70} and RESTART not in rule["onExitCodes"]["values"]
     assert spec["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
     assert spec["failurePolicy"]["maxRestarts"] > 0 and job["backoffLimit"] == 0
     assert job["template"]["spec"]["restartPolicy"] == "Never" and job["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
