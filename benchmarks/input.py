@@ -25,22 +25,36 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZE, CROP, SHARDS, SKIPPED = 224, 0.9, 8, 4  # pixels, least share of the side, shards, batches that do not count
+SIZE, CROP, SHARDS, SKIPPED = (
+    224,
+    0.9,
+    8,
+    4,
+)  # pixels, least share of the side, shards, batches that do not count
 PEERS = ("webdataset", "unclip_jax tf", "unclip_jax numpy")
 
 
 def make(folder: Path, count: int, side: int) -> None:
     """Writes tar shards of JPEGs (quality 90) with the spectrum of photographs, and captions of ten words."""
     rng = np.random.default_rng(0)
-    words = [line.strip() for line in "red green fox house river bird stone cloud with under near old small large on a the of".split()]
+    words = [
+        line.strip()
+        for line in "red green fox house river bird stone cloud with under near old small large on a the of".split()
+    ]
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for i in range(shard, count, SHARDS):
-                layers = [np.kron(rng.normal(size=(side // k, side // k, 3)), np.ones((k, k, 1))) * k for k in (4, 16, 64)]
+                layers = [
+                    np.kron(rng.normal(size=(side // k, side // k, 3)), np.ones((k, k, 1))) * k
+                    for k in (4, 16, 64)
+                ]
                 picture = np.uint8(np.clip(128 + sum(layers), 0, 255))
                 file = io.BytesIO()
                 Image.fromarray(picture).save(file, "JPEG", quality=90)
-                for suffix, data in (("jpg", file.getvalue()), ("txt", " ".join(rng.choice(words, 10)).encode())):
+                for suffix, data in (
+                    ("jpg", file.getvalue()),
+                    ("txt", " ".join(rng.choice(words, 10)).encode()),
+                ):
                     member = tarfile.TarInfo(f"{i:08d}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
@@ -88,7 +102,9 @@ def theirs(folder: Path, batch_size: int, workers: int):
     from torch.utils.data import DataLoader
 
     shards = sorted(str(path) for path in folder.glob("*.tar"))
-    data = webdataset.WebDataset(shards, resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node)
+    data = webdataset.WebDataset(
+        shards, resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node
+    )
     data = data.shuffle(256).decode("pilrgb").to_tuple("jpg", "txt").map(Example()).batched(batch_size)
     return iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=2))
 
@@ -118,7 +134,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024, metavar="N", help="in the shards (1024)")
     parser.add_argument("--side", type=int, default=512, metavar="N", help="pixels, a multiple of 64 (512)")
     parser.add_argument("--batch", type=int, default=64, metavar="N")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads here, processes there (the cores)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="threads here, processes there (the cores)",
+    )
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each measurement (10)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -140,7 +162,9 @@ def main() -> None:
                 rates[peer].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"round {i + 1}  {peer:18} {rates[peer][-1]:8.1f} images/s", flush=True)
     cores = os.cpu_count()
-    print(f"\nJPEG {args.side} px -> {SIZE} px, batches of {args.batch}, {args.workers} workers, {cores} cores; medians of {args.rounds}")
+    print(
+        f"\nJPEG {args.side} px -> {SIZE} px, batches of {args.batch}, {args.workers} workers, {cores} cores; medians of {args.rounds}"
+    )
     for peer in PEERS:
         ratios = [mine / its for mine, its in zip(rates[peer], rates["webdataset"])]
         print(

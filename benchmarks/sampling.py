@@ -30,7 +30,11 @@ PARTS = {  # folders with weights, steps and guidance scale of the pipeline
     "upsampler": {"folders": ["super_res_first", "super_res_last"], "steps": 7, "guidance": 1.0},
 }
 SIZES = {  # of the prior, of the U-Nets, of decoder and super-resolution
-    "full": {"prior": {}, "unet": {"layers_per_block": 3, "block_out_channels": (320, 640, 960, 1280)}, "sides": (64, 256)},
+    "full": {
+        "prior": {},
+        "unet": {"layers_per_block": 3, "block_out_channels": (320, 640, 960, 1280)},
+        "sides": (64, 256),
+    },
     "small": {
         "prior": {"num_attention_heads": 8, "num_layers": 6},
         "unet": {"layers_per_block": 1, "block_out_channels": (64, 128, 192, 256)},
@@ -61,8 +65,19 @@ def make(folder: Path, size: str, part: str) -> None:
         diffusers.UNet2DModel, sample_size=large, in_channels=6, out_channels=3, down_block_types=plain[:1] * 4,
         up_block_types=plain[1:] * 4, add_attention=False, **sizes["unet"],
     )  # fmt: skip
-    projection = {"clip_extra_context_tokens": 4, "clip_embeddings_dim": 768, "time_embed_dim": 4 * width, "cross_attention_dim": 1536}
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768, num_hidden_layers=12)
+    projection = {
+        "clip_extra_context_tokens": 4,
+        "clip_embeddings_dim": 768,
+        "time_embed_dim": 4 * width,
+        "cross_attention_dim": 1536,
+    }
+    text = CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_attention_heads=12,
+        projection_dim=768,
+        num_hidden_layers=12,
+    )
     makers = {
         "text_encoder": lambda: CLIPTextModelWithProjection(text),
         "prior": lambda: diffusers.PriorTransformer(**sizes["prior"]),
@@ -71,7 +86,9 @@ def make(folder: Path, size: str, part: str) -> None:
     }  # fmt: skip
     for name, maker in makers.items():
         wanted = name in ("text_encoder", *PARTS[part]["folders"])
-        if any((folder / name).glob("*.safetensors")) or (not wanted and (folder / name / "config.json").is_file()):
+        if any((folder / name).glob("*.safetensors")) or (
+            not wanted and (folder / name / "config.json").is_file()
+        ):
             continue
         if not wanted:
             with torch.device("meta"):
@@ -79,7 +96,11 @@ def make(folder: Path, size: str, part: str) -> None:
             continue
         torch.manual_seed(0)
         module = maker()
-        zero = ("positional_embedding", "prd_embedding", "learned_classifier_free_guidance_embeddings")  # when fresh
+        zero = (
+            "positional_embedding",
+            "prd_embedding",
+            "learned_classifier_free_guidance_embeddings",
+        )  # when fresh
         for parameter in (getattr(module, key) for key in zero if hasattr(module, key)):
             torch.nn.init.normal_(parameter, std=0.02)
         if name == "prior":
@@ -90,7 +111,9 @@ def make(folder: Path, size: str, part: str) -> None:
         ("decoder", "learned_range", "epsilon", 1.0),
         ("super_res", "fixed_small_log", "epsilon", 1.0),
     ):
-        scheduler = diffusers.UnCLIPScheduler(variance_type=variance, prediction_type=prediction, clip_sample_range=bound)
+        scheduler = diffusers.UnCLIPScheduler(
+            variance_type=variance, prediction_type=prediction, clip_sample_range=bound
+        )
         scheduler.save_pretrained(folder / f"{name}_scheduler")
     ClipTokenizer().save_folder(folder / "tokenizer")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "UnCLIPPipeline"}))
@@ -108,23 +131,42 @@ def inputs(captions: int, sides: tuple[int, int]) -> dict[str, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- diffusers
-def diffusers_sampler(folder: Path, part: str, captions: int, steps: int, sides: tuple[int, int], compiled: bool) -> tuple[Sample, Sample]:
+def diffusers_sampler(
+    folder: Path, part: str, captions: int, steps: int, sides: tuple[int, int], compiled: bool
+) -> tuple[Sample, Sample]:
     """The part's loop in UnCLIPPipeline, and one call of its network at step 500, as functions without arguments."""
     import diffusers
     import torch
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
-    kind = {"prior_diffusion": diffusers.PriorTransformer, "decoder": diffusers.UNet2DConditionModel, "upsampler": diffusers.UNet2DModel}[part]
-    nets = [kind.from_pretrained(folder / name).eval() for name in PARTS[part]["folders"] if name != "text_proj"]
-    text_proj = UnCLIPTextProjModel.from_pretrained(folder / "text_proj").eval() if part == "decoder" else None
+    kind = {
+        "prior_diffusion": diffusers.PriorTransformer,
+        "decoder": diffusers.UNet2DConditionModel,
+        "upsampler": diffusers.UNet2DModel,
+    }[part]
+    nets = [
+        kind.from_pretrained(folder / name).eval() for name in PARTS[part]["folders"] if name != "text_proj"
+    ]
+    text_proj = (
+        UnCLIPTextProjModel.from_pretrained(folder / "text_proj").eval() if part == "decoder" else None
+    )
     called = [torch.compile(net) for net in nets] if compiled else nets
-    scheduler = diffusers.UnCLIPScheduler.from_pretrained(folder / f"{'super_res' if part == 'upsampler' else part}_scheduler")
-    given = {k: torch.from_numpy(np.moveaxis(v, -1, 1).copy() if v.ndim == 4 else v) for k, v in inputs(captions, sides).items()}
+    scheduler = diffusers.UnCLIPScheduler.from_pretrained(
+        folder / f"{'super_res' if part == 'upsampler' else part}_scheduler"
+    )
+    given = {
+        k: torch.from_numpy(np.moveaxis(v, -1, 1).copy() if v.ndim == 4 else v)
+        for k, v in inputs(captions, sides).items()
+    }
     both = lambda a: torch.cat([a[:1].expand(captions, *a.shape[1:]), a[1:]])
     mask = (torch.arange(LENGTH)[None] < WORDS).expand(2 * captions, -1)
     scale = PARTS[part]["guidance"]
     if part == "prior_diffusion":
-        known = {"proj_embedding": both(given["embed"]), "encoder_hidden_states": both(given["states"]), "attention_mask": mask}
+        known = {
+            "proj_embedding": both(given["embed"]),
+            "encoder_hidden_states": both(given["states"]),
+            "attention_mask": mask,
+        }
         network = lambda x, t, last: called[0](torch.cat([x] * 2), t, **known).predicted_image_embedding
     elif part == "decoder":
 
@@ -138,7 +180,9 @@ def diffusers_sampler(folder: Path, part: str, captions: int, steps: int, sides:
 
         network = lambda x, t, last: called[0](torch.cat([x] * 2), t, **known).sample
     else:
-        enlarged = torch.nn.functional.interpolate(given["low_res"], size=[sides[1]] * 2, mode="bicubic", antialias=True)
+        enlarged = torch.nn.functional.interpolate(
+            given["low_res"], size=[sides[1]] * 2, mode="bicubic", antialias=True
+        )
         network = lambda x, t, last: called[last](torch.cat([x, enlarged], dim=1), t).sample
 
     def guided(out):
@@ -173,7 +217,9 @@ def diffusers_sampler(folder: Path, part: str, captions: int, steps: int, sides:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- here
-def our_sampler(folder: Path, part: str, captions: int, steps: int, sides: tuple[int, int]) -> tuple[Sample, Sample]:
+def our_sampler(
+    folder: Path, part: str, captions: int, steps: int, sides: tuple[int, int]
+) -> tuple[Sample, Sample]:
     """`generate.sample_*` in one compiled program, and one call of the network at step 500."""
     from unclip_jax.cli.options import save_memory_on_cpu
 
@@ -196,12 +242,18 @@ def our_sampler(folder: Path, part: str, captions: int, steps: int, sides: tuple
     parts = [bundle.parts[name] for bundle, name in zip(bundles, names)]
     config, params = parts[0].config, [part.params for part in parts]
     models = [sampling_model(part.config, mesh) for part in parts]
-    options = SamplingOptions(**bundles[0].sampling[names[0]] | {"steps": steps, "guidance_scale": PARTS[part]["guidance"]})
+    options = SamplingOptions(
+        **bundles[0].sampling[names[0]] | {"steps": steps, "guidance_scale": PARTS[part]["guidance"]}
+    )
     given, mask = inputs(captions, sides), jnp.arange(LENGTH)[None] < WORDS
     text = TextConditioning(given["embed"][1:], given["states"][1:], jnp.repeat(mask, captions, axis=0))
     empty = TextConditioning(given["embed"][:1], given["states"][:1], mask)
     both = lambda a: jnp.concatenate([jnp.repeat(a[:1], captions, axis=0), a[1:]])
-    texts = {"text_embed": both(given["embed"]), "text_states": both(given["states"]), "text_mask": jnp.repeat(mask, 2 * captions, axis=0)}
+    texts = {
+        "text_embed": both(given["embed"]),
+        "text_states": both(given["states"]),
+        "text_mask": jnp.repeat(mask, 2 * captions, axis=0),
+    }
     twice, z, low = (lambda a: jnp.concatenate([a, a])), given["z_image"], given["low_res"]
     # The peer has the unconditional half first.
     drop = {"image_embed": twice(z), "drop_image": jnp.arange(2 * captions) < captions}
@@ -209,7 +261,9 @@ def our_sampler(folder: Path, part: str, captions: int, steps: int, sides: tuple
     samplers = {
         "prior_diffusion": lambda p, texts, key: sample_prior(networks(p)[0], texts, key, options),
         "decoder": lambda p, texts, key: sample_decoder(networks(p)[0], jnp.asarray(z), texts, key, options),
-        "upsampler": lambda p, texts, key: sample_upsampler(networks(p)[0], low, key, options, networks(p)[-1]),
+        "upsampler": lambda p, texts, key: sample_upsampler(
+            networks(p)[0], low, key, options, networks(p)[-1]
+        ),
     }
     steps_of = {
         "prior_diffusion": lambda p, x, t: models[0].apply({"params": p[0]}, twice(x), twice(t), **texts),
@@ -272,35 +326,69 @@ def compare(args: argparse.Namespace, part: str, folder: Path) -> dict[str, dict
     outputs = {peer: str(folder / f"output-{i}.npy") for i, peer in enumerate(peers)}
     for i in range(args.rounds):
         for peer in peers:
-            command = [sys.executable, __file__, "--worker", peer, "--folder", str(folder), "--part", part, "--steps", str(steps)]
+            command = [
+                sys.executable,
+                __file__,
+                "--worker",
+                peer,
+                "--folder",
+                str(folder),
+                "--part",
+                part,
+                "--steps",
+                str(steps),
+            ]
             for name in ("size", "captions", "repeats"):
                 command += [f"--{name}", str(getattr(args, name))]
             command += ["--outputs", outputs[peer]] if i == 0 else []
             env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
             rows[peer].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {i + 1}  {peer:20}" + "".join(f"  {k} {v:.2f}" for k, v in rows[peer][-1].items()), flush=True)
+            print(
+                f"round {i + 1}  {peer:20}" + "".join(f"  {k} {v:.2f}" for k, v in rows[peer][-1].items()),
+                flush=True,
+            )
     theirs, ours = (np.load(outputs[peer]) for peer in ("diffusers", "unclip_jax"))
-    print(f"\n{part}, {args.size}, {args.captions} captions, {steps} steps; seconds and GiB, medians of {args.rounds}")
-    medians = {peer: {k: float(np.median([r[k] for r in rows[peer]])) for k in rows[peer][0]} for peer in peers}
+    print(
+        f"\n{part}, {args.size}, {args.captions} captions, {steps} steps; seconds and GiB, medians of {args.rounds}"
+    )
+    medians = {
+        peer: {k: float(np.median([r[k] for r in rows[peer]])) for k in rows[peer][0]} for peer in peers
+    }
     for peer in peers:
         print(f"{peer:20}" + "".join(f"  {k} {v:7.2f}" for k, v in medians[peer].items()))
     for peer in peers[:-1]:
         ratios = [theirs["later"] / ours["later"] for theirs, ours in zip(rows[peer], rows["unclip_jax"])]
         print(f"{peer} / unclip_jax: {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    print(f"one step of the network: {np.abs(theirs - ours).max():.1e} apart, of outputs up to {np.abs(theirs).max():.2g}\n", flush=True)
+    print(
+        f"one step of the network: {np.abs(theirs - ours).max():.1e} apart, of outputs up to {np.abs(theirs).max():.2g}\n",
+        flush=True,
+    )
     return medians
 
 
 def main() -> None:
     """Compares the libraries on one part, or on all of them and their sum."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=[*PARTS, "whole"], default="prior_diffusion", help="whole: all three, one after the other, and their sum")
+    parser.add_argument(
+        "--part",
+        choices=[*PARTS, "whole"],
+        default="prior_diffusion",
+        help="whole: all three, one after the other, and their sum",
+    )
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--captions", type=int, default=1, metavar="N")
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps of every part (the pipeline's: 25, 25, 7)")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="sampling steps of every part (the pipeline's: 25, 25, 7)"
+    )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each library (3)")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="later samples in each process, of which the best counts (1)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        metavar="N",
+        help="later samples in each process, of which the best counts (1)",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
     parser.add_argument("--folder", type=Path, help="where the random weights are kept (a temporary folder)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -313,7 +401,10 @@ def main() -> None:
         folder = args.folder or Path(scratch) / "karlo"
         found = [compare(args, part, folder) for part in (PARTS if args.part == "whole" else [args.part])]
     if args.part == "whole":
-        total = {peer: {k: sum(part[peer][k] for part in found) for k in ("load", "first", "later")} for peer in found[0]}
+        total = {
+            peer: {k: sum(part[peer][k] for part in found) for k in ("load", "first", "later")}
+            for peer in found[0]
+        }
         print("whole, the sum of the parts")
         for peer, sums in total.items():
             print(f"{peer:20}" + "".join(f"  {k} {v:7.2f}" for k, v in sums.items()))

@@ -60,11 +60,18 @@ def draw(bundles: dict[str, str], captions: list[str], out: Path) -> None:
     images, labels, reports = [], [], []
     for name, where in bundles.items():
         bundle = load_bundle(where)
-        images.append(text_to_image(bundle, captions, seed=0, progress=progress_bar(f"sampling the {name} bundle")))
+        images.append(
+            text_to_image(bundle, captions, seed=0, progress=progress_bar(f"sampling the {name} bundle"))
+        )
         labels += [f"{name}: {caption}" if len(bundles) > 1 else caption for caption in captions]
         if "figures" in bundle.provenance:
             reports.append((name, describe(bundle.provenance["figures"])))
-    save_grid(out, np.concatenate(images), labels, columns=min(4, len(captions)) if len(bundles) == 1 else min(6, len(captions)))
+    save_grid(
+        out,
+        np.concatenate(images),
+        labels,
+        columns=min(4, len(captions)) if len(bundles) == 1 else min(6, len(captions)),
+    )
     for name, lines in reports:
         print(f"\nfigures of the {name} bundle\n  " + "\n  ".join(lines))
     print(f"\npicture: {out}")
@@ -72,9 +79,15 @@ def draw(bundles: dict[str, str], captions: list[str], out: Path) -> None:
 
 def main() -> None:
     """Parses the command line and runs."""
-    parser = argparse.ArgumentParser(prog="launch/quickstart", description="Draw emoji from captions with the shipped bundle.")
-    parser.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw (default: a dozen examples)")
-    parser.add_argument("--train", action="store_true", help="train all stages from nothing first, and draw both bundles")
+    parser = argparse.ArgumentParser(
+        prog="launch/quickstart", description="Draw emoji from captions with the shipped bundle."
+    )
+    parser.add_argument(
+        "captions", nargs="*", metavar="CAPTION", help="what to draw (default: a dozen examples)"
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="train all stages from nothing first, and draw both bundles"
+    )
     args = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     started = time.time()

@@ -7,7 +7,9 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 # With the concurrent scheduler, independent collectives of one program wait for one another in different orders on different devices, and
 # the program may hang and be aborted after 40 seconds.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
 # Compiling dominates the suite: cheap code generation, and each program compiled once, by whichever worker comes first.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"

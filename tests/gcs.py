@@ -53,13 +53,25 @@ class Gcs:
     def put(self, bucket, name, data):
         with self.lock:
             self.generation += 1
-            self.objects[bucket, name] = (data, self.generation, time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime()))
+            self.objects[bucket, name] = (
+                data,
+                self.generation,
+                time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime()),
+            )
             return self.describe(bucket, name)
 
     def describe(self, bucket, name):
         data, generation, updated = self.objects[bucket, name]
-        return {"kind": "storage#object", "name": name, "bucket": bucket, "size": str(len(data)), "generation": str(generation),
-                "metageneration": "1", "updated": updated, "timeCreated": updated}
+        return {
+            "kind": "storage#object",
+            "name": name,
+            "bucket": bucket,
+            "size": str(len(data)),
+            "generation": str(generation),
+            "metageneration": "1",
+            "updated": updated,
+            "timeCreated": updated,
+        }
 
     def list(self, bucket, query):
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
@@ -67,17 +79,21 @@ class Gcs:
         for where, name in sorted(self.objects):
             if where != bucket or not name.startswith(prefix):
                 continue
-            rest = name[len(prefix):]
+            rest = name[len(prefix) :]
             if delimiter and delimiter in rest:
                 prefixes.add(prefix + rest.split(delimiter)[0] + delimiter)
-            elif name >= query.get("startOffset", "") and (not query.get("endOffset") or name < query["endOffset"]):
+            elif name >= query.get("startOffset", "") and (
+                not query.get("endOffset") or name < query["endOffset"]
+            ):
                 items.append(self.describe(bucket, name))
         return {"items": items, "prefixes": sorted(prefixes)}
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # headers and body are written one after the other: 40 ms a request otherwise
+    disable_nagle_algorithm = (
+        True  # headers and body are written one after the other: 40 ms a request otherwise
+    )
     gcs: Gcs
 
     def log_message(self, *args):
@@ -164,7 +180,9 @@ class _Handler(BaseHTTPRequestHandler):
         stop = min(int(last) + 1 if first and last else len(data), len(data))
         if start >= len(data):
             return self.reply(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-        return self.reply(206, data[start:stop], headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"})
+        return self.reply(
+            206, data[start:stop], headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
+        )
 
     def upload(self, bucket, query, body):
         gcs, name = self.gcs, query["name"]

@@ -26,9 +26,16 @@ STAGES = {
     "upsampler_16": (upsampler, "configs/emoji/upsampler.py:tiny"),
 }
 CODEC = {"codec": (codec, "configs/emoji/codec.py:tiny")}  # fitted, not trained
-BESIDE = {"prior_diffusion": ("clip",), "decoder": ("clip",), "codec": ("clip",), "prior_ar": ("clip", "codec")}  # runs that a stage starts from
+BESIDE = {
+    "prior_diffusion": ("clip",),
+    "decoder": ("clip",),
+    "codec": ("clip",),
+    "prior_ar": ("clip", "codec"),
+}  # runs that a stage starts from
 STEPS = 12
-SMALL = {"model__unet__channel_mult": (1,)}  # changes: a U-Net of one level, where the run is watched and not what it learns
+SMALL = {
+    "model__unet__channel_mult": (1,)
+}  # changes: a U-Net of one level, where the run is watched and not what it learns
 
 
 def tiny_config(name, **changes):
@@ -184,6 +191,8 @@ def wrap_batches(monkeypatch, wrapper):
 
     def wrapped(config, source, example, mesh, start, stop):
         made = original(config, source, example, mesh, start, stop)
-        return wrapper(made) if stop == config.steps else made  # what a stage measures on its data is left alone
+        return (
+            wrapper(made) if stop == config.steps else made
+        )  # what a stage measures on its data is left alone
 
     monkeypatch.setattr(batches, "train_batches", wrapped)

@@ -37,14 +37,22 @@ def test_sizes():
     config, clip = model_of("clip")
     clip["text"] |= {"vocab_size": config.tokenizer.vocab_size, "length": config.tokenizer.length}
     shapes = param_shapes(CLIP(**clip), struct(1, 224, 224, 3), struct(1, L, dtype=jnp.int32))
-    assert param_count(shapes["text_tower"]) == 123_650_304 and param_count(shapes["image_tower"]) == 303_966_208
+    assert (
+        param_count(shapes["text_tower"]) == 123_650_304 and param_count(shapes["image_tower"]) == 303_966_208
+    )
     prior = model_of("prior_diffusion")[1] | {"embed_dim": D, "length": L}
-    assert param_count(param_shapes(DiffusionPrior(**prior), struct(1, D), struct(1), **TEXT)) == 1_022_030_080 - 2 * D
+    assert (
+        param_count(param_shapes(DiffusionPrior(**prior), struct(1, D), struct(1), **TEXT))
+        == 1_022_030_080 - 2 * D
+    )
     inputs = {"image_embed": struct(1, D), "drop_image": struct(1, dtype=bool), **TEXT}
     shapes = param_shapes(Decoder(**model_of("decoder")[1]), struct(1, 8, 8, 3), struct(1), **inputs)
     assert param_count(shapes["unet"]) == 885_439_686 and param_count(shapes["conditioning"]) == 7_878_400
     upsampler = Upsampler(**model_of("upsampler_256")[1])
-    assert param_count(param_shapes(upsampler, struct(1, 32, 32, 3), struct(1), low_res=struct(1, 8, 8, 3))) == 691_579_523
+    assert (
+        param_count(param_shapes(upsampler, struct(1, 32, 32, 3), struct(1), low_res=struct(1, 8, 8, 3)))
+        == 691_579_523
+    )
 
 
 @pytest.mark.parametrize("name", ["clip", "prior_diffusion", "decoder", "upsampler_256"])
@@ -60,9 +68,17 @@ def test_tiny_variants_have_a_step(name):
 def test_trained_exported_and_drawn_by_the_peer(tmp_path, monkeypatch):
     """A few steps of every stage, a bundle, a folder; diffusers draws from it what we draw, to one level, from the same noise."""
     runs = tmp_path / "runs"
-    for name, run in (("clip", "clip"), ("prior_diffusion", "prior_diffusion"), ("decoder", "decoder"), ("upsampler_256", "upsampler_32")):
+    for name, run in (
+        ("clip", "clip"),
+        ("prior_diffusion", "prior_diffusion"),
+        ("decoder", "decoder"),
+        ("upsampler_256", "upsampler_32"),
+    ):
         config = load_config(f"{KARLO / name}.py:tiny")
-        settings = {"optimizer.learning_rate": 1e-2, "ema_decay": 0.0}  # so that four steps leave the zeros of fresh networks
+        settings = {
+            "optimizer.learning_rate": 1e-2,
+            "ema_decay": 0.0,
+        }  # so that four steps leave the zeros of fresh networks
         for key, value in {"data.backend": "numpy", "eval_every": 0, **settings}.items():
             override(config, key, value)
         STAGES[config.stage].train_and_evaluate(config, str(runs / run))

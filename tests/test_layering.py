@@ -85,11 +85,17 @@ def top_level(path, graph):
                 whole = f"{module}.{alias.name}".lstrip(".")
                 yield whole if whole in graph else module
         elif isinstance(node, ast.Import):
-            yield from (a.name.removeprefix("unclip_jax.") for a in node.names if a.name.removeprefix("unclip_jax.") in graph)
+            yield from (
+                a.name.removeprefix("unclip_jax.")
+                for a in node.names
+                if a.name.removeprefix("unclip_jax.") in graph
+            )
 
 
 def test_every_room_has_a_floor():
-    there = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    there = {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
     assert there - {"__init__"} == set(ROOMS)
 
 
@@ -113,7 +119,9 @@ def test_what_is_forbidden_is_found(tmp_path):
         (tmp_path / room / "bad.py").write_text(text)
     (tmp_path / "run" / "other.py").write_text("from unclip_jax.run import bad\n")
     assert list(violations(tmp_path)) == [("checkpoint/bad.py", "generate"), ("models/bad.py", "train")]
-    assert circles(tmp_path) == [["run.bad", "run.other", "run.bad"]] or circles(tmp_path) == [["run.other", "run.bad", "run.other"]]
+    assert circles(tmp_path) == [["run.bad", "run.other", "run.bad"]] or circles(tmp_path) == [
+        ["run.other", "run.bad", "run.other"]
+    ]
 
 
 def test_models_and_diffusion_import_no_io():
@@ -121,15 +129,21 @@ def test_models_and_diffusion_import_no_io():
     for room, banned in (("models", io), ("diffusion", io | {"flax"})):
         for path in (PACKAGE / room).glob("*.py"):
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            roots = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-            roots |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+            roots = {
+                a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
+            }
+            roots |= {
+                n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module
+            }
             assert not roots & banned, path
 
 
 def test_no_file_is_long():
     """The builder of the embedded data aside."""
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
-    assert {str(path): length for path, length in lengths.items() if length > 450 and path.name != "build.py"} == {}
+    assert {
+        str(path): length for path, length in lengths.items() if length > 450 and path.name != "build.py"
+    } == {}
 
 
 def test_import_is_light():
@@ -137,4 +151,9 @@ def test_import_is_light():
     heavy = "{'jax', 'tensorflow', 'torch', 'flax', 'numpy'}"
     for first in ("import unclip_jax", "from unclip_jax.cli.main import build_parser; build_parser()"):
         code = f"import sys; {first}; print(sorted({heavy} & set(sys.modules)))"
-        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+        assert (
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            == "[]"
+        )

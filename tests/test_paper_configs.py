@@ -83,10 +83,14 @@ def test_size_of_the_diffusion_prior():
     """1B as printed: the blocks, and around them what is counted here one by one."""
     config, model = paper("prior_diffusion")
     model |= {"embed_dim": D, "length": L, "text": {"num_embeddings": config.text_tokenizer.vocab_size}}
-    count = param_count(param_shapes(DiffusionPrior(**model), struct(1, D), struct(1), text_embed=struct(1, D), **TOKENS))
+    count = param_count(
+        param_shapes(DiffusionPrior(**model), struct(1, D), struct(1), text_embed=struct(1, D), **TOKENS)
+    )
     width = 2048
     around = CLIP_VOCAB * width + (L + 4) * width + width  # token embedding, positions, query
-    around += 2 * dense(D, width) + 2 * dense(width, width) + dense(width, D) + 2 * width  # z_t, z_i; time; result; final norm
+    around += (
+        2 * dense(D, width) + 2 * dense(width, width) + dense(width, D) + 2 * width
+    )  # z_t, z_i; time; result; final norm
     assert count == blocks(24, width) + around == 1_325_014_016
 
 
@@ -99,7 +103,9 @@ def test_size_of_the_autoregressive_prior():
     count = param_count(param_shapes(ARPrior(**model), codes, dot, text_embed=struct(1, D), **TOKENS))
     width, buckets = 1664, 1024
     latent = blocks(24, width) + 24 * 2 * dense(2048, width)
-    latent += buckets * width + 128 * width + 320 * width + dense(D, width) + 2 * width + dense(width, buckets)
+    latent += (
+        buckets * width + 128 * width + 320 * width + dense(D, width) + 2 * width + dense(width, buckets)
+    )
     assert count == text_encoder(CLIP_VOCAB) + latent
 
 
@@ -108,7 +114,9 @@ def test_size_of_the_upsamplers(name, count):
     """The published topology; parameters do not depend on the side."""
     config, model = paper(name)
     side = 32
-    shapes = param_shapes(Upsampler(**model), struct(1, side, side, 3), struct(1), low_res=struct(1, side // 4, side // 4, 3))
+    shapes = param_shapes(
+        Upsampler(**model), struct(1, side, side, 3), struct(1), low_res=struct(1, side // 4, side // 4, 3)
+    )
     assert param_count(shapes) == count
     assert config.data.crop_size * 4 == config.model.unet.image_size  # crops of a quarter of the side
 
@@ -131,7 +139,10 @@ def test_tiny_variants_train_and_sample(tiny_run, tmp_path, monkeypatch):
         assert figures and all(np.isfinite(v) for v in figures.values()), name
     assert main(["bundle", str(runs), "--out", str(tmp_path / "bundle"), "--rows", "0"]) == 0
     bundle = unclip_jax.load_bundle(tmp_path / "bundle")
-    assert bundle.sampling["prior_diffusion"]["variance"] == "analytic" and bundle.sampling["prior_diffusion"]["candidates"] == 2
+    assert (
+        bundle.sampling["prior_diffusion"]["variance"] == "analytic"
+        and bundle.sampling["prior_diffusion"]["candidates"] == 2
+    )
     errors = bundle.parts["prior_diffusion"].config["x0_error"]
     assert len(errors) == 1000 and min(errors) >= 0 and max(errors) > 0
     assert bundle.parts["decoder"].config["tokenizer"]["length"] == 12
@@ -146,11 +157,15 @@ def test_tiny_clip_trains_with_sam_on_any_mesh(tmp_path, monkeypatch):
     for name, changes in (("eight", {}), ("one", {}), ("off", {"sam.rho": 0.0})):
         with monkeypatch.context() as patch:
             if name == "one":
-                patch.setattr(clip_stage, "make_mesh", lambda shape: sharding.make_mesh(None, jax.devices()[:1]))
+                patch.setattr(
+                    clip_stage, "make_mesh", lambda shape: sharding.make_mesh(None, jax.devices()[:1])
+                )
             train("clip", tmp_path / name, eval_every=0, **changes)
         curves[name] = losses(tmp_path / name)
     np.testing.assert_allclose(curves["eight"], curves["one"], rtol=1e-4)
-    np.testing.assert_allclose(curves["eight"][:2], curves["off"][:2], rtol=1e-5)  # the warmup's first update is zero
+    np.testing.assert_allclose(
+        curves["eight"][:2], curves["off"][:2], rtol=1e-5
+    )  # the warmup's first update is zero
     assert abs(curves["eight"][-1] / curves["off"][-1] - 1) > 1e-4
 
 
@@ -158,7 +173,10 @@ def test_tiny_clip_trains_with_sam_on_any_mesh(tmp_path, monkeypatch):
 def test_tiny_upsamplers_train(name, tmp_path):
     """Four times larger images; the second with BSR degradation."""
     config = load_config(f"{PAPER / name}.py:tiny")
-    assert config.factor == 4 and config.data.degradation == {"upsampler_256": "blur", "upsampler_1024": "bsr_light"}[name]
+    assert (
+        config.factor == 4
+        and config.data.degradation == {"upsampler_256": "blur", "upsampler_1024": "bsr_light"}[name]
+    )
     assert np.isfinite(train(name, tmp_path / name)["eval_loss"])
 
 

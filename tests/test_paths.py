@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_this_machines_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_path("~/a") == tmp_path / "a" and local_copy("~/a") == tmp_path / "a"
-    assert absolute("~/a/../b") == str(tmp_path / "b") and absolute("gs://bucket/runs/a/../b") == "gs://bucket/runs/b"
+    assert (
+        absolute("~/a/../b") == str(tmp_path / "b")
+        and absolute("gs://bucket/runs/a/../b") == "gs://bucket/runs/b"
+    )
     assert str(user_path("gs://bucket/a") / "b") == "gs://bucket/a/b"
     with pytest.raises(ValueError, match="ftp://x: paths may begin with gs://"):
         user_path("ftp://x")
@@ -34,7 +37,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), whole_folder(target, "last") as folder:
         write_whole(folder / "other", "")
         raise RuntimeError
-    assert sorted(p.name for p in target.iterdir()) == ["below", "last"] and list(tmp_path.iterdir()) == [target]
+    assert sorted(p.name for p in target.iterdir()) == ["below", "last"] and list(tmp_path.iterdir()) == [
+        target
+    ]
 
 
 # Runs in a process of its own, as the clients read their environment once. It says what it found in one JSON object.
@@ -97,7 +102,9 @@ def test_a_store(tmp_path):
     gcs = Gcs(tmp_path)
     env = os.environ | gcs.env() | {"UNCLIP_CACHE": str(tmp_path / "cache")}
     try:
-        done = subprocess.run([sys.executable, "-c", STORE, str(ROOT)], env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-c", STORE, str(ROOT)], env=env, capture_output=True, text=True, timeout=300
+        )
     finally:
         gcs.close()
     lines = [line for line in done.stdout.splitlines() if line.startswith("SAID ")]
@@ -109,10 +116,22 @@ def test_a_store(tmp_path):
     assert said["first"] > 1e6 and said["parts"] and all(said["parts"].values())
     assert said["records"] and said["pictures"] == ["number 0", "number 1"]
     names = {name for _, name in gcs.objects}
-    assert {"embedded/manifest.json", "embedded/00001/shard.json", "embedded/codec/bundle.json", "grids/x.png"} <= names
-    assert any(name.startswith("runs/clip/tb/events") for name in names) and "runs/clip/checkpoints/2/commit_success.txt" in names
+    assert {
+        "embedded/manifest.json",
+        "embedded/00001/shard.json",
+        "embedded/codec/bundle.json",
+        "grids/x.png",
+    } <= names
+    assert (
+        any(name.startswith("runs/clip/tb/events") for name in names)
+        and "runs/clip/checkpoints/2/commit_success.txt" in names
+    )
     # Of every network's tensors one request: the second time they lie in the cache.
-    fetched = [line for line in gcs.log if line.startswith("GET /bucket/bundle%2Fprior_diffusion%2Fmodel.safetensors")]
+    fetched = [
+        line
+        for line in gcs.log
+        if line.startswith("GET /bucket/bundle%2Fprior_diffusion%2Fmodel.safetensors")
+    ]
     assert 0 < len(fetched) <= 2, fetched
     assert said["errors"] == [1, 1, 1, 1]
     for message in ("gs://elsewhere/run", "paths may begin with gs://", "gs://bucket/nothing"):

@@ -9,7 +9,18 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers import random_params
 from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.sharding import AXES, BATCH, infer_shardings, leaf_spec, make_gather, make_mesh, own_rows, path_name, replicate, shard_batch
+from unclip_jax.sharding import (
+    AXES,
+    BATCH,
+    infer_shardings,
+    leaf_spec,
+    make_gather,
+    make_mesh,
+    own_rows,
+    path_name,
+    replicate,
+    shard_batch,
+)
 
 
 def test_mesh_shapes():
@@ -75,7 +86,10 @@ def test_path_names():
     import collections
 
     Pair = collections.namedtuple("Pair", "mu nu")
-    names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path({"opt": (Pair({"w": 1}, {"w": 2}),)})[0]]
+    names = [
+        path_name(path)
+        for path, _ in jax.tree_util.tree_flatten_with_path({"opt": (Pair({"w": 1}, {"w": 2}),)})[0]
+    ]
     assert names == ["opt/0/mu/w", "opt/0/nu/w"]
 
 
@@ -105,7 +119,9 @@ class Device:
 
 def test_rows_of_a_host():
     """Those on its devices, wherever these stand in the mesh; hosts that share tensor axes read the same ones."""
-    grid = lambda hosts, shape: Mesh(np.array([Device(i, host) for i, host in enumerate(hosts)]).reshape(shape), AXES)
+    grid = lambda hosts, shape: Mesh(
+        np.array([Device(i, host) for i, host in enumerate(hosts)]).reshape(shape), AXES
+    )
     np.testing.assert_array_equal(own_rows(grid([0, 1, 0, 1], (2, 2, 1)), 8), [0, 1, 4, 5])
     np.testing.assert_array_equal(own_rows(grid([0, 1, 0, 1], (2, 1, 2)), 4), [0, 1, 2, 3])
     np.testing.assert_array_equal(own_rows(grid([1, 1, 0, 0], (2, 1, 2)), 4), [2, 3])
@@ -116,7 +132,9 @@ def test_slices_are_joined_by_data_alone():
     mesh = make_mesh({"data": 4, "fsdp": 8}, devices)
     assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
     assert sorted(d.id for d in mesh.devices.flat) == list(range(32))
-    with pytest.raises(ValueError, match="2 slices are joined by the data axis alone, so data=1 must be a multiple of 2"):
+    with pytest.raises(
+        ValueError, match="2 slices are joined by the data axis alone, so data=1 must be a multiple of 2"
+    ):
         make_mesh({"data": 1, "fsdp": 32}, devices)
     gpus = [Device(i, i // 8, i // 8, "gpu") for i in range(16)]  # every host a slice, by their own account
     assert make_mesh({"data": 1, "fsdp": 16}, gpus).shape["fsdp"] == 16
@@ -146,10 +164,17 @@ def reference():
         "text_mask": np.tile(np.arange(4) < 3, (8, 1)),
     }
     params = random_params(DiffusionPrior(**sizes), **batch)
-    return sizes, params, batch, jax.jit(lambda p, b: DiffusionPrior(**sizes).apply({"params": p}, **b))(params, batch)
+    return (
+        sizes,
+        params,
+        batch,
+        jax.jit(lambda p, b: DiffusionPrior(**sizes).apply({"params": p}, **b))(params, batch),
+    )
 
 
-@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+)
 def test_every_mesh_gives_the_single_device_answer(reference, shape):
     """With the gather hook where there is one; parameters and batch are really spread."""
     sizes, params, batch, expected = reference
@@ -158,7 +183,9 @@ def test_every_mesh_gives_the_single_device_answer(reference, shape):
     spread = [not s.is_fully_replicated for s in jax.tree.leaves(shardings)]
     assert any(spread) == (shape["data"] < 8) and not all(spread)
     model = DiffusionPrior(**sizes, gather=make_gather(mesh))
-    out = jax.jit(lambda p, b: model.apply({"params": p}, **b))(jax.device_put(params, shardings), shard_batch(batch, mesh))
+    out = jax.jit(lambda p, b: model.apply({"params": p}, **b))(
+        jax.device_put(params, shardings), shard_batch(batch, mesh)
+    )
     assert len(out.sharding.device_set) == 8
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     assert jnp.isfinite(expected).all()

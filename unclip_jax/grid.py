@@ -11,11 +11,17 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from unclip_jax.errors import InputError
 from unclip_jax.paths import user_path, write_whole
 
 
 def draw_grid(
-    images: np.ndarray, captions: Sequence[str], *, columns: int | None = None, cell: int = 160, rows_of: Sequence[str] | None = None
+    images: np.ndarray,
+    captions: Sequence[str],
+    *,
+    columns: int | None = None,
+    cell: int = 160,
+    rows_of: Sequence[str] | None = None,
 ) -> Image.Image:
     """Draws images with a caption under each.
 
@@ -34,7 +40,9 @@ def draw_grid(
     """
     images = np.asarray(images)
     if len(images) == 0 or len(images) != len(captions):
-        raise ValueError(f"a grid needs as many captions as images and at least one, got {len(images)} and {len(captions)}")
+        raise InputError(
+            f"a grid needs as many captions as images and at least one, got {len(images)} and {len(captions)}"
+        )
     columns = columns or max(1, int(np.ceil(np.sqrt(len(images)))))
     rows = -(-len(images) // columns)
     font = ImageFont.load_default(size=12)

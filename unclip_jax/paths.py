@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from unclip_jax.errors import InputError, MissingPackageError
+
 SCHEMES = ("gs",)
 
 
@@ -34,7 +36,9 @@ def user_path(path: str | os.PathLike) -> Any:
         return Path(path).expanduser()
     scheme = os.fspath(path).partition("://")[0]
     if scheme not in SCHEMES:
-        raise ValueError(f"{os.fspath(path)}: paths may begin with {', '.join(f'{known}://' for known in SCHEMES)}, or are this machine's")
+        raise InputError(
+            f"{os.fspath(path)}: paths may begin with {', '.join(f'{known}://' for known in SCHEMES)}, or are this machine's"
+        )
     from etils import epath
 
     return epath.Path(path)
@@ -90,7 +94,9 @@ def check_store(path: str | os.PathLike) -> None:
     try:
         from google.cloud import storage
     except ImportError:
-        raise ImportError('paths that begin with gs:// need Google\'s client: pip install "unclip_jax[gcs]"') from None
+        raise MissingPackageError(
+            'paths that begin with gs:// need Google\'s client: pip install "unclip_jax[gcs]"'
+        ) from None
     bucket = os.fspath(path).partition("://")[2].partition("/")[0]
     try:
         next(iter(storage.Client().list_blobs(bucket, max_results=1, retry=None, timeout=60)), None)
@@ -143,7 +149,9 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
         if is_remote(path):
             path.write_bytes(data)
             return
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")  # several may write the same
+    partial = path.with_name(
+        f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial"
+    )  # several may write the same
     partial.write_bytes(data)
     partial.replace(path)
 

@@ -19,11 +19,15 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from unclip_jax.errors import InputError
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 FSDP_MIN_SIZE = 2**14  # smaller leaves are replicated: gathering them costs more than keeping them
 WEIGHTS_SHARE = 0.6  # of a device's memory that weights may fill; the rest is for what is computed
-BLOCK = re.compile(r"(^|/)(block_\d+|(down|up)_\d+_[a-z]+(_\d+)?|middle_[a-z]+(_\d+)?)/")  # what the models' `gather` hook is called on
+BLOCK = re.compile(
+    r"(^|/)(block_\d+|(down|up)_\d+_[a-z]+(_\d+)?|middle_[a-z]+(_\d+)?)/"
+)  # what the models' `gather` hook is called on
 
 Rules = Sequence[tuple[str, P]]
 
@@ -55,23 +59,34 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     sizes = {"data": -1, "fsdp": 1, "tensor": 1}
     unknown = set(shape or {}) - set(AXES)
     if unknown:
-        raise ValueError(f"unknown mesh axis {', '.join(sorted(unknown))}; the axes are {', '.join(AXES)}")
+        raise InputError(f"unknown mesh axis {', '.join(sorted(unknown))}; the axes are {', '.join(AXES)}")
     sizes.update(shape or {})
     free = [a for a in AXES if sizes[a] == -1]
     known = math.prod(sizes[a] for a in AXES if sizes[a] != -1)
     bad = len(free) > 1 or any(s < 1 and s != -1 for s in sizes.values())
     if bad or (free and len(devices) % known) or (not free and known != len(devices)):
         wanted = " x ".join(f"{a}={sizes[a]}" for a in AXES)
-        raise ValueError(f"a mesh of {wanted} does not fit {len(devices)} devices; the sizes must multiply to {len(devices)}")
+        raise InputError(
+            f"a mesh of {wanted} does not fit {len(devices)} devices; the sizes must multiply to {len(devices)}"
+        )
     if free:
         sizes[free[0]] = len(devices) // known
     # Elsewhere hosts are said to be slices, but every axis may cross them.
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = (
+        len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    )
     if sizes["data"] % slices:
-        raise ValueError(f"{slices} slices are joined by the data axis alone, so data={sizes['data']} must be a multiple of {slices}")
+        raise InputError(
+            f"{slices} slices are joined by the data axis alone, so data={sizes['data']} must be a multiple of {slices}"
+        )
     within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     if slices > 1:
-        return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True), AXES)
+        return Mesh(
+            mesh_utils.create_hybrid_device_mesh(
+                within, (slices, 1, 1), devices, allow_split_physical_axes=True
+            ),
+            AXES,
+        )
     if devices[0].platform == "tpu":
         return Mesh(mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True), AXES)
     return Mesh(np.asarray(devices).reshape(within), AXES)
@@ -84,9 +99,13 @@ def compute_dtype(name: str, mesh: Mesh | None = None) -> Any:
       ValueError: on another name.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    choices = {"auto": jnp.float32 if platform == "cpu" else jnp.bfloat16, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    choices = {
+        "auto": jnp.float32 if platform == "cpu" else jnp.bfloat16,
+        "float32": jnp.float32,
+        "bfloat16": jnp.bfloat16,
+    }
     if name not in choices:
-        raise ValueError(f"unknown dtype {name!r}; choose one of {', '.join(choices)}")
+        raise InputError(f"unknown dtype {name!r}; choose one of {', '.join(choices)}")
     return choices[name]
 
 
@@ -142,7 +161,8 @@ def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = TENS
 def infer_shardings(tree: Any, mesh: Mesh, rules: Rules = TENSOR_RULES) -> Any:
     """NamedShardings for a tree of arrays or shapes. Optimizer moments have their parameter's path as a suffix and follow it."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, leaf_spec(path_name(path), tuple(leaf.shape), mesh, rules)), tree
+        lambda path, leaf: NamedSharding(mesh, leaf_spec(path_name(path), tuple(leaf.shape), mesh, rules)),
+        tree,
     )
 
 
@@ -172,7 +192,9 @@ def make_gather(mesh: Mesh):
     def gather(params):
         return jax.lax.with_sharding_constraint(params, replicated)
 
-    def backward(_, gradient):  # without it the gradient would be reduced whole on every device, as the parameters were needed
+    def backward(
+        _, gradient
+    ):  # without it the gradient would be reduced whole on every device, as the parameters were needed
         return (jax.lax.with_sharding_constraint(gradient, infer_shardings(gradient, mesh)),)
 
     gather.defvjp(lambda params: (gather(params), None), backward)
@@ -185,7 +207,9 @@ def gather_rest(params: Any, mesh: Mesh) -> Any:
     gather = make_gather(mesh)
     if gather is None:
         return params
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf if BLOCK.search(path_name(path)) else gather(leaf), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if BLOCK.search(path_name(path)) else gather(leaf), params
+    )
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -197,7 +221,9 @@ def own_blocks(mesh: Mesh) -> list[int]:
     """A batch is split into data x fsdp blocks of rows; these of them lie on this host's devices, ascending. Hosts that share a `tensor`
     axis hold the same blocks."""
     blocks = mesh.devices.reshape(-1, mesh.shape["tensor"])
-    return [i for i, devices in enumerate(blocks) if any(d.process_index == jax.process_index() for d in devices)]
+    return [
+        i for i, devices in enumerate(blocks) if any(d.process_index == jax.process_index() for d in devices)
+    ]
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
@@ -213,7 +239,9 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 def _check_divides(rows: int, ways: int) -> None:
     if rows % ways:
-        raise ValueError(f"a batch of {rows} does not divide over data x fsdp = {ways} devices; change batch_size or the mesh")
+        raise InputError(
+            f"a batch of {rows} does not divide over data x fsdp = {ways} devices; change batch_size or the mesh"
+        )
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, whole: bool = False) -> dict[str, jax.Array]:

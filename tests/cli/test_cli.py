@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 def unclip(*args, **env):
     """Runs the command in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "unclip_jax.cli.main", *args], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}
+        [sys.executable, "-m", "unclip_jax.cli.main", *args],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **env},
     )
 
 
@@ -30,7 +34,9 @@ def test_help_is_fast_and_light():
         "import sys\nfrom unclip_jax.cli.main import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
         "print(sorted({'jax', 'tensorflow', 'torch', 'flax', 'numpy'} & set(sys.modules)))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout
     assert out.splitlines()[-1] == "[]" and "--init-from" in out
     times = []
     for _ in range(3):
@@ -43,7 +49,18 @@ def test_help_is_fast_and_light():
 
 def test_sample_draws_a_grid(tiny_bundle, tmp_path, capsys):
     out = tmp_path / "new" / "grid.png"
-    args = ["a red fox", "a blue heart", "--bundle", str(tiny_bundle), "--out", str(out), "--seed", "3", "--samples", "2"]
+    args = [
+        "a red fox",
+        "a blue heart",
+        "--bundle",
+        str(tiny_bundle),
+        "--out",
+        str(out),
+        "--seed",
+        "3",
+        "--samples",
+        "2",
+    ]
     assert main(["sample", *args]) == 0
     assert str(out) in capsys.readouterr().out
     image = np.asarray(Image.open(out))
@@ -54,7 +71,10 @@ def test_measure(tiny_bundle, capsys):
     """A table per prior."""
     assert main(["measure", "--bundle", str(tiny_bundle), "--rows", "2", "--prior", "null,none"]) == 0
     out = capsys.readouterr().out
-    assert out.index("prior null") < out.index("prior none") and out.count("own caption first of 2, samples") == 2
+    assert (
+        out.index("prior null") < out.index("prior none")
+        and out.count("own caption first of 2, samples") == 2
+    )
 
 
 def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):
@@ -82,11 +102,23 @@ def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):
         (["sample", "x", "--out", "."], "is a folder"),
         (["train", "nowhere.py", "--workdir", "w"], "no configuration file nowhere.py"),
         (["train", "configs/emoji/clip.py:huge", "--workdir", "w"], "unknown variant 'huge'"),
-        (["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "stepz=3"], "did you mean 'steps'"),
-        (["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "steps=many"], "is a int, got 'many'"),
+        (
+            ["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "stepz=3"],
+            "did you mean 'steps'",
+        ),
+        (
+            ["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "steps=many"],
+            "is a int, got 'many'",
+        ),
         (["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--clip", "emoji"], "no frozen CLIP"),
-        (["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "mesh.data=3"], "does not fit 8 devices"),
-        (["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "data.train.split=tset"], "unknown split 'tset'"),
+        (
+            ["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "mesh.data=3"],
+            "does not fit 8 devices",
+        ),
+        (
+            ["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "data.train.split=tset"],
+            "unknown split 'tset'",
+        ),
         (["bundle", "nowhere", "--out", "b"], "nowhere has no run; train clip, prior and decoder first"),
     ],
 )
@@ -117,7 +149,21 @@ def pictures(tmp_path):
         (["interpolate", "a.png", "b.png", "--count", "2"], 4),
         (["edit", "a.png", "--to", "a blue heart", "--count", "2"], 3),
         (["inpaint", "a.png", "mask.png", "a red fox", "--count", "1"], 3),
-        (["inpaint", "a.png", "mask.png", "a red fox", "--count", "1", "--method", "resample", "--resamples", "1"], 3),
+        (
+            [
+                "inpaint",
+                "a.png",
+                "mask.png",
+                "a red fox",
+                "--count",
+                "1",
+                "--method",
+                "resample",
+                "--resamples",
+                "1",
+            ],
+            3,
+        ),
         (["reconstruct", "a.png", "--dims", "3", "16"], 3),
     ],
 )
@@ -163,7 +209,11 @@ def test_a_missing_part_is_named(tiny_bundle, pictures, monkeypatch, capsys):
 
     monkeypatch.chdir(pictures)
     bundle = unclip_jax.load_bundle(tiny_bundle)
-    for missing, args in (("decoder", ["vary", "a.png"]), ("pca", ["sample", "x", "--prior", "ar"]), ("pca", ["reconstruct", "a.png"])):
+    for missing, args in (
+        ("decoder", ["vary", "a.png"]),
+        ("pca", ["sample", "x", "--prior", "ar"]),
+        ("pca", ["reconstruct", "a.png"]),
+    ):
         parts = {name: part for name, part in bundle.parts.items() if name != missing}
         unclip_jax.save_bundle(dataclasses.replace(bundle, parts=parts), pictures / "less")
         assert main([*args, "--bundle", "less"]) == 1
@@ -185,7 +235,9 @@ def test_config_overrides():
         config.unknown = 1
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT / "configs")))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT / "configs"))
+)
 def test_every_config_has_its_variants(path):
     """Each configuration has a full and a :tiny variant of the same keys, and its docstring gives the command."""
     full, tiny = load_config(str(path)), load_config(f"{path}:tiny")
@@ -207,7 +259,10 @@ def test_errors_of_a_program_are_not_another_hosts(monkeypatch, capsys):
 
     monkeypatch.setattr("os._exit", leave)
     command = ["train", "configs/emoji/clip.py:tiny", "--workdir", "unused", "--distributed"]
-    for said, status in (("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm", 1), ("UNAVAILABLE: socket closed", RESTART)):
+    for said, status in (
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm", 1),
+        ("UNAVAILABLE: socket closed", RESTART),
+    ):
         monkeypatch.setattr(train, "run", lambda args, said=said: (_ for _ in ()).throw(RuntimeError(said)))
         try:
             left = main(command)

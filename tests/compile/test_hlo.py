@@ -41,7 +41,9 @@ def test_collectives_of_a_program():
   ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT, metadata={op_name="while/cond/lt"}
 }
 """
-    without = LOOP.replace(', backend_config={"known_trip_count":{"n":"5"}}', "").replace("\n%wide", condition + "\n%wide")
+    without = LOOP.replace(', backend_config={"known_trip_count":{"n":"5"}}', "").replace(
+        "\n%wide", condition + "\n%wide"
+    )
     assert Program(without).collectives()["all-gather"] == (7, 7 * 64 * 8 * 4 * 7 // 8)
 
 
@@ -79,7 +81,10 @@ ENTRY %main (a: bf16[32,64], b: bf16[256,64], c: f32[128,64], d: bf16[64,16]) ->
 def test_collectives_behind_fusions():
     """One channel is one collective in however many fusions it stands; a sum of which a slice is kept is a reduce-scatter."""
     program = Program(BEHIND)
-    assert program.collectives() == {"all-gather": (1, 256 * 64 * 2 * 7 // 8), "reduce-scatter": (1, 64 * 16 * 2 * 7 // 8)}
+    assert program.collectives() == {
+        "all-gather": (1, 256 * 64 * 2 * 7 // 8),
+        "reduce-scatter": (1, 64 * 16 * 2 * 7 // 8),
+    }
     # Memory: c read by both, the gathered array written once; the sum's operand and its result; nothing of what stays on the chip.
     assert program.traffic() == 2 * 128 * 64 * 4 + 256 * 64 * 2 + 2 * 64 * 16 * 2
 

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def count(function, *shapes):
-    return step.flops(jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
+    return step.flops(
+        jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    )
 
 
 def test_operations():
@@ -31,9 +33,14 @@ def test_operations():
     matmul = lambda a, b: a @ b
     assert count(matmul, (8, 16), (16, 32)) == product
     assert count(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (5, 8, 16), (5, 16, 32)) == 5 * product
-    assert count(lambda a, b: jax.lax.scan(lambda c, _: (c, (c @ b)), a, None, length=7)[1], (8, 16), (16, 32)) == 7 * product
-    conv = lambda stride: lambda x, k: jax.lax.conv_general_dilated(
-        x, k, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    assert (
+        count(lambda a, b: jax.lax.scan(lambda c, _: (c, (c @ b)), a, None, length=7)[1], (8, 16), (16, 32))
+        == 7 * product
+    )
+    conv = lambda stride: (
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
     )
     forward = 2 * 2 * 8 * 8 * 3 * 3 * 4 * 6
     assert count(conv(1), (2, 8, 8, 4), (3, 3, 4, 6)) == forward
@@ -44,7 +51,9 @@ def test_operations():
         both = count(jax.grad(squares, argnums=(0, 1)), (2, 8, 8, 4), (3, 3, 4, 6))
         assert both == pytest.approx(3 * forward / stride**2, rel=0.05)
     layer = lambda a, b: jnp.sum(jnp.tanh(a @ b) ** 2)
-    plain, again = (count(jax.grad(f, argnums=(0, 1)), (8, 16), (16, 32)) for f in (layer, jax.checkpoint(layer)))
+    plain, again = (
+        count(jax.grad(f, argnums=(0, 1)), (8, 16), (16, 32)) for f in (layer, jax.checkpoint(layer))
+    )
     assert (plain, again) == (3 * product, 4 * product)
 
 
@@ -56,7 +65,10 @@ def tiny(name, mesh, **changes):
     return step.compile_step(config, clip, step.make_abstract_mesh("cpu:8", mesh))[0]
 
 
-@pytest.mark.parametrize("name, changes", [("upsampler_256", {}), ("prior_diffusion", {}), ("prior_diffusion", {"scan_layers": True})])
+@pytest.mark.parametrize(
+    "name, changes",
+    [("upsampler_256", {}), ("prior_diffusion", {}), ("prior_diffusion", {"scan_layers": True})],
+)
 def test_fsdp_moves_parameters_and_nothing_else(name, changes, monkeypatch):
     """Parameters are gathered before use, gradients reduced; no activation changes its place. A U-Net, and a transformer over CLIP."""
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 256)
@@ -71,7 +83,9 @@ def test_fsdp_moves_parameters_and_nothing_else(name, changes, monkeypatch):
     assert report.model_flops == report.flops > 0
 
 
-@pytest.mark.parametrize("name", ["clip", "prior_diffusion", "prior_ar", "decoder", "upsampler_256", "upsampler_1024"])
+@pytest.mark.parametrize(
+    "name", ["clip", "prior_diffusion", "prior_ar", "decoder", "upsampler_256", "upsampler_1024"]
+)
 def test_nothing_large_is_replicated(name):
     """The paper's sizes on eight devices: of every parameter, average and moment of more than a million elements each holds an eighth."""
     config = load_config(str(ROOT / f"configs/dalle2/{name}.py"))
@@ -83,7 +97,9 @@ def test_nothing_large_is_replicated(name):
     for path, leaf in jax.tree_util.tree_flatten_with_path((compiled.state, compiled.frozen))[0]:
         if np.prod(leaf.shape) > 1e6 and "codec" not in sharding.path_name(path):
             large += 1
-            assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 == np.prod(leaf.shape), sharding.path_name(path)
+            assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 == np.prod(leaf.shape), (
+                sharding.path_name(path)
+            )
     assert large > 50
 
 
@@ -93,7 +109,11 @@ def test_the_command(capsys, tmp_path):
     arguments += ["--set", "model.unet.channel_mult=(1,)"]
     assert main([*arguments, "--mesh", "data=8", "--batch", "16", "--save", str(tmp_path / "step")]) == 0
     out = capsys.readouterr().out
-    assert "8 devices of cpu:8, mesh data=8 x fsdp=1 x tensor=1, batch 16" in out and "all-reduce:" in out and "operations a step" in out
+    assert (
+        "8 devices of cpu:8, mesh data=8 x fsdp=1 x tensor=1, batch 16" in out
+        and "all-reduce:" in out
+        and "operations a step" in out
+    )
     assert (tmp_path / "step").stat().st_size > 1000
     for change, message in (
         (["--mesh", "data=3"], "does not fit 8 devices"),
@@ -111,12 +131,22 @@ def test_the_command(capsys, tmp_path):
 @pytest.mark.parametrize("name", ["prior_diffusion", "prior_ar"])
 def test_a_step_that_reads_embeddings(name, capsys):
     """The priors' on `unclip embed`'s folders: CLIP is not among what stands frozen; every other stage needs pictures."""
-    arguments = ["compile", str(ROOT / f"configs/dalle2/{name}.py:tiny"), "--topology", "cpu:8", "--embeddings"]
+    arguments = [
+        "compile",
+        str(ROOT / f"configs/dalle2/{name}.py:tiny"),
+        "--topology",
+        "cpu:8",
+        "--embeddings",
+    ]
     assert main(arguments) == 0
     assert "operations a step" in capsys.readouterr().out
     config, clip = (load_config(str(ROOT / f"configs/dalle2/{part}.py:tiny")) for part in (name, "clip"))
     networks = step.abstract_frozen(config, clip, sharding.make_mesh(), embedded=True)
-    assert networks["clip"].module is None and networks["clip"].params == {} and ("codec" in networks) == (name == "prior_ar")
+    assert (
+        networks["clip"].module is None
+        and networks["clip"].params == {}
+        and ("codec" in networks) == (name == "prior_ar")
+    )
     assert main([*arguments, "--sample"]) == 1 and "is for a train step" in capsys.readouterr().err
     assert main([arguments[0], str(ROOT / "configs/dalle2/decoder.py:tiny"), *arguments[2:]]) == 1
     assert "needs pictures" in capsys.readouterr().err
@@ -125,10 +155,20 @@ def test_a_step_that_reads_embeddings(name, capsys):
 @pytest.mark.parametrize("name", ["prior_diffusion", "prior_ar", "decoder", "upsampler_256"])
 def test_samplers(name, capsys):
     """Of every stage that draws, on a mesh that shards its parameters; a row a device is the batch, and nothing is held for training."""
-    arguments = ["compile", str(ROOT / f"configs/dalle2/{name}.py:tiny"), "--topology", "cpu:8", "--mesh", "data=4,fsdp=2", "--sample"]
+    arguments = [
+        "compile",
+        str(ROOT / f"configs/dalle2/{name}.py:tiny"),
+        "--topology",
+        "cpu:8",
+        "--mesh",
+        "data=4,fsdp=2",
+        "--sample",
+    ]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "mesh data=4 x fsdp=2 x tensor=1, batch 8" in out and "parameters" in out and "optimizer" not in out
+    assert (
+        "mesh data=4 x fsdp=2 x tensor=1, batch 8" in out and "parameters" in out and "optimizer" not in out
+    )
 
 
 def test_a_sampler_costs_its_steps():
@@ -143,7 +183,9 @@ def test_a_sampler_costs_its_steps():
 
 
 def test_clip_has_no_sampler(capsys):
-    assert main(["compile", str(ROOT / "configs/dalle2/clip.py:tiny"), "--topology", "cpu:8", "--sample"]) == 1
+    assert (
+        main(["compile", str(ROOT / "configs/dalle2/clip.py:tiny"), "--topology", "cpu:8", "--sample"]) == 1
+    )
     assert "the clip stage draws nothing" in capsys.readouterr().err
 
 
@@ -160,7 +202,9 @@ def test_a_step_too_large(capsys):
 
     chip = step.CHIPS["TPU v5 lite"]
     links = {"all-gather": (2, 10**9)}
-    report = step.Report(4, chip, {"data": 4}, 8, *[int(4e9)] * 6, flops=4e12, model_flops=3e12, traffic=1e9, collectives=links)
+    report = step.Report(
+        4, chip, {"data": 4}, 8, *[int(4e9)] * 6, flops=4e12, model_flops=3e12, traffic=1e9, collectives=links
+    )
     assert report.limit == "arithmetic" or report.seconds[report.limit] == max(report.seconds.values())
     assert report.mfu == pytest.approx(3e12 / 4 / chip.flops / max(report.seconds.values()))
     assert "memory a device: 22.35 of 14.9 GiB" in describe(report, "v5e:2x2")
@@ -170,7 +214,9 @@ def test_a_step_too_large(capsys):
     assert crossing.limit == "network" and crossing.seconds["network"] == 10**9 / 3.125e9
     assert "between slices: 3 a step, 0.931 GiB arrive at a device\n" in describe(crossing, "2*v5e:2x1")
     unknown = replace(crossing, chip=step.CHIPS["TPU v4"])
-    assert "network" not in unknown.seconds and "in a time that is not known" in describe(unknown, "2*v4:1x1x2")
+    assert "network" not in unknown.seconds and "in a time that is not known" in describe(
+        unknown, "2*v4:1x1x2"
+    )
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G.\n"
         'Largest program allocations in hbm:\n  1. Size: 8.00G\n     Operator: op_name="jit(update)/x/dot"\n     Shape: f32[1,2]{1,0}\n'
@@ -195,14 +241,28 @@ for name, clip in (("upsampler_256", None), ("prior_diffusion", load_config("con
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_with_the_tpu_compiler():
     """The real compiler, in processes of their own: two slices' report, and that under FSDP parameters and gradients alone move."""
-    command = [sys.executable, "-m", "unclip_jax.cli.main", "compile", "configs/dalle2/prior_diffusion.py:tiny", "--topology", "2*v5e:2x2"]
+    command = [
+        sys.executable,
+        "-m",
+        "unclip_jax.cli.main",
+        "compile",
+        "configs/dalle2/prior_diffusion.py:tiny",
+        "--topology",
+        "2*v5e:2x2",
+    ]
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([*command, "--mesh", "data=2,fsdp=4"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--mesh", "data=2,fsdp=4"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     for words in ("8 devices of 2*v5e:2x2", "between slices: ", "network", "it fits"):
         assert words in done.stdout
     done = subprocess.run([sys.executable, "-c", TPU], cwd=ROOT, env=env, capture_output=True, text=True)
-    said = [json.loads(line.removeprefix("SAID ")) for line in done.stdout.splitlines() if line.startswith("SAID ")]
+    said = [
+        json.loads(line.removeprefix("SAID "))
+        for line in done.stdout.splitlines()
+        if line.startswith("SAID ")
+    ]
     assert len(said) == 2, done.stderr
     for chip, kinds, gathers in said:
         assert chip == "v5e" and set(kinds) <= {"all-gather", "all-reduce", "reduce-scatter"} and gathers > 10

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.diffusion.guidance import GUIDANCE_SCHEDULES, Guidance, dynamic_threshold, guide, make_denoiser, rescaled
+from unclip_jax.diffusion.guidance import (
+    GUIDANCE_SCHEDULES,
+    Guidance,
+    dynamic_threshold,
+    guide,
+    make_denoiser,
+    rescaled,
+)
 from unclip_jax.diffusion.process import PREDICTIONS, add_noise, velocity
 from unclip_jax.diffusion.schedule import make_schedule
 
@@ -48,7 +55,10 @@ def test_limits_of_the_scale(x_t, prediction, scale, half):
     np.testing.assert_allclose(guided.eps, plain.eps, rtol=1e-4, atol=1e-5)
     expected = make_denoiser(conditional, SCHEDULE, prediction=prediction)(x_t, jnp.array(T)).v_frac
     np.testing.assert_allclose(guided.v_frac, expected, rtol=1e-6)
-    assert not np.allclose(plain.x0, make_denoiser(lambda x, t: -half(x, t), SCHEDULE, prediction=prediction)(x_t, jnp.array(T)).x0)
+    assert not np.allclose(
+        plain.x0,
+        make_denoiser(lambda x, t: -half(x, t), SCHEDULE, prediction=prediction)(x_t, jnp.array(T)).x0,
+    )
 
 
 def test_guidance_extrapolates_the_prediction(x_t):
@@ -80,7 +90,9 @@ def test_a_perfect_model_gives_back_x0_and_eps(prediction):
     for t in (0, 37, 900):
         abar = SCHEDULE.alphas_cumprod[t]
         target = {"x0": x0, "eps": eps, "v": velocity(x0, eps, abar)}[prediction]
-        out = make_denoiser(lambda x, t, target=target: target, SCHEDULE, prediction=prediction)(add_noise(x0, eps, abar), jnp.array(t))
+        out = make_denoiser(lambda x, t, target=target: target, SCHEDULE, prediction=prediction)(
+            add_noise(x0, eps, abar), jnp.array(t)
+        )
         np.testing.assert_allclose(out.x0, x0, atol=2e-4)
         np.testing.assert_allclose(out.eps, eps, atol=2e-3)
         assert out.v_frac is None
@@ -100,7 +112,11 @@ def test_scale_over_time(name):
     """Every schedule keeps scale 1, lies between 1 and the scale, and reaches it at the clean end; all but the constant start at 1."""
     u = jnp.linspace(0, 1, 11)
     scale = Guidance(4.0, name).at(u)
-    assert np.all(np.asarray(scale) >= 1 - 1e-6) and np.all(np.asarray(scale) <= 4 + 1e-6) and float(scale[0]) == 4.0
+    assert (
+        np.all(np.asarray(scale) >= 1 - 1e-6)
+        and np.all(np.asarray(scale) <= 4 + 1e-6)
+        and float(scale[0]) == 4.0
+    )
     assert np.all(np.diff(scale) <= 1e-6)
     np.testing.assert_allclose(scale[-1], 4.0 if name == "constant" else 1.0, atol=1e-6)
     np.testing.assert_array_equal(Guidance(1.0, name).at(u), np.ones(11))
@@ -110,21 +126,33 @@ def test_guidance_interval(x_t):
     """Inside the interval the guided prediction, outside the conditional one."""
     guidance = Guidance(3.0, interval=(0.3, 0.5))
     for t, other in ((400, Guidance(3.0)), (600, Guidance(1.0)), (200, Guidance(1.0))):
-        ours, theirs = (make_denoiser(both, SCHEDULE, prediction="eps", guidance=g)(x_t, jnp.array(t)) for g in (guidance, other))
+        ours, theirs = (
+            make_denoiser(both, SCHEDULE, prediction="eps", guidance=g)(x_t, jnp.array(t))
+            for g in (guidance, other)
+        )
         np.testing.assert_allclose(ours.eps, theirs.eps, rtol=1e-6)
 
 
 def test_rescale():
     """phi 1 gives the conditional standard deviation, phi 0 changes nothing, and the direction of every row stays."""
-    cond, guided = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2)) * jnp.array([1.0, 5.0]).reshape(2, 1, 1, 1, 1)
-    np.testing.assert_allclose(np.std(rescaled(guided, cond, 1.0), (1, 2, 3)), np.std(cond, (1, 2, 3)), rtol=1e-4)
+    cond, guided = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2)) * jnp.array([1.0, 5.0]).reshape(
+        2, 1, 1, 1, 1
+    )
+    np.testing.assert_allclose(
+        np.std(rescaled(guided, cond, 1.0), (1, 2, 3)), np.std(cond, (1, 2, 3)), rtol=1e-4
+    )
     np.testing.assert_array_equal(rescaled(guided, cond, 0.0), guided)
     ratio = rescaled(guided, cond, 0.7) / guided
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1, :1, :1], ratio.shape), rtol=1e-4)
     t = jnp.array(T)
     x = jax.random.normal(jax.random.key(2), (B, C))
-    plain, pulled = (make_denoiser(both, SCHEDULE, prediction="eps", guidance=Guidance(3.0, rescale=r))(x, t).eps for r in (0.0, 1.0))
-    np.testing.assert_allclose(np.std(pulled, 1), np.std(conditional(x, jnp.full((B,), T))[:, :C], 1), rtol=1e-4)
+    plain, pulled = (
+        make_denoiser(both, SCHEDULE, prediction="eps", guidance=Guidance(3.0, rescale=r))(x, t).eps
+        for r in (0.0, 1.0)
+    )
+    np.testing.assert_allclose(
+        np.std(pulled, 1), np.std(conditional(x, jnp.full((B,), T))[:, :C], 1), rtol=1e-4
+    )
     assert not np.allclose(plain, pulled, rtol=1e-2)
 
 
@@ -134,15 +162,22 @@ def test_dynamic_threshold(x_t):
     out = dynamic_threshold(x0, 50.0, 1.0)
     np.testing.assert_array_equal(out[0], x0[0])
     np.testing.assert_allclose(out[1], np.clip(x0[1] / 2.0, -1, 1), atol=1e-6)
-    denoised = make_denoiser(conditional, SCHEDULE, prediction="eps", clip=0.5, threshold=90.0)(x_t, jnp.array(T))
+    denoised = make_denoiser(conditional, SCHEDULE, prediction="eps", clip=0.5, threshold=90.0)(
+        x_t, jnp.array(T)
+    )
     assert np.abs(denoised.x0).max() <= 0.5 + 1e-6
-    np.testing.assert_allclose(add_noise(denoised.x0, denoised.eps, SCHEDULE.alphas_cumprod[T]), x_t, atol=1e-5)
+    np.testing.assert_allclose(
+        add_noise(denoised.x0, denoised.eps, SCHEDULE.alphas_cumprod[T]), x_t, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"guidance": Guidance(2.0, "steep")}, "unknown guidance schedule 'steep'; choose one of constant, linear, cosine"),
+        (
+            {"guidance": Guidance(2.0, "steep")},
+            "unknown guidance schedule 'steep'; choose one of constant, linear, cosine",
+        ),
         ({"guidance": Guidance(2.0, interval=(0.5, 0.5))}, "0 <= low < high <= 1"),
         ({"guidance": Guidance(2.0, rescale=1.5)}, r"rescale must be in \[0, 1\], got 1.5"),
         ({"threshold": 99.5}, "needs a clip"),

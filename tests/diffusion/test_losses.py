@@ -72,14 +72,18 @@ def test_normal_kl_against_numerical_integration():
     """Zero at equality; elsewhere the integral of p (log p - log q)."""
     assert losses.normal_kl(0.3, -1.2, 0.3, -1.2) == 0
     x = np.linspace(-30, 30, 400_001)
-    log_normal = lambda mean, log_var: -0.5 * (np.log(2 * np.pi) + log_var + (x - mean) ** 2 * np.exp(-log_var))
+    log_normal = lambda mean, log_var: (
+        -0.5 * (np.log(2 * np.pi) + log_var + (x - mean) ** 2 * np.exp(-log_var))
+    )
     for m1, v1, m2, v2 in [(0.0, 0.0, 1.0, 0.5), (-2.0, 1.0, 1.0, -0.5), (0.5, -3.0, 0.4, -2.0)]:
         log_p, log_q = log_normal(m1, v1), log_normal(m2, v2)
         expected = np.sum(np.exp(log_p) * (log_p - log_q)) * (x[1] - x[0])
         np.testing.assert_allclose(losses.normal_kl(m1, v1, m2, v2), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mean, log_var", [(0.0, 0.0), (0.0, -9.0), (0.4, -11.0), (-1.0, -3.0), (3.0, -2.0), (0.1, 4.0)])
+@pytest.mark.parametrize(
+    "mean, log_var", [(0.0, 0.0), (0.0, -9.0), (0.4, -11.0), (-1.0, -3.0), (3.0, -2.0), (0.1, 4.0)]
+)
 def test_discretised_probabilities_sum_to_one(mean, log_var):
     """Over all 256 values, wherever the Gaussian is; and a wide bin has the probability that the normal CDF gives it."""
     values = jnp.arange(256) / 127.5 - 1
@@ -95,7 +99,9 @@ def test_discretised_probabilities_sum_to_one(mean, log_var):
 def test_discretised_nll_is_finite_at_extreme_means():
     """Value and gradients, with means hundreds of thousands of deviations away on either side."""
     x = jnp.array([-1.0, -0.5, 0.0, 0.5, 1.0])
-    gradient = jax.jit(jax.vmap(jax.value_and_grad(losses.discretised_nll, argnums=(1, 2)), in_axes=(0, None, None)))
+    gradient = jax.jit(
+        jax.vmap(jax.value_and_grad(losses.discretised_nll, argnums=(1, 2)), in_axes=(0, None, None))
+    )
     for mean in (-1000.0, -3.0, -1.0, 0.0, 1.0, 3.0, 1000.0):
         for log_var in (-14.0, -9.0, 0.0, 4.0):
             value, (by_mean, by_log_var) = gradient(x, mean, log_var)

@@ -44,14 +44,20 @@ def test_forward_process_and_velocity_by_hand(sample):
     with jax.enable_x64(True):
         x0, eps, abar = sample
         angle = np.arccos(np.sqrt(abar))[:, None, None]
-        np.testing.assert_allclose(process.add_noise(x0, eps, abar), np.cos(angle) * x0 + np.sin(angle) * eps, rtol=1e-12)
-        np.testing.assert_allclose(process.velocity(x0, eps, abar), np.cos(angle) * eps - np.sin(angle) * x0, rtol=1e-12)
+        np.testing.assert_allclose(
+            process.add_noise(x0, eps, abar), np.cos(angle) * x0 + np.sin(angle) * eps, rtol=1e-12
+        )
+        np.testing.assert_allclose(
+            process.velocity(x0, eps, abar), np.cos(angle) * eps - np.sin(angle) * x0, rtol=1e-12
+        )
 
 
 def test_scalar_abar_equals_one_per_row(sample):
     """A scalar coefficient is the same one for every row."""
     x0, eps, _ = sample
-    np.testing.assert_allclose(process.add_noise(x0, eps, 0.3), process.add_noise(x0, eps, jnp.full(5, 0.3)), rtol=1e-6)
+    np.testing.assert_allclose(
+        process.add_noise(x0, eps, 0.3), process.add_noise(x0, eps, jnp.full(5, 0.3)), rtol=1e-6
+    )
 
 
 def test_unknown_prediction(sample):
@@ -60,7 +66,9 @@ def test_unknown_prediction(sample):
         process.to_x0_eps(sample[0], sample[1], 0.5, "score")
 
 
-@pytest.mark.parametrize("t, r", [(1, 0), (999, 998), (999, 0), (500, 250), (832, 666), (40, 39), (0, -1), (500, -1), (999, -1)])
+@pytest.mark.parametrize(
+    "t, r", [(1, 0), (999, 998), (999, 0), (500, 250), (832, 666), (40, 39), (0, -1), (500, -1), (999, -1)]
+)
 def test_posterior_is_bayes_rule(t, r):
     """q(x_r | x_t, x0) is proportional to q(x_t | x_r) q(x_r | x0): integrated on a grid of x_r, not solved."""
     abar_t, abar_r = SCHEDULE.alphas_cumprod[t], SCHEDULE.alphas_cumprod[r] if r >= 0 else 1.0
@@ -73,7 +81,9 @@ def test_posterior_is_bayes_rule(t, r):
     std = np.sqrt(post.variance[0])
     x_r = mean + std * np.linspace(-12, 12, 200_001)
     ratio = abar_t / abar_r
-    log_joint = -((x_t - np.sqrt(ratio) * x_r) ** 2) / (2 * (1 - ratio)) - (x_r - np.sqrt(abar_r) * x0) ** 2 / (2 * (1 - abar_r))
+    log_joint = -((x_t - np.sqrt(ratio) * x_r) ** 2) / (2 * (1 - ratio)) - (
+        x_r - np.sqrt(abar_r) * x0
+    ) ** 2 / (2 * (1 - abar_r))
     density = np.exp(log_joint - log_joint.max())
     density /= density.sum()
     true_mean = np.sum(density * x_r)
@@ -88,7 +98,9 @@ def test_single_steps_are_ddpm():
     betas, abar = SCHEDULE.betas[1:], SCHEDULE.alphas_cumprod
     post = process.posterior(SCHEDULE, t, t - 1)
     np.testing.assert_allclose(post.x0_coef, np.sqrt(abar[:-1]) * betas / (1 - abar[1:]), rtol=1e-9)
-    np.testing.assert_allclose(post.x_t_coef, np.sqrt(1 - betas) * (1 - abar[:-1]) / (1 - abar[1:]), rtol=1e-9)
+    np.testing.assert_allclose(
+        post.x_t_coef, np.sqrt(1 - betas) * (1 - abar[:-1]) / (1 - abar[1:]), rtol=1e-9
+    )
     np.testing.assert_allclose(post.variance, (1 - abar[:-1]) / (1 - abar[1:]) * betas, rtol=1e-9)
     np.testing.assert_allclose(post.log_variance_small, np.log(post.variance), rtol=1e-12)
     np.testing.assert_allclose(post.log_variance_large, np.log(betas), rtol=1e-9)
@@ -112,13 +124,17 @@ def test_learned_range_limits():
     v = jnp.ones((2, 4))
     np.testing.assert_allclose(process.learned_log_variance(0 * v, small, large), small[:, None] * v)
     np.testing.assert_allclose(process.learned_log_variance(v, small, large), large[:, None] * v)
-    np.testing.assert_allclose(process.learned_log_variance(0.5 * v, small, large), jnp.array([[-8.5], [-2.0]]) * v)
+    np.testing.assert_allclose(
+        process.learned_log_variance(0.5 * v, small, large), jnp.array([[-8.5], [-2.0]]) * v
+    )
 
 
 def test_noise_by_row_keys_is_the_rows_own():
     """A row's noise depends on its key alone; different keys and different folds give different noise."""
     keys = jax.random.split(jax.random.key(0), 4)
     noise = process.standard_normal(process.fold_in(keys, 7), (4, 1000))
-    np.testing.assert_array_equal(noise[2:3], process.standard_normal(process.fold_in(keys[2:3], 7), (1, 1000)))
+    np.testing.assert_array_equal(
+        noise[2:3], process.standard_normal(process.fold_in(keys[2:3], 7), (1, 1000))
+    )
     assert np.abs(np.corrcoef(noise) - np.eye(4)).max() < 0.15
     assert not np.allclose(noise, process.standard_normal(process.fold_in(keys, 8), (4, 1000)))

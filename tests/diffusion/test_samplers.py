@@ -10,7 +10,16 @@ import pytest
 
 from unclip_jax.diffusion.guidance import Denoised, make_denoiser
 from unclip_jax.diffusion.process import posterior
-from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, ddim, ddim_invert, ddpm, dpmpp_2m, repaint, transitions
+from unclip_jax.diffusion.samplers import (
+    SAMPLERS,
+    VARIANCES,
+    ddim,
+    ddim_invert,
+    ddpm,
+    dpmpp_2m,
+    repaint,
+    transitions,
+)
 from unclip_jax.diffusion.schedule import make_schedule, strided_steps
 
 MEAN, STD = np.array([0.3, -0.6, 0.0, 0.8]), np.array([0.5, 0.2, 1.0, 0.35])
@@ -27,7 +36,11 @@ def perfect(schedule, prediction, fraction=None):
         a, total = jnp.sqrt(abar), abar * STD**2 + 1 - abar
         x0, eps = MEAN + a * STD**2 / total * (x - a * MEAN), jnp.sqrt(1 - abar) / total * (x - a * MEAN)
         out = eps if prediction == "eps" else x0
-        return out if fraction is None else jnp.concatenate([out, 2 * jnp.asarray(fraction, jnp.float32)[t] - 1], axis=-1)
+        return (
+            out
+            if fraction is None
+            else jnp.concatenate([out, 2 * jnp.asarray(fraction, jnp.float32)[t] - 1], axis=-1)
+        )
 
     return make_denoiser(model, schedule, prediction=prediction)
 
@@ -62,14 +75,18 @@ def test_inversion_round_trip_is_first_order(schedule, prediction, bound):
 def test_inversion_reaches_the_noise():
     """The latent of a Gaussian under the probability flow is its own standardised value."""
     z = noise(0, 512)
-    latent = jax.jit(lambda x: ddim_invert(perfect(COSINE, "eps"), x, COSINE, strided_steps(1000, 500)))(MEAN + STD * z)
+    latent = jax.jit(lambda x: ddim_invert(perfect(COSINE, "eps"), x, COSINE, strided_steps(1000, 500)))(
+        MEAN + STD * z
+    )
     np.testing.assert_allclose(latent, z, atol=0.05)
 
 
 def test_ddim_samples_the_gaussian():
     """Deterministic and ancestral."""
     steps, key = strided_steps(1000, 500), jax.random.key(1)
-    sample = jax.jit(lambda x: [ddim(perfect(COSINE, "eps"), x, COSINE, steps, key, eta=eta) for eta in (0.0, 1.0)])
+    sample = jax.jit(
+        lambda x: [ddim(perfect(COSINE, "eps"), x, COSINE, steps, key, eta=eta) for eta in (0.0, 1.0)]
+    )
     for out in sample(noise(2)):
         assert_gaussian(out)
 
@@ -77,7 +94,9 @@ def test_ddim_samples_the_gaussian():
 def test_ddpm_samples_the_gaussian():
     """With all steps either fixed variance is right."""
     steps, key = strided_steps(1000, 1000), jax.random.key(1)
-    sample = jax.jit(lambda x: [ddpm(perfect(LINEAR, "x0"), x, LINEAR, steps, key, variance=v) for v in ("small", "large")])
+    sample = jax.jit(
+        lambda x: [ddpm(perfect(LINEAR, "x0"), x, LINEAR, steps, key, variance=v) for v in ("small", "large")]
+    )
     for out in sample(noise(2)):
         assert_gaussian(out)
 
@@ -96,7 +115,9 @@ def test_ddpm_with_the_exact_learned_variance_needs_few_steps(count):
     fraction[t] = (np.log(exact) - small) / (large - small)
     assert fraction[t[:-1]].min() > 0 and fraction[t[:-1]].max() < 1 + 1e-9
     denoise = perfect(COSINE, "x0", fraction)
-    assert_gaussian(jax.jit(lambda x: ddpm(denoise, x, COSINE, steps, jax.random.key(1), variance="learned"))(noise(2)))
+    assert_gaussian(
+        jax.jit(lambda x: ddpm(denoise, x, COSINE, steps, jax.random.key(1), variance="learned"))(noise(2))
+    )
 
 
 def stopped(denoise, step):
@@ -111,7 +132,10 @@ def test_limits_of_the_learned_range():
     @jax.jit
     def run(v):
         denoise = stopped(lambda x, t: Denoised(0.5 * x, x, jnp.full_like(x, v)), 100)
-        return [ddpm(denoise, x, COSINE, steps, jax.random.key(4), variance=variance) for variance in ("learned", "small", "large")]
+        return [
+            ddpm(denoise, x, COSINE, steps, jax.random.key(4), variance=variance)
+            for variance in ("learned", "small", "large")
+        ]
 
     low, small, large = run(0.0)
     np.testing.assert_allclose(low, small, rtol=1e-4, atol=1e-5)
@@ -126,7 +150,10 @@ def test_no_noise_at_the_last_step():
 
     @jax.jit
     def run(x, key):
-        ancestral = [ddpm(denoise, x, COSINE, step, key, variance=variance, x0_error=np.ones(1000)) for variance in VARIANCES]
+        ancestral = [
+            ddpm(denoise, x, COSINE, step, key, variance=variance, x0_error=np.ones(1000))
+            for variance in VARIANCES
+        ]
         return [*ancestral, ddim(denoise, x, COSINE, step, key, eta=1.0), ddim(denoise, x, COSINE, step)]
 
     for out in run(x, jax.random.key(6)):
@@ -148,7 +175,9 @@ def test_a_row_with_its_own_key_does_not_see_the_batch(sampler, options):
 def test_every_eta_keeps_the_variance_of_a_step():
     """sigma^2 and the coefficient of eps share 1 - abar_r: with x0 = 0 and eps standard normal, every eta gives N(0, 1 - abar_r)."""
     denoise, steps = stopped(lambda x, t: Denoised(jnp.zeros_like(x), x, None), 300), np.array([999, 300])
-    run = jax.jit(lambda x: [ddim(denoise, x, COSINE, steps, jax.random.key(10), eta=eta) for eta in (0.0, 0.5, 1.0)])
+    run = jax.jit(
+        lambda x: [ddim(denoise, x, COSINE, steps, jax.random.key(10), eta=eta) for eta in (0.0, 0.5, 1.0)]
+    )
     for out in run(noise(9)):
         np.testing.assert_allclose(np.var(out), 1 - COSINE.alphas_cumprod[300], rtol=0.05)
 
@@ -177,7 +206,9 @@ def isotropic(schedule, std):
         abar = jnp.asarray(table, jnp.float32)[t][:, None]
         return 0.3 + jnp.sqrt(abar) * std**2 / (abar * std**2 + 1 - abar) * (x - jnp.sqrt(abar) * 0.3)
 
-    return make_denoiser(model, schedule, prediction="x0"), std**2 * (1 - table) / (table * std**2 + 1 - table)
+    return make_denoiser(model, schedule, prediction="x0"), std**2 * (1 - table) / (
+        table * std**2 + 1 - table
+    )
 
 
 @pytest.mark.parametrize("std", [0.5, 3.0])
@@ -215,7 +246,11 @@ def mixture(schedule):
 def test_second_order_is_nearer_the_answer(schedule):
     """On a mixture, at equal steps, DPM-Solver++(2M) is nearer the 1,000-step answer than DDIM, and its error falls faster."""
     denoise, x = mixture(schedule), noise(6, 512)
-    run = jax.jit(lambda x: [[s(denoise, x, schedule, strided_steps(1000, n)) for n in (16, 32)] for s in (ddim, dpmpp_2m)])
+    run = jax.jit(
+        lambda x: [
+            [s(denoise, x, schedule, strided_steps(1000, n)) for n in (16, 32)] for s in (ddim, dpmpp_2m)
+        ]
+    )
     answer = jax.jit(lambda x: ddim(denoise, x, schedule, strided_steps(1000, 1000)))(x)
     first, second = (np.array([np.sqrt(np.mean((y - answer) ** 2)) for y in ys]) for ys in run(x))
     assert np.all(second < 0.5 * first), (first, second)
@@ -225,9 +260,18 @@ def test_second_order_is_nearer_the_answer(schedule):
 def test_one_and_two_steps_of_the_solver():
     """A single step returns the denoiser's x0; the last of two is of first order, so it too returns the x0 at the last step."""
     denoise, x = mixture(COSINE), noise(7, 8)
-    np.testing.assert_allclose(dpmpp_2m(denoise, x, COSINE, np.array([700])), denoise(x, jnp.array(700)).x0, rtol=1e-6)
-    middle = ddim(stopped(denoise, 200), x, COSINE, np.array([700, 200]))  # to first order the two are the same map
-    np.testing.assert_allclose(dpmpp_2m(denoise, x, COSINE, np.array([700, 200])), denoise(middle, jnp.array(200)).x0, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        dpmpp_2m(denoise, x, COSINE, np.array([700])), denoise(x, jnp.array(700)).x0, rtol=1e-6
+    )
+    middle = ddim(
+        stopped(denoise, 200), x, COSINE, np.array([700, 200])
+    )  # to first order the two are the same map
+    np.testing.assert_allclose(
+        dpmpp_2m(denoise, x, COSINE, np.array([700, 200])),
+        denoise(middle, jnp.array(200)).x0,
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_repaint_draws_from_the_conditional():
@@ -239,14 +283,18 @@ def test_repaint_draws_from_the_conditional():
 
     def model(x, t):
         abar = table[t][:, None, None]
-        return jnp.einsum("bij,bj->bi", jnp.sqrt(abar) * cov @ jnp.linalg.inv(abar * cov + (1 - abar) * eye), x)
+        return jnp.einsum(
+            "bij,bj->bi", jnp.sqrt(abar) * cov @ jnp.linalg.inv(abar * cov + (1 - abar) * eye), x
+        )
 
     denoise = make_denoiser(model, COSINE, prediction="x0")
     image, known = jnp.array([[value, 0.0]]), jnp.array([[True, False]])
 
     @jax.jit
     def draw(x):
-        run = lambda n: repaint(denoise, x, COSINE, steps, jax.random.key(3), image=image, known=known, resamples=n)
+        run = lambda n: repaint(
+            denoise, x, COSINE, steps, jax.random.key(3), image=image, known=known, resamples=n
+        )
         return run(1), run(12)
 
     once, often = (np.asarray(out) for out in draw(jax.random.normal(jax.random.key(4), (2000, 2))))
@@ -256,7 +304,17 @@ def test_repaint_draws_from_the_conditional():
     assert off[1] < 0.08 < 0.25 < off[0], off
     assert abs(often[:, 1].std() / np.sqrt(1 - rho**2) - 1) < 0.15
     np.testing.assert_array_equal(
-        repaint(denoise, image, COSINE, np.array([500, 200]), jax.random.key(0), image=image, known=known | True, resamples=3), image
+        repaint(
+            denoise,
+            image,
+            COSINE,
+            np.array([500, 200]),
+            jax.random.key(0),
+            image=image,
+            known=known | True,
+            resamples=3,
+        ),
+        image,
     )
     with pytest.raises(ValueError, match="resamples must be at least 1"):
         repaint(denoise, image, COSINE, steps, jax.random.key(0), image=image, known=known, resamples=0)

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from unclip_jax.diffusion.schedule import NAMED_STEPS, SCHEDULES, make_schedule, segment_steps, strided_steps, time_steps
+from unclip_jax.diffusion.schedule import (
+    NAMED_STEPS,
+    SCHEDULES,
+    make_schedule,
+    segment_steps,
+    strided_steps,
+    time_steps,
+)
 
 ANCHORS = {  # abar at 0, 499, 999 of T = 1000
     "cosine": (0.99995872, 0.49384359, 2.428767e-9),
@@ -32,7 +39,9 @@ def test_another_length_ends_in_noise_too(name):
 def test_abar_of_the_clean_sample_is_one():
     """Step -1 stands for the clean sample."""
     schedule = make_schedule("cosine")
-    np.testing.assert_array_equal(schedule.abar(np.array([-1, 0, 999])), [1.0, *schedule.alphas_cumprod[[0, 999]]])
+    np.testing.assert_array_equal(
+        schedule.abar(np.array([-1, 0, 999])), [1.0, *schedule.alphas_cumprod[[0, 999]]]
+    )
     assert schedule.abar(-1) == 1.0
 
 
@@ -77,7 +86,9 @@ def test_segments():
     np.testing.assert_array_equal(segments[1:], listed[1:])
 
 
-@pytest.mark.parametrize("steps", [1, 7, "7", "10,10,3,2,2", "ddim50", "ddim8", *NAMED_STEPS, (999, 500, 0), [3, 5, 900]])
+@pytest.mark.parametrize(
+    "steps", [1, 7, "7", "10,10,3,2,2", "ddim50", "ddim8", *NAMED_STEPS, (999, 500, 0), [3, 5, 900]]
+)
 def test_every_way_to_say_steps(steps):
     """Strictly descending and in range."""
     t = time_steps(1000, steps)

@@ -34,7 +34,9 @@ def test_features_before_the_projection(tiny_bundle, compose):
     bundle = unclip_jax.load_bundle(tiny_bundle)
     images = [ops.decode_image(compose.read(i).image) for i in range(3)]
     features, z = embed_images(bundle, images, projected=False), embed_images(bundle, images)
-    np.testing.assert_allclose(features @ bundle.parts["clip"].params["image_tower"]["projection"]["kernel"], z, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        features @ bundle.parts["clip"].params["image_tower"]["projection"]["kernel"], z, rtol=1e-4, atol=1e-4
+    )
     assert features.shape[1] == bundle.parts["clip"].config["model"]["image"]["width"] != z.shape[1]
 
 
@@ -42,9 +44,14 @@ def test_the_shipped_clip_retrieves_and_classifies(shipped, compose):
     """Far above chance on combinations it never saw, whichever way; all captions of an image count as its own."""
     recall = evaluation.retrieval(shipped, compose, rows=100, ks=(1, 10))
     assert min(recall[way][1] for way in recall) > 0.4 and min(recall[way][10] for way in recall) > 0.8
-    accuracy, classes = evaluation.zeroshot(shipped, compose, templates_of("emoji"), label="base", rows=100, ks=(1, 5, 1000))
+    accuracy, classes = evaluation.zeroshot(
+        shipped, compose, templates_of("emoji"), label="base", rows=100, ks=(1, 5, 1000)
+    )
     assert classes > 300 and accuracy.keys() == {1, 5} and 0.2 < accuracy[1] < accuracy[5]
-    assert evaluation.zeroshot(shipped, compose, templates_of("emoji"), label="base", rows=100)[0][1] == accuracy[1]
+    assert (
+        evaluation.zeroshot(shipped, compose, templates_of("emoji"), label="base", rows=100)[0][1]
+        == accuracy[1]
+    )
 
 
 def test_probe_of_the_shipped_clip(shipped, compose):
@@ -56,7 +63,12 @@ def test_probe_of_the_shipped_clip(shipped, compose):
 def test_labels():
     """The first caption, the folder, or a field of the metadata; a record without one is named."""
     record = Record("a/big_cat/1.png", b"", ("a cat", "a pet"), {"style": "flat", "n": 3}, "shard-1")
-    assert [evaluation.label_of(record, label) for label in ("caption", "folder", "style", "n")] == ["a cat", "big cat", "flat", "3"]
+    assert [evaluation.label_of(record, label) for label in ("caption", "folder", "style", "n")] == [
+        "a cat",
+        "big cat",
+        "flat",
+        "3",
+    ]
     with pytest.raises(ValueError, match="record a/big_cat/1.png of shard-1 has no colour"):
         evaluation.label_of(record, "colour")
     with pytest.raises(ValueError, match="has no folder"):
@@ -71,18 +83,34 @@ def class_folders(tmp_path):
         for name, low in (("dark_thing", 0), ("bright_thing", 200)):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(8):
-                Image.fromarray(rng.integers(low, low + 55, (20, 20, 3), np.uint8)).save(tmp_path / split / name / f"{i}.png")
+                Image.fromarray(rng.integers(low, low + 55, (20, 20, 3), np.uint8)).save(
+                    tmp_path / split / name / f"{i}.png"
+                )
     return tmp_path
 
 
 def test_evaluate_verb(tiny_bundle, class_folders, capsys):
     """Each task prints its figures; a probe reads brightness even out of random features."""
-    folder = ["--bundle", str(tiny_bundle), "--data", "name=folder", "--data", f"path={class_folders}/test", "--label", "folder"]
+    folder = [
+        "--bundle",
+        str(tiny_bundle),
+        "--data",
+        "name=folder",
+        "--data",
+        f"path={class_folders}/test",
+        "--label",
+        "folder",
+    ]
     assert main(["evaluate", "zeroshot", *folder]) == 0
     assert "16 of 16 records" in (out := capsys.readouterr().out) and "of 2 classes, 1 prompts each" in out
     assert main(["evaluate", "probe", *folder, "--train", f"path={class_folders}/train"]) == 0
     assert "accuracy 1.0000" in capsys.readouterr().out
-    assert main(["evaluate", "retrieval", "--bundle", str(tiny_bundle), "--data", "split=compose", "--rows", "20"]) == 0
+    assert (
+        main(
+            ["evaluate", "retrieval", "--bundle", str(tiny_bundle), "--data", "split=compose", "--rows", "20"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "20 of 604 records" in out and "text to image     recall@1" in out
 
@@ -115,6 +143,10 @@ def test_cifar10(tmp_path, capsys):
     test, train = (sources.folder_source(str(tmp_path / "cifar10" / split)) for split in ("test", "train"))
     assert (len(test), len(train)) == (10_000, 50_000)
     shipped = unclip_jax.load_bundle("emoji")
-    accuracy, classes = evaluation.zeroshot(shipped, test, templates_of("imagenet"), label="folder", rows=2000)
+    accuracy, classes = evaluation.zeroshot(
+        shipped, test, templates_of("imagenet"), label="folder", rows=2000
+    )
     assert classes == 10 and accuracy[1] > 0.1 + 5 * np.sqrt(0.09 / 2000)
-    assert evaluation.probe(shipped, train, test, label="folder", rows=2000).accuracy > 0.1 + 5 * np.sqrt(0.09 / 2000)
+    assert evaluation.probe(shipped, train, test, label="folder", rows=2000).accuracy > 0.1 + 5 * np.sqrt(
+        0.09 / 2000
+    )

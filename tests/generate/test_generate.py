@@ -11,7 +11,13 @@ import pytest
 from tests.helpers import random_params
 from unclip_jax.generate.decoder import Known, decoder_denoiser, sample_decoder
 from unclip_jax.generate.networks import Network, build_model, part_schedule, part_space
-from unclip_jax.generate.options import CodeSamplingOptions, SamplingOptions, check_options, is_guided, options_from
+from unclip_jax.generate.options import (
+    CodeSamplingOptions,
+    SamplingOptions,
+    check_options,
+    is_guided,
+    options_from,
+)
 from unclip_jax.generate.prior import sample_prior
 from unclip_jax.generate.text import TextConditioning, Texts, encode_text, select_text
 from unclip_jax.generate.upsampler import sample_upsampler
@@ -58,7 +64,12 @@ def prior():
     params = random_params(model, Z, T, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
 
     def sample(text, keys, scale):
-        return sample_prior(Network(model, params, PRIOR), Texts(text, EMPTY), keys, SamplingOptions(4, guidance_scale=scale, clip=3.0))
+        return sample_prior(
+            Network(model, params, PRIOR),
+            Texts(text, EMPTY),
+            keys,
+            SamplingOptions(4, guidance_scale=scale, clip=3.0),
+        )
 
     return jax.jit(sample), jax.jit(lambda text, keys: sample(text, keys, 1))
 
@@ -73,7 +84,13 @@ def decoder():
     options = SamplingOptions(3, variance="learned")
 
     def sample(z, text, keys, scale):
-        return sample_decoder(Network(model, params, DECODER), z, Texts(text, EMPTY), keys, dataclasses.replace(options, guidance_scale=scale))
+        return sample_decoder(
+            Network(model, params, DECODER),
+            z,
+            Texts(text, EMPTY),
+            keys,
+            dataclasses.replace(options, guidance_scale=scale),
+        )
 
     return jax.jit(sample), jax.jit(lambda z, text, keys: sample(z, text, keys, 1.0))
 
@@ -130,13 +147,17 @@ def test_decoder_guidance_limits(decoder):
     @jax.jit
     def denoise(z, text):
         options = SamplingOptions(1, guidance_scale=0.0, clip=None)
-        return decoder_denoiser(Network(model, params, DECODER), z, Texts(text, EMPTY), options)(x, jnp.array(50))
+        return decoder_denoiser(Network(model, params, DECODER), z, Texts(text, EMPTY), options)(
+            x, jnp.array(50)
+        )
 
     @jax.jit
     def unconditional(x):
         empty = (jnp.repeat(a, B, 0) for a in EMPTY[:3])
         text = dict(zip(("text_embed", "text_states", "text_mask"), empty))
-        return model.apply({"params": params}, x, jnp.full(B, 50), image_embed=Z, drop_image=jnp.ones(B, bool), **text)
+        return model.apply(
+            {"params": params}, x, jnp.full(B, 50), image_embed=Z, drop_image=jnp.ones(B, bool), **text
+        )
 
     base, other = denoise(Z, TEXT), denoise(-Z, jax.tree.map(lambda a: a[::-1], TEXT))
     np.testing.assert_allclose(base.eps, other.eps, rtol=1e-4, atol=1e-5)
@@ -149,9 +170,14 @@ def test_decoder_that_inpaints(sampler):
     """The known part comes back exactly, with and without guidance; the rest is drawn, hangs on the key, and on what is known."""
     config = DECODER | {"model": DECODER["model"] | {"inpaint": True}}
     model = build_model(config)
-    image, known = jnp.tanh(normal(7, B, SIZE, SIZE, 3)), jnp.broadcast_to((jnp.arange(SIZE) < 4)[None, None, :, None], (B, SIZE, SIZE, 1))
+    image, known = (
+        jnp.tanh(normal(7, B, SIZE, SIZE, 3)),
+        jnp.broadcast_to((jnp.arange(SIZE) < 4)[None, None, :, None], (B, SIZE, SIZE, 1)),
+    )
     text = dict(text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
-    params = random_params(model, image, T, image_embed=Z, drop_image=jnp.zeros(B, bool), known_image=image, known=known, **text)
+    params = random_params(
+        model, image, T, image_embed=Z, drop_image=jnp.zeros(B, bool), known_image=image, known=known, **text
+    )
 
     network = Network(model, params, config)
 
@@ -188,7 +214,9 @@ def test_upsampler():
 
 def test_options():
     """Overrides win, None among them; lists become tuples (options are keys); a typo in either place is named; unknown samplers are too."""
-    options = options_from({"steps": 25, "guidance_scale": 4.0, "guidance_interval": [0.1, 0.9]}, clip=None, guidance_scale=2.0)
+    options = options_from(
+        {"steps": 25, "guidance_scale": 4.0, "guidance_interval": [0.1, 0.9]}, clip=None, guidance_scale=2.0
+    )
     assert (options.steps, options.guidance_scale, options.sampler, options.clip) == (25, 2.0, "ddpm", None)
     assert options.guidance_interval == (0.1, 0.9) and hash(options)
     with pytest.raises(ValueError, match="unknown sampling option stepz; known: steps, sampler"):
@@ -253,7 +281,11 @@ def test_select_text():
 def test_encode_text_is_the_towers():
     """The conditioning is the text tower's embedding and states, beside the mask it was given."""
     tower = dict(vocab_size=20, length=L, width=W, layers=1, heads=2)
-    config = {"embed_dim": D, "image": dict(image_size=4, patch_size=2, width=8, layers=1, heads=2), "text": tower}
+    config = {
+        "embed_dim": D,
+        "image": dict(image_size=4, patch_size=2, width=8, layers=1, heads=2),
+        "text": tower,
+    }
     clip = build_model({"kind": "clip", "model": config})
     tokens = jnp.array([[18, 5, 19, 0], [18, 19, 0, 0]])
     params = random_params(clip, jnp.zeros((2, 4, 4, 3)), tokens)
@@ -261,7 +293,9 @@ def test_encode_text_is_the_towers():
     text = jax.jit(lambda params: encode_text(Network(clip, params, {}), batch))(params)
     assert text.embed.shape == (2, D) and text.states.shape == (2, L, W)
     np.testing.assert_array_equal(text.mask, tokens > 0)
-    np.testing.assert_allclose(text.embed[0], text.states[0, 2] @ params["text_tower"]["projection"]["kernel"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        text.embed[0], text.states[0, 2] @ params["text_tower"]["projection"]["kernel"], rtol=1e-4, atol=1e-5
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- codes
@@ -277,7 +311,9 @@ def codes():
     params = random_params(model, *args, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
     params["logits_out"]["kernel"] *= 4.0
     basis = np.linalg.qr(rng.normal(size=(D, D)))[0]
-    codec = Codec(*(np.asarray(a, np.float32) for a in (rng.normal(size=D), basis, np.ones(D), -np.ones(D), np.ones(D))))
+    codec = Codec(
+        *(np.asarray(a, np.float32) for a in (rng.normal(size=D), basis, np.ones(D), -np.ones(D), np.ones(D)))
+    )
 
     @functools.partial(jax.jit, static_argnames="options")
     def draw(text, keys, options, scale=None):
@@ -304,8 +340,12 @@ def test_code_guidance_limits(codes):
     """Scale 1 is the conditional model, scale 0 does not see the caption."""
     draw, _, _ = codes
     options, other = CodeSamplingOptions(guidance_scale=0.5), jax.tree.map(lambda a: a[::-1], TEXT)
-    np.testing.assert_allclose(draw(TEXT, KEYS, options, 1.0), draw(TEXT, KEYS, CodeSamplingOptions()), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(draw(TEXT, KEYS, options, 0.0), draw(other, KEYS, options, 0.0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        draw(TEXT, KEYS, options, 1.0), draw(TEXT, KEYS, CodeSamplingOptions()), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        draw(TEXT, KEYS, options, 0.0), draw(other, KEYS, options, 0.0), rtol=1e-4, atol=1e-5
+    )
     assert not np.allclose(draw(TEXT, KEYS, options, 1.0), draw(other, KEYS, options, 1.0), atol=1e-2)
 
 
@@ -314,12 +354,20 @@ def test_code_temperature_and_top_k(codes):
     draw, _, _ = codes
     last = 0.99  # only the highest bin
     greedy = draw(TEXT, KEYS, CodeSamplingOptions(temperature=0.0, dot_quantile=last))
-    for options in (CodeSamplingOptions(top_k=1, dot_quantile=last), CodeSamplingOptions(temperature=1e-4, dot_quantile=last)):
+    for options in (
+        CodeSamplingOptions(top_k=1, dot_quantile=last),
+        CodeSamplingOptions(temperature=1e-4, dot_quantile=last),
+    ):
         np.testing.assert_allclose(draw(TEXT, KEYS, options), greedy, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
-        draw(TEXT, KEYS[::-1], CodeSamplingOptions(temperature=0.0, dot_quantile=last)), greedy, rtol=1e-4, atol=1e-5
+        draw(TEXT, KEYS[::-1], CodeSamplingOptions(temperature=0.0, dot_quantile=last)),
+        greedy,
+        rtol=1e-4,
+        atol=1e-5,
     )
-    assert not np.allclose(draw(TEXT, KEYS, CodeSamplingOptions(temperature=5.0, dot_quantile=last)), greedy, atol=1e-2)
+    assert not np.allclose(
+        draw(TEXT, KEYS, CodeSamplingOptions(temperature=5.0, dot_quantile=last)), greedy, atol=1e-2
+    )
 
 
 def test_the_dot_product_comes_from_the_top(codes):
@@ -336,7 +384,9 @@ def test_the_dot_product_comes_from_the_top(codes):
     many = jax.tree.map(lambda a: jnp.repeat(a, 100, 0), TEXT)
     args = (jnp.zeros((B, 4), int), jnp.zeros(B, int))
     params = random_params(model, *args, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
-    sample_prior(Network(model, params, config), Texts(many, EMPTY), jax.random.key(0), CodeSamplingOptions(), codes[1])
+    sample_prior(
+        Network(model, params, config), Texts(many, EMPTY), jax.random.key(0), CodeSamplingOptions(), codes[1]
+    )
     jax.effects_barrier()
     assert len(seen) == 200 and set(seen) == {2, 3} and 70 < seen.count(2) < 130
 
@@ -348,12 +398,19 @@ def test_candidates(kind, codes, request):
         draw = lambda text, keys, count: codes[0](text, keys, CodeSamplingOptions(candidates=count))
     else:
         model = build_model(PRIOR)
-        params = random_params(model, Z, T, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
+        params = random_params(
+            model, Z, T, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask
+        )
         draw = lambda text, keys, count: sample_prior(
-            Network(model, params, PRIOR), Texts(text, EMPTY), keys, SamplingOptions(3, clip=3.0, candidates=count)
+            Network(model, params, PRIOR),
+            Texts(text, EMPTY),
+            keys,
+            SamplingOptions(3, clip=3.0, candidates=count),
         )
     best = draw(TEXT, KEYS, 4)
-    every = jnp.stack([draw(TEXT, jax.vmap(lambda k, j=j: jax.random.split(k, 4)[j])(KEYS), 1) for j in range(4)])
+    every = jnp.stack(
+        [draw(TEXT, jax.vmap(lambda k, j=j: jax.random.split(k, 4)[j])(KEYS), 1) for j in range(4)]
+    )
     scores = cosine(every, TEXT.embed)
     np.testing.assert_allclose(cosine(best, TEXT.embed), scores.max(0), rtol=1e-3, atol=1e-4)
     assert np.all(scores.max(0) > scores.min(0) + 1e-3)

@@ -11,30 +11,61 @@ from unclip_jax.cli.main import build_parser
 from unclip_jax.run.hosts import RESTART
 
 ROOT = Path(__file__).resolve().parents[2]
-SLICE = ["decoder", "--accelerator", "tpu-v5-lite-podslice", "--topology", "8x8", "--image", "here/unclip", "--bucket", "mine"]
+SLICE = [
+    "decoder",
+    "--accelerator",
+    "tpu-v5-lite-podslice",
+    "--topology",
+    "8x8",
+    "--image",
+    "here/unclip",
+    "--bucket",
+    "mine",
+]
 TRAIN = ["--", "configs/dalle2/decoder.py", "--workdir", "/bucket/runs/decoder", "--set", "batch_size=64"]
 
 
 def gke(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "launch" / "gke"), *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "gke"), *arguments], capture_output=True, text=True
+    )
 
 
 def test_manifest():
     """64 chips are 16 hosts of four; two slices are two jobs; the command is one that `unclip` takes."""
     made = json.loads(gke(*SLICE, "--slices", "2", "--spot", *TRAIN).stdout)
-    assert (made["apiVersion"], made["kind"], made["metadata"]["name"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet", "decoder")
+    assert (made["apiVersion"], made["kind"], made["metadata"]["name"]) == (
+        "jobset.x-k8s.io/v1alpha2",
+        "JobSet",
+        "decoder",
+    )
     (replicated,) = made["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
-    assert replicated["replicas"] == 2 and job["parallelism"] == job["completions"] == 16 and job["completionMode"] == "Indexed"
+    assert (
+        replicated["replicas"] == 2
+        and job["parallelism"] == job["completions"] == 16
+        and job["completionMode"] == "Indexed"
+    )
     pod = job["template"]["spec"]
-    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "8x8" and pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert (
+        pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "8x8"
+        and pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    )
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     (volume,) = pod["volumes"]
     assert "rename-dir-limit=" in volume["csi"]["volumeAttributes"]["mountOptions"]
-    assert volume["csi"]["volumeAttributes"]["bucketName"] == "mine" and container["volumeMounts"][0]["name"] == volume["name"]
+    assert (
+        volume["csi"]["volumeAttributes"]["bucketName"] == "mine"
+        and container["volumeMounts"][0]["name"] == volume["name"]
+    )
     args = build_parser().parse_args(container["command"][1:])
-    assert args.verb == "train" and args.distributed and args.workdir == "/bucket/runs/decoder" and args.assignments == ["batch_size=64"]
+    assert (
+        args.verb == "train"
+        and args.distributed
+        and args.workdir == "/bucket/runs/decoder"
+        and args.assignments == ["batch_size=64"]
+    )
 
 
 def test_what_starts_it_again():
@@ -42,10 +73,19 @@ def test_what_starts_it_again():
     spec = json.loads(gke(*SLICE, *TRAIN).stdout)["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["action"] == "FailJob" and set(rule["onExitCodes"]["values"]) == {1, 2, 70} and RESTART not in rule["onExitCodes"]["values"]
-    assert spec["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert (
+        rule["action"] == "FailJob"
+        and set(rule["onExitCodes"]["values"]) == {1, 2, 70}
+        and RESTART not in rule["onExitCodes"]["values"]
+    )
+    assert spec["failurePolicy"]["rules"] == [
+        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
     assert spec["failurePolicy"]["maxRestarts"] > 0 and job["backoffLimit"] == 0
-    assert job["template"]["spec"]["restartPolicy"] == "Never" and job["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
+    assert (
+        job["template"]["spec"]["restartPolicy"] == "Never"
+        and job["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,7 +95,10 @@ def test_what_starts_it_again():
         ([*SLICE[:3], "--topology", "8by8", *SLICE[5:], *TRAIN], "is no topology"),
         ([*SLICE[:3], "--topology", "1x1", *SLICE[5:], *TRAIN], "no slice of hosts with 4"),
         (SLICE, "say what to train"),
-        ([*SLICE, "--", "configs/dalle2/decoder.py", "--workdir", "/tmp/runs"], "must lie in /bucket or in gs://"),
+        (
+            [*SLICE, "--", "configs/dalle2/decoder.py", "--workdir", "/tmp/runs"],
+            "must lie in /bucket or in gs://",
+        ),
         ([*SLICE, "--slices", "0", *TRAIN], "at least 1"),
     ],
     ids=["name", "topology", "chips", "nothing", "workdir", "slices"],

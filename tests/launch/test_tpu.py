@@ -14,7 +14,7 @@ TPU = [sys.executable, str(ROOT / "launch" / "tpu")]
 ZONE = ["--zone", "us-west4-a"]
 
 # Knows the commands and flags of the real one that are used; `ssh` runs the line in the host's home folder, `scp` copies there.
-GCLOUD = '''#!{python}
+GCLOUD = """#!{python}
 import os, pathlib, shutil, subprocess, sys
 home, words = pathlib.Path(os.environ["HOSTS"]), sys.argv[1:]
 with open(home / "calls", "a") as calls:
@@ -43,7 +43,7 @@ elif what == ("tpu-vm", "scp"):
     shutil.copy(rest[0], home / node / target)
 elif what == ("tpu-vm", "ssh"):
     sys.exit(subprocess.run(["bash", "-c", flags["command"]], cwd=home / rest[0]).returncode)
-'''
+"""
 
 
 @pytest.fixture
@@ -63,7 +63,11 @@ def tpu(*arguments):
     return subprocess.run([*TPU, *arguments], capture_output=True, text=True)
 
 
-IMAGES = [("v5litepod-64", "v2-alpha-tpuv5-lite"), ("v5p-128", "v2-alpha-tpuv5"), ("v6e-256", "v2-alpha-tpuv6e")]
+IMAGES = [
+    ("v5litepod-64", "v2-alpha-tpuv5-lite"),
+    ("v5p-128", "v2-alpha-tpuv5"),
+    ("v6e-256", "v2-alpha-tpuv6e"),
+]
 
 
 @pytest.mark.parametrize("kind, image", IMAGES)
@@ -71,7 +75,13 @@ def test_dry_run_prints_what_would_run(kind, image, hosts):
     done = tpu("create", "pod", "--type", kind, "--spot", "--project", "p", "--dry-run", *ZONE)
     words = shlex.split(done.stdout)
     assert words[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "pod"]
-    assert {"--node-id=pod", f"--accelerator-type={kind}", f"--runtime-version={image}", "--spot", "--project=p"} <= set(words)
+    assert {
+        "--node-id=pod",
+        f"--accelerator-type={kind}",
+        f"--runtime-version={image}",
+        "--spot",
+        "--project=p",
+    } <= set(words)
     assert not (hosts / "calls").exists()
 
 
@@ -115,7 +125,17 @@ exit 1
     for node in ("pod-0", "pod-1"):
         assert (hosts / node / "unclip_jax" / "setup.py").is_file()
         assert f"-e {hosts / node / 'unclip_jax'}[tpu]" in (hosts / node / "pips").read_text()
-    command = ["run", "pod", *two, "--", "configs/dalle2/decoder.py", "--workdir", "/mnt/my runs/decoder", "--set", "steps=5"]
+    command = [
+        "run",
+        "pod",
+        *two,
+        "--",
+        "configs/dalle2/decoder.py",
+        "--workdir",
+        "/mnt/my runs/decoder",
+        "--set",
+        "steps=5",
+    ]
     try:
         run = tpu(*command)
         assert run.returncode == 0, run.stderr
@@ -133,9 +153,30 @@ exit 1
         seen = f"until grep -q 'the end' {hosts / node}/unclip_jax/train.log; do sleep 0.05; done"
         assert subprocess.run(["timeout", "20", "bash", "-c", seen]).returncode == 0
         lines = (hosts / node / "runs").read_text().splitlines()
-        assert lines == ["train configs/dalle2/decoder.py --workdir /mnt/my runs/decoder --set steps=5 --distributed"] * 4
-    shown = tpu("run", "pod", *two, "--dry-run", "--", "embed", "--clip", "gs://b/clip", "--data", "name=emoji", "--out", "gs://b/embedded")
-    assert shown.returncode == 0 and "unclip embed --clip gs://b/clip --data name=emoji --out gs://b/embedded --distributed" in shown.stdout
+        assert (
+            lines
+            == ["train configs/dalle2/decoder.py --workdir /mnt/my runs/decoder --set steps=5 --distributed"]
+            * 4
+        )
+    shown = tpu(
+        "run",
+        "pod",
+        *two,
+        "--dry-run",
+        "--",
+        "embed",
+        "--clip",
+        "gs://b/clip",
+        "--data",
+        "name=emoji",
+        "--out",
+        "gs://b/embedded",
+    )
+    assert (
+        shown.returncode == 0
+        and "unclip embed --clip gs://b/clip --data name=emoji --out gs://b/embedded --distributed"
+        in shown.stdout
+    )
     assert tpu("delete", "pod", *two).returncode == 0
     assert "--force --quiet" in (hosts / "calls").read_text().splitlines()[-1]
 

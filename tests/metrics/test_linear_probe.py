@@ -22,7 +22,9 @@ def test_clusters_are_separated():
     found = linear_probe(train, names[labels], test, names[truth])
     assert found.accuracy == 1.0 and found.validation_accuracy == 1.0
     rng = np.random.default_rng(2)
-    noise = linear_probe(rng.normal(size=(600, 6)), rng.integers(0, 3, 600), rng.normal(size=(900, 6)), rng.integers(0, 3, 900))
+    noise = linear_probe(
+        rng.normal(size=(600, 6)), rng.integers(0, 3, 600), rng.normal(size=(900, 6)), rng.integers(0, 3, 900)
+    )
     assert abs(noise.accuracy - 1 / 3) < 5 * np.sqrt(2 / 9 / 900)
 
 

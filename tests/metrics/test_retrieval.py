@@ -83,7 +83,10 @@ def test_recall_limits(z):
             assert abs(value - k / 2000) < 4 * np.sqrt(k / 2000 / 2000)
     tied = recall_at_k(z[:50], np.ones((50, 16)), np.arange(50), (1, 49, 50))
     assert tied["image_to_text"] == {1: 0.0, 49: 0.0, 50: 1.0}
-    assert recall_at_k(np.ones((50, 16)), z[:50], np.arange(50), (1, 49))["text_to_image"] == {1: 0.0, 49: 0.0}
+    assert recall_at_k(np.ones((50, 16)), z[:50], np.arange(50), (1, 49))["text_to_image"] == {
+        1: 0.0,
+        49: 0.0,
+    }
 
 
 @pytest.mark.parametrize(

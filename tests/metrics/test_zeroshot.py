@@ -41,7 +41,9 @@ def test_accuracy():
 
 def test_the_80_prompts_are_the_published_ones():
     """Word for word, and in their order, those of the reference's package."""
-    reference = runpy.run_path(str(Path(sysconfig.get_path("purelib")) / "open_clip" / "zero_shot_metadata.py"))
+    reference = runpy.run_path(
+        str(Path(sysconfig.get_path("purelib")) / "open_clip" / "zero_shot_metadata.py")
+    )
     assert templates_of("imagenet") == tuple(make("{}") for make in reference["OPENAI_IMAGENET_TEMPLATES"])
     assert len(set(templates_of("imagenet"))) == 80
 

@@ -45,7 +45,9 @@ def test_pooling_at_the_end_token(params):
 def test_logit_scale_starts_at_its_value_and_is_clamped(params):
     """exp(ln(1/0.07)) at first, never above 100; embeddings have norm one."""
     call = jax.jit(lambda params: MODEL.apply({"params": params}, jnp.zeros((2, SIZE, SIZE, 3)), TOKENS))
-    fresh = jax.jit(lambda key: MODEL.init(key, jnp.zeros((1, SIZE, SIZE, 3)), TOKENS)["params"]["logit_scale"])(fast_key())
+    fresh = jax.jit(
+        lambda key: MODEL.init(key, jnp.zeros((1, SIZE, SIZE, 3)), TOKENS)["params"]["logit_scale"]
+    )(fast_key())
     image, text, scale = call(params | {"logit_scale": fresh})
     np.testing.assert_allclose(scale, 1 / 0.07, rtol=1e-5)
     np.testing.assert_allclose([np.linalg.norm(image, axis=-1), np.linalg.norm(text, axis=-1)], 1, rtol=1e-5)
@@ -68,7 +70,10 @@ def test_unit_of_zero_is_finite():
 def from_public(state):
     """A transformers CLIPModel state dict -> our parameters."""
     get = lambda name: state[name].numpy()
-    kernel = lambda name: {"kernel": get(f"{name}.weight").T} | ({"bias": get(f"{name}.bias")} if f"{name}.bias" in state else {})
+    kernel = lambda name: (
+        {"kernel": get(f"{name}.weight").T}
+        | ({"bias": get(f"{name}.bias")} if f"{name}.bias" in state else {})
+    )
     norm = lambda name: {"norm": {"scale": get(f"{name}.weight"), "bias": get(f"{name}.bias")}}
 
     def blocks(prefix, config):
@@ -98,7 +103,9 @@ def from_public(state):
     return {
         "logit_scale": get("logit_scale"),
         "image_tower": {
-            "patch_embed": {"kernel": get("vision_model.embeddings.patch_embedding.weight").transpose(2, 3, 1, 0)},
+            "patch_embed": {
+                "kernel": get("vision_model.embeddings.patch_embedding.weight").transpose(2, 3, 1, 0)
+            },
             "class_embedding": get("vision_model.embeddings.class_embedding"),
             "position_embedding": get("vision_model.embeddings.position_embedding.weight"),
             "ln_pre": norm("vision_model.pre_layrnorm"),
@@ -120,12 +127,24 @@ def test_parity_with_a_public_implementation(params):
     """transformers' CLIPModel at random weights, mapped onto ours: the same embeddings and logit scale to 1e-4."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    names = lambda c: dict(hidden_size=c["width"], intermediate_size=4 * c["width"], num_hidden_layers=c["layers"])
+    names = lambda c: dict(
+        hidden_size=c["width"], intermediate_size=4 * c["width"], num_hidden_layers=c["layers"]
+    )
     shared = dict(hidden_act="quick_gelu", layer_norm_eps=1e-5, attention_dropout=0.0)
-    text = names(TEXT) | shared | dict(num_attention_heads=TEXT["heads"], vocab_size=VOCAB, max_position_embeddings=LENGTH)
-    vision = names(IMAGE) | shared | dict(num_attention_heads=IMAGE["heads"], image_size=SIZE, patch_size=IMAGE["patch_size"])
+    text = (
+        names(TEXT)
+        | shared
+        | dict(num_attention_heads=TEXT["heads"], vocab_size=VOCAB, max_position_embeddings=LENGTH)
+    )
+    vision = (
+        names(IMAGE)
+        | shared
+        | dict(num_attention_heads=IMAGE["heads"], image_size=SIZE, patch_size=IMAGE["patch_size"])
+    )
     config = transformers.CLIPConfig(
-        text_config=text | dict(bos_token_id=VOCAB - 2, eos_token_id=EOT, pad_token_id=0), vision_config=vision, projection_dim=D
+        text_config=text | dict(bos_token_id=VOCAB - 2, eos_token_id=EOT, pad_token_id=0),
+        vision_config=vision,
+        projection_dim=D,
     )
     torch.manual_seed(0)
     theirs = transformers.CLIPModel(config).eval()
@@ -144,13 +163,19 @@ def test_parity_with_a_public_implementation(params):
         )
     np.testing.assert_allclose(unit(encode_image(ours, image)), out.image_embeds.numpy(), atol=1e-4)
     np.testing.assert_allclose(unit(encode_text(ours, TOKENS).embed), out.text_embeds.numpy(), atol=1e-4)
-    np.testing.assert_allclose(encode_text(ours, TOKENS).states, out.text_model_output.last_hidden_state.numpy(), atol=1e-4)
+    np.testing.assert_allclose(
+        encode_text(ours, TOKENS).states, out.text_model_output.last_hidden_state.numpy(), atol=1e-4
+    )
 
 
-def full_size(embed, size, patch, image_width, image_layers, image_heads, text_width, text_layers, text_heads):
+def full_size(
+    embed, size, patch, image_width, image_layers, image_heads, text_width, text_layers, text_heads
+):
     model = CLIP(
         embed_dim=embed,
-        image=dict(image_size=size, patch_size=patch, width=image_width, layers=image_layers, heads=image_heads),
+        image=dict(
+            image_size=size, patch_size=patch, width=image_width, layers=image_layers, heads=image_heads
+        ),
         text=dict(vocab_size=49_408, length=77, width=text_width, layers=text_layers, heads=text_heads),
     )
     return param_shapes(model, struct(1, size, size, 3), struct(1, 77, dtype=jnp.int32))

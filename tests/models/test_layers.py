@@ -23,7 +23,9 @@ def test_attention_against_loops():
             for head in range(2):
                 allowed = mask[b, 0, i]
                 scores = np.exp(k[b, allowed, head] @ q[b, i, head] / math.sqrt(4))
-                np.testing.assert_allclose(out[b, i, head], scores @ v[b, allowed, head] / scores.sum(), rtol=1e-5)
+                np.testing.assert_allclose(
+                    out[b, i, head], scores @ v[b, allowed, head] / scores.sum(), rtol=1e-5
+                )
 
 
 def test_attention_in_half_precision_keeps_its_softmax():
@@ -36,7 +38,9 @@ def test_attention_in_half_precision_keeps_its_softmax():
 
 def test_fused_attention_is_asked_for_on_gpus(monkeypatch):
     """In half precision, with arguments that mean the same; where it refuses, and on other platforms, ours is used."""
-    q, k, v = (jax.random.normal(jax.random.key(i), (2, n, 2, 8), jnp.bfloat16) for i, n in enumerate((4, 6, 6)))
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (2, n, 2, 8), jnp.bfloat16) for i, n in enumerate((4, 6, 6))
+    )
     mask = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 1, 1, 6)).at[..., 0].set(True)
     expected, asked, original = attend(q, k, v, mask), [], jax.nn.dot_product_attention
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -58,7 +62,9 @@ def test_fused_attention_is_asked_for_on_gpus(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", refuses)
     np.testing.assert_array_equal(attend(q, k, v, mask), expected)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **settings: pytest.fail("asked at an odd length"))
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, **settings: pytest.fail("asked at an odd length")
+    )
     attend(q[:, :3], k, v, mask)
     attend(q, k[:, :5], v[:, :5])
     attend(*(a.astype(jnp.float32) for a in (q, k, v)), mask)
@@ -85,7 +91,9 @@ def test_activations():
     x = jnp.linspace(-4, 4, 41)
     exact = np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in np.asarray(x)])
     np.testing.assert_allclose(ACTIVATIONS["gelu"](x), exact, atol=1e-6)
-    np.testing.assert_allclose(ACTIVATIONS["quick_gelu"](x), x / (1 + np.exp(-1.702 * np.asarray(x))), atol=1e-6)
+    np.testing.assert_allclose(
+        ACTIVATIONS["quick_gelu"](x), x / (1 + np.exp(-1.702 * np.asarray(x))), atol=1e-6
+    )
     assert 0.01 < np.abs(ACTIVATIONS["quick_gelu"](x) - exact).max() < 0.03
 
 
@@ -137,8 +145,14 @@ def test_hooks_keep_names_and_gather_every_block(remat):
     assert jax.tree.structure(hooked_stack.init(jax.random.key(0), x)["params"]) == jax.tree.structure(params)
     seen.clear()
     out = hooked_stack.apply({"params": params}, x)
-    assert len(seen) == 2 and all(jax.tree.leaves(tree, is_leaf=lambda s: isinstance(s, tuple)) for tree in seen)
-    np.testing.assert_allclose(out, Stack().apply({"params": jax.tree.map(lambda leaf: 2 * leaf, params)}, x), rtol=1e-6)
+    assert len(seen) == 2 and all(
+        jax.tree.leaves(tree, is_leaf=lambda s: isinstance(s, tuple)) for tree in seen
+    )
+    np.testing.assert_allclose(
+        out, Stack().apply({"params": jax.tree.map(lambda leaf: 2 * leaf, params)}, x), rtol=1e-6
+    )
     gradient = jax.grad(lambda p, model: model.apply({"params": p}, x).sum())
     plain = gradient(jax.tree.map(lambda leaf: 2 * leaf, params), Stack())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-5), gradient(params, hooked_stack), plain)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-5), gradient(params, hooked_stack), plain
+    )

@@ -36,7 +36,9 @@ def fitted():
     z = RNG.normal(size=(400, D)) @ RNG.normal(size=(D, D)) * np.linspace(2, 0.1, D) + 3
     mean, values, components = principal_components(len(z), z.sum(0), z.T @ z)
     y = (z - mean) @ components.T
-    return z.astype(np.float32), Codec(*(np.float32(a) for a in (mean, components, values, y.min(0), y.max(0))))
+    return z.astype(np.float32), Codec(
+        *(np.float32(a) for a in (mean, components, values, y.min(0), y.max(0)))
+    )
 
 
 def test_principal_components(fitted):
@@ -45,8 +47,12 @@ def test_principal_components(fitted):
     _, singular, _ = np.linalg.svd(z - z.mean(0), full_matrices=False)
     np.testing.assert_allclose(codec.eigenvalues, singular**2 / len(z), rtol=1e-3)
     y = np.asarray(project(codec, z, D))
-    np.testing.assert_allclose(np.cov(y.T, bias=True), np.diag(codec.eigenvalues), atol=1e-3 * codec.eigenvalues[0])
-    assert explained(codec.eigenvalues, D) == 1.0 and 0 < explained(codec.eigenvalues, 1) < explained(codec.eigenvalues, 2)
+    np.testing.assert_allclose(
+        np.cov(y.T, bias=True), np.diag(codec.eigenvalues), atol=1e-3 * codec.eigenvalues[0]
+    )
+    assert explained(codec.eigenvalues, D) == 1.0 and 0 < explained(codec.eigenvalues, 1) < explained(
+        codec.eigenvalues, 2
+    )
 
 
 def test_all_components_return_the_embedding(fitted):
@@ -55,7 +61,9 @@ def test_all_components_return_the_embedding(fitted):
     np.testing.assert_allclose(unproject(codec, project(codec, z, D)), z, rtol=1e-3, atol=1e-3)
     for k in (1, 4, 7):
         error = np.mean(np.sum((np.asarray(unproject(codec, project(codec, z, k))) - z) ** 2, axis=1))
-        np.testing.assert_allclose(error / np.sum(codec.eigenvalues), 1 - explained(codec.eigenvalues, k), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(
+            error / np.sum(codec.eigenvalues), 1 - explained(codec.eigenvalues, k), rtol=1e-3, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("buckets", [2, 128, 1024])
@@ -104,7 +112,9 @@ def test_masked_text_is_not_seen(params):
     """What stands under the mask does not matter; what does not, does."""
     states = TEXT["text_states"] + 5.0 * ~TEXT["text_mask"][..., None]
     np.testing.assert_allclose(
-        apply(params, CODES, DOT, {**TEXT, "text_states": np.float32(states)}), apply(params, CODES, DOT, TEXT), atol=1e-5
+        apply(params, CODES, DOT, {**TEXT, "text_states": np.float32(states)}),
+        apply(params, CODES, DOT, TEXT),
+        atol=1e-5,
     )
 
 
@@ -113,7 +123,11 @@ def test_cached_logits_are_the_models(params):
     conditioning = {k: v for k, v in TEXT.items()}
     logits, caches = MODEL.apply({"params": params}, DOT, **conditioning, method="prefill")
     steps = [logits]
-    extend = jax.jit(lambda code, n, caches: MODEL.apply({"params": params}, code, n, caches, text_mask=TEXT["text_mask"], method="extend"))
+    extend = jax.jit(
+        lambda code, n, caches: MODEL.apply(
+            {"params": params}, code, n, caches, text_mask=TEXT["text_mask"], method="extend"
+        )
+    )
     for n in range(N - 1):
         logits, caches = extend(CODES[:, n], n, caches)
         steps.append(logits)

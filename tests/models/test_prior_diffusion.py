@@ -21,7 +21,10 @@ def inputs(rows=B):
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     mask = jnp.tile(jnp.arange(L) < L - 2, (rows, 1))
-    z, text = normal(rows, D), dict(text_embed=normal(rows, D), text_states=normal(rows, L, TEXT_WIDTH), text_mask=mask)
+    z, text = (
+        normal(rows, D),
+        dict(text_embed=normal(rows, D), text_states=normal(rows, L, TEXT_WIDTH), text_mask=mask),
+    )
     return z, jnp.array([3, 700]), text
 
 
@@ -61,7 +64,12 @@ def test_first_tokens_do_not_depend_on_the_noised_embedding(params):
     @jax.jit
     def states(z, t):
         _, seen = DiffusionPrior(**TINY).apply(
-            {"params": params}, z, t, **text, capture_intermediates=lambda module, _: isinstance(module, Block), mutable=["intermediates"]
+            {"params": params},
+            z,
+            t,
+            **text,
+            capture_intermediates=lambda module, _: isinstance(module, Block),
+            mutable=["intermediates"],
         )
         return seen["intermediates"]["transformer"]
 
@@ -100,7 +108,9 @@ def test_kept_keys_and_values_change_nothing(own_text):
     step = jax.jit(lambda z, t: model.apply({"params": p}, z, t, caches, allowed, method="predict"))
     assert caches[0].keys.shape == (B, L + 4, 2, W // 2) and len(caches) == 2
     for scale, shift in ((1.0, 0), (-2.0, 200)):
-        np.testing.assert_allclose(step(scale * z, t + shift), whole(scale * z, t + shift), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            step(scale * z, t + shift), whole(scale * z, t + shift), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_dropout_only_when_not_deterministic(params):
@@ -108,7 +118,9 @@ def test_dropout_only_when_not_deterministic(params):
     z, t, text = inputs()
     model = DiffusionPrior(**TINY, dropout=0.5)
     np.testing.assert_allclose(apply(dropout=0.5)(params, z, t, text), apply()(params, z, t, text), rtol=1e-6)
-    noisy = jax.jit(lambda key: model.apply({"params": params}, z, t, **text, deterministic=False, rngs={"dropout": key}))
+    noisy = jax.jit(
+        lambda key: model.apply({"params": params}, z, t, **text, deterministic=False, rngs={"dropout": key})
+    )
     assert not np.allclose(noisy(fast_key(0)), noisy(fast_key(1)))
 
 
@@ -131,7 +143,9 @@ def test_size_of_the_public_prior():
     """Karlo's prior, 1,022,030,080 with its clip_mean and clip_std (768 each), which here belong to the embedding space. Its query and
     position embeddings are parameters in both."""
     model = DiffusionPrior(embed_dim=768, length=77, width=2048, layers=20, heads=32)
-    text = dict(text_embed=struct(1, 768), text_states=struct(1, 77, 768), text_mask=struct(1, 77, dtype=bool))
+    text = dict(
+        text_embed=struct(1, 768), text_states=struct(1, 77, 768), text_mask=struct(1, 77, dtype=bool)
+    )
     shapes = param_shapes(model, struct(1, 768), struct(1), **text)
     assert param_count(shapes) == 1_022_030_080 - 2 * 768
     assert shapes["query"].shape == (2048,) and shapes["position_embedding"].shape == (81, 2048)

@@ -41,7 +41,9 @@ def test_every_token_reaches_every_state(params):
 def test_padding_is_learned(params):
     """The padding embedding matters to a short caption and to no full one."""
     changed = {**params, "padding_embedding": params["padding_embedding"][:, ::-1]}
-    before, after = (jax.jit(lambda p: MODEL.apply({"params": p}, TOKENS, MASK)[0])(p) for p in (params, changed))
+    before, after = (
+        jax.jit(lambda p: MODEL.apply({"params": p}, TOKENS, MASK)[0])(p) for p in (params, changed)
+    )
     np.testing.assert_array_equal(before[0], after[0])
     assert np.abs(before[1] - after[1]).max() > 1e-3
 
@@ -58,9 +60,15 @@ def test_size_of_glides():
     assert param_count(param_shapes(glide, *tokens)) + 2048 * 2048 + 2048 == 3_554_414_086 - 2_238_164_486
 
 
-UNET = dict(image_size=8, out_channels=3, channels=8, channel_mult=(1,), res_blocks=1, head_channels=4, groups=4)
+UNET = dict(
+    image_size=8, out_channels=3, channels=8, channel_mult=(1,), res_blocks=1, head_channels=4, groups=4
+)
 CONDITIONING = dict(context_dim=8, use_text_embed=False, use_text_states=False)
-X, T, Z = np.float32(RNG.normal(size=(B, 8, 8, 3))), np.array([3.0, 700.0]), np.float32(RNG.normal(size=(B, D)))
+X, T, Z = (
+    np.float32(RNG.normal(size=(B, 8, 8, 3))),
+    np.array([3.0, 700.0]),
+    np.float32(RNG.normal(size=(B, D))),
+)
 NETWORKS = {
     "decoder": (Decoder(UNET, CONDITIONING, TINY), (X, T), dict(image_embed=Z, drop_image=np.zeros(B, bool))),
     "prior_diffusion": (
@@ -79,7 +87,9 @@ def test_networks_read_their_own_tokens(name):
     """Another caption gives another answer, row by row; what stands under the mask does not matter."""
     model, args, kwargs = NETWORKS[name]
     params = random_params(model, *args, **kwargs, tokens=TOKENS, token_mask=MASK)
-    apply = jax.jit(lambda tokens: model.apply({"params": params}, *args, **kwargs, tokens=tokens, token_mask=MASK))
+    apply = jax.jit(
+        lambda tokens: model.apply({"params": params}, *args, **kwargs, tokens=tokens, token_mask=MASK)
+    )
     base, first, hidden = apply(TOKENS), TOKENS.copy(), TOKENS.copy()
     first[0, 1] = first[0, 1] % (V - 1) + 1
     hidden[1, 4] = hidden[1, 4] % (V - 1) + 1

@@ -48,7 +48,9 @@ def test_hooks_change_nothing(setup):
     gather = lambda tree: jax.tree.map(lambda leaf: leaf * 1.0, tree)
     policies = ({"remat": "dots_saveable"}, {"remat": "dots_with_no_batch_dims_saveable"})
     for options in ({"remat": "full"}, {"gather": gather, "remat": "full"}, *policies):
-        assert jax.tree.structure(param_shapes(Transformer(**TINY, **options), struct(2, L, W))) == jax.tree.structure(params)
+        assert jax.tree.structure(
+            param_shapes(Transformer(**TINY, **options), struct(2, L, W))
+        ) == jax.tree.structure(params)
         np.testing.assert_allclose(apply(**options)(params, x), plain, rtol=1e-5, atol=1e-6)
 
 
@@ -64,7 +66,9 @@ def test_dropout_only_when_not_deterministic(setup):
 def test_initialisation_is_clips():
     """Standard deviations of Radford et al. 2021: W^-1/2, residual projections further by (2 layers)^-1/2, first MLP (2 W)^-1/2."""
     width, layers = 128, 2
-    block = Transformer(layers=layers, heads=2).init(fast_key(), jnp.zeros((1, 2, width)))["params"]["block_1"]
+    block = Transformer(layers=layers, heads=2).init(fast_key(), jnp.zeros((1, 2, width)))["params"][
+        "block_1"
+    ]
     std = lambda *path: np.std(functools.reduce(lambda tree, key: tree[key], path, block)["kernel"])
     for name in ("query", "key", "value"):
         np.testing.assert_allclose(std("attn", name), width**-0.5, rtol=0.03)
@@ -93,7 +97,9 @@ def test_blocks_in_one_loop(setup, options):
     x, params = setup
     loss = lambda scan: jax.jit(
         jax.value_and_grad(
-            lambda params: jnp.sum(Transformer(**TINY, scan=scan, **options).apply({"params": params}, x, causal_mask(L)) ** 2)
+            lambda params: jnp.sum(
+                Transformer(**TINY, scan=scan, **options).apply({"params": params}, x, causal_mask(L)) ** 2
+            )
         )
     )
     (one, one_grad), (other, other_grad) = loss(False)(params), loss(True)(params)
@@ -110,12 +116,19 @@ def test_a_loop_does_not_grow_with_depth(setup):
     def equations(layers, scan):
         model = Transformer(layers=layers, heads=2, scan=scan)
         jaxpr = jax.make_jaxpr(lambda p: model.apply({"params": p}, x))(param_shapes(model, x)).jaxpr
-        return sum(e.primitive.name in ("dot_general", "tanh", "erf", "exp") for e in jaxpr.eqns), len(jaxpr.eqns)
+        return sum(e.primitive.name in ("dot_general", "tanh", "erf", "exp") for e in jaxpr.eqns), len(
+            jaxpr.eqns
+        )
 
-    assert equations(2, True)[0] == equations(8, True)[0] == 0 and equations(8, False)[0] == 4 * equations(2, False)[0] > 0
+    assert (
+        equations(2, True)[0] == equations(8, True)[0] == 0
+        and equations(8, False)[0] == 4 * equations(2, False)[0] > 0
+    )
     model = Transformer(layers=2, heads=2, scan=True, dropout=0.5)
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), param_shapes(model, x))
-    draw = lambda seed: model.apply({"params": params}, x, None, False, rngs={"dropout": jax.random.key(seed)})
+    draw = lambda seed: model.apply(
+        {"params": params}, x, None, False, rngs={"dropout": jax.random.key(seed)}
+    )
     np.testing.assert_array_equal(draw(0), draw(0))
     assert np.abs(draw(0) - draw(1)).max() > 1e-3
 
@@ -127,10 +140,14 @@ def test_what_is_computed_again(setup, scan):
 
     def operations(remat):
         model = Transformer(**TINY, scan=scan, remat=remat)
-        return flops(jax.make_jaxpr(jax.grad(lambda params: jnp.sum(model.apply({"params": params}, x) ** 2)))(params))
+        return flops(
+            jax.make_jaxpr(jax.grad(lambda params: jnp.sum(model.apply({"params": params}, x) ** 2)))(params)
+        )
 
     none, full = operations("none"), operations("full")
     dots, parameters = operations("dots_saveable"), operations("dots_with_no_batch_dims_saveable")
     assert none == dots < parameters < full < 1.4 * none
-    with pytest.raises(ValueError, match="unknown remat 'some'; choose none, full, dots_saveable or dots_with"):
+    with pytest.raises(
+        ValueError, match="unknown remat 'some'; choose none, full, dots_saveable or dots_with"
+    ):
         operations("some")

@@ -15,7 +15,14 @@ from unclip_jax.models.upsampler import Upsampler
 
 B, SIZE, D, L, TEXT_WIDTH = 2, 8, 6, 5, 10
 UNET = dict(
-    image_size=SIZE, out_channels=6, channels=8, channel_mult=(1, 2), res_blocks=1, attention_resolutions=(4,), head_channels=4, groups=4
+    image_size=SIZE,
+    out_channels=6,
+    channels=8,
+    channel_mult=(1, 2),
+    res_blocks=1,
+    attention_resolutions=(4,),
+    head_channels=4,
+    groups=4,
 )
 DECODER = Decoder(unet=UNET, conditioning=dict(context_dim=12, clip_tokens=4))
 
@@ -61,7 +68,10 @@ def conv3(x, params):
     h, w = x.shape[1:3]
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     kernel = params["kernel"]
-    return sum(padded[:, i : i + h, j : j + w] @ kernel[i, j] for i in range(3) for j in range(3)) + params["bias"]
+    return (
+        sum(padded[:, i : i + h, j : j + w] @ kernel[i, j] for i in range(3) for j in range(3))
+        + params["bias"]
+    )
 
 
 def silu(x):
@@ -106,11 +116,16 @@ def test_attention_block_is_the_formula():
     for b in range(B):
         kept = context[b, mask[b]]
         q, k, v = dense("query", y[b]), dense("key", y[b]), dense("value", y[b])
-        k, v = np.concatenate([dense("context_key", kept), k]), np.concatenate([dense("context_value", kept), v])
+        k, v = (
+            np.concatenate([dense("context_key", kept), k]),
+            np.concatenate([dense("context_value", kept), v]),
+        )
         logits = np.einsum("qkd,pkd->kqp", q, k) / math.sqrt(4)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         attended = np.einsum("kqp,pkd->qkd", weights / weights.sum(-1, keepdims=True), v)
-        expected = x[b].reshape(4, 8) + np.einsum("qkd,kdc->qc", attended, p["out"]["kernel"]) + p["out"]["bias"]
+        expected = (
+            x[b].reshape(4, 8) + np.einsum("qkd,kdc->qc", attended, p["out"]["kernel"]) + p["out"]["bias"]
+        )
         np.testing.assert_allclose(out[b].reshape(4, 8), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -125,12 +140,18 @@ def test_resampling():
 def test_fresh_network_is_zero_and_its_blocks_are_identities():
     """Zero-initialised outputs; once those are filled, neither holds."""
     model = UNet(**UNET | {"channel_mult": (1,), "attention_resolutions": ()})
-    out, variables = jax.jit(lambda key: model.init_with_output(key, X, TIME, context=normal(6, B, 3, 12)))(fast_key())
+    out, variables = jax.jit(lambda key: model.init_with_output(key, X, TIME, context=normal(6, B, 3, 12)))(
+        fast_key()
+    )
     np.testing.assert_array_equal(out, 0)
     fresh, filled = variables["params"], randomize(variables["params"])
     h, emb, context = normal(4, B, 4, 4, 8), normal(5, B, 32), normal(6, B, 3, 12)
     res = jax.jit(lambda p: ResBlock(8, groups=4).apply({"params": p["middle_res_0"]}, h, emb))
-    attention = jax.jit(lambda p: AttentionBlock(head_channels=4, groups=4).apply({"params": p["middle_attn"]}, h, context, None))
+    attention = jax.jit(
+        lambda p: AttentionBlock(head_channels=4, groups=4).apply(
+            {"params": p["middle_attn"]}, h, context, None
+        )
+    )
     for block in (res, attention):
         np.testing.assert_array_equal(block(fresh), h)
         assert np.abs(block(filled) - h).max() > 1e-2
@@ -176,21 +197,27 @@ def test_a_dropped_embedding_is_the_learned_null(params):
     assert np.any(null)
     given = decode(params, X, TIME, cond | {"image_embed": cond["image_embed"].at[0].set(null)})
     np.testing.assert_allclose(dropped, given, rtol=1e-5, atol=1e-6)
-    elsewhere = decode(params, X, TIME, cond | {"drop_image": drop, "image_embed": cond["image_embed"].at[0].add(9.0)})
+    elsewhere = decode(
+        params, X, TIME, cond | {"drop_image": drop, "image_embed": cond["image_embed"].at[0].add(9.0)}
+    )
     np.testing.assert_array_equal(dropped, elsewhere)
     assert np.abs(dropped - decode(params, X, TIME, cond))[0].max() > 1e-3
 
 
 def test_what_steps_have_in_common_is_kept(params):
     """The collection `fixed`, filled at one step, gives another step's output; that step does not look at captions or embeddings again."""
-    fill = jax.jit(lambda params, cond: DECODER.apply({"params": params}, X * 0, TIME * 0, **cond, mutable=["fixed"])[1])
+    fill = jax.jit(
+        lambda params, cond: DECODER.apply({"params": params}, X * 0, TIME * 0, **cond, mutable=["fixed"])[1]
+    )
     fixed = fill(params, conditioning())
     other = jax.tree.map(lambda a: jnp.ones_like(a), conditioning())
     step = jax.jit(lambda params, fixed, cond: DECODER.apply({"params": params, **fixed}, X, TIME, **cond))
     kept = step(params, fixed, other)
     np.testing.assert_allclose(kept, decode(params, X, TIME, conditioning()), atol=1e-5)
     assert np.abs(kept - decode(params, X, TIME, other)).max() > 1e-2
-    unused = jax.tree.map(lambda a: a, params) | {"conditioning": jax.tree.map(jnp.zeros_like, params["conditioning"])}
+    unused = jax.tree.map(lambda a: a, params) | {
+        "conditioning": jax.tree.map(jnp.zeros_like, params["conditioning"])
+    }
     np.testing.assert_array_equal(step(unused, fixed, other), kept)
 
 
@@ -208,7 +235,9 @@ def test_token_layout_and_the_text_norm():
     plain = (context[:, 4:] - norm["bias"]) / norm["scale"]
     np.testing.assert_allclose(np.std(plain, -1), 1, rtol=1e-3)
     np.testing.assert_array_equal(mask, np.pad(cond["text_mask"], ((0, 0), (4, 0)), constant_values=True))
-    expected = sum(cond[k] @ p[f"{k}_cond"]["kernel"] + p[f"{k}_cond"]["bias"] for k in ("image_embed", "text_embed"))
+    expected = sum(
+        cond[k] @ p[f"{k}_cond"]["kernel"] + p[f"{k}_cond"]["bias"] for k in ("image_embed", "text_embed")
+    )
     np.testing.assert_allclose(vector, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -241,9 +270,13 @@ def test_dropout_only_when_not_deterministic():
     small = UNET | {"channel_mult": (1,), "attention_resolutions": (), "middle_attention": False}
     p = random_params(UNet(**small), X, TIME)
     dropping = UNet(**small, dropout=0.5)
-    noisy = jax.jit(lambda key: dropping.apply({"params": p}, X, TIME, deterministic=False, rngs={"dropout": key}))
+    noisy = jax.jit(
+        lambda key: dropping.apply({"params": p}, X, TIME, deterministic=False, rngs={"dropout": key})
+    )
     assert not np.allclose(noisy(fast_key(0)), noisy(fast_key(1)))
-    quiet, plain = jax.jit(lambda p: [model.apply({"params": p}, X, TIME) for model in (dropping, UNet(**small))])(p)
+    quiet, plain = jax.jit(
+        lambda p: [model.apply({"params": p}, X, TIME) for model in (dropping, UNet(**small))]
+    )(p)
     np.testing.assert_allclose(quiet, plain, rtol=1e-5)
 
 
@@ -254,7 +287,11 @@ def test_a_decoder_that_inpaints_sees_what_is_known_and_no_more():
     image = normal(7, B, SIZE, SIZE, 3)
     p = random_params(model, X, TIME, **conditioning(), known_image=image, known=known)
     assert p["unet"]["conv_in"]["kernel"].shape == (3, 3, 7, 8)
-    call = jax.jit(lambda image, known: model.apply({"params": p}, X, TIME, **conditioning(), known_image=image, known=known))
+    call = jax.jit(
+        lambda image, known: model.apply(
+            {"params": p}, X, TIME, **conditioning(), known_image=image, known=known
+        )
+    )
     out = call(image, known)
     np.testing.assert_array_equal(out, call(jnp.where(known, image, 9.0), known))
     assert np.abs(out - call(jnp.where(known, -image, image), known)).max() > 1e-2
@@ -264,7 +301,10 @@ def test_a_decoder_that_inpaints_sees_what_is_known_and_no_more():
 
 def test_upsampler_at_other_sizes():
     """The same parameters enlarge other sizes and shapes; the low-resolution image matters; sides that do not halve are an error."""
-    model = Upsampler(unet=UNET | {"out_channels": 3, "attention_resolutions": (), "middle_attention": False, "scale_shift": False})
+    model = Upsampler(
+        unet=UNET
+        | {"out_channels": 3, "attention_resolutions": (), "middle_attention": False, "scale_shift": False}
+    )
     low = normal(1, B, 4, 4, 3)
     p = random_params(model, X, TIME, low_res=low)
     call = jax.jit(lambda p, x, low: model.apply({"params": p}, x, TIME, low_res=low))

@@ -13,7 +13,9 @@ NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 def inputs(b, h, w, channels, out):
     rng = np.random.default_rng(0)
-    return jnp.float32(rng.normal(size=(b, h, w, channels))), jnp.float32(rng.normal(size=(3, 3, channels, out)) / np.sqrt(9 * channels))
+    return jnp.float32(rng.normal(size=(b, h, w, channels))), jnp.float32(
+        rng.normal(size=(3, 3, channels, out)) / np.sqrt(9 * channels)
+    )
 
 
 def exact(x, kernel):
@@ -60,7 +62,9 @@ def test_small_blocks(monkeypatch):
 def test_gradients_are_those_of_the_convolution():
     x, kernel = inputs(4, 16, 16, 192, 192)
     weights = jnp.cos(jnp.arange(x.size)).reshape(x.shape)
-    direct = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), ((1, 1), (1, 1)), dimension_numbers=NUMBERS)
+    direct = lambda x, k: jax.lax.conv_general_dilated(
+        x, k, (1, 1), ((1, 1), (1, 1)), dimension_numbers=NUMBERS
+    )
     gradient = lambda conv: jax.grad(lambda x, k: jnp.sum(conv(x, k) * weights), (0, 1))(x, kernel)
     ours, theirs = gradient(conv3x3), gradient(direct)
     for a, b in zip(ours, theirs):

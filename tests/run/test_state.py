@@ -18,7 +18,9 @@ from unclip_jax.sharding import BATCH, make_mesh
 
 OPTIMIZER = {"learning_rate": 0.1, "steps": 100, "schedule": "constant"}
 RNG = np.random.default_rng(0)
-BATCHES = [{"x": np.float32(RNG.normal(size=(16, 6))), "y": np.float32(RNG.normal(size=(16, 4)))} for _ in range(3)]
+BATCHES = [
+    {"x": np.float32(RNG.normal(size=(16, 6))), "y": np.float32(RNG.normal(size=(16, 4)))} for _ in range(3)
+]
 
 
 def loss_of(params, rng, batch, *, frozen):
@@ -49,12 +51,16 @@ def train(mesh, count, **changes):
     update = make_update(stage, optimizers, shardings, mesh, settings(count))
     rows = []
     for batch in BATCHES:
-        state, metrics = update(state, np.eye(4, dtype=np.float32), jax.device_put(batch, NamedSharding(mesh, BATCH)))
+        state, metrics = update(
+            state, np.eye(4, dtype=np.float32), jax.device_put(batch, NamedSharding(mesh, BATCH))
+        )
         rows.append(jax.device_get(metrics))
     return state, rows
 
 
-@pytest.mark.parametrize("shape, count", [({"data": 1}, 2), ({"data": 1}, 4), ({"data": 2, "fsdp": 4}, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape, count", [({"data": 1}, 2), ({"data": 1}, 4), ({"data": 2, "fsdp": 4}, 2)], ids=str
+)
 def test_parts_of_a_batch_are_the_batch(shape, count, monkeypatch):
     """Losses, metrics and parameters, on one device and on eight; the parameters stay in their shards."""
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 8)
@@ -107,7 +113,9 @@ def test_what_is_projected_stays_in_bounds():
     _, shardings = abstract_state(stage, optimizers, mesh)
     state = create_state(stage, optimizers, 0, shardings)
     assert state.params["w"].max() > 0.5
-    state, _ = make_update(stage, optimizers, shardings, mesh, settings())(state, None, {"x": np.zeros((1, 1))})
+    state, _ = make_update(stage, optimizers, shardings, mesh, settings())(
+        state, None, {"x": np.zeros((1, 1))}
+    )
     assert state.params["w"].max() == 0.5 and state.ema_params["w"].max() <= 0.5
 
 
@@ -125,7 +133,10 @@ def test_two_players_move_in_turn():
     players = (Player("first", ("a",)), Player("second", ("b",), second))
     begin = lambda key: ({"a": jnp.zeros(3), "b": jnp.zeros(2)}, {"calls": jnp.zeros((), jnp.int32)})
     stage = stage_of(first, begin, players)
-    optimizers = tuple(Optimizer(optax.chain(optax.scale_by_adam(), optax.scale(-rate)), lambda n: 0.0) for rate in (0.1, 0.01))
+    optimizers = tuple(
+        Optimizer(optax.chain(optax.scale_by_adam(), optax.scale(-rate)), lambda n: 0.0)
+        for rate in (0.1, 0.01)
+    )
     _, shardings = abstract_state(stage, optimizers, mesh)
     state = create_state(stage, optimizers, 0, shardings)
     update = make_update(stage, optimizers, shardings, mesh, settings())
@@ -134,7 +145,11 @@ def test_two_players_move_in_turn():
     np.testing.assert_allclose(state.params["a"], -0.2, rtol=1e-5)
     np.testing.assert_allclose(state.params["b"], -0.02, rtol=1e-5)
     np.testing.assert_allclose(metrics["second_seen"], 3 * -0.2, rtol=1e-5)
-    assert state.extra["calls"] == 2 and set(state.opt_state) == {"first", "second"} and metrics["loss"] == metrics["first_loss"]
+    assert (
+        state.extra["calls"] == 2
+        and set(state.opt_state) == {"first", "second"}
+        and metrics["loss"] == metrics["first_loss"]
+    )
 
 
 def test_a_player_whose_gradient_is_not_finite_stands_still():
@@ -144,6 +159,8 @@ def test_a_player_whose_gradient_is_not_finite_stands_still():
     _, shardings = abstract_state(stage, optimizers, mesh)
     before, state = (create_state(stage, optimizers, 0, shardings) for _ in range(2))
     batch = {k: np.full_like(v, np.nan) for k, v in BATCHES[0].items()}
-    state, metrics = make_update(stage, optimizers, shardings, mesh, settings())(state, np.eye(4, dtype=np.float32), batch)
+    state, metrics = make_update(stage, optimizers, shardings, mesh, settings())(
+        state, np.eye(4, dtype=np.float32), batch
+    )
     assert metrics["skipped"] == 1 and state.step == 1
     jax.tree.map(np.testing.assert_array_equal, state.replace(step=before.step), before)

@@ -24,7 +24,14 @@ from unclip_jax.run.logger import Logger, parse_profile
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 LONG = (
-    *("steps=5000", "eval_every=0", "checkpoint_every=5000", "data.backend=numpy", "track.tensorboard=false", "watchdog=10.0"),
+    *(
+        "steps=5000",
+        "eval_every=0",
+        "checkpoint_every=5000",
+        "data.backend=numpy",
+        "track.tensorboard=false",
+        "watchdog=10.0",
+    ),
     "model.unet.channel_mult=(1,)",
 )
 RUN = """
@@ -52,8 +59,20 @@ def small_run(tmp_path_factory):
 
 def start(workdir, index=0, count=1, port=0, devices=4, log=subprocess.PIPE, **changes):
     """A training process; on several hosts each holds `devices` devices."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FLAGS}"}
-    command = [sys.executable, "-c", RUN, f"127.0.0.1:{port}", str(count), str(index), str(workdir), repr(SMALL | changes)]
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FLAGS}",
+    }
+    command = [
+        sys.executable,
+        "-c",
+        RUN,
+        f"127.0.0.1:{port}",
+        str(count),
+        str(index),
+        str(workdir),
+        repr(SMALL | changes),
+    ]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=log, text=True)
 
 
@@ -98,18 +117,33 @@ def test_two_hosts_are_one(small_run, tmp_path):
     np.testing.assert_allclose(curve, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("lost", [pytest.param(1, id="other"), pytest.param(0, id="coordinator", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "lost", [pytest.param(1, id="other"), pytest.param(0, id="coordinator", marks=pytest.mark.slow)]
+)
 def test_a_lost_host_ends_the_others(tmp_path, lost):
     """With a status that starts the job again: at once, when the watchdog sees no step end, or jax's own when its service of the hosts
     notices first."""
     run, port = tmp_path / "run", free_port()
-    command = [sys.executable, "-m", "unclip_jax.cli.main", "train", "configs/emoji/upsampler.py:tiny", "--workdir", str(run)]
+    command = [
+        sys.executable,
+        "-m",
+        "unclip_jax.cli.main",
+        "train",
+        "configs/emoji/upsampler.py:tiny",
+        "--workdir",
+        str(run),
+    ]
     command += ["--distributed", *(part for setting in LONG for part in ("--set", setting))]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {FLAGS}"}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {FLAGS}",
+    }
     # As a SLURM job of two tasks, which jax finds by itself; its port is made of the job's number.
     env |= {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
     about = lambda i: env | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
-    hosts = [subprocess.Popen(command, cwd=ROOT, env=about(i), stderr=subprocess.PIPE, text=True) for i in range(2)]
+    hosts = [
+        subprocess.Popen(command, cwd=ROOT, env=about(i), stderr=subprocess.PIPE, text=True) for i in range(2)
+    ]
     try:
         wait_for_step(run, 2, hosts)
         hosts[lost].kill()
@@ -119,7 +153,10 @@ def test_a_lost_host_ends_the_others(tmp_path, lost):
             host.kill()
     assert hosts[1 - lost].returncode in {RESTART, -signal.SIGABRT}, error
     if hosts[1 - lost].returncode == RESTART:
-        assert "another host is gone or does not answer; start the same command again" in error or "or another host hangs" in error
+        assert (
+            "another host is gone or does not answer; start the same command again" in error
+            or "or another host hangs" in error
+        )
 
 
 def kill_and_resume(workdir, reference, kills, seed):
@@ -163,7 +200,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, small_run, caplog):
         file.write_bytes(bytes(data))
     with caplog.at_level("WARNING", logger="unclip_jax"):
         train_tiny("upsampler_16", run, eval_every=0, checkpoint_every=4, **SMALL)
-    assert f"checkpoint {STEPS} in" in caplog.text and "is damaged" in caplog.text and "going back to 8" in caplog.text
+    assert (
+        f"checkpoint {STEPS} in" in caplog.text
+        and "is damaged" in caplog.text
+        and "going back to 8" in caplog.text
+    )
     (_, again, step), (_, through, _) = load_run(run), load_run(small_run)
     assert step == STEPS
     jax.tree.map(np.testing.assert_array_equal, again, through)
@@ -191,7 +232,9 @@ def test_too_many_skipped_updates_stop_the_run(tmp_path, monkeypatch):
             return {k: np.full_like(v, np.nan) for k, v in batch.items()} if self.count > 3 else batch
 
     wrap_batches(monkeypatch, Poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 7: 4 updates in a row were skipped, their .*loss.* not finite"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 7: 4 updates in a row were skipped, their .*loss.* not finite"
+    ):
         train_tiny("upsampler_16", tmp_path / "run", eval_every=0, checkpoint_every=2, **SMALL)
     _, params, step = load_run(tmp_path / "run")
     assert step >= 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(params))

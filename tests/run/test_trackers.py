@@ -38,8 +38,24 @@ def server(tmp_path_factory):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder / 'runs.db'}", "--workers", "1"]
-    command += ["--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'runs.db'}",
+        "--workers",
+        "1",
+    ]
+    command += [
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     address, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
@@ -72,7 +88,9 @@ def test_mlflow(server, tmp_path, monkeypatch):
     found = client.get_run(number)
     assert found.info.status == "FINISHED" and (run / "mlflow_run").read_text().strip() == number
     assert found.info.experiment_id == client.get_experiment_by_name("small").experiment_id
-    assert found.data.params["optimizer.learning_rate"] == "0.003" and found.data.params["stage"] == "upsampler"
+    assert (
+        found.data.params["optimizer.learning_rate"] == "0.003" and found.data.params["stage"] == "upsampler"
+    )
     expected = figures(run)
     for key in ("loss", "grad_norm", "examples_per_second", "input_wait", "eval_loss"):
         told = {metric.step: metric.value for metric in client.get_metric_history(number, key)}
@@ -86,7 +104,14 @@ def test_mlflow(server, tmp_path, monkeypatch):
 
 def test_a_server_that_does_not_answer(tmp_path, capsys):
     """Before the first step: one line that names it."""
-    command = ["train", "configs/emoji/upsampler.py:tiny", "--workdir", str(tmp_path / "run"), "--set", "track.mlflow=http://127.0.0.1:9"]
+    command = [
+        "train",
+        "configs/emoji/upsampler.py:tiny",
+        "--workdir",
+        str(tmp_path / "run"),
+        "--set",
+        "track.mlflow=http://127.0.0.1:9",
+    ]
     assert main([*command, "--set", "data.backend=numpy"]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "MLflow at http://127.0.0.1:9 does not answer" in said and "track.mlflow=None" in said
@@ -103,8 +128,13 @@ def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path, monkeypatch, caplog)
 
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Failing)
     train(tmp_path / "run", eval_every=0)
-    assert calls == [1, 2, 3] and [row["step"] for row in figures(tmp_path / "run")] == list(range(1, STEPS + 1))
-    assert "tensorboard failed (gone); metrics.jsonl has what it missed; it is left alone from here on" in caplog.text
+    assert calls == [1, 2, 3] and [row["step"] for row in figures(tmp_path / "run")] == list(
+        range(1, STEPS + 1)
+    )
+    assert (
+        "tensorboard failed (gone); metrics.jsonl has what it missed; it is left alone from here on"
+        in caplog.text
+    )
 
 
 def test_wandb(tmp_path, monkeypatch):
@@ -130,9 +160,20 @@ def test_wandb(tmp_path, monkeypatch):
             train(tmp_path / "run", track__wandb="project")
     train(tmp_path / "run", track__wandb="project")
     first, second = made
-    assert first.settings["project"] == "project" and first.settings["id"] is None and second.settings["id"] == "abc"
-    assert sorted(first.logged) == [1, 2] and sorted(second.logged) == list(range(3, STEPS + 1)) and (first.code, second.code) == (0, 0)
-    assert second.logged[STEPS]["samples"] == ("image", str(tmp_path / "run" / "samples" / f"{STEPS:07d}.png"))
+    assert (
+        first.settings["project"] == "project"
+        and first.settings["id"] is None
+        and second.settings["id"] == "abc"
+    )
+    assert (
+        sorted(first.logged) == [1, 2]
+        and sorted(second.logged) == list(range(3, STEPS + 1))
+        and (first.code, second.code) == (0, 0)
+    )
+    assert second.logged[STEPS]["samples"] == (
+        "image",
+        str(tmp_path / "run" / "samples" / f"{STEPS:07d}.png"),
+    )
     monkeypatch.setattr(fake, "init", lambda **settings: (_ for _ in ()).throw(RuntimeError("not logged in")))
     with pytest.raises(OSError, match="cannot be used .not logged in."):
         train(tmp_path / "other", track__wandb="project")
@@ -147,7 +188,10 @@ def test_what_a_record_tells_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setitem(hardware.CHIPS, kind, hardware.Chip("here", 1e12, 1e9, 1e9, 1e9))
     train(tmp_path / "run", checkpoint_every=6, eval_every=6)
     rows = [row for row in figures(tmp_path / "run") if "loss" in row]
-    assert all(0 <= row["input_wait"] < 60 and row["bad_records"] == 0 and 0.05 < row["host_memory_gib"] < 64 for row in rows)
+    assert all(
+        0 <= row["input_wait"] < 60 and row["bad_records"] == 0 and 0.05 < row["host_memory_gib"] < 64
+        for row in rows
+    )
     for stall in ("checkpoint_seconds", "evaluation_seconds"):
         assert [row["step"] for row in rows if stall in row] == [7]
     operations = [row["mfu"] * row["step_time"] * 8 * 1e12 for row in rows]
@@ -156,7 +200,9 @@ def test_what_a_record_tells_of_the_machine(tmp_path, monkeypatch):
 
 def test_remat_is_not_counted(monkeypatch):
     """What is computed twice to save memory is not work of the model."""
-    monkeypatch.setitem(hardware.CHIPS, jax.devices()[0].device_kind, hardware.Chip("here", 1e12, 1e9, 1e9, 1e9))
+    monkeypatch.setitem(
+        hardware.CHIPS, jax.devices()[0].device_kind, hardware.Chip("here", 1e12, 1e9, 1e9, 1e9)
+    )
     mesh, found = make_mesh(), []
     for remat in ("none", "full"):
         config = tiny_config(NAME, remat=remat)
@@ -176,7 +222,14 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
     train(tmp_path / "run", eval_every=4, keep_best="-eval_loss")
     meta, _, step = load_run(tmp_path / "run" / "best")
     assert step == 8 and meta["figures"] == {"eval_loss": 1.0} and load_run(tmp_path / "run")[2] == STEPS
-    original(types.SimpleNamespace(keep_best="eval_loss"), tmp_path / "new", 1, None, {}, {"eval_loss": float("nan")})
+    original(
+        types.SimpleNamespace(keep_best="eval_loss"),
+        tmp_path / "new",
+        1,
+        None,
+        {},
+        {"eval_loss": float("nan")},
+    )
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="keep_best=eval_loss needs evaluations"):
         train(tmp_path / "new", eval_every=0, keep_best="eval_loss")

@@ -32,9 +32,13 @@ def bundle(whole):
     decoder = whole.parts["decoder"]
     factors = {("unet", "conv_out"): 0.8, ("conditioning", "image_embed_cond"): 8.0}
     flat = traverse_util.flatten_dict(decoder.params)
-    params = traverse_util.unflatten_dict({path: factors.get(path[:2], 1.0) * value for path, value in flat.items()})
+    params = traverse_util.unflatten_dict(
+        {path: factors.get(path[:2], 1.0) * value for path, value in flat.items()}
+    )
     parts = {name: part for name, part in whole.parts.items() if name != "upsampler_16"}
-    return Sampler(dataclasses.replace(whole, parts=parts | {"decoder": dataclasses.replace(decoder, params=params)}))
+    return Sampler(
+        dataclasses.replace(whole, parts=parts | {"decoder": dataclasses.replace(decoder, params=params)})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,9 @@ def test_embeddings_do_not_depend_on_the_batch(bundle, images):
     """A row alone and among others; a picture and its centred square are the same picture."""
     z = inversion.embed_images(bundle, images)
     np.testing.assert_allclose(inversion.embed_images(bundle, images[:1]), z[:1], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(inversion.embed_images(bundle, [ops.center_crop_square(images[2])]), z[2:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        inversion.embed_images(bundle, [ops.center_crop_square(images[2])]), z[2:], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_psnr():
@@ -110,7 +116,10 @@ def test_psnr():
         (lambda b, i: inversion.encode(b, i, steps=0), "decoder: sampling steps must be between 1"),
         (lambda b, i: inversion.encode(b, i, captions=["one"]), "one caption per image, got 1 and 3"),
         (lambda b, i: inversion.decode(b, Latents(np.zeros((2, 5)))), r"z_image must be \(N, 16\)"),
-        (lambda b, i: inversion.decode(b, Latents(np.ones((1, 16)), np.zeros((1, 4, 4, 3)))), r"x_T must be \(1, 8, 8, 3\)"),
+        (
+            lambda b, i: inversion.decode(b, Latents(np.ones((1, 16)), np.zeros((1, 4, 4, 3)))),
+            r"x_T must be \(1, 8, 8, 3\)",
+        ),
         (lambda b, i: variations(b, i, count=0), "at least 1, got 0"),
         (lambda b, i: variations(b, i, eta=1.5), "eta must be in"),
         (lambda b, i: interpolate(b, i[0], i[1], count=1), "at least 2 images"),
@@ -121,8 +130,14 @@ def test_psnr():
         (lambda b, i: reconstruct(b, i[0], dims=[17]), "between 1 and 16, got 17"),
         (lambda b, i: inpaint(b, i[0], np.ones((3, 3), bool), "x"), "of the image's size"),
         (lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2]), "x"), "must be boolean"),
-        (lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2], bool), "x", resamples=0), "resamples must be at least 1"),
-        (lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2], bool), "x", method="magic"), "choose one of trained, resample"),
+        (
+            lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2], bool), "x", resamples=0),
+            "resamples must be at least 1",
+        ),
+        (
+            lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2], bool), "x", method="magic"),
+            "choose one of trained, resample",
+        ),
     ],
 )
 def test_bad_input_is_one_line(bundle, images, call, message):
@@ -134,13 +149,18 @@ def test_bad_input_is_one_line(bundle, images, call, message):
 # ---------------------------------------------------------------------------------------------------------------------- manipulations
 def test_variations(bundle, images):
     """At eta 0 all are the image decoded; at eta 1 all differ from it and from one another, and the seed decides."""
-    plain = ops.to_uint8(inversion.decode(bundle, inversion.encode(bundle, images[:2], steps=STEPS), steps=STEPS)[0])
+    plain = ops.to_uint8(
+        inversion.decode(bundle, inversion.encode(bundle, images[:2], steps=STEPS), steps=STEPS)[0]
+    )
     drawn = variations(bundle, images[:2], count=2, eta=0.0, steps=STEPS)
     assert drawn.shape == (2, 2, 8, 8, 3) and drawn.dtype == np.uint8
     for i in range(2):
         assert np.abs(drawn[:, i].astype(int) - plain).max() <= 1
     loose = variations(bundle, images[:2], count=2, eta=1.0, steps=STEPS)
-    assert all(np.abs(a.astype(int) - b).max() > 20 for a, b in ((loose[:, 0], loose[:, 1]), (loose[:, 0], plain), (loose[:, 1], plain)))
+    assert all(
+        np.abs(a.astype(int) - b).max() > 20
+        for a, b in ((loose[:, 0], loose[:, 1]), (loose[:, 0], plain), (loose[:, 1], plain))
+    )
     np.testing.assert_array_equal(loose, variations(bundle, images[:2], count=2, eta=1.0, steps=STEPS))
     assert not np.array_equal(loose, variations(bundle, images[:2], count=2, eta=1.0, steps=STEPS, seed=1))
 
@@ -149,7 +169,9 @@ def test_upsamplers_enlarge_what_the_decoder_drew(whole, images):
     """The last size is the largest upsampler's; equal positions get equal noise."""
     drawn = variations(whole, images[:1], count=2, eta=0.0, steps=3)
     assert drawn.shape == (1, 2, 16, 16, 3)
-    small, large = inversion.decode(whole, Latents(np.ones((2, 16)), inversion.one_noise((8, 8, 3), 2, 0)), steps=3, positions=[4, 4])
+    small, large = inversion.decode(
+        whole, Latents(np.ones((2, 16)), inversion.one_noise((8, 8, 3), 2, 0)), steps=3, positions=[4, 4]
+    )
     assert small.shape == (2, 8, 8, 3) and large.shape == (2, 16, 16, 3)
     np.testing.assert_array_equal(large[0], large[1])
 
@@ -161,7 +183,9 @@ def test_interpolation(bundle, images, noise):
     assert drawn.shape == (3, 8, 8, 3) and drawn.dtype == np.uint8
     code = inversion.encode(bundle, images[:2], steps=STEPS)
     x_T = code.x_T if noise == "slerp" else inversion.one_noise(code.x_T.shape[1:], 2, 2)
-    ends = ops.to_uint8(inversion.decode(bundle, Latents(code.z_image, x_T), steps=STEPS, seed=2, positions=[0, 0])[-1])
+    ends = ops.to_uint8(
+        inversion.decode(bundle, Latents(code.z_image, x_T), steps=STEPS, seed=2, positions=[0, 0])[-1]
+    )
     assert np.abs(drawn[[0, 2]].astype(int) - ends).max() <= 2
     assert all(np.abs(drawn[1].astype(int) - end).max() > 2 for end in ends)
 
@@ -197,7 +221,9 @@ def test_inpainting(method, bundle, images):
     size = ops.resize(images[0], 8)
     everything = np.ones(size.shape[:2], bool)
     options = {"decoder": {"steps": 3}, "decoder_inpaint": {"steps": 3}, "prior_diffusion": {"steps": 2}}
-    draw = lambda mask, **kw: inpaint(bundle, size, mask, "a red fox", count=2, method=method, resamples=2, options=options, **kw)
+    draw = lambda mask, **kw: inpaint(
+        bundle, size, mask, "a red fox", count=2, method=method, resamples=2, options=options, **kw
+    )
     np.testing.assert_array_equal(draw(everything), np.stack([size, size]))
     half = everything.copy()
     half[:, 4:] = False
@@ -206,4 +232,6 @@ def test_inpainting(method, bundle, images):
     assert not np.array_equal(drawn[0, :, 4:], drawn[1, :, 4:])
     assert not np.array_equal(drawn, draw(half, seed=1))
     if method == "trained":  # which is what a bundle that can does
-        np.testing.assert_array_equal(drawn, inpaint(bundle, size, half, "a red fox", count=2, options=options))
+        np.testing.assert_array_equal(
+            drawn, inpaint(bundle, size, half, "a red fox", count=2, options=options)
+        )

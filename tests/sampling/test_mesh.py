@@ -37,12 +37,16 @@ def test_every_mesh_draws_the_same(shape, tiny_bundle, monkeypatch):
     for part in bundle.parts.values():
         if part.config["kind"] == "codec":
             continue
-        for leaf, wanted in zip(jax.tree.leaves(part.params), jax.tree.leaves(infer_shardings(part.params, bundle.mesh))):
+        for leaf, wanted in zip(
+            jax.tree.leaves(part.params), jax.tree.leaves(infer_shardings(part.params, bundle.mesh))
+        ):
             assert leaf.sharding == wanted
             split += not leaf.is_fully_replicated
     assert split > 0
     images = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
-    np.testing.assert_allclose(embed_images(bundle, images), embed_images(unclip_jax.load_bundle(tiny_bundle), images), atol=1e-4)
+    np.testing.assert_allclose(
+        embed_images(bundle, images), embed_images(unclip_jax.load_bundle(tiny_bundle), images), atol=1e-4
+    )
 
 
 def test_where_sampling_runs_by_default(monkeypatch):
@@ -65,7 +69,11 @@ def test_the_mesh_of_the_command(tiny_bundle, tmp_path, capsys):
     out = tmp_path / "a.png"
     arguments = ["sample", "a fox", "--bundle", str(tiny_bundle), "--out", str(out)]
     assert main([*arguments, "--mesh", "data=8"]) == 0 and out.exists()
-    for mesh, message in (("data=3", "does not fit 8 devices"), ("date=8", "unknown mesh axis date"), ("data=x", "are whole numbers")):
+    for mesh, message in (
+        ("data=3", "does not fit 8 devices"),
+        ("date=8", "unknown mesh axis date"),
+        ("data=x", "are whole numbers"),
+    ):
         assert main([*arguments, "--mesh", mesh]) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert message in error
@@ -106,7 +114,11 @@ watcher.join()
 print((peak[0] - before) / (4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))), np.asarray(placed["z_out"]["bias"])[0])
 """
 MODEL = DiffusionPrior(embed_dim=768, length=77, width=1024, layers=4, heads=16)
-INPUTS = {"text_embed": struct(1, 768), "text_states": struct(1, 77, 768), "text_mask": struct(1, 77, dtype=bool)}
+INPUTS = {
+    "text_embed": struct(1, 768),
+    "text_states": struct(1, 77, 768),
+    "text_mask": struct(1, 77, dtype=bool),
+}
 
 
 def prior_shapes():
@@ -116,8 +128,13 @@ def prior_shapes():
 def test_memory_of_loading(tmp_path):
     """Public weights of 220 MB reach the device with no second copy of them on the host: the peak is less than 1.2 times their size."""
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), prior_shapes())
-    save_file({k: np.ascontiguousarray(v) for k, v in export(params, karlo.PRIOR, "prior").items()}, tmp_path / "model.safetensors")
-    done = subprocess.run([sys.executable, "-c", LOADING, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in export(params, karlo.PRIOR, "prior").items()},
+        tmp_path / "model.safetensors",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     ratio, value = map(float, done.stdout.split())
     assert 0.95 < ratio < 1.2 and value == 0.5
@@ -126,5 +143,8 @@ def test_memory_of_loading(tmp_path):
 def test_on_cpu_the_hosts_weights_are_the_devices(tiny_bundle):
     """Nothing is copied to sample a bundle that was loaded to the host."""
     bundle = unclip_jax.load_bundle(tiny_bundle)
-    host, device = bundle.parts["prior_diffusion"].params["z_in"]["kernel"], Sampler(bundle).params["prior_diffusion"]["z_in"]["kernel"]
+    host, device = (
+        bundle.parts["prior_diffusion"].params["z_in"]["kernel"],
+        Sampler(bundle).params["prior_diffusion"]["z_in"]["kernel"],
+    )
     assert device.unsafe_buffer_pointer() == host.ctypes.data

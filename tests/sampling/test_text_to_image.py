@@ -45,13 +45,19 @@ def test_a_fixed_number_of_compilations(bundle, monkeypatch):
     sampler = Sampler(bundle.bundle)
     for count in (1, 2, 3, 4, 5, 9):
         for scale in (2.0, 3.5):
-            unclip_jax.text_to_image(sampler, ["a fox"] * count, seed=count, options={"decoder": {"guidance_scale": scale}})
+            unclip_jax.text_to_image(
+                sampler, ["a fox"] * count, seed=count, options={"decoder": {"guidance_scale": scale}}
+            )
     assert len(traced) == 2 * 3  # captions and the empty caption, for batches of 1, 2 and 4
 
 
 def test_guidance_scale_one_is_the_conditional_model(bundle):
     """The program without guidance and the guided one at scale 1 agree."""
-    plain = sample_stages(bundle, ["a fox"], options={"prior_diffusion": {"guidance_scale": 1}, "decoder": {"guidance_scale": 1}})
+    plain = sample_stages(
+        bundle,
+        ["a fox"],
+        options={"prior_diffusion": {"guidance_scale": 1}, "decoder": {"guidance_scale": 1}},
+    )
     almost = {"guidance_scale": np.float32(1.0)}
     guided = sample_stages(bundle, ["a fox"], options={"prior_diffusion": almost, "decoder": almost})
     np.testing.assert_allclose(plain.z_image, guided.z_image, atol=1e-3)
@@ -100,7 +106,9 @@ def test_figures(bundle):
         records = [source.read(i) for i in range(8)]
         z_image = embed_images(bundle, [ops.decode_image(record.image) for record in records])
         z_text = embed_captions(bundle, [record.captions[0] for record in records])
-        cosines = (z_image / np.linalg.norm(z_image, axis=1)[:, None]) @ (z_text / np.linalg.norm(z_text, axis=1)[:, None]).T
+        cosines = (z_image / np.linalg.norm(z_image, axis=1)[:, None]) @ (
+            z_text / np.linalg.norm(z_text, axis=1)[:, None]
+        ).T
         best = np.array([np.argmax(row) == i for i, row in enumerate(cosines)])
         assert figures[split]["retrieval"] == pytest.approx(best.mean(), abs=1e-3)
         assert figures[split]["text_embedding_cosine"] == pytest.approx(np.diag(cosines).mean(), abs=2e-3)
@@ -126,9 +134,20 @@ def test_shipped_bundle_is_sound():
     path = bundle_path("emoji")
     assert sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) <= 32e6
     shipped = unclip_jax.load_bundle("emoji")
-    assert set(shipped.parts) == {"clip", "prior_diffusion", "codec", "prior_ar", "decoder", "decoder_inpaint", "upsampler_64"}
+    assert set(shipped.parts) == {
+        "clip",
+        "prior_diffusion",
+        "codec",
+        "prior_ar",
+        "decoder",
+        "decoder_inpaint",
+        "upsampler_64",
+    }
     for name, run in shipped.provenance["training"].items():
         assert run["seconds"] > 0 and run["step"] > 0 and run["hardware"] and run["data_checksum"], name
     figures = shipped.provenance["figures"]
-    assert figures["compose"]["retrieval"] > 0.5 and figures["compose"]["caption_first"] >= 20 * figures["chance"]
+    assert (
+        figures["compose"]["retrieval"] > 0.5
+        and figures["compose"]["caption_first"] >= 20 * figures["chance"]
+    )
     assert jax.tree.leaves(shipped.parts["decoder"].params)[0].dtype == np.float32

@@ -23,7 +23,15 @@ from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.models.codec import Codec, project
 from unclip_jax.run import frozen
 from unclip_jax.run.batches import Data
-from unclip_jax.run.frozen import EMPTY, captions_of, clip_image_size, clip_network, clip_tokenizer, images_of, load_frozen
+from unclip_jax.run.frozen import (
+    EMPTY,
+    captions_of,
+    clip_image_size,
+    clip_network,
+    clip_tokenizer,
+    images_of,
+    load_frozen,
+)
 from unclip_jax.train import embed as stage
 from unclip_jax.train import prior_diffusion
 
@@ -66,11 +74,19 @@ def test_what_is_read_is_what_clip_says(folder, source, clip):
     embedded = sources.make_source({"name": "embeddings", "path": str(folder)})
     assert len(embedded) == COUNT and embedded.embedded.clip == clip.hash
     about = {"tokenizer": clip_tokenizer(clip), "size": clip_image_size(clip), "training": False}
-    example, mesh = lambda record: clip_example(record, None, **about), sharding.make_mesh(None, jax.devices()[:1])
-    image, text = jax.jit(functools.partial(images_of, clip, mesh)), jax.jit(functools.partial(captions_of, clip, mesh, True))
+    example, mesh = (
+        lambda record: clip_example(record, None, **about),
+        sharding.make_mesh(None, jax.devices()[:1]),
+    )
+    image, text = (
+        jax.jit(functools.partial(images_of, clip, mesh)),
+        jax.jit(functools.partial(captions_of, clip, mesh, True)),
+    )
     for i in (0, SHARD - 1, SHARD, COUNT - 1):
         record, picture = embedded.read(i), source.read(i)
-        assert record.captions == picture.captions and len(record.embeds["text_embed"]) == len(picture.captions)
+        assert record.captions == picture.captions and len(record.embeds["text_embed"]) == len(
+            picture.captions
+        )
         for n, caption in enumerate(picture.captions):
             row = {k: v[None] for k, v in example(dataclasses.replace(picture, captions=(caption,))).items()}
             np.testing.assert_allclose(record.embeds["image_embed"], image(clip.params, row)[0], atol=1e-4)
@@ -92,7 +108,9 @@ def test_manifest_and_codec(folder, source, clip):
     part, _ = load_part(folder / "codec", "codec")
     assert part.config["frozen"] == {"clip": clip.hash}
     components = part.params["components"].astype(np.float64)
-    np.testing.assert_allclose(components @ np.cov(z.T, bias=True) @ components.T, np.diag(part.params["eigenvalues"]), atol=1e-5)
+    np.testing.assert_allclose(
+        components @ np.cov(z.T, bias=True) @ components.T, np.diag(part.params["eigenvalues"]), atol=1e-5
+    )
     y = np.asarray(project(Codec(**part.params), np.float32(z), z.shape[1]))
     np.testing.assert_allclose([y.min(0), y.max(0)], [part.params["low"], part.params["high"]], atol=1e-4)
 
@@ -121,7 +139,9 @@ def test_two_hosts_share_the_shards(folder, tiny_run, source, tmp_path, monkeypa
     turn = {"host": 0}
 
     def wait(key):
-        if key == "embedded" and turn["host"] == 0:  # the first host is done with its shards: now the second one
+        if (
+            key == "embedded" and turn["host"] == 0
+        ):  # the first host is done with its shards: now the second one
             assert not (tmp_path / "out" / "00001").exists() and (tmp_path / "out" / "00002").is_dir()
             turn["host"] = 1
             with pytest.raises(FileNotFoundError, match="manifest.json is missing"):  # it would wait for it
@@ -138,7 +158,9 @@ def test_two_hosts_share_the_shards(folder, tiny_run, source, tmp_path, monkeypa
 def test_bad_records(tiny_run, source, tmp_path, caplog):
     """A record that cannot be read is left out, counted and named; too many stop it."""
     spoil = lambda record: dataclasses.replace(record, image=b"no picture")
-    broken = dataclasses.replace(source, fetch=lambda i: spoil(source.fetch(i)) if i in (3, 40) else source.fetch(i))
+    broken = dataclasses.replace(
+        source, fetch=lambda i: spoil(source.fetch(i)) if i in (3, 40) else source.fetch(i)
+    )
     manifest = run(tiny_run("clip"), broken, tmp_path / "some", states=False)
     assert (manifest["images"], manifest["bad"]) == (COUNT - 2, 2) and "skipped record 40" in caplog.text
     embedded = sources.make_source({"name": "embeddings", "path": str(tmp_path / "some")})
@@ -156,7 +178,9 @@ def test_refusals(copy, tiny_run, source, tmp_path, capsys):
     with pytest.raises(ValueError, match="exists and holds no embeddings"):
         run(tiny_run("clip"), source, tmp_path / "full")
     with pytest.raises(ValueError, match="holds embeddings already"):
-        run(tiny_run("clip"), sources.make_source({"name": "embeddings", "path": str(copy)}), tmp_path / "out")
+        run(
+            tiny_run("clip"), sources.make_source({"name": "embeddings", "path": str(copy)}), tmp_path / "out"
+        )
     shard = embeddings.Shard(copy / "00001", True)
     arrays = {file.stem: np.array(shard.array(file.stem)) for file in sorted(shard.folder.glob("*.npy"))}
     arrays["image_embed"] = arrays["image_embed"][::-1]
@@ -172,13 +196,17 @@ def test_refusals(copy, tiny_run, source, tmp_path, capsys):
 
 def config_of(name, folder, keep_clip=False, **changes):
     config = tiny_config(name, **changes)
-    use_embeddings(config, [str(folder), *(f"{key}={folder}" for key in config.data.get("eval", {}))], keep_clip)
+    use_embeddings(
+        config, [str(folder), *(f"{key}={folder}" for key in config.data.get("eval", {}))], keep_clip
+    )
     return config
 
 
 def test_a_prior_trains_from_it(folder, tiny_run, tmp_path):
     """Without the CLIP, which is not looked for; it says whose space it works in, and takes the mean of all embeddings."""
-    prior_diffusion.train_and_evaluate(config_of("prior_diffusion", folder, eval__rows=16), str(tmp_path / "prior"))
+    prior_diffusion.train_and_evaluate(
+        config_of("prior_diffusion", folder, eval__rows=16), str(tmp_path / "prior")
+    )
     meta = load_run(tmp_path / "prior")[0]
     assert meta["part"]["frozen"] == load_run(tiny_run("prior_diffusion"))[0]["part"]["frozen"]
     mean = json.loads((folder / "manifest.json").read_text())["image_embed"]["mean"]
@@ -188,9 +216,26 @@ def test_a_prior_trains_from_it(folder, tiny_run, tmp_path):
 
 def test_the_other_prior_trains_from_it(folder, tiny_run, tmp_path):
     """By the command, with the codec that lies in the folder; the evaluation still embeds pictures, with the CLIP named."""
-    settings = {"frozen.codec": folder / "codec", "steps": 2, "eval_every": 2, "checkpoint_every": 2, "data.backend": "numpy"}
-    command = ["train", "configs/emoji/prior_ar.py:tiny", "--workdir", str(tmp_path / "ar"), "--embeddings", str(folder)]
-    command += ["--clip", str(tiny_run("clip")), *(part for k, v in settings.items() for part in ("--set", f"{k}={v}"))]
+    settings = {
+        "frozen.codec": folder / "codec",
+        "steps": 2,
+        "eval_every": 2,
+        "checkpoint_every": 2,
+        "data.backend": "numpy",
+    }
+    command = [
+        "train",
+        "configs/emoji/prior_ar.py:tiny",
+        "--workdir",
+        str(tmp_path / "ar"),
+        "--embeddings",
+        str(folder),
+    ]
+    command += [
+        "--clip",
+        str(tiny_run("clip")),
+        *(part for k, v in settings.items() for part in ("--set", f"{k}={v}")),
+    ]
     assert main(command) == 0
     assert len(losses(tmp_path / "ar")) == 2
 
@@ -211,7 +256,12 @@ def test_the_same_conditioning_as_from_pictures(folder, source, tiny_run):
             config.frozen.clip = place
             networks = load_frozen(config, ".", mesh, {"clip": "clip"}, Data(data, {}))
             clip, mine = networks["clip"], None if own is None else ClipTokenizer(**own)
-            about = {"tokenizer": clip_tokenizer(clip), "size": clip_image_size(clip), "training": False, "text_tokenizer": mine}
+            about = {
+                "tokenizer": clip_tokenizer(clip),
+                "size": clip_image_size(clip),
+                "training": False,
+                "text_tokenizer": mine,
+            }
             rows = [clip_example(data.read(i), None, **about) for i in range(4)]
             batch = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
             text = captions_of(clip, mesh, own is None, clip.params, batch)
@@ -226,7 +276,9 @@ def test_the_same_conditioning_as_from_pictures(folder, source, tiny_run):
 def test_what_does_not_fit_is_refused(folder, clip, tmp_path):
     """Another CLIP, a stage that needs pictures, pictures without a CLIP, states that were not kept."""
     with pytest.raises(ValueError, match="was made with CLIP .* but the CLIP given is"):
-        prior_diffusion.train_and_evaluate(config_of("prior_diffusion", folder, True, frozen__clip="emoji"), str(tmp_path / "a"))
+        prior_diffusion.train_and_evaluate(
+            config_of("prior_diffusion", folder, True, frozen__clip="emoji"), str(tmp_path / "a")
+        )
     with pytest.raises(ValueError, match="the decoder stage needs pictures"):
         use_embeddings(tiny_config("decoder"), [str(folder)], False)
     with pytest.raises(ValueError, match="there is no evaluation 'test'; there are"):

@@ -10,8 +10,15 @@ from unclip_jax.train.sam import sam_gradient
 
 B, D = 12, 5
 RNG = np.random.default_rng(0)
-PARAMS = {"image": RNG.normal(size=(4, D)).astype(np.float32), "text": RNG.normal(size=(3, D)).astype(np.float32), "scale": np.float32(1.5)}
-BATCH = {"image": RNG.normal(size=(B, 4)).astype(np.float32), "text": RNG.normal(size=(B, 3)).astype(np.float32)}
+PARAMS = {
+    "image": RNG.normal(size=(4, D)).astype(np.float32),
+    "text": RNG.normal(size=(3, D)).astype(np.float32),
+    "scale": np.float32(1.5),
+}
+BATCH = {
+    "image": RNG.normal(size=(B, 4)).astype(np.float32),
+    "text": RNG.normal(size=(B, 3)).astype(np.float32),
+}
 
 
 def embed(params, rows):
@@ -29,7 +36,9 @@ def plain(params, batch=BATCH):
 
 
 def sam(rho, group_size, lanes=1):
-    return jax.jit(lambda p, b: sam_gradient(embed, loss, p, b, rho=rho, group_size=group_size, lanes=lanes))(PARAMS, BATCH)
+    return jax.jit(lambda p, b: sam_gradient(embed, loss, p, b, rho=rho, group_size=group_size, lanes=lanes))(
+        PARAMS, BATCH
+    )
 
 
 def assert_trees_close(a, b):
@@ -66,7 +75,9 @@ def test_groups_are_perturbed_on_their_own():
     def through(r, features, weights):
         def own(p):
             scale = p["scale"] / 3 + jax.lax.stop_gradient(p["scale"] * 2 / 3)
-            return loss({"scale": scale}, join([embed(p, parts[r]) if i == r else f for i, f in enumerate(features)]))[0]
+            return loss(
+                {"scale": scale}, join([embed(p, parts[r]) if i == r else f for i, f in enumerate(features)])
+            )[0]
 
         return jax.grad(own)(weights)
 
@@ -76,7 +87,9 @@ def test_groups_are_perturbed_on_their_own():
     expected = jax.tree.map(lambda *g: sum(g), *[through(r, features, w) for r, w in enumerate(weights)])
     (_, _), gradient = sam(rho, size)
     assert_trees_close(gradient, expected)
-    assert np.abs(np.asarray(gradient["image"]) - sam(rho, B)[1]["image"]).max() > 1e-3  # it is not one large group
+    assert (
+        np.abs(np.asarray(gradient["image"]) - sam(rho, B)[1]["image"]).max() > 1e-3
+    )  # it is not one large group
 
 
 @pytest.mark.parametrize("lanes", [2, 3, 6])
@@ -89,5 +102,7 @@ def test_lanes_change_nothing(lanes):
 
 @pytest.mark.parametrize("group_size, lanes", [(5, 1), (4, 2)])
 def test_what_does_not_divide_is_refused(group_size, lanes):
-    with pytest.raises(ValueError, match=f"12 rows does not divide into groups of {group_size} in {lanes} lanes"):
+    with pytest.raises(
+        ValueError, match=f"12 rows does not divide into groups of {group_size} in {lanes} lanes"
+    ):
         sam(0.1, group_size, lanes)

@@ -67,7 +67,9 @@ def test_eight_devices_equal_one(name, tiny_run, beside, monkeypatch):
     """The first ten losses, dropout on, Adam epsilon 1e-6."""
     assert jax.device_count() == 8
     eight = losses(tiny_run(name))[:10]
-    monkeypatch.setattr(STAGES[name][0], "make_mesh", lambda shape: sharding.make_mesh(None, jax.devices()[:1]))
+    monkeypatch.setattr(
+        STAGES[name][0], "make_mesh", lambda shape: sharding.make_mesh(None, jax.devices()[:1])
+    )
     train_tiny(name, beside, eval_every=0)
     np.testing.assert_allclose(losses(beside)[:10], eight, rtol=1e-4)
 
@@ -99,21 +101,33 @@ def test_codec_is_the_pca_of_the_training_embeddings(tiny_run, tmp_path):
     mesh = sharding.make_mesh(None, jax.devices()[:1])
     clip = clip_network(str(tiny_run("clip")), mesh, "float32")
     assert meta["part"]["frozen"] == {"clip": clip.hash} and steps == 2
-    example = functools.partial(clip_example, tokenizer=clip_tokenizer(clip), size=clip_image_size(clip), crop_scale=0.95)
+    example = functools.partial(
+        clip_example, tokenizer=clip_tokenizer(clip), size=clip_image_size(clip), crop_scale=0.95
+    )
     source = sources.make_source(meta["config"]["data"]["train"])
-    rows = list(pipeline.train_batches(source, example, batch_size=16, seed=0, num_steps=2, workers=pipeline.Workers("numpy")))
-    z = np.concatenate([jax.jit(functools.partial(images_of, clip, mesh))(clip.params, row) for row in rows]).astype(np.float64)
+    rows = list(
+        pipeline.train_batches(
+            source, example, batch_size=16, seed=0, num_steps=2, workers=pipeline.Workers("numpy")
+        )
+    )
+    z = np.concatenate(
+        [jax.jit(functools.partial(images_of, clip, mesh))(clip.params, row) for row in rows]
+    ).astype(np.float64)
     np.testing.assert_allclose(params["mean"], z.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(params["components"] @ params["components"].T, np.eye(16), atol=1e-5)
     covariance = params["components"] @ np.cov(z.T, bias=True) @ params["components"].T
-    np.testing.assert_allclose(covariance, np.diag(params["eigenvalues"]), atol=1e-4 * params["eigenvalues"][0])
+    np.testing.assert_allclose(
+        covariance, np.diag(params["eigenvalues"]), atol=1e-4 * params["eigenvalues"][0]
+    )
     assert np.all(np.diff(params["eigenvalues"]) <= 0)
     y = np.asarray(project(Codec(**params), z, 16))
     np.testing.assert_allclose(y.min(0), params["low"], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(y.max(0), params["high"], rtol=1e-3, atol=1e-4)
     before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
     again = train_tiny("codec", workdir)
-    assert again["explained_variance"] == pytest.approx(sum(params["eigenvalues"][:6]) / sum(params["eigenvalues"]))
+    assert again["explained_variance"] == pytest.approx(
+        sum(params["eigenvalues"][:6]) / sum(params["eigenvalues"])
+    )
     assert before == {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
 
 
@@ -153,7 +167,16 @@ def test_a_decoder_is_fine_tuned_to_inpaint(tiny_run, tmp_path):
     assert kernel.shape[2] == 7 and not kernel[:, :, 3:].any()
     run = tmp_path / "decoder_inpaint"
     # On eight devices: sizes that do not divide over them are rounded up.
-    train_tiny("decoder", run, str(source), model__inpaint=True, steps=3, eval_every=3, eval__batch_size=5, eval__samples=3)
+    train_tiny(
+        "decoder",
+        run,
+        str(source),
+        model__inpaint=True,
+        steps=3,
+        eval_every=3,
+        eval__batch_size=5,
+        eval__samples=3,
+    )
     meta, trained, _ = load_run(run)
     assert meta["name"] == "decoder_inpaint" and meta["part"]["model"]["inpaint"]
     assert np.abs(trained["unet"]["conv_in"]["kernel"][:, :, 3:]).min() > 0
@@ -169,8 +192,17 @@ def test_what_the_decoder_loss_teaches(inpaint, frozen):
     image, noise = np.random.default_rng(0).normal(size=(2, 2, 8, 8, 3)).astype(np.float32)
     caption = TextConditioning(jnp.ones((2, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 3), bool))
     clip = {"images_of": lambda params, batch: jnp.ones((2, 4)), "captions_of": lambda params, batch: caption}
-    answers = SimpleNamespace(text=None, inpaint=inpaint, apply=lambda variables, *_, **__: variables["params"]["unet"] + variables["params"]["text"])
-    settings = {"diffusion": {"prediction": "v", "vb_weight": 0.0, "num_steps": 1000}, "freeze_text": frozen, "drop_embedding": 0.1, "drop_text": 0.5}
+    answers = SimpleNamespace(
+        text=None,
+        inpaint=inpaint,
+        apply=lambda variables, *_, **__: variables["params"]["unet"] + variables["params"]["text"],
+    )
+    settings = {
+        "diffusion": {"prediction": "v", "vb_weight": 0.0, "num_steps": 1000},
+        "freeze_text": frozen,
+        "drop_embedding": 0.1,
+        "drop_text": 0.5,
+    }
     loss = functools.partial(
         decoder.loss_fn, rng=jax.random.key(0), batch={"image": image} | ({"known": known} if inpaint else {}),
         frozen={"clip": None, EMPTY: jax.tree.map(lambda a: a[:1], caption)}, **clip, model=answers, tables=training_tables(make_schedule("cosine", 1000)), **settings,
@@ -184,13 +216,34 @@ def test_what_the_decoder_loss_teaches(inpaint, frozen):
 def test_bundle_of_runs(tiny_run, tmp_path, capsys):
     """`unclip bundle` collects the runs' averaged weights, measures them, and they sample."""
     runs = {name: tiny_run(name) for name in STAGES}
-    assert main(["bundle", str(runs["clip"].parent), "--out", str(tmp_path / "b"), "--rows", "8", "--sampling", "decoder.steps=2"]) == 0
+    assert (
+        main(
+            [
+                "bundle",
+                str(runs["clip"].parent),
+                "--out",
+                str(tmp_path / "b"),
+                "--rows",
+                "8",
+                "--sampling",
+                "decoder.steps=2",
+            ]
+        )
+        == 0
+    )
     assert "own caption first of 8" in capsys.readouterr().out
     bundle = load_bundle(tmp_path / "b")
     assert set(bundle.parts) == {*STAGES, "codec"} and bundle.sampling["decoder"]["steps"] == 2
-    assert bundle.provenance["figures"]["chance"] == 0.125 and bundle.provenance["training"]["prior_diffusion"]["step"] == STEPS
+    assert (
+        bundle.provenance["figures"]["chance"] == 0.125
+        and bundle.provenance["training"]["prior_diffusion"]["step"] == STEPS
+    )
     trained = load_run(runs["prior_diffusion"])[1]
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float16)), bundle.parts["prior_diffusion"].params, trained)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float16)),
+        bundle.parts["prior_diffusion"].params,
+        trained,
+    )
 
 
 def test_bundle_of_one_run_and_a_base(tiny_run, tiny_bundle, tmp_path, capsys):
@@ -199,12 +252,18 @@ def test_bundle_of_one_run_and_a_base(tiny_run, tiny_bundle, tmp_path, capsys):
     (tmp_path / "runs" / "upsampler_16").symlink_to(tiny_run("upsampler_16"))
     args = ["bundle", str(tmp_path / "runs"), "--out", str(tmp_path / "b"), "--rows", "0"]
     assert main(args) == 1
-    assert "has no run of clip, prior_diffusion, decoder; train it first (it has: upsampler_16)" in capsys.readouterr().err
+    assert (
+        "has no run of clip, prior_diffusion, decoder; train it first (it has: upsampler_16)"
+        in capsys.readouterr().err
+    )
     assert main([*args, "--base", str(tiny_bundle)]) == 0
     bundle, base = load_bundle(tmp_path / "b"), load_bundle(tiny_bundle)
     assert set(bundle.parts) == set(base.parts) and bundle.sampling == base.sampling
     for name, part in bundle.parts.items():
-        same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(part.params), jax.tree.leaves(base.parts[name].params)))
+        same = all(
+            np.array_equal(a, b)
+            for a, b in zip(jax.tree.leaves(part.params), jax.tree.leaves(base.parts[name].params))
+        )
         assert same == (name != "upsampler_16"), name
     assert set(bundle.provenance["training"]) == {"upsampler_16"}
 

@@ -35,6 +35,7 @@ from safetensors.numpy import save_file
 from unclip_jax.checkpoint import format1
 from unclip_jax.checkpoint.files import Place, keep, open_weights, read_json
 from unclip_jax.checkpoint.store import ParamsHash, params_hash
+from unclip_jax.errors import InputError, MissingError
 from unclip_jax.paths import store_errors, user_path, whole_folder, write_json
 
 FORMAT_VERSION = 2
@@ -86,9 +87,9 @@ class Bundle:
         return self.parts[name]
 
 
-def no_part(path: str | os.PathLike, name: str, names: Iterable[str]) -> KeyError:
+def no_part(path: str | os.PathLike, name: str, names: Iterable[str]) -> MissingError:
     """The error of a part that a bundle does not have."""
-    return KeyError(f"the bundle {path} has no part {name!r}; it has {', '.join(names)}")
+    return MissingError(f"the bundle {path} has no part {name!r}; it has {', '.join(names)}")
 
 
 def upsamplers(parts: Mapping[str, Part]) -> list[str]:
@@ -125,7 +126,7 @@ def check_frozen(parts: Mapping[str, Part]) -> None:
             if role not in hashes:
                 hashes[role] = parts[role].hash or params_hash(parts[role].params)
             if hashes[role] != trained_with:
-                raise ValueError(
+                raise InputError(
                     f"part {name!r} was trained {TRAINED.get(role, f'with the {role}')} {trained_with}, "
                     f"but the {role} part is {hashes[role]}; combine parts trained with the same {role}"
                 )
@@ -158,7 +159,7 @@ def read_description(path: Path, only: str | None = None) -> Description:
     top = read_json(path / "bundle.json", "bundle")
     version = top.get("format_version")
     if version not in (1, FORMAT_VERSION):
-        raise ValueError(
+        raise InputError(
             f"{path}/bundle.json has format version {version}; this version reads 1 and {FORMAT_VERSION}"
         )
     folders = {format1.part_name(name) if version == 1 else name: path / name for name in top["parts"]}
@@ -197,7 +198,7 @@ def read_part(path: Path, config: dict, expected_hash: str | None = None, place:
         flat[tuple(name.split("/"))] = place(name, keep(name, value))
         weights.release(name)
     if expected_hash not in (None, computed.digest()):
-        raise ValueError(
+        raise InputError(
             f"{path} does not hold the network that bundle.json describes (hash differs); "
             "copy the bundle again"
         )
@@ -220,7 +221,7 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
         parameters were placed on a mesh.
     """
     if bundle.mesh is not None:
-        raise ValueError(
+        raise InputError(
             f"the bundle {bundle.path} was loaded onto a mesh, where weights may be rounded; "
             "load it without one to save it"
         )
@@ -231,7 +232,7 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
             and not (path / "bundle.json").is_file()
             and (not path.is_dir() or any(path.iterdir()))
         ):
-            raise ValueError(f"{path} exists and is not a bundle; choose another folder")
+            raise InputError(f"{path} exists and is not a bundle; choose another folder")
     check_frozen(bundle.parts)
     with whole_folder(path, "bundle.json") as temporary:
         listing = {}

@@ -21,6 +21,7 @@ import numpy as np
 from flax import traverse_util
 
 from unclip_jax.checkpoint.files import Place, Weights, aligned, keep, list_names
+from unclip_jax.errors import InputError
 
 THREADS = min(8, os.cpu_count() or 1)  # tensors converted at a time
 ROWS = 16  # of a tensor transposed at a time, so that the rows stay in the processor's cache
@@ -171,7 +172,7 @@ def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, pla
         if found
     ]
     if problems:
-        raise ValueError(f"{name} does not fit these weights: {'; '.join(problems)}")
+        raise InputError(f"{name} does not fit these weights: {'; '.join(problems)}")
 
     def read(tensor: str) -> list[tuple[tuple[str, ...], Any]]:
         parameters = plan[tensor]
@@ -226,7 +227,7 @@ def export(params: Any, rules: Sequence[Rule], name: str) -> dict[str, np.ndarra
         match, template, transform = found
         tensors[template.format(**match.groupdict())] = transform.backward(np.asarray(value))
     if nameless:
-        raise ValueError(f"{name}: the other library has no name for {list_names(nameless)}")
+        raise InputError(f"{name}: the other library has no name for {list_names(nameless)}")
     return tensors
 
 
@@ -244,4 +245,4 @@ def expect(config: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> N
     """
     for key, value in wanted.items():
         if key in config and config[key] != value:
-            raise ValueError(f"{name}: {key} is {config[key]!r}, but the network here has {value!r}")
+            raise InputError(f"{name}: {key} is {config[key]!r}, but the network here has {value!r}")

@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from unclip_jax.errors import InputError
+
 LISTED = 6  # how many names of each kind an error lists
 ALIGNMENT = 64  # bytes; an array in memory aligned like this is used by JAX on CPU without a copy
 
@@ -46,9 +48,9 @@ def read_json(path: Path, whole: str = "folder") -> dict:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; the {whole} is incomplete") from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy the {whole} again") from None
+        raise InputError(f"{path} is not valid JSON ({error}); copy the {whole} again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object; copy the {whole} again")
+        raise InputError(f"{path} does not hold a JSON object; copy the {whole} again")
     return value
 
 
@@ -59,7 +61,7 @@ def missing_settings(path: Path) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise ValueError(f"{path}: a configuration lacks {error.args[0]!r}; copy the folder again") from None
+        raise InputError(f"{path}: a configuration lacks {error.args[0]!r}; copy the folder again") from None
 
 
 class Weights(Mapping):
@@ -128,12 +130,12 @@ def open_weights(
         if index.is_file():
             listed = read_json(index, whole).get("weight_map")
             if not isinstance(listed, dict) or any(Path(str(file)).name != file for file in listed.values()):
-                raise ValueError(f"{index} has no weight_map of files beside it; copy the {whole} again")
+                raise InputError(f"{index} has no weight_map of files beside it; copy the {whole} again")
             files = {tensor: folder / file for tensor, file in listed.items()}
             found = {path: set(_names(path, whole)) for path in set(files.values())}
             lost = [tensor for tensor, path in files.items() if tensor not in found[path]]
             if lost:
-                raise ValueError(
+                raise InputError(
                     f"{files[lost[0]]} lacks {list_names(lost)}, which {index.name} lists; "
                     f"copy the {whole} again"
                 )
@@ -144,7 +146,7 @@ def open_weights(
         path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{suffix}")
     )
     if pickled:
-        raise ValueError(
+        raise InputError(
             f"{folder / pickled[0]} is a pickle, which could run code: "
             "save it as safetensors where you trust it"
         )
@@ -162,9 +164,9 @@ def _names(path: Path, whole: str) -> list[str]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; the {whole} is incomplete") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}); copy the {whole} again") from None
+        raise InputError(f"{path} cannot be read as safetensors ({error}); copy the {whole} again") from None
     if other:
-        raise ValueError(f"{path} holds tensors of {', '.join(other)}; known here: {', '.join(DTYPES)}")
+        raise InputError(f"{path} holds tensors of {', '.join(other)}; known here: {', '.join(DTYPES)}")
     return names
 
 

@@ -15,6 +15,7 @@ from unclip_jax.checkpoint.files import keep
 from unclip_jax.checkpoint.providers import find_provider
 from unclip_jax.checkpoint.store import folder as checkpoint_folder
 from unclip_jax.checkpoint.store import load_run
+from unclip_jax.errors import InputError, MissingError, MissingPackageError
 from unclip_jax.paths import is_remote, local_copy, store_errors
 from unclip_jax.sharding import placer
 
@@ -91,7 +92,7 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
     if trained:
         meta, params, step = load_run(path)
         if meta["name"] != name:
-            raise KeyError(f"{path} is a run of {meta['name']!r}, not of {name!r}")
+            raise MissingError(f"{path} is a run of {meta['name']!r}, not of {name!r}")
         meta["provenance"]["step"] = step
         return Part(meta["part"], params), meta
     path = Path(_local(path)).expanduser()
@@ -131,13 +132,13 @@ def _local(path: str | os.PathLike) -> str | os.PathLike:
         return path
     name, _, revision = text.removeprefix("hf:").partition("@")
     if not revision or name.count("/") != 1:
-        raise ValueError(
+        raise InputError(
             f"{text}: write hf:owner/name@revision; the revision (a commit or tag) fixes what is loaded"
         )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ImportError(
+        raise MissingPackageError(
             'reading from the hub needs huggingface_hub: pip install "unclip_jax[web]"'
         ) from None
     wanted = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors", "*/merges.txt", "merges.txt"]

@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from unclip_jax.checkpoint.format1 import upgrade_run_meta
+from unclip_jax.errors import InputError
 from unclip_jax.paths import absolute, check_store, is_store_error, user_path
 from unclip_jax.sharding import path_name
 
@@ -104,7 +105,7 @@ class CheckpointStore:
         for step in sorted(self.manager.all_steps(), reverse=True):
             with contextlib.suppress(ValueError, KeyError, FileNotFoundError):
                 return self.meta(step)
-        raise ValueError(f"every checkpoint in {self.manager.directory} is damaged; use another workdir")
+        raise InputError(f"every checkpoint in {self.manager.directory} is damaged; use another workdir")
 
     def meta(self, step: int) -> dict:
         """The meta of a checkpoint, in format 2."""
@@ -152,7 +153,7 @@ class CheckpointStore:
                 self.manager.delete(damaged)
             return state.replace(**items["state"], ema_params=items["ema_params"]), step
         newest, error = next(iter(failed.items()))
-        raise ValueError(
+        raise InputError(
             f"checkpoint {newest} in {self.manager.directory} does not fit this configuration "
             f"({_line(error)}); use another workdir"
         ) from error
@@ -196,7 +197,7 @@ def _bits(leaf: jax.Array) -> jax.Array:
 def _check(meta: dict, items: dict[str, Any]) -> None:
     for name, tree in items.items():
         if meta.get("checksums", {}).get(name, expected := _checksum(tree)) != expected:
-            raise ValueError(f"the values of {name} are not those that were written")
+            raise InputError(f"the values of {name} are not those that were written")
 
 
 def _out_of_reach(error: Exception) -> bool:

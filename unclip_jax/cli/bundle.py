@@ -5,16 +5,36 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from unclip_jax.errors import InputError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("runs", metavar="RUNS", help="the folder with the runs: clip, prior_diffusion, decoder, upsampler_64, ...")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the bundle's folder; a bundle found there is replaced")
-    parser.add_argument("--base", metavar="BUNDLE", help="a bundle that gives the parts which have no run in RUNS")
     parser.add_argument(
-        "--sampling", action="append", default=[], metavar="PART.OPTION=VALUE", help="a sampling default, e.g. decoder.guidance_scale=3"
+        "runs",
+        metavar="RUNS",
+        help="the folder with the runs: clip, prior_diffusion, decoder, upsampler_64, ...",
     )
-    parser.add_argument("--rows", type=int, default=100, metavar="N", help="held-out rows per split to measure on; 0: none (100)")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="the bundle's folder; a bundle found there is replaced"
+    )
+    parser.add_argument(
+        "--base", metavar="BUNDLE", help="a bundle that gives the parts which have no run in RUNS"
+    )
+    parser.add_argument(
+        "--sampling",
+        action="append",
+        default=[],
+        metavar="PART.OPTION=VALUE",
+        help="a sampling default, e.g. decoder.guidance_scale=3",
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=100,
+        metavar="N",
+        help="held-out rows per split to measure on; 0: none (100)",
+    )
 
 
 def collect(runs: Any, base: str | None = None):
@@ -35,12 +55,17 @@ def collect(runs: Any, base: str | None = None):
     if not folders:
         raise FileNotFoundError(f"{runs} has no run; train clip, prior_diffusion and decoder first")
     start = load_bundle(base) if base else Bundle({})
-    parts, training, sampling, origin = dict(start.parts), dict(start.provenance.get("training", {})), dict(start.sampling), {}
+    parts, training, sampling, origin = (
+        dict(start.parts),
+        dict(start.provenance.get("training", {})),
+        dict(start.sampling),
+        {},
+    )
     for folder in folders:
         meta, params, step = load_run(folder)
         name = meta["name"]
         if name in origin:
-            raise ValueError(f"{origin[name]} and {folder} are both runs of {name}; move one of them away")
+            raise InputError(f"{origin[name]} and {folder} are both runs of {name}; move one of them away")
         origin[name] = folder
         parts[name] = Part(meta["part"], params)
         training[name] = meta["provenance"] | {"config": meta["config"], "step": step}
@@ -48,7 +73,9 @@ def collect(runs: Any, base: str | None = None):
             sampling[name] = meta["sampling"]
     missing = [name for name in ("clip", "prior_diffusion", "decoder") if name not in parts]
     if missing:
-        raise FileNotFoundError(f"{runs} has no run of {', '.join(missing)}; train it first (it has: {', '.join(origin)})")
+        raise FileNotFoundError(
+            f"{runs} has no run of {', '.join(missing)}; train it first (it has: {', '.join(origin)})"
+        )
     check_frozen(parts)
     return Bundle(parts, sampling=sampling, provenance={"training": training})
 
@@ -63,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.sampling.programs import stage_options
 
     if args.rows < 0 or args.rows == 1:
-        raise ValueError(f"--rows must be 0 or at least 2, got {args.rows}")
+        raise InputError(f"--rows must be 0 or at least 2, got {args.rows}")
     use_compilation_cache()
     bundle = collect(user_path(args.runs), args.base)
     for part, options in part_options(args.sampling).items():

@@ -7,20 +7,54 @@ import os
 import sys
 from pathlib import Path
 
+from unclip_jax.errors import InputError, MemoryNeededError
+
 ADVICE = "raise mesh.fsdp or (not clip's) grad_accumulation, lower --batch, set remat=full, optimizer.mu_dtype=bfloat16, or take more chips"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("config", metavar="CONFIG", help="a configuration file, with :VARIANT if wanted, as for `unclip train`")
-    parser.add_argument("--topology", required=True, metavar="T", help="v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2 (needs libtpu), or cpu:8")
-    parser.add_argument("--mesh", metavar="AXIS=N,...", help="data=2,fsdp=8 (the configuration's); one number may be -1")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a configuration file, with :VARIANT if wanted, as for `unclip train`",
+    )
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="T",
+        help="v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2 (needs libtpu), or cpu:8",
+    )
+    parser.add_argument(
+        "--mesh", metavar="AXIS=N,...", help="data=2,fsdp=8 (the configuration's); one number may be -1"
+    )
     parser.add_argument("--batch", type=int, metavar="N", help="the global batch (the configuration's)")
-    parser.add_argument("--sample", action="store_true", help="the stage's sampler in place of its train step (--batch: one row a device)")
-    parser.add_argument("--embeddings", action="store_true", help="a prior's step that reads what `unclip embed` wrote, without the CLIP")
-    parser.add_argument("--clip", metavar="CONFIG", help="the frozen CLIP's configuration (clip.py beside the stage's)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="as for `unclip train`")
-    parser.add_argument("--save", metavar="FILE", help="write the compiled program, for `jax.experimental.serialize_executable`")
+    parser.add_argument(
+        "--sample",
+        action="store_true",
+        help="the stage's sampler in place of its train step (--batch: one row a device)",
+    )
+    parser.add_argument(
+        "--embeddings",
+        action="store_true",
+        help="a prior's step that reads what `unclip embed` wrote, without the CLIP",
+    )
+    parser.add_argument(
+        "--clip", metavar="CONFIG", help="the frozen CLIP's configuration (clip.py beside the stage's)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="assignments",
+        help="as for `unclip train`",
+    )
+    parser.add_argument(
+        "--save",
+        metavar="FILE",
+        help="write the compiled program, for `jax.experimental.serialize_executable`",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,13 +63,15 @@ def run(args: argparse.Namespace) -> None:
     if "jax" not in sys.modules:  # it reads these once
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         if kind == "cpu" and count.isdigit():
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+            os.environ["XLA_FLAGS"] = (
+                f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+            )
     from unclip_jax.cli.options import parse_assignments
     from unclip_jax.cli.train import load_config, override
     from unclip_jax.compile import step
 
     if args.sample and args.embeddings:
-        raise ValueError("--embeddings is for a train step; a sampler reads captions")
+        raise InputError("--embeddings is for a train step; a sampler reads captions")
     config = load_config(args.config)
     for key, value in parse_assignments(args.assignments).items():
         override(config, key, value)
@@ -66,12 +102,16 @@ def describe(report, topology: str) -> str:
     gib, lines = 2**30, []
     sizes = " x ".join(f"{axis}={n}" for axis, n in report.mesh.items())
     lines.append(f"{report.devices} devices of {topology}, mesh {sizes}, batch {report.batch_size}")
-    parts = ", ".join(f"{name} {getattr(report, name) / gib:.2f}" for name in (*HELD, "temporary") if getattr(report, name))
+    parts = ", ".join(
+        f"{name} {getattr(report, name) / gib:.2f}" for name in (*HELD, "temporary") if getattr(report, name)
+    )
     limit = "" if report.chip is None else f" of {report.chip.memory / gib:.1f}"
     lines.append(f"memory a device: {report.memory / gib:.2f}{limit} GiB ({parts})")
     extra = report.flops / report.model_flops - 1
     each = report.flops / report.devices
-    lines.append(f"operations a step: {report.flops:.3e}, {each:.3e} a device; {100 * extra:.0f}% of the model's are done twice")
+    lines.append(
+        f"operations a step: {report.flops:.3e}, {each:.3e} a device; {100 * extra:.0f}% of the model's are done twice"
+    )
     lines.append(f"bytes moved a device: {report.traffic / gib:.1f} GiB")
     for kind, (times, size) in sorted(report.collectives.items()):
         lines.append(f"{kind}: {times} a step, {size / gib:.3f} GiB arrive at a device")
@@ -96,7 +136,7 @@ def verdict(report) -> str:
     if report.chip is None:
         return ""
     if report.memory > report.chip.memory:
-        raise MemoryError(f"it does NOT fit: {ADVICE}")
+        raise MemoryNeededError(f"it does NOT fit: {ADVICE}")
     return "it fits"
 
 
@@ -111,5 +151,7 @@ def save(compiled, path: str) -> None:
     try:
         data = serialize_executable.serialize(compiled)
     except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"this platform's program cannot be stored ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(
+            f"this platform's program cannot be stored ({' '.join(str(error).split())[:200]})"
+        ) from None
     write_whole(path, pickle.dumps(data))

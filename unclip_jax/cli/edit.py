@@ -10,9 +10,13 @@ from unclip_jax.cli.options import add_image_arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("image", metavar="IMAGE", help="the picture to change")
-    parser.add_argument("--from", dest="source", default="", metavar="CAPTION", help='what it shows (""; "a photo" works too)')
+    parser.add_argument(
+        "--from", dest="source", default="", metavar="CAPTION", help='what it shows (""; "a photo" works too)'
+    )
     parser.add_argument("--to", dest="target", required=True, metavar="CAPTION", help="what it shall show")
-    parser.add_argument("--theta", type=float, default=0.5, metavar="T", help="how far to turn at most, in (0, 1] (0.5)")
+    parser.add_argument(
+        "--theta", type=float, default=0.5, metavar="T", help="how far to turn at most, in (0, 1] (0.5)"
+    )
     add_image_arguments(parser, count=7)
 
 

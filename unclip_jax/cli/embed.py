@@ -4,18 +4,55 @@ from __future__ import annotations
 
 import argparse
 
+from unclip_jax.errors import InputError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("--clip", required=True, metavar="DIR", help="a bundle, public weights, or a run that trained CLIP")
-    parser.add_argument("--data", action="append", default=[], metavar="K=V", help="the source: name=tfrecord, pattern='DIR/*.tfrecord'")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder; one begun with the same arguments is gone on with")
-    parser.add_argument("--states", action="store_true", help="keep CLIP's text states too (for priors that see them: Karlo's, emoji's)")
-    parser.add_argument("--batch", type=int, default=256, metavar="N", help="images at a time on each host (256)")
-    parser.add_argument("--shard", type=int, default=8192, metavar="N", help="records in a shard: what a kill loses, memory holds (8192)")
-    parser.add_argument("--dtype", default="auto", metavar="T", help="that CLIP computes in: float32, bfloat16 or auto (auto)")
-    parser.add_argument("--max-bad", type=float, default=0.01, metavar="F", help="fraction of records that may be unreadable (0.01)")
-    parser.add_argument("--distributed", action="store_true", help="join the other hosts first (cloud TPU pods, SLURM)")
+    parser.add_argument(
+        "--clip", required=True, metavar="DIR", help="a bundle, public weights, or a run that trained CLIP"
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="the source: name=tfrecord, pattern='DIR/*.tfrecord'",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="the folder; one begun with the same arguments is gone on with",
+    )
+    parser.add_argument(
+        "--states",
+        action="store_true",
+        help="keep CLIP's text states too (for priors that see them: Karlo's, emoji's)",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=256, metavar="N", help="images at a time on each host (256)"
+    )
+    parser.add_argument(
+        "--shard",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="records in a shard: what a kill loses, memory holds (8192)",
+    )
+    parser.add_argument(
+        "--dtype", default="auto", metavar="T", help="that CLIP computes in: float32, bfloat16 or auto (auto)"
+    )
+    parser.add_argument(
+        "--max-bad",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="fraction of records that may be unreadable (0.01)",
+    )
+    parser.add_argument(
+        "--distributed", action="store_true", help="join the other hosts first (cloud TPU pods, SLURM)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -24,9 +61,9 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.data.sources import make_source
 
     if not args.data:
-        raise ValueError("say what to embed: --data name=folder --data path=DIR, or --data name=emoji")
+        raise InputError("say what to embed: --data name=folder --data path=DIR, or --data name=emoji")
     if not 0 <= args.max_bad <= 1:
-        raise ValueError(f"--max-bad must be in [0, 1], got {args.max_bad}")
+        raise InputError(f"--max-bad must be in [0, 1], got {args.max_bad}")
     source = make_source(parse_assignments(args.data))
     if args.distributed:
         join_hosts()
@@ -48,5 +85,10 @@ def run(args: argparse.Namespace) -> None:
         max_bad_fraction=args.max_bad,
         progress=progress_bar("shards"),
     )
-    print(f"{manifest['images']} images and {manifest['captions']} captions in {args.out}; {manifest['bad']} records could not be read")
-    print("alignment: " + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in manifest["alignment"].items()))
+    print(
+        f"{manifest['images']} images and {manifest['captions']} captions in {args.out}; {manifest['bad']} records could not be read"
+    )
+    print(
+        "alignment: "
+        + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in manifest["alignment"].items())
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from unclip_jax.cli.options import add_bundle_arguments
+from unclip_jax.errors import InputError
 
 TASKS = ("samples", "retrieval", "zeroshot", "probe")
 SAMPLE_ROWS = 100
@@ -19,14 +20,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "zeroshot (classification), probe (a linear classifier)",
     )
     add_bundle_arguments(parser)
-    parser.add_argument("--data", action="append", default=[], metavar="K=V", help="the source, e.g. name=folder, path=DIR (name=emoji)")
-    parser.add_argument("--train", action="append", default=[], metavar="K=V", help="probe: what differs in its training source")
-    parser.add_argument("--label", default="caption", metavar="L", help="an image's class: caption, folder, or a field (caption)")
-    parser.add_argument("--templates", default="photo", metavar="T", help="zeroshot: name, photo, emoji, emoji_style, imagenet, or a file")
-    parser.add_argument("--rows", type=int, metavar="N", help="at most so many records, chosen at random (all); samples: of each split (100)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice, or of the samples (0)")
     parser.add_argument(
-        "--prior", default="prior_diffusion", metavar="P", help="samples: as for `unclip sample`; several with commas (prior_diffusion)"
+        "--data",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="the source, e.g. name=folder, path=DIR (name=emoji)",
+    )
+    parser.add_argument(
+        "--train",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="probe: what differs in its training source",
+    )
+    parser.add_argument(
+        "--label",
+        default="caption",
+        metavar="L",
+        help="an image's class: caption, folder, or a field (caption)",
+    )
+    parser.add_argument(
+        "--templates",
+        default="photo",
+        metavar="T",
+        help="zeroshot: name, photo, emoji, emoji_style, imagenet, or a file",
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help="at most so many records, chosen at random (all); samples: of each split (100)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of that choice, or of the samples (0)"
+    )
+    parser.add_argument(
+        "--prior",
+        default="prior_diffusion",
+        metavar="P",
+        help="samples: as for `unclip sample`; several with commas (prior_diffusion)",
     )
 
 
@@ -35,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.cli.options import check_seed, use_compilation_cache
 
     if args.rows is not None and args.rows < 2:
-        raise ValueError(f"--rows must be at least 2, got {args.rows}")
+        raise InputError(f"--rows must be at least 2, got {args.rows}")
     check_seed(args.seed)
     use_compilation_cache()
     if args.task == "samples":
@@ -51,13 +84,15 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
     from unclip_jax.sampling.unclip import check_prior
 
     if args.data or args.train:
-        raise ValueError("samples are measured on the embedded emoji: leave out --data and --train")
+        raise InputError("samples are measured on the embedded emoji: leave out --data and --train")
     sampler, priors = Sampler(open_bundle(args)), args.prior.split(",")
     for prior in priors:
         check_prior(sampler.bundle, prior)
     for prior in priors:
         progress = progress_bar(f"measuring, prior {prior}")
-        measured = samples.measure(sampler, rows=args.rows or SAMPLE_ROWS, seed=args.seed, prior=prior, progress=progress)
+        measured = samples.measure(
+            sampler, rows=args.rows or SAMPLE_ROWS, seed=args.seed, prior=prior, progress=progress
+        )
         print("\n".join([f"prior {prior}", *samples.describe(measured)]), flush=True)
 
 
@@ -73,9 +108,13 @@ def _evaluate_clip(args: argparse.Namespace) -> None:
     source = make_source(described)
     train = None
     if args.task == "probe":
-        differs = parse_assignments(args.train) or ({"split": "train"} if described["name"] == "emoji" else {})
+        differs = parse_assignments(args.train) or (
+            {"split": "train"} if described["name"] == "emoji" else {}
+        )
         if not differs:
-            raise ValueError("a probe learns from other records than it is tested on: say where they are with --train KEY=VALUE")
+            raise InputError(
+                "a probe learns from other records than it is tested on: say where they are with --train KEY=VALUE"
+            )
         train = make_source(described | differs)
     sampler = Sampler(open_bundle(args))
     shared = {"rows": args.rows, "seed": args.seed, "progress": progress_bar("embedding")}
@@ -83,10 +122,18 @@ def _evaluate_clip(args: argparse.Namespace) -> None:
     print(f"{args.task} on {count} of {len(source)} records of {source.name}")
     if args.task == "retrieval":
         for way, recall in clip.retrieval(sampler, source, **shared).items():
-            print(f"{way.replace('_', ' '):16}" + "".join(f"  recall@{k} {value:.4f}" for k, value in recall.items()))
+            print(
+                f"{way.replace('_', ' '):16}"
+                + "".join(f"  recall@{k} {value:.4f}" for k, value in recall.items())
+            )
     elif args.task == "zeroshot":
         accuracy, classes = clip.zeroshot(sampler, source, templates, label=args.label, **shared)
-        print("".join(f"top-{k} {value:.4f}  " for k, value in accuracy.items()) + f"of {classes} classes, {len(templates)} prompts each")
+        print(
+            "".join(f"top-{k} {value:.4f}  " for k, value in accuracy.items())
+            + f"of {classes} classes, {len(templates)} prompts each"
+        )
     else:
         found = clip.probe(sampler, train, source, label=args.label, **shared)
-        print(f"accuracy {found.accuracy:.4f}  (C {found.c:g}, chosen at {found.validation_accuracy:.4f} on held-out training rows)")
+        print(
+            f"accuracy {found.accuracy:.4f}  (C {found.c:g}, chosen at {found.validation_accuracy:.4f} on held-out training rows)"
+        )

@@ -12,7 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", metavar="A", help="the picture at the start")
     parser.add_argument("second", metavar="B", help="the picture at the end")
     parser.add_argument(
-        "--noise", default="slerp", choices=("slerp", "fixed"), help="x_T: turned from A's to B's, or one random draw throughout (slerp)"
+        "--noise",
+        default="slerp",
+        choices=("slerp", "fixed"),
+        help="x_T: turned from A's to B's, or one random draw throughout (slerp)",
     )
     add_image_arguments(parser, count=8)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from unclip_jax.errors import InputError
 from unclip_jax.paths import cache_folder, store_errors, user_path
 
 
@@ -33,7 +34,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     for item in assignments:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise ValueError(f"{item!r} is not KEY=VALUE")
+            raise InputError(f"{item!r} is not KEY=VALUE")
         pairs[key] = parse_value(value)
     return pairs
 
@@ -48,7 +49,7 @@ def part_options(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
     for key, value in parse_assignments(assignments).items():
         part, dot, option = key.partition(".")
         if not dot:
-            raise ValueError(f"{key!r} is not PART.OPTION, e.g. decoder.steps=50")
+            raise InputError(f"{key!r} is not PART.OPTION, e.g. decoder.steps=50")
         if option == "steps" and isinstance(value, tuple):
             value = ",".join(map(str, value))
         options.setdefault(part, {})[option] = value
@@ -77,7 +78,10 @@ def save_memory_on_cpu() -> None:
     import jax
 
     flags, option = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_enable_concurrency_optimized_scheduler"
-    if option not in flags and jax.__version_info__ < (0, 11):  # a flag that a later version does not know would end the process
+    if option not in flags and jax.__version_info__ < (
+        0,
+        11,
+    ):  # a flag that a later version does not know would end the process
         os.environ["XLA_FLAGS"] = f"{flags} {option}=false".strip()
 
 
@@ -101,11 +105,13 @@ def progress_bar(words: str) -> Callable[[int, int], None]:
 
 
 def parse_numbers(name: str, text: str | None) -> list[float]:
-    """"1,2.5" -> [1.0, 2.5]; None -> []. Raises ValueError naming the argument."""
+    """ "1,2.5" -> [1.0, 2.5]; None -> []. Raises ValueError naming the argument."""
     try:
         return [] if text is None else [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name} must be a number, or several with commas between them, got {text!r}") from None
+        raise InputError(
+            f"{name} must be a number, or several with commas between them, got {text!r}"
+        ) from None
 
 
 def parse_steps(text: str | None) -> int | str | tuple[int, ...] | None:
@@ -117,7 +123,12 @@ def parse_steps(text: str | None) -> int | str | tuple[int, ...] | None:
 
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     """`--bundle` and `--mesh`, for `open_bundle`."""
-    parser.add_argument("--bundle", default="emoji", metavar="DIR", help="a bundle's folder, or the name of a shipped one (emoji)")
+    parser.add_argument(
+        "--bundle",
+        default="emoji",
+        metavar="DIR",
+        help="a bundle's folder, or the name of a shipped one (emoji)",
+    )
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
@@ -138,21 +149,21 @@ def open_bundle(args: argparse.Namespace) -> Any:
     save_memory_on_cpu()
     shape = None if args.mesh is None else parse_assignments(args.mesh.split(","))
     if shape and not all(isinstance(size, int) for size in shape.values()):
-        raise ValueError(f"--mesh {args.mesh}: sizes are whole numbers, as in data=4,fsdp=2")
+        raise InputError(f"--mesh {args.mesh}: sizes are whole numbers, as in data=4,fsdp=2")
     return load_bundle(args.bundle, mesh=sampling_mesh(shape, stored_bytes(args.bundle)))
 
 
 def check_seed(seed: int) -> int:
     """The seed. Raises ValueError unless it fits 32 bits."""
     if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
+        raise InputError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
     return seed
 
 
 def check_out(path: str) -> str:
     """The name of a picture to write. Raises ValueError when it is a folder."""
     if user_path(path).is_dir():
-        raise ValueError(f"--out {path} is a folder; name a file")
+        raise InputError(f"--out {path} is a folder; name a file")
     return path
 
 
@@ -170,7 +181,7 @@ def read_image(path: str):
     except FileNotFoundError:
         raise FileNotFoundError(f"no picture {path}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
 def add_image_arguments(
@@ -187,14 +198,24 @@ def add_image_arguments(
       count: the default of `--count`; None: there is no such argument.
       guidance, steps: defaults; None: what the verb takes then, which is `otherwise` in words.
     """
-    said = lambda value: otherwise if value is None else f"{value:g}" if isinstance(value, float) else value  # noqa: E731
+    said = lambda value: otherwise if value is None else f"{value:g}" if isinstance(value, float) else value
     add_bundle_arguments(parser)
     parser.add_argument("--out", default="grid.png", metavar="FILE", help="the picture (grid.png)")
     if count is not None:
-        parser.add_argument("--count", type=int, default=count, metavar="N", help=f"how many to draw ({count})")
+        parser.add_argument(
+            "--count", type=int, default=count, metavar="N", help=f"how many to draw ({count})"
+        )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
-    parser.add_argument("--steps", default=steps, metavar="N", help=f"the decoder's sampling steps ({said(steps)})")
-    parser.add_argument("--guidance", type=float, default=guidance, metavar="S", help=f"the decoder's guidance scale ({said(guidance)})")
+    parser.add_argument(
+        "--steps", default=steps, metavar="N", help=f"the decoder's sampling steps ({said(steps)})"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=guidance,
+        metavar="S",
+        help=f"the decoder's guidance scale ({said(guidance)})",
+    )
 
 
 @dataclass(frozen=True)

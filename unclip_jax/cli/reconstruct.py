@@ -10,7 +10,9 @@ from unclip_jax.cli.options import add_image_arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("image", metavar="IMAGE", help="the picture")
-    parser.add_argument("--dims", type=int, nargs="+", metavar="N", help="numbers of components (the paper's, and all)")
+    parser.add_argument(
+        "--dims", type=int, nargs="+", metavar="N", help="numbers of components (the paper's, and all)"
+    )
     add_image_arguments(parser, count=None)
 
 
@@ -25,7 +27,13 @@ def run(args: argparse.Namespace) -> None:
     task = image_task(args)
     image = read_image(args.image)
     drawn, dims = reconstruct(
-        task.sampler, image, dims=args.dims, steps=task.steps, guidance_scale=args.guidance, seed=args.seed, progress=task.progress
+        task.sampler,
+        image,
+        dims=args.dims,
+        steps=task.steps,
+        guidance_scale=args.guidance,
+        seed=args.seed,
+        progress=task.progress,
     )
     labels = ["input", *[f"{d} components" for d in dims]]
     task.save(np.concatenate([square([image], drawn.shape[1]), drawn]), labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from unclip_jax.cli.options import add_bundle_arguments
+from unclip_jax.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where z_i comes from: prior_diffusion or prior_ar; none: the text embedding takes its place; null: the caption alone. "
         "Several with commas: a row of the grid for each (prior_diffusion)",
     )
-    parser.add_argument("--guidance", metavar="S", help="the decoder's guidance scale. 1,2,4: a row of the grid for each")
+    parser.add_argument(
+        "--guidance", metavar="S", help="the decoder's guidance scale. 1,2,4: a row of the grid for each"
+    )
     parser.add_argument("--prior-guidance", type=float, metavar="S", help="the prior's guidance scale")
-    parser.add_argument("--steps", metavar="N", help="the decoder's sampling steps: 50, or segments 10,10,3,2,2, or fast27")
+    parser.add_argument(
+        "--steps", metavar="N", help="the decoder's sampling steps: 50, or segments 10,10,3,2,2, or fast27"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -40,14 +45,22 @@ def run(args: argparse.Namespace) -> None:
 
     import numpy as np
 
-    from unclip_jax.cli.options import check_out, check_seed, open_bundle, parse_numbers, part_options, progress_bar, use_compilation_cache
+    from unclip_jax.cli.options import (
+        check_out,
+        check_seed,
+        open_bundle,
+        parse_numbers,
+        part_options,
+        progress_bar,
+        use_compilation_cache,
+    )
     from unclip_jax.grid import save_grid
     from unclip_jax.sampling.programs import Sampler
     from unclip_jax.sampling.text_to_image import text_to_image
     from unclip_jax.sampling.unclip import check_prior
 
     if args.samples < 1:
-        raise ValueError(f"--samples must be at least 1, got {args.samples}")
+        raise InputError(f"--samples must be at least 1, got {args.samples}")
     check_seed(args.seed)
     check_out(args.out)
     priors, scales = args.prior.split(","), parse_numbers("--guidance", args.guidance)
@@ -63,8 +76,21 @@ def run(args: argparse.Namespace) -> None:
     captions = [caption for caption in args.captions for _ in range(args.samples)]
     images, labels = [], []
     for prior, scale in itertools.product(priors, scales or [None]):
-        chosen = options if scale is None else {**options, "decoder": {**options.get("decoder", {}), "guidance_scale": scale}}
-        images.append(text_to_image(sampler, captions, seed=args.seed, prior=prior, options=chosen, progress=progress_bar("sampling")))
+        chosen = (
+            options
+            if scale is None
+            else {**options, "decoder": {**options.get("decoder", {}), "guidance_scale": scale}}
+        )
+        images.append(
+            text_to_image(
+                sampler,
+                captions,
+                seed=args.seed,
+                prior=prior,
+                options=chosen,
+                progress=progress_bar("sampling"),
+            )
+        )
         settings = [f"prior {prior}"] * (len(priors) > 1) + [f"guidance {scale}"] * (len(scales) > 1)
         labels += [", ".join([*settings, caption]) for caption in captions]
     if len(images) > 1:

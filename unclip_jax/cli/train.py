@@ -9,15 +9,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unclip_jax.errors import InputError
 from unclip_jax.paths import absolute, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("config", metavar="CONFIG", help="a configuration file, with :VARIANT if wanted, e.g. configs/emoji/clip.py:quick")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder; a run found there is resumed")
-    parser.add_argument("--init-from", metavar="BUNDLE", help="start from the weights of a bundle (or run) instead of fresh ones")
-    parser.add_argument("--clip", metavar="DIR", help="the frozen CLIP: a bundle or a run (default: the config's, ../clip)")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a configuration file, with :VARIANT if wanted, e.g. configs/emoji/clip.py:quick",
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="the run's folder; a run found there is resumed"
+    )
+    parser.add_argument(
+        "--init-from",
+        metavar="BUNDLE",
+        help="start from the weights of a bundle (or run) instead of fresh ones",
+    )
+    parser.add_argument(
+        "--clip", metavar="DIR", help="the frozen CLIP: a bundle or a run (default: the config's, ../clip)"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -33,8 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]DIR",
         help="train on what `unclip embed` wrote, not on pictures; with a name, evaluate on it; where all is embedded no CLIP is needed",
     )
-    parser.add_argument("--profile", metavar="A:B", help="trace the steps from A to B of this process into WORKDIR/profile")
-    parser.add_argument("--distributed", action="store_true", help="join the other hosts first (cloud TPU pods, SLURM)")
+    parser.add_argument(
+        "--profile", metavar="A:B", help="trace the steps from A to B of this process into WORKDIR/profile"
+    )
+    parser.add_argument(
+        "--distributed", action="store_true", help="join the other hosts first (cloud TPU pods, SLURM)"
+    )
 
 
 def load_config(spec: str):
@@ -48,11 +65,11 @@ def load_config(spec: str):
         raise FileNotFoundError(f"no configuration file {path}")
     module_spec = importlib.util.spec_from_file_location("unclip_config", path)
     if module_spec is None:
-        raise ValueError(f"{path} is not a Python configuration file")
+        raise InputError(f"{path} is not a Python configuration file")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no get_config function")
+        raise InputError(f"{path} has no get_config function")
     return module.get_config(variant)
 
 
@@ -68,16 +85,19 @@ def override(config, key: str, value: Any) -> None:
         if not hasattr(node, "keys") or name not in node:
             known = sorted(node.keys()) if hasattr(node, "keys") else []
             near = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"))
+            raise InputError(
+                f"unknown setting {key!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}")
+            )
         parent, node = node, node[name]
     if hasattr(node, "keys"):
-        raise ValueError(f"setting {key!r} is a group; set one of {', '.join(sorted(node.keys()))}")
+        raise InputError(f"setting {key!r} is a group; set one of {', '.join(sorted(node.keys()))}")
     if isinstance(node, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(node, str) and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if node is not None and value is not None and type(node) is not type(value):
-        raise ValueError(f"setting {key!r} is a {type(node).__name__}, got {value!r}")
+        raise InputError(f"setting {key!r} is a {type(node).__name__}, got {value!r}")
     with config.unlocked():
         parent[last] = value
 
@@ -92,18 +112,24 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
     from unclip_jax.run.frozen import EMBEDDABLE
 
     if config.stage not in EMBEDDABLE:
-        raise ValueError(f"the {config.stage} stage needs pictures; embeddings are for the priors and the codec")
+        raise InputError(
+            f"the {config.stage} stage needs pictures; embeddings are for the priors and the codec"
+        )
     evaluations = config.data.get("eval", {})
     with config.unlocked():
         for item in folders:
             name, equals, folder = item.rpartition("=")
             if equals and name not in evaluations:
-                raise ValueError(f"--embeddings {item}: there is no evaluation {name!r}; there are {', '.join(evaluations) or 'none'}")
+                raise InputError(
+                    f"--embeddings {item}: there is no evaluation {name!r}; there are {', '.join(evaluations) or 'none'}"
+                )
             # A ConfigDict keeps old keys where it is given a dict: the source is another one as a whole.
             where, key = (evaluations, name) if equals else (config.data, "train")
             del where[key]
             where[key] = {"name": "embeddings", "path": absolute(folder)}
-        if not keep_clip and all(source.name == "embeddings" for source in (config.data.train, *evaluations.values())):
+        if not keep_clip and all(
+            source.name == "embeddings" for source in (config.data.train, *evaluations.values())
+        ):
             config.frozen.clip = config.data.train.path
 
 
@@ -115,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
     assignments = parse_assignments(args.assignments)
     if args.clip is not None:
         if "clip" not in config.frozen:
-            raise ValueError(f"the {config.stage} stage has no frozen CLIP; leave out --clip")
+            raise InputError(f"the {config.stage} stage has no frozen CLIP; leave out --clip")
         # As typed on the command line, a relative path is relative to the current folder.
         assignments["frozen.clip"] = absolute(args.clip) if user_path(args.clip).exists() else args.clip
     if args.embeddings:
@@ -130,5 +156,5 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.train import STAGES
 
     if config.stage not in STAGES:
-        raise ValueError(f"unknown stage {config.stage!r}; choose one of {', '.join(STAGES)}")
+        raise InputError(f"unknown stage {config.stage!r}; choose one of {', '.join(STAGES)}")
     STAGES[config.stage].train_and_evaluate(config, args.workdir, args.init_from)

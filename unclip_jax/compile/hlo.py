@@ -20,7 +20,17 @@ _CALLED = re.compile(
     r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
 _RECEIVED = "recv"
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier"}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+}
 _SLICES = {"dynamic-slice", "slice", "gather", "slice-start"}
 
 
@@ -35,7 +45,11 @@ class _Op:
 
     @functools.cached_property
     def called(self) -> list[str]:
-        return [name for many, one in _CALLED.findall(self.line) for name in (many or one).replace("%", "").split(", ")]
+        return [
+            name
+            for many, one in _CALLED.findall(self.line)
+            for name in (many or one).replace("%", "").split(", ")
+        ]
 
     @functools.cached_property
     def collective(self) -> str:  # its kind, "" if it is none
@@ -48,7 +62,9 @@ class _Op:
         return channel[1] if channel else self.name
 
     @functools.cached_property
-    def sizes(self) -> list[tuple[float, bool]]:  # of every array: its bytes, and whether it lies in main memory
+    def sizes(
+        self,
+    ) -> list[tuple[float, bool]]:  # of every array: its bytes, and whether it lies in main memory
         def size(dtype: str, dims: str) -> float:
             bits = re.search(r"\d+", {"pred": "8", "token": "0"}.get(dtype, dtype))[0]
             return math.prod(int(n) for n in dims.split(",") if n) * int(bits) / 8
@@ -58,7 +74,10 @@ class _Op:
     @property
     def made(self) -> list[tuple[float, bool]]:  # of a collective: its results, of all `sizes`
         count = len(self.operands)
-        if self.kind in ("all-gather-start", "collective-permute-start", "reduce-scatter-start") and len(self.sizes) > count:
+        if (
+            self.kind in ("all-gather-start", "collective-permute-start", "reduce-scatter-start")
+            and len(self.sizes) > count
+        ):
             return self.sizes[count : 2 * count]  # of (operands, results, flags)
         return self.sizes
 
@@ -88,7 +107,11 @@ class Program:
                 self._entry = head[2] if head[1] else self._entry
             elif found := _LINE.match(line):
                 root, name, shape, kind, rest = found.groups()
-                given = (rest.partition(")")[0],) if kind == "parameter" else tuple(re.findall(r"%([\w.\-]+)", rest[: _closing(rest)]))
+                given = (
+                    (rest.partition(")")[0],)
+                    if kind == "parameter"
+                    else tuple(re.findall(r"%([\w.\-]+)", rest[: _closing(rest)]))
+                )
                 body[name] = _Op(name, shape, kind, given, line, bool(root))
 
     def collectives(self) -> dict[str, tuple[int, int]]:
@@ -116,7 +139,11 @@ class Program:
         body = self._bodies.get(name, {})
         for op in body.values():
             if op.collective:
-                kind = "reduce-scatter" if op.collective == "all-reduce" and self._scattered(body, op) else op.collective
+                kind = (
+                    "reduce-scatter"
+                    if op.collective == "all-reduce" and self._scattered(body, op)
+                    else op.collective
+                )
                 found[kind, op.channel] = 1, int(_arriving(op, kind))
             elif op.kind == _RECEIVED and "megascale" in op.line:  # (array, flags, token)
                 found[op.kind, op.channel] = 1, int(op.sizes[0][0])
@@ -130,7 +157,9 @@ class Program:
         # Whether only a slice of it leaves the fusion.
         users = [user for user in body.values() if op.name in user.operands]
         return bool(users) and all(
-            user.kind == "dynamic-slice" or (user.kind in ("bitcast", "copy", "reshape") and self._scattered(body, user)) for user in users
+            user.kind == "dynamic-slice"
+            or (user.kind in ("bitcast", "copy", "reshape") and self._scattered(body, user))
+            for user in users
         )
 
     def _turns(self, loop: _Op) -> int:
@@ -157,7 +186,9 @@ class Program:
                 total += max((self._bytes(inner, seen) for inner in op.called), default=0.0)
             else:
                 total += self._exchanged(body, op, seen)
-                total += self._written(body, op) + sum(self._read(body, op, i) for i in range(len(op.operands)))
+                total += self._written(body, op) + sum(
+                    self._read(body, op, i) for i in range(len(op.operands))
+                )
         return total
 
     def _exchanged(self, body: dict[str, _Op], op: _Op, seen: set[str]) -> float:
@@ -168,12 +199,20 @@ class Program:
         if not op.collective or op.channel in seen:
             return 0.0
         seen.add(op.channel)
-        return sum(size for size, main in op.made if main) + sum(body[name].main for name in op.operands if name in body)
+        return sum(size for size, main in op.made if main) + sum(
+            body[name].main for name in op.operands if name in body
+        )
 
     def _read(self, body: dict[str, _Op], op: _Op, i: int) -> float:
         # Bytes of main memory that an operation reads of its operand i.
         given = body.get(op.operands[i])
-        if given is None or not given.main or op.kind in _FREE or op.kind.endswith(("-done", "-update")) or op.collective:
+        if (
+            given is None
+            or not given.main
+            or op.kind in _FREE
+            or op.kind.endswith(("-done", "-update"))
+            or op.collective
+        ):
             return 0.0
         if op.kind in _SLICES and i == 0:
             return min(given.main, op.sizes[1][0] if op.kind == "slice-start" else op.size)
@@ -188,7 +227,9 @@ class Program:
     def _used(self, body: dict[str, _Op], value: _Op) -> float:
         total = 0.0
         for user in body.values():
-            for i in (i for i, name in enumerate(user.operands) if name == value.name and user.kind != "parameter"):
+            for i in (
+                i for i, name in enumerate(user.operands) if name == value.name and user.kind != "parameter"
+            ):
                 total += self._used(body, user) if user.kind == "bitcast" else self._read(body, user, i)
         return total
 
@@ -231,9 +272,13 @@ def _closing(text: str) -> int:
 def _arriving(op: _Op, kind: str) -> float:
     ways = _ways(op.line)
     share = (ways - 1) / ways if ways > 1 else 1.0
-    if kind == "reduce-scatter" and op.collective == "reduce-scatter":  # it makes one way's share of what is reduced
+    if (
+        kind == "reduce-scatter" and op.collective == "reduce-scatter"
+    ):  # it makes one way's share of what is reduced
         share *= ways
-    factor = {"all-gather": share, "reduce-scatter": share, "all-reduce": 2 * share, "all-to-all": share}.get(kind, 1.0)
+    factor = {"all-gather": share, "reduce-scatter": share, "all-reduce": 2 * share, "all-to-all": share}.get(
+        kind, 1.0
+    )
     return sum(size for size, _ in op.made) * factor
 
 

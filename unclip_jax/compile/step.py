@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from unclip_jax.compile import hlo
 from unclip_jax.data.record import Record
 from unclip_jax.data.tokenizer import caption_arrays
+from unclip_jax.errors import InputError, MemoryNeededError, MissingPackageError
 from unclip_jax.generate.decoder import sample_decoder
 from unclip_jax.generate.networks import Network, image_size, sampling_model
 from unclip_jax.generate.options import options_from
@@ -109,24 +110,32 @@ def topology(name: str) -> list[Any]:
     if kind == "cpu" and shape.isdigit():
         devices = jax.devices("cpu")
         if int(shape) > len(devices):
-            raise ValueError(f"{name}: {len(devices)} CPU devices are there; set XLA_FLAGS=--xla_force_host_platform_device_count={shape}")
+            raise InputError(
+                f"{name}: {len(devices)} CPU devices are there; set XLA_FLAGS=--xla_force_host_platform_device_count={shape}"
+            )
         return devices[: int(shape)]
     written = re.fullmatch(r"(?:([1-9]\d*)\*)?(v\d+[a-z]*:\d+(?:x\d+)+)", name)
     if written is None:
-        raise ValueError(f"unknown topology {name!r}; write v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2, 2*v5e:4x4 or cpu:8")
+        raise InputError(
+            f"unknown topology {name!r}; write v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2, 2*v5e:4x4 or cpu:8"
+        )
     try:
         importlib.import_module("libtpu")
     except ImportError:
-        raise ImportError('the TPU compiler is in libtpu: pip install "unclip_jax[tpu]"') from None
+        raise MissingPackageError('the TPU compiler is in libtpu: pip install "unclip_jax[tpu]"') from None
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held, so several may compile at once
+    os.environ.setdefault(
+        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
+    )  # no chip is held, so several may compile at once
     try:
         slices = {"num_slices": int(written[1])} if written[1] else {}
         return list(topologies.get_topology_desc(platform="tpu", topology_name=written[2], **slices).devices)
     except Exception as error:  # the compiler's own
-        raise ValueError(f"libtpu knows no topology {name!r} ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(
+            f"libtpu knows no topology {name!r} ({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the step
@@ -158,9 +167,14 @@ def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = 
             frozen[role] = abstract_codec(clip_config.model.embed_dim, mesh)
     if "clip" in frozen:
         # The empty caption has the shapes of the text tower, also where embeddings stand for it.
-        tower, tokenizer = abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, False), text_tokenizer(config)
+        tower, tokenizer = (
+            abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, False),
+            text_tokenizer(config),
+        )
         tokens = caption_arrays([""], clip_tokenizer(tower), tokenizer)
-        shapes = jax.eval_shape(functools.partial(captions_of, tower, mesh, tokenizer is None), tower.params, tokens)
+        shapes = jax.eval_shape(
+            functools.partial(captions_of, tower, mesh, tokenizer is None), tower.params, tokens
+        )
         frozen[EMPTY] = Network(None, _spread(shapes, 1, mesh, P()), {})
     return frozen
 
@@ -194,7 +208,8 @@ def abstract_batch(
     row = stage.example(Record("0", file.getvalue(), ("a",), {}, "", embeds), np.random.default_rng(0))
     sharding = NamedSharding(mesh, BATCH)
     return {
-        k: jax.ShapeDtypeStruct((batch_size, *np.shape(v)), np.asarray(v).dtype, sharding=sharding) for k, v in row.items()
+        k: jax.ShapeDtypeStruct((batch_size, *np.shape(v)), np.asarray(v).dtype, sharding=sharding)
+        for k, v in row.items()
     }
 
 
@@ -212,10 +227,12 @@ class TrainStep:
 def _check(config: Any, mesh: Mesh) -> None:
     trained = [name for name in STAGES if name != "codec"]
     if config.stage not in trained:
-        raise ValueError(f"the {config.stage} stage has no train step to compile; choose one of {', '.join(trained)}")
+        raise InputError(
+            f"the {config.stage} stage has no train step to compile; choose one of {', '.join(trained)}"
+        )
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch_size % ways:
-        raise ValueError(
+        raise InputError(
             f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; change --batch or --mesh"
         )
 
@@ -232,7 +249,9 @@ def train_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False
     """
     _check(config, mesh)
     if embedded and config.stage not in EMBEDDABLE:
-        raise ValueError(f"the {config.stage} stage needs pictures; embeddings are for the priors and the codec")
+        raise InputError(
+            f"the {config.stage} stage needs pictures; embeddings are for the priors and the codec"
+        )
     networks = abstract_frozen(config, clip_config, mesh, embedded)
     stage = STAGES[config.stage].stage(config, mesh, networks)
     optimizers = make_optimizers(config, stage.players)
@@ -255,16 +274,22 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
       ValueError: on a stage that draws nothing, as `train_step`.
     """
     if config.stage == "clip":
-        raise ValueError("the clip stage draws nothing; --sample is for priors, decoder and upsamplers")
+        raise InputError("the clip stage draws nothing; --sample is for priors, decoder and upsamplers")
     _check(config, mesh)
     frozen = abstract_frozen(config, clip_config, mesh)
     stage = STAGES[config.stage].stage(config, mesh, frozen)
     part = stage.part
     if "diffusion" in part:
         part = part | {"x0_error": [0.1] * part["diffusion"]["num_steps"]}
-    model, options, rows = sampling_model(part, mesh), options_from(config.sampling, config.stage), config.batch_size
+    model, options, rows = (
+        sampling_model(part, mesh),
+        options_from(config.sampling, config.stage),
+        config.batch_size,
+    )
     shapes, dtype = jax.eval_shape(stage.init, jax.random.key(0))[0], compute_dtype("auto", mesh)
-    params = _placed(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype), shapes), mesh)
+    params = _placed(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype), shapes), mesh
+    )
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     given = {"keys": _spread(keys, rows, mesh, BATCH)}
     if EMPTY in frozen:
@@ -301,7 +326,11 @@ def compile_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = Fal
     step = train_step(config, clip_config, mesh, embedded)
     arguments = step.state, step.frozen, step.batch
     model_flops = count_operations(step.stage, config.grad_accumulation, mesh, *arguments)
-    held = {"parameters": step.state.params, "averages": step.state.ema_params, "optimizer": step.state.opt_state}
+    held = {
+        "parameters": step.state.params,
+        "averages": step.state.ema_params,
+        "optimizer": step.state.opt_state,
+    }
     held |= {"frozen": step.frozen, "batch": step.batch}
     return _compile(step.update, arguments, held, config.batch_size, mesh, model_flops)
 
@@ -309,18 +338,25 @@ def compile_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = Fal
 def compile_sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Report, Any]:
     """Compiles the `sampler` for the mesh's devices; all else as `compile_step`."""
     draw, params, given = sampler(config, clip_config, mesh)
-    return _compile(draw, (params, given), {"parameters": params, "batch": given}, config.batch_size, mesh, None)
+    return _compile(
+        draw, (params, given), {"parameters": params, "batch": given}, config.batch_size, mesh, None
+    )
 
 
 def _compile(
-    program: Any, arguments: tuple, held: dict[str, Any], batch_size: int, mesh: Mesh, model_flops: float | None
+    program: Any,
+    arguments: tuple,
+    held: dict[str, Any],
+    batch_size: int,
+    mesh: Mesh,
+    model_flops: float | None,
 ) -> tuple[Report, Any]:
     try:
         compiled = program.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise MemoryError(_buffers(str(error))) from None
+        raise MemoryNeededError(_buffers(str(error))) from None
     operations = flops(jax.make_jaxpr(program)(*arguments))
     moved = hlo.Program(compiled.as_text())
     report = Report(
@@ -351,8 +387,14 @@ def _held(tree: Any) -> int:
 
 def _buffers(message: str) -> str:
     used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
-    said = f"the step needs {used[1]} of {used[2]} memory on a device" if used else "the step does not fit the devices' memory"
+    said = (
+        f"the step needs {used[1]} of {used[2]} memory on a device"
+        if used
+        else "the step does not fit the devices' memory"
+    )
     largest = re.findall(r"Size: ([\d.]+\w)(.*?)Shape: (\S+)", message, re.DOTALL)
     named = [(size, shape, re.search(r'op_name="([^"]*)"', between)) for size, between, shape in largest[:5]]
-    listed = "; ".join(" ".join([size, shape] + ([where[1]] if where else [])) for size, shape, where in named)
+    listed = "; ".join(
+        " ".join([size, shape] + ([where[1]] if where else [])) for size, shape, where in named
+    )
     return said + (f"; largest: {listed}" if listed else "")

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from unclip_jax.data.record import Record, Source, json_checksum
+from unclip_jax.errors import InputError
 
 
 def balanced(source: Source, by: str, power: float) -> Source:
@@ -30,7 +31,7 @@ def balanced(source: Source, by: str, power: float) -> Source:
     """
     if not isinstance(power, (int, float)) or not 0 <= power <= 1:
         bounds = "between 0 (concepts equally often) and 1 (records equally often)"
-        raise ValueError(f"balance.power must be {bounds}, got {power!r}")
+        raise InputError(f"balance.power must be {bounds}, got {power!r}")
 
     def concept(i: int) -> str:
         try:
@@ -39,7 +40,7 @@ def balanced(source: Source, by: str, power: float) -> Source:
             return ""
         if by not in record.meta:
             known = ", ".join(sorted(record.meta)) or "no fields"
-            raise ValueError(
+            raise InputError(
                 f"balance.by={by!r}: record {record.key} of {source.name} has no such field; it has {known}"
             )
         return f"={record.meta[by]}"

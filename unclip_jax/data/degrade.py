@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from unclip_jax.data import ops
+from unclip_jax.errors import InputError
 
 
 def low_resolution(
@@ -49,12 +50,12 @@ def low_resolution(
     Raises `ValueError` if the image is not float32 or is smaller than `size`, or for an option out of range.
     """
     if image.dtype != np.float32:
-        raise ValueError(f"low_resolution expects float32 in [-1, 1], got {image.dtype}")
+        raise InputError(f"low_resolution expects float32 in [-1, 1], got {image.dtype}")
     if min(image.shape[:2]) < size:
-        raise ValueError(f"low_resolution cannot make {size}x{size} out of {image.shape[1]}x{image.shape[0]}")
+        raise InputError(f"low_resolution cannot make {size}x{size} out of {image.shape[1]}x{image.shape[0]}")
     if not 0 <= blur_prob <= 1 or not 0 <= sigma_jitter < 1:
         given = f"blur_prob={blur_prob} must be in [0, 1] and sigma_jitter={sigma_jitter} in [0, 1)"
-        raise ValueError(f"low_resolution: {given}")
+        raise InputError(f"low_resolution: {given}")
     chance, factor = rng.random(), 1 + sigma_jitter * rng.uniform(-1, 1)
     small = ops.resize(image, size, method)
     if chance < blur_prob:
@@ -76,11 +77,11 @@ def gaussian_blur(image: np.ndarray, kernel: int = 3, sigma: float = 0.6) -> np.
     Raises `ValueError` for a kernel that is even, below 1 or too wide for the image, or a sigma of 0 or less.
     """
     if kernel < 1 or kernel % 2 == 0 or not sigma > 0:
-        raise ValueError(f"gaussian_blur: kernel={kernel} must be odd and at least 1, sigma={sigma} above 0")
+        raise InputError(f"gaussian_blur: kernel={kernel} must be odd and at least 1, sigma={sigma} above 0")
     half = kernel // 2
     if half >= min(image.shape[:2]):
         pixels = f"{image.shape[1]}x{image.shape[0]}"
-        raise ValueError(f"gaussian_blur: kernel={kernel} is too wide for an image of {pixels}")
+        raise InputError(f"gaussian_blur: kernel={kernel} is too wide for an image of {pixels}")
     taps = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * sigma**2))
     taps = (taps / taps.sum()).astype(np.float32)
     height, width = image.shape[:2]
@@ -112,12 +113,12 @@ def bsr_light(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndar
     Raises `ValueError` if the image is not float32, not square, or smaller than `size`.
     """
     if image.dtype != np.float32 or image.shape[0] != image.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"bsr_light expects square float32 images in [-1, 1], got {image.dtype} {image.shape}"
         )
     side = image.shape[0]
     if side < size:
-        raise ValueError(f"bsr_light cannot make {size}x{size} out of {side}x{side}")
+        raise InputError(f"bsr_light cannot make {size}x{size} out of {side}x{side}")
     factor = side / size
     methods = ("bilinear", "bicubic", "box")
     x = image

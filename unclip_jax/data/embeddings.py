@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from unclip_jax.errors import InputError
 from unclip_jax.paths import local_copy, store_errors, user_path, whole_folder, write_json
 
 FORMAT_VERSION = 1
@@ -76,7 +77,7 @@ def read_json(path: Any) -> dict:
         advice = "`unclip embed` did not finish; run it again with the same arguments"
         raise FileNotFoundError(f"{path} is missing: {advice}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy the embeddings again") from None
+        raise InputError(f"{path} is not valid JSON ({error}); copy the embeddings again") from None
 
 
 def write_arrays(folder: Any, arrays: Mapping[str, np.ndarray], described: Mapping) -> None:
@@ -109,7 +110,7 @@ def check_hashes(folder: Any) -> None:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; delete {folder} and run `unclip embed` again")
         if file_hash(local_copy(file)) != expected:
-            raise ValueError(
+            raise InputError(
                 f"{file} is damaged (its hash differs); delete {folder} and run `unclip embed` again"
             )
 
@@ -128,7 +129,7 @@ def read_array(folder: Any, name: str) -> np.ndarray:
         raise OSError(f"{file} cannot be read ({' '.join(str(error).split())[:200]})") from None
     except (ValueError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise InputError(
             f"{file} is damaged ({reason}); delete {folder} and run `unclip embed` again"
         ) from None
 
@@ -192,7 +193,7 @@ def open_embedded(path: str) -> Embedded:
     manifest = read_json(folder / "manifest.json")
     if manifest.get("format_version") != FORMAT_VERSION:
         version = manifest.get("format_version")
-        raise ValueError(
+        raise InputError(
             f"{folder}/manifest.json has format version {version}; this version reads {FORMAT_VERSION}"
         )
     files = sorted(local_copy(folder / EMPTY).glob("*.npy"))

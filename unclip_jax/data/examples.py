@@ -7,6 +7,7 @@ import numpy as np
 from unclip_jax.data import ops
 from unclip_jax.data.record import Record
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
+from unclip_jax.errors import InputError
 
 
 def choose_caption(record: Record, rng: np.random.Generator) -> int:
@@ -16,7 +17,7 @@ def choose_caption(record: Record, rng: np.random.Generator) -> int:
     """
     captions = [i for i, caption in enumerate(record.captions) if caption.strip()]
     if not captions:
-        raise ValueError("the record has no caption")
+        raise InputError("the record has no caption")
     return captions[int(rng.integers(len(captions)))]
 
 
@@ -93,7 +94,7 @@ def _caption_number(record: Record, rng: np.random.Generator | None, training: b
     if training:
         return choose_caption(record, rng)
     if not record.captions:
-        raise ValueError("the record has no caption")
+        raise InputError("the record has no caption")
     return 0
 
 

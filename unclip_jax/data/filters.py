@@ -10,6 +10,7 @@ import numpy as np
 
 from unclip_jax.data import ops
 from unclip_jax.data.record import Record
+from unclip_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +56,18 @@ def as_filters(filters: Mapping | Filters | None) -> Filters:
     values = {key: filters[key] for key in filters}
     for key in values:
         if key not in allowed:
-            raise ValueError(f"unknown filter {key!r}: allowed are {', '.join(allowed)}")
+            raise InputError(f"unknown filter {key!r}: allowed are {', '.join(allowed)}")
     scores = {}
     for field in values.get("scores") or {}:
         bounds = values["scores"][field]
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-            raise ValueError(
+            raise InputError(
                 f"filter scores[{field!r}] is {bounds!r}: expected (lowest, highest), None for an open end"
             )
         scores[field] = tuple(bounds)
     for key, value in values.items():
         if key != "scores" and value is not None and not isinstance(value, (int, float)):
-            raise ValueError(f"filter {key}={value!r}: expected a number")
+            raise InputError(f"filter {key}={value!r}: expected a number")
     values = {key: value for key, value in values.items() if value is not None}
     return Filters(**{**values, "scores": scores})
 

@@ -22,6 +22,7 @@ import numpy as np
 from unclip_jax.data.filters import Filters, as_filters, filter_rows, no_records_message, trim_captions
 from unclip_jax.data.record import Record, Source, error_summary, json_checksum
 from unclip_jax.data.tensorflow import glob_remote, open_remote, stat_remote
+from unclip_jax.errors import InputError
 from unclip_jax.paths import cache_folder, is_remote, write_whole
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def sharded_source(
         try:
             record = parse(read(shard, int(index.offset[i]), int(index.length[i])), shards[shard])
         except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"{shards[shard]}, byte {index.offset[i]}: {error_summary(error)}") from error
+            raise InputError(f"{shards[shard]}, byte {index.offset[i]}: {error_summary(error)}") from error
         return trim_captions(record, filters)
 
     return Source(name, checksum, index.n_filtered, len(index.shard), fetch)
@@ -120,7 +121,7 @@ def build_index(
         try:
             spans = np.asarray(find_records(shards[shard]), np.int64).reshape(-1, 2)
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"{error_summary(error)}; write this shard again or leave it out of the pattern"
             ) from None
         kept = filter_rows(lambda i: parse(read(shard, *spans[i]), shards[shard]), len(spans), filters)
@@ -132,7 +133,7 @@ def build_index(
     shard = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part, _ in parts])
     total = sum(count for _, count in parts)
     if not len(rows):
-        raise ValueError(no_records_message(f"{len(shards)} shard(s) from {shards[0]} on", total, filters))
+        raise InputError(no_records_message(f"{len(shards)} shard(s) from {shards[0]} on", total, filters))
     return Index(shard, rows[:, 0].copy(), rows[:, 1].copy(), total - len(rows))
 
 
@@ -208,7 +209,7 @@ def shard_reader(shards: Sequence[str]) -> Callable[[int, int, int], bytes]:
                 with open(path, "rb", buffering=0) as briefly_open:
                     data = os.pread(briefly_open.fileno(), int(length), int(offset))
         if len(data) != length:
-            raise ValueError(
+            raise InputError(
                 f"{path} ends inside the record at byte {offset}: it changed since it was indexed"
             )
         return data

@@ -13,6 +13,8 @@ import io
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 
+from unclip_jax.errors import InputError
+
 # 2**27 pixels take 400 MB as RGB: more than any photograph in a caption dataset has.
 MAX_PIXELS = 2**27
 
@@ -75,7 +77,7 @@ def decode_image(image: bytes | np.ndarray) -> np.ndarray:
     except (
         Exception
     ) as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ... for a damaged file
-        raise ValueError(f"cannot decode image: {_reason(error)}") from error
+        raise InputError(f"cannot decode image: {_reason(error)}") from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -86,19 +88,19 @@ def _formats() -> tuple[str, ...]:
 
 def _open(data: bytes) -> Image.Image:
     if not data:
-        raise ValueError("cannot decode image: it is empty (0 bytes)")
+        raise InputError("cannot decode image: it is empty (0 bytes)")
     try:
         opened = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
-        raise ValueError(f"cannot decode image: more than {MAX_PIXELS} pixels") from error
+        raise InputError(f"cannot decode image: more than {MAX_PIXELS} pixels") from error
     except Exception as error:
         reason = f"{len(data)} bytes, {_reason(error)}"
-        raise ValueError(
+        raise InputError(
             f"cannot decode image: damaged, or not an image of a known format ({reason})"
         ) from error
     width, height = opened.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"cannot decode image: {width}x{height} is more than {MAX_PIXELS} pixels")
+        raise InputError(f"cannot decode image: {width}x{height} is more than {MAX_PIXELS} pixels")
     return opened
 
 
@@ -122,7 +124,7 @@ def _to_rgb(opened: Image.Image) -> Image.Image:
         grey = np.clip(np.asarray(opened).astype(np.int64), 0, 65535)
         return Image.fromarray(np.round(grey / 257).astype(np.uint8)).convert("RGB")
     if opened.mode == "F":
-        raise ValueError("floating-point pixels have no defined range; convert it to 8 bits")
+        raise InputError("floating-point pixels have no defined range; convert it to 8 bits")
     if opened.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in opened.info:
         layer = opened.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert(
@@ -137,15 +139,15 @@ def _decode_array(image: np.ndarray) -> np.ndarray:
         image = image[:, :, None]
     if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or 0 in image.shape:
         expected = "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
-        raise ValueError(f"cannot decode image: array of shape {shape}, expected {expected}")
+        raise InputError(f"cannot decode image: array of shape {shape}, expected {expected}")
     if image.shape[0] * image.shape[1] > MAX_PIXELS:
-        raise ValueError(f"cannot decode image: {shape[1]}x{shape[0]} is more than {MAX_PIXELS} pixels")
+        raise InputError(f"cannot decode image: {shape[1]}x{shape[0]} is more than {MAX_PIXELS} pixels")
     if image.dtype == np.uint16:
         image = np.round(image / 257).astype(np.uint8)
     elif image.dtype == np.bool_:
         image = image.astype(np.uint8) * 255
     elif image.dtype != np.uint8:
-        raise ValueError(f"cannot decode image: array of {image.dtype}, expected uint8, uint16 or bool")
+        raise InputError(f"cannot decode image: array of {image.dtype}, expected uint8, uint16 or bool")
     if image.shape[2] == 1:
         return np.repeat(image, 3, axis=2)
     if image.shape[2] == 4:
@@ -174,10 +176,10 @@ def resize(
     Raises `ValueError` for an unknown method or a size below 1.
     """
     if method not in METHODS:
-        raise ValueError(f"unknown resize method {method!r}: choose one of {', '.join(METHODS)}")
+        raise InputError(f"unknown resize method {method!r}: choose one of {', '.join(METHODS)}")
     height, width = (size, size) if isinstance(size, (int, np.integer)) else size
     if height < 1 or width < 1:
-        raise ValueError(f"cannot resize to {width}x{height}: a side has at least 1 pixel")
+        raise InputError(f"cannot resize to {width}x{height}: a side has at least 1 pixel")
     if box is None and image.shape[:2] == (height, width):
         return image
     if image.dtype == np.uint8:
@@ -212,7 +214,7 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
     height, width = image.shape[:2]
     if min(height, width) < size:
         advice = f"filter with min_side={size} or resize first"
-        raise ValueError(f"cannot crop {size}x{size} out of an image of {width}x{height}; {advice}")
+        raise InputError(f"cannot crop {size}x{size} out of an image of {width}x{height}; {advice}")
     top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
     return image[top : top + size, left : left + size]
 
@@ -265,7 +267,7 @@ def random_mask(size: int, rng: np.random.Generator) -> np.ndarray:
 def to_float(image: np.ndarray) -> np.ndarray:
     """uint8 in [0, 255] of any shape -> float32 in [-1, 1], x / 127.5 - 1. Raises `ValueError` otherwise."""
     if image.dtype != np.uint8:
-        raise ValueError(f"to_float expects uint8 in [0, 255], got {image.dtype}")
+        raise InputError(f"to_float expects uint8 in [0, 255], got {image.dtype}")
     return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 

@@ -14,6 +14,8 @@ import dataclasses
 
 import numpy as np
 
+from unclip_jax.errors import InputError
+
 _ROUNDS = 6
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -53,9 +55,9 @@ def permutation(index: np.ndarray, n: int, seed: int, epoch: int | np.ndarray = 
     """
     index = np.asarray(index, np.int64)
     if n < 1:
-        raise ValueError(f"permutation needs n >= 1, got n={n}")
+        raise InputError(f"permutation needs n >= 1, got n={n}")
     if index.size and (index.min() < 0 or index.max() >= n):
-        raise ValueError(f"permutation of [0, {n}): an index is outside")
+        raise InputError(f"permutation of [0, {n}): an index is outside")
     shape = np.broadcast_shapes(index.shape, np.shape(epoch))
     flat = np.broadcast_to(index, shape).reshape(-1)
     epochs = np.broadcast_to(np.asarray(epoch, np.int64), shape).reshape(-1)

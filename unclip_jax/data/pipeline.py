@@ -29,6 +29,7 @@ import numpy as np
 from unclip_jax.data.order import Order, example_rng
 from unclip_jax.data.record import Record, Source, error_summary
 from unclip_jax.data.tensorflow import import_tensorflow
+from unclip_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ Example = dict[str, np.ndarray]
 MakeExample = Callable[[Record, np.random.Generator], Example]
 
 
-class BadDataError(ValueError):
+class BadDataError(InputError):
     """Too many records of a source cannot be used. The message is one line."""
 
 
@@ -82,7 +83,7 @@ class Workers:
 
     def __post_init__(self):
         if self.backend not in BACKENDS:
-            raise ValueError(f"unknown data backend {self.backend!r}: choose one of {', '.join(BACKENDS)}")
+            raise InputError(f"unknown data backend {self.backend!r}: choose one of {', '.join(BACKENDS)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -113,12 +114,12 @@ def _checked(example: Example, like: Example | None) -> Example:
             )
     if like is not None:
         if arrays.keys() != like.keys():
-            raise ValueError(f"make_example returned {sorted(arrays)}, for the first record {sorted(like)}")
+            raise InputError(f"make_example returned {sorted(arrays)}, for the first record {sorted(like)}")
         for name, array in arrays.items():
             first = like[name]
             if array.shape != first.shape or array.dtype != first.dtype:
                 given, expected = f"{array.dtype} {array.shape}", f"{first.dtype} {first.shape}"
-                raise ValueError(
+                raise InputError(
                     f"make_example returned {given} for {name!r}, for the first record {expected}"
                 )
     return arrays
@@ -193,16 +194,16 @@ def train_batches(
         raised unchanged.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+        raise InputError(f"batch_size={batch_size} must be at least 1")
     local_rows = np.arange(batch_size) if local_rows is None else np.asarray(local_rows, np.int64)
     if not len(local_rows) or local_rows.min() < 0 or local_rows.max() >= batch_size:
-        raise ValueError(f"local_rows={local_rows} must be rows of a global batch of {batch_size}")
+        raise InputError(f"local_rows={local_rows} must be rows of a global batch of {batch_size}")
     if start_step < 0 or (num_steps is not None and num_steps < 0):
-        raise ValueError(f"start_step={start_step} and num_steps={num_steps} cannot be negative")
+        raise InputError(f"start_step={start_step} and num_steps={num_steps} cannot be negative")
     if not 0 <= max_bad_fraction <= 1:
-        raise ValueError(f"max_bad_fraction={max_bad_fraction} must be a fraction in [0, 1]")
+        raise InputError(f"max_bad_fraction={max_bad_fraction} must be a fraction in [0, 1]")
     if len(source) < 1:
-        raise ValueError(f"{source.name} holds no records")
+        raise InputError(f"{source.name} holds no records")
     rows = _Rows(batch_size, local_rows, start_step, num_steps)
     return TrainBatches(
         source, make_example, Order(len(source), seed), rows, max_bad_fraction, workers or Workers()
@@ -405,7 +406,7 @@ def eval_batches(
     Raises `ValueError` naming the record if one cannot be used: figures are measured on all records.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+        raise InputError(f"batch_size={batch_size} must be at least 1")
     total = len(source) if limit is None else min(limit, len(source))
     like: Example | None = None
 
@@ -416,7 +417,7 @@ def eval_batches(
             return _checked(make_example(record, example_rng(seed, i)), like)
         except DATA_ERRORS as error:
             reason = f"{_where(record, source, i)}: {error_summary(error)}"
-            raise ValueError(f"cannot evaluate on {reason}; mend or filter it out") from error
+            raise InputError(f"cannot evaluate on {reason}; mend or filter it out") from error
 
     threads = threads or min(32, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="unclip-data") as pool:

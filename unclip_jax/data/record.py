@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from unclip_jax.data.embeddings import Embedded
+from unclip_jax.errors import InputError
 
 # The names under which shards hold an encoded image, in order of preference.
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
@@ -88,9 +89,9 @@ def parse_metadata(data: bytes) -> dict:
     try:
         meta = json.loads(data)
     except ValueError as error:
-        raise ValueError(f"the metadata is not JSON ({error_summary(error)})") from error
+        raise InputError(f"the metadata is not JSON ({error_summary(error)})") from error
     if not isinstance(meta, dict):
-        raise ValueError(f"the metadata is a JSON {type(meta).__name__}, expected an object")
+        raise InputError(f"the metadata is a JSON {type(meta).__name__}, expected an object")
     return meta
 
 

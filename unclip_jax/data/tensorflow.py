@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from unclip_jax.errors import MissingPackageError
 from unclip_jax.paths import store_errors
 
 
@@ -25,7 +26,7 @@ def import_tensorflow(needed_by: str) -> Any:
     try:
         import tensorflow as tf
     except ImportError:
-        raise ImportError(f"{needed_by} needs TensorFlow: pip install tensorflow") from None
+        raise MissingPackageError(f"{needed_by} needs TensorFlow: pip install tensorflow") from None
     try:
         tf.config.set_visible_devices([], "GPU")  # otherwise it would take the memory that JAX needs
     except RuntimeError:  # the caller has already initialised TensorFlow
@@ -39,7 +40,7 @@ def import_tfds() -> Any:
     try:
         import tensorflow_datasets
     except ImportError:
-        raise ImportError(
+        raise MissingPackageError(
             "the data source 'tfds' needs TensorFlow Datasets: pip install tensorflow-datasets"
         ) from None
     return tensorflow_datasets

@@ -24,6 +24,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from unclip_jax.errors import InputError
+
 _HEADER_BYTES = 12  # the length and its crc
 _FOOTER_BYTES = 4  # the crc of the payload
 _MASK_DELTA = 0xA282EAD8
@@ -114,10 +116,10 @@ def _index_file(file: BinaryIO, name: str, check_payload: bool) -> np.ndarray:
     while header:
         if len(header) < _HEADER_BYTES:
             found = f"{len(header)} of {_HEADER_BYTES} header bytes"
-            raise ValueError(f"{name}: truncated TFRecord: {found} at byte {start}")
+            raise InputError(f"{name}: truncated TFRecord: {found} at byte {start}")
         length, length_crc = struct.unpack("<QI", header)
         if masked_crc32c(header[:8]) != length_crc:
-            raise ValueError(f"{name}: corrupt TFRecord: wrong crc of the record length at byte {start}")
+            raise InputError(f"{name}: corrupt TFRecord: wrong crc of the record length at byte {start}")
         payload_start = start + _HEADER_BYTES
         if check_payload:
             payload = file.read(length)
@@ -128,9 +130,9 @@ def _index_file(file: BinaryIO, name: str, check_payload: bool) -> np.ndarray:
         )  # this record's footer and the next one's header in one read
         if len(tail) < _FOOTER_BYTES:
             record = f"the record of {length} bytes at byte {start}"
-            raise ValueError(f"{name}: truncated TFRecord: {record} runs past the end of the file")
+            raise InputError(f"{name}: truncated TFRecord: {record} runs past the end of the file")
         if check_payload and masked_crc32c(payload) != struct.unpack("<I", tail[:_FOOTER_BYTES])[0]:
-            raise ValueError(
+            raise InputError(
                 f"{name}: corrupt TFRecord: wrong crc of the payload of the record at byte {start}"
             )
         entries.append((payload_start, length))
@@ -173,7 +175,7 @@ def _encode_feature(name: str, value) -> bytes:
     if all(isinstance(item, int) for item in values):  # bool is an int
         for item in values:
             if not -(2**63) <= item < 2**63:
-                raise ValueError(f"feature {name!r}: {item} does not fit int64")
+                raise InputError(f"feature {name!r}: {item} does not fit int64")
         return _delimited(_INT64, _delimited(1, b"".join(map(_varint, values))))
     if all(isinstance(item, (int, float)) for item in values):
         return _delimited(_FLOAT, _delimited(1, struct.pack(f"<{len(values)}f", *values)))
@@ -212,7 +214,7 @@ def _read_varint(buf: bytes, pos: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         if pos >= len(buf):
-            raise ValueError("malformed tf.train.Example: truncated varint")
+            raise InputError("malformed tf.train.Example: truncated varint")
         byte = buf[pos]
         pos += 1
         value |= (byte & 0x7F) << shift
@@ -220,7 +222,7 @@ def _read_varint(buf: bytes, pos: int) -> tuple[int, int]:
             return value & 0xFFFFFFFFFFFFFFFF, pos
         shift += 7
         if shift >= 70:
-            raise ValueError("malformed tf.train.Example: varint longer than 10 bytes")
+            raise InputError("malformed tf.train.Example: varint longer than 10 bytes")
 
 
 def _fields(buf: bytes):
@@ -237,10 +239,10 @@ def _fields(buf: bytes):
             elif wire in (_FIXED64, _FIXED32):
                 size = 8 if wire == _FIXED64 else 4
             else:
-                raise ValueError(f"malformed tf.train.Example: wire type {wire}")
+                raise InputError(f"malformed tf.train.Example: wire type {wire}")
             if pos + size > len(buf):
                 where = f"field {field} of {size} bytes"
-                raise ValueError(f"malformed tf.train.Example: {where} runs past the end of its message")
+                raise InputError(f"malformed tf.train.Example: {where} runs past the end of its message")
             value, pos = buf[pos : pos + size], pos + size
         yield field, wire, value
 
@@ -258,7 +260,7 @@ def _decode_list(kind: int, buf: bytes) -> list:
             values.append(value)
         elif kind == _FLOAT and wire in (_DELIMITED, _FIXED32):  # packed or not
             if len(value) % 4:
-                raise ValueError(
+                raise InputError(
                     "malformed tf.train.Example: the size of a float_list is not a multiple of 4"
                 )
             values.extend(struct.unpack(f"<{len(value) // 4}f", value))
@@ -270,7 +272,7 @@ def _decode_list(kind: int, buf: bytes) -> list:
                 item, pos = _read_varint(value, pos)
                 values.append(_signed(item))
         else:
-            raise ValueError(f"malformed tf.train.Example: wire type {wire} in a list of kind {kind}")
+            raise InputError(f"malformed tf.train.Example: wire type {wire} in a list of kind {kind}")
     return values
 
 

@@ -30,6 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
+from unclip_jax.errors import InputError
+
 VOCAB_FILE = Path(__file__).parent / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
 IMAGENET_TEMPLATES_FILE = VOCAB_FILE.with_name(
     "imagenet_templates.txt"
@@ -85,7 +87,7 @@ def _shipped_merges() -> tuple[tuple[str, str], ...]:
     digest = hashlib.sha256(data).hexdigest()
     if digest != VOCAB_SHA256:
         reason = f"is not the CLIP vocabulary (sha256 {digest[:16]}...)"
-        raise ValueError(f"{VOCAB_FILE.name} {reason}: install the package again")
+        raise InputError(f"{VOCAB_FILE.name} {reason}: install the package again")
     lines = gzip.decompress(data).decode("utf-8").split("\n")
     count = VOCAB_SIZE - BYTE_TOKENS - SPECIAL_TOKENS
     return tuple(tuple(line.split()) for line in lines[1 : 1 + count])  # the first line is a version
@@ -109,7 +111,7 @@ def _engine(merges: tuple[tuple[str, str], ...]):
     tokens = _tokens(merges)
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
-        raise ValueError("the merges of this vocabulary repeat a token: it is not a CLIP vocabulary")
+        raise InputError("the merges of this vocabulary repeat a token: it is not a CLIP vocabulary")
     engine = Tokenizer(
         models.BPE(vocab=vocab, merges=list(merges), end_of_word_suffix="</w>", continuing_subword_prefix="")
     )
@@ -139,13 +141,13 @@ def _folder_merges(folder: Path) -> tuple[tuple[tuple[str, str], ...], int]:
             raise FileNotFoundError(f"{folder} holds no CLIP tokenizer: expected {expected}")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{folder} holds a damaged tokenizer ({reason}): download it again") from error
+        raise InputError(f"{folder} holds a damaged tokenizer ({reason}): download it again") from error
     merges = tuple(tuple(pair) for pair in pairs)
     total = BYTE_TOKENS + len(merges) + SPECIAL_TOKENS
     wanted = [("<|startoftext|>", total - 2), ("<|endoftext|>", total - 1), ("!", 0), ("!</w>", 256)]
     if any(len(pair) != 2 for pair in merges) or any(vocab.get(token) != i for token, i in wanted):
         expected = "512 byte tokens, the merges, <|startoftext|>, <|endoftext|>"
-        raise ValueError(f"{folder} is not a CLIP tokenizer: expected {expected}")
+        raise InputError(f"{folder} is not a CLIP tokenizer: expected {expected}")
     return merges, total
 
 
@@ -168,14 +170,14 @@ class ClipTokenizer:
 
     def __init__(self, length: int = 77, vocab_size: int = VOCAB_SIZE):
         if not BYTE_TOKENS + SPECIAL_TOKENS <= vocab_size <= VOCAB_SIZE:
-            raise ValueError(
+            raise InputError(
                 f"vocab_size={vocab_size} must lie in [{BYTE_TOKENS + SPECIAL_TOKENS}, {VOCAB_SIZE}]"
             )
         self._set_up(length, _shipped_merges()[: vocab_size - BYTE_TOKENS - SPECIAL_TOKENS], shipped=True)
 
     def _set_up(self, length: int, merges: tuple[tuple[str, str], ...], shipped: bool) -> None:
         if length < 2:
-            raise ValueError(f"length={length} must be at least 2, for the start and the end token")
+            raise InputError(f"length={length} must be at least 2, for the start and the end token")
         self.length, self.vocab_size = int(length), BYTE_TOKENS + len(merges) + SPECIAL_TOKENS
         self.sot_id, self.eot_id = self.vocab_size - 2, self.vocab_size - 1
         self._merges, self._shipped = merges, shipped
@@ -254,20 +256,20 @@ class ClipTokenizer:
         allowed = ("kind", "length", "vocab_size", "vocab_sha256", "merges")
         for key in config:
             if key not in allowed:
-                raise ValueError(
+                raise InputError(
                     f"unknown key {key!r} in the tokenizer config: allowed are {', '.join(allowed)}"
                 )
         if config.get("kind") != "clip_bpe":
-            raise ValueError(f"unknown tokenizer kind {config.get('kind')!r}: this version reads 'clip_bpe'")
+            raise InputError(f"unknown tokenizer kind {config.get('kind')!r}: this version reads 'clip_bpe'")
         if "merges" not in config:
             if config.get("vocab_sha256", VOCAB_SHA256) != VOCAB_SHA256:
                 reason = "the tokenizer config names another vocabulary (vocab_sha256) than the shipped one"
-                raise ValueError(f"{reason}: update unclip_jax")
+                raise InputError(f"{reason}: update unclip_jax")
             return cls(length=config["length"], vocab_size=config["vocab_size"])
         merges = tuple(tuple(pair.split()) for pair in config["merges"])
         if BYTE_TOKENS + len(merges) + SPECIAL_TOKENS != config["vocab_size"]:
             given = f"{len(merges)} merges, which does not fit vocab_size={config['vocab_size']}"
-            raise ValueError(f"the tokenizer config lists {given}")
+            raise InputError(f"the tokenizer config lists {given}")
         tokenizer = cls.__new__(cls)
         tokenizer._set_up(config["length"], merges, shipped=False)
         return tokenizer

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.errors import InputError
+
 KINDS = ("raw", "unit", "scaled", "whitened")
 
 
@@ -42,7 +44,7 @@ def normalize(space: EmbeddingSpace, z: jax.Array) -> jax.Array:
         return space.scale * z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-8)
     if space.kind == "whitened":
         return (z - space.mean) / space.std
-    raise ValueError(f"unknown embedding space {space.kind!r}; choose one of {', '.join(KINDS)}")
+    raise InputError(f"unknown embedding space {space.kind!r}; choose one of {', '.join(KINDS)}")
 
 
 def denormalize(space: EmbeddingSpace, z: jax.Array) -> jax.Array:
@@ -53,4 +55,4 @@ def denormalize(space: EmbeddingSpace, z: jax.Array) -> jax.Array:
         return z / space.scale
     if space.kind == "whitened":
         return z * space.std + space.mean
-    raise ValueError(f"unknown embedding space {space.kind!r}; choose one of {', '.join(KINDS)}")
+    raise InputError(f"unknown embedding space {space.kind!r}; choose one of {', '.join(KINDS)}")

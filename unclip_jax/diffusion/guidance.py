@@ -29,6 +29,7 @@ import numpy as np
 from unclip_jax.diffusion.losses import split_variance
 from unclip_jax.diffusion.process import eps_from_x0, to_x0_eps
 from unclip_jax.diffusion.schedule import Schedule
+from unclip_jax.errors import InputError
 
 
 class Denoised(NamedTuple):
@@ -69,12 +70,16 @@ class Guidance(NamedTuple):
     def check(self) -> None:
         """Raises ValueError on an unknown schedule, an empty interval or a rescale outside [0, 1]."""
         if self.schedule not in GUIDANCE_SCHEDULES:
-            raise ValueError(f"unknown guidance schedule {self.schedule!r}; choose one of {', '.join(GUIDANCE_SCHEDULES)}")
+            raise InputError(
+                f"unknown guidance schedule {self.schedule!r}; choose one of {', '.join(GUIDANCE_SCHEDULES)}"
+            )
         low, high = self.interval
         if not 0 <= low < high <= 1:
-            raise ValueError(f"the guidance interval must be 0 <= low < high <= 1 in units of t / T, got {low}, {high}")
+            raise InputError(
+                f"the guidance interval must be 0 <= low < high <= 1 in units of t / T, got {low}, {high}"
+            )
         if not 0 <= self.rescale <= 1:
-            raise ValueError(f"guidance rescale must be in [0, 1], got {self.rescale}")
+            raise InputError(f"guidance rescale must be in [0, 1], got {self.rescale}")
 
     def at(self, u: jax.Array) -> jax.Array:
         """The scale at u = t / T."""
@@ -100,7 +105,9 @@ def dynamic_threshold(x0: jax.Array, percentile: float, bound: float) -> jax.Arr
 def check_threshold(percentile: float | None, clip: float | None) -> None:
     """Raises ValueError on a percentile outside (0, 100], or one without a clip."""
     if percentile is not None and (clip is None or not 0 < percentile <= 100):
-        raise ValueError(f"dynamic thresholding needs a clip and a percentile in (0, 100], got clip {clip}, percentile {percentile}")
+        raise InputError(
+            f"dynamic thresholding needs a clip and a percentile in (0, 100], got clip {clip}, percentile {percentile}"
+        )
 
 
 def make_denoiser(

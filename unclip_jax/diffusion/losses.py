@@ -18,6 +18,7 @@ import numpy as np
 
 from unclip_jax.diffusion.process import add_noise, learned_log_variance, posterior, to_x0_eps, velocity
 from unclip_jax.diffusion.schedule import Schedule
+from unclip_jax.errors import InputError
 
 
 class DiffusionTables(NamedTuple):
@@ -34,7 +35,13 @@ def training_tables(schedule: Schedule) -> DiffusionTables:
     """Tables for single steps t -> t - 1."""
     t = np.arange(schedule.num_steps)
     post = posterior(schedule, t, t - 1)
-    tables = (schedule.alphas_cumprod, post.x0_coef, post.x_t_coef, post.log_variance_small, post.log_variance_large)
+    tables = (
+        schedule.alphas_cumprod,
+        post.x0_coef,
+        post.x_t_coef,
+        post.log_variance_small,
+        post.log_variance_large,
+    )
     return DiffusionTables(*(np.asarray(a, np.float32) for a in tables))
 
 
@@ -43,7 +50,9 @@ def mean_per_example(x: jax.Array) -> jax.Array:
     return jnp.mean(x.astype(jnp.float32).reshape(x.shape[0], -1), axis=-1)
 
 
-def sample_noised(rng: jax.Array, x0: jax.Array, tables: DiffusionTables) -> tuple[jax.Array, jax.Array, jax.Array]:
+def sample_noised(
+    rng: jax.Array, x0: jax.Array, tables: DiffusionTables
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws t (B,) uniformly and eps like x0 (B, ...); returns t, eps and x_t."""
     rng_t, rng_eps = jax.random.split(rng)
     t = jax.random.randint(rng_t, (x0.shape[0],), 0, tables.alphas_cumprod.shape[0])
@@ -59,18 +68,26 @@ def target_of(x0: jax.Array, eps: jax.Array, t: jax.Array, tables: DiffusionTabl
     """
     targets = {"eps": eps, "x0": x0, "v": velocity(x0, eps, jnp.asarray(tables.alphas_cumprod)[t])}
     if kind not in targets:
-        raise ValueError(f"unknown prediction {kind!r}; choose one of {', '.join(targets)}")
+        raise InputError(f"unknown prediction {kind!r}; choose one of {', '.join(targets)}")
     return targets[kind]
 
 
-def simple_loss(prediction: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Array, tables: DiffusionTables, kind: str) -> jax.Array:
+def simple_loss(
+    prediction: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Array, tables: DiffusionTables, kind: str
+) -> jax.Array:
     """Mean squared error of the prediction (B, ...) against what it should be (`target_of`): (B,) float32."""
     return mean_per_example(jnp.square(prediction - target_of(x0, eps, t, tables, kind)))
 
 
 def normal_kl(mean1: jax.Array, log_var1: jax.Array, mean2: jax.Array, log_var2: jax.Array) -> jax.Array:
     """KL(N(mean1, e^log_var1) || N(mean2, e^log_var2)), elementwise, nats."""
-    return 0.5 * (log_var2 - log_var1 - 1 + jnp.exp(log_var1 - log_var2) + jnp.square(mean1 - mean2) * jnp.exp(-log_var2))
+    return 0.5 * (
+        log_var2
+        - log_var1
+        - 1
+        + jnp.exp(log_var1 - log_var2)
+        + jnp.square(mean1 - mean2) * jnp.exp(-log_var2)
+    )
 
 
 def discretised_nll(x: jax.Array, mean: jax.Array, log_var: jax.Array) -> jax.Array:
@@ -87,12 +104,22 @@ def discretised_nll(x: jax.Array, mean: jax.Array, log_var: jax.Array) -> jax.Ar
     high = jnp.where(flip, -lower, upper)
     log_high, log_low = jax.scipy.stats.norm.logcdf(high), jax.scipy.stats.norm.logcdf(low)
     inside = log_high + jnp.log(-jnp.expm1(jnp.minimum(log_low - log_high, -1e-7)))
-    log_prob = jnp.where(x < -0.999, jax.scipy.stats.norm.logcdf(upper), jnp.where(x > 0.999, jax.scipy.stats.norm.logcdf(-lower), inside))
+    log_prob = jnp.where(
+        x < -0.999,
+        jax.scipy.stats.norm.logcdf(upper),
+        jnp.where(x > 0.999, jax.scipy.stats.norm.logcdf(-lower), inside),
+    )
     return -log_prob
 
 
 def variational_bits(
-    prediction: jax.Array, v_frac: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array, tables: DiffusionTables, kind: str = "eps"
+    prediction: jax.Array,
+    v_frac: jax.Array,
+    x0: jax.Array,
+    x_t: jax.Array,
+    t: jax.Array,
+    tables: DiffusionTables,
+    kind: str = "eps",
 ) -> jax.Array:
     """One term of the variational bound in bits per dimension, gradients through the variance only.
 
@@ -106,8 +133,10 @@ def variational_bits(
     Returns:
       (B,) float32.
     """
-    pick = lambda table: jnp.asarray(table)[t].reshape((-1,) + (1,) * (x0.ndim - 1))  # noqa: E731
-    pred_x0, _ = to_x0_eps(jax.lax.stop_gradient(prediction), x_t, jnp.asarray(tables.alphas_cumprod)[t], kind)
+    pick = lambda table: jnp.asarray(table)[t].reshape((-1,) + (1,) * (x0.ndim - 1))
+    pred_x0, _ = to_x0_eps(
+        jax.lax.stop_gradient(prediction), x_t, jnp.asarray(tables.alphas_cumprod)[t], kind
+    )
     # As in sampling: an unclipped x0 at high noise is off by thousands and would swamp the term.
     pred_mean = pick(tables.x0_coef) * jnp.clip(pred_x0, -1, 1) + pick(tables.x_t_coef) * x_t
     true_mean = pick(tables.x0_coef) * x0 + pick(tables.x_t_coef) * x_t
@@ -127,7 +156,9 @@ def split_variance(output: jax.Array, channels: int) -> tuple[jax.Array, jax.Arr
     if output.shape[-1] == channels:
         return output, None
     if output.shape[-1] != 2 * channels:
-        raise ValueError(f"the output has {output.shape[-1]} channels; expected {channels}, or {2 * channels} with learned variance")
+        raise InputError(
+            f"the output has {output.shape[-1]} channels; expected {channels}, or {2 * channels} with learned variance"
+        )
     prediction, raw = jnp.split(output, 2, axis=-1)
     return prediction, (raw + 1) / 2
 
@@ -157,4 +188,7 @@ def hybrid_loss(
     if v_frac is None:
         return simple, {}
     bits = jnp.mean(variational_bits(prediction, v_frac, x0, x_t, t, tables, kind))
-    return simple + diffusion["vb_weight"] * diffusion["num_steps"] * bits, {"simple": simple, "vb_bits": bits}
+    return simple + diffusion["vb_weight"] * diffusion["num_steps"] * bits, {
+        "simple": simple,
+        "vb_bits": bits,
+    }

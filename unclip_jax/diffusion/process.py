@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.diffusion.schedule import CLEAN, Schedule
+from unclip_jax.errors import InputError
 
 PREDICTIONS = ("eps", "x0", "v")
 
@@ -28,7 +29,11 @@ PREDICTIONS = ("eps", "x0", "v")
 def expand(coefficient: jax.Array, like: jax.Array) -> jax.Array:
     """(B,) or scalar -> shape that broadcasts against `like` (B, ...)."""
     coefficient = jnp.asarray(coefficient)
-    return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
+    return (
+        coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))
+        if coefficient.ndim
+        else coefficient
+    )
 
 
 def standard_normal(rng: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -44,7 +49,11 @@ def standard_normal(rng: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -
 
 def fold_in(rng: jax.Array, data: jax.Array | int) -> jax.Array:
     """`jax.random.fold_in` for one key or for (B,) keys."""
-    return jax.random.fold_in(rng, data) if rng.ndim == 0 else jax.vmap(lambda key: jax.random.fold_in(key, data))(rng)
+    return (
+        jax.random.fold_in(rng, data)
+        if rng.ndim == 0
+        else jax.vmap(lambda key: jax.random.fold_in(key, data))(rng)
+    )
 
 
 def add_noise(x0: jax.Array, eps: jax.Array, abar: jax.Array) -> jax.Array:
@@ -59,7 +68,9 @@ def velocity(x0: jax.Array, eps: jax.Array, abar: jax.Array) -> jax.Array:
     return jnp.sqrt(abar) * eps - jnp.sqrt(1 - abar) * x0
 
 
-def to_x0_eps(prediction: jax.Array, x_t: jax.Array, abar: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
+def to_x0_eps(
+    prediction: jax.Array, x_t: jax.Array, abar: jax.Array, kind: str
+) -> tuple[jax.Array, jax.Array]:
     """Turns a model's output into both x0 and eps.
 
     Args:
@@ -81,7 +92,7 @@ def to_x0_eps(prediction: jax.Array, x_t: jax.Array, abar: jax.Array, kind: str)
         return prediction, (x_t - a * prediction) / s
     if kind == "v":
         return a * x_t - s * prediction, s * x_t + a * prediction
-    raise ValueError(f"unknown prediction {kind!r}; choose one of {', '.join(PREDICTIONS)}")
+    raise InputError(f"unknown prediction {kind!r}; choose one of {', '.join(PREDICTIONS)}")
 
 
 def eps_from_x0(x0: jax.Array, x_t: jax.Array, abar: jax.Array) -> jax.Array:
@@ -113,7 +124,7 @@ def posterior(schedule: Schedule, t: np.ndarray, r: np.ndarray) -> Posterior:
     """
     t, r = np.asarray(t), np.asarray(r)
     if np.any(r >= t):
-        raise ValueError("a reverse step must lead to an earlier time step")
+        raise InputError("a reverse step must lead to an earlier time step")
     abar_t, abar_r = schedule.abar(t), schedule.abar(r)
     beta = 1 - abar_t / abar_r
     variance = beta * (1 - abar_r) / (1 - abar_t)

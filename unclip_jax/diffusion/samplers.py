@@ -27,6 +27,7 @@ import numpy as np
 from unclip_jax.diffusion.guidance import Denoise
 from unclip_jax.diffusion.process import fold_in, learned_log_variance, posterior, standard_normal
 from unclip_jax.diffusion.schedule import CLEAN, Schedule
+from unclip_jax.errors import InputError
 
 VARIANCES = ("small", "large", "learned", "analytic")
 
@@ -39,7 +40,7 @@ def transitions(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     t = np.asarray(steps)
     if t.ndim != 1 or len(t) == 0 or np.any(np.diff(t) >= 0) or t[-1] < 0:
-        raise ValueError("sampling steps must be a non-empty, strictly descending list of steps >= 0")
+        raise InputError("sampling steps must be a non-empty, strictly descending list of steps >= 0")
     return t, np.append(t[1:], CLEAN)
 
 
@@ -71,24 +72,36 @@ def ddpm(
       ValueError: on an unknown variance, `learned` with a denoiser that has none, or `analytic` without the table.
     """
     if variance not in VARIANCES:
-        raise ValueError(f"unknown variance {variance!r}; choose one of {', '.join(VARIANCES)}")
+        raise InputError(f"unknown variance {variance!r}; choose one of {', '.join(VARIANCES)}")
     t, r = transitions(steps)
     post = posterior(schedule, t, r)
     small = post.log_variance_small
     if variance == "analytic":
         if x0_error is None:
-            raise ValueError("variance 'analytic' needs the network's measured errors (x0_error), which this one lacks")
+            raise InputError(
+                "variance 'analytic' needs the network's measured errors (x0_error), which this one lacks"
+            )
         errors = jnp.maximum(jnp.asarray(x0_error, jnp.float32)[t], 1e-30)
-        small = jnp.logaddexp(jnp.asarray(small, jnp.float32), 2 * jnp.log(jnp.asarray(post.x0_coef, jnp.float32)) + jnp.log(errors))
+        small = jnp.logaddexp(
+            jnp.asarray(small, jnp.float32),
+            2 * jnp.log(jnp.asarray(post.x0_coef, jnp.float32)) + jnp.log(errors),
+        )
     columns = (post.x0_coef, post.x_t_coef, small, post.log_variance_large)
-    xs = (jnp.asarray(t), jnp.asarray(r != CLEAN, x.dtype), *(jnp.asarray(c, x.dtype) for c in columns), jnp.arange(len(t)))
+    xs = (
+        jnp.asarray(t),
+        jnp.asarray(r != CLEAN, x.dtype),
+        *(jnp.asarray(c, x.dtype) for c in columns),
+        jnp.arange(len(t)),
+    )
 
     def body(x, step):
         t, noisy, x0_coef, x_t_coef, small, large, i = step
         out = denoise(x, t)
         if variance == "learned":
             if out.v_frac is None:
-                raise ValueError("variance 'learned' needs a network that predicts it; use 'small' or 'large'")
+                raise InputError(
+                    "variance 'learned' needs a network that predicts it; use 'small' or 'large'"
+                )
             log_variance = learned_log_variance(out.v_frac, small, large)
         else:
             log_variance = large if variance == "large" else small
@@ -99,7 +112,13 @@ def ddpm(
 
 
 def ddim(
-    denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.ndarray, rng: jax.Array | None = None, *, eta: float = 0.0
+    denoise: Denoise,
+    x: jax.Array,
+    schedule: Schedule,
+    steps: np.ndarray,
+    rng: jax.Array | None = None,
+    *,
+    eta: float = 0.0,
 ) -> jax.Array:
     """DDIM sampling.
 
@@ -115,9 +134,9 @@ def ddim(
       ValueError: when eta is outside [0, 1], or positive without a key.
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"DDIM's eta must be in [0, 1], got {eta}")
+        raise InputError(f"DDIM's eta must be in [0, 1], got {eta}")
     if eta > 0 and rng is None:
-        raise ValueError("DDIM with eta > 0 needs a random key")
+        raise InputError("DDIM with eta > 0 needs a random key")
     t, r = transitions(steps)
     abar_t, abar_r = schedule.abar(t), schedule.abar(r)
     sigma = eta * np.sqrt((1 - abar_r) / (1 - abar_t) * (1 - abar_t / abar_r))
@@ -135,7 +154,9 @@ def ddim(
     return jax.lax.scan(body, x, xs)[0]
 
 
-def dpmpp_2m(denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.ndarray, rng: jax.Array | None = None) -> jax.Array:
+def dpmpp_2m(
+    denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.ndarray, rng: jax.Array | None = None
+) -> jax.Array:
     """DPM-Solver++(2M), second order in the steps, one evaluation each.
 
     Args:
@@ -177,7 +198,10 @@ def ddim_invert(denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.nd
       (B, ...) the latent x_T of each sample.
     """
     t, r = transitions(steps)
-    n, now = t[::-1], np.maximum(r[::-1], t[-1])  # the first move starts at the clean sample, seen by the network as its lowest step
+    n, now = (
+        t[::-1],
+        np.maximum(r[::-1], t[-1]),
+    )  # the first move starts at the clean sample, seen by the network as its lowest step
     abar_now, abar_n = schedule.abar(r[::-1]), schedule.abar(n)
     # x is known at abar_now; split it with the predicted eps, then rebuild it at abar_n.
     columns = (np.sqrt(abar_n / abar_now), np.sqrt(1 - abar_n) - np.sqrt(abar_n / abar_now * (1 - abar_now)))
@@ -219,7 +243,7 @@ def repaint(
       ValueError: when resamples is below 1.
     """
     if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
+        raise InputError(f"resamples must be at least 1, got {resamples}")
     t, r = transitions(steps)
     # Every step `resamples` times; all but the last pass of a step go back. The step to the clean sample is made once.
     again = np.where(np.arange(len(t)) < len(t) - 1, resamples, 1)

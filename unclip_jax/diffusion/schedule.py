@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from unclip_jax.errors import InputError
+
 CLEAN = -1
 
 
@@ -72,10 +74,10 @@ def make_schedule(name: str, num_steps: int = 1000) -> Schedule:
       ValueError: on an unknown name, or on a number of steps for which the betas leave (0, 1).
     """
     if name not in SCHEDULES:
-        raise ValueError(f"unknown noise schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+        raise InputError(f"unknown noise schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
     betas = SCHEDULES[name](num_steps)
     if not (np.all(betas > 0) and np.all(betas < 1)):
-        raise ValueError(f"the {name} schedule has no valid betas with {num_steps} steps; use more steps")
+        raise InputError(f"the {name} schedule has no valid betas with {num_steps} steps; use more steps")
     return Schedule(betas)
 
 
@@ -88,7 +90,7 @@ def strided_steps(num_steps: int, count: int) -> np.ndarray:
       ValueError: unless 1 <= count <= num_steps.
     """
     if not 1 <= count <= num_steps:
-        raise ValueError(f"sampling steps must be between 1 and {num_steps}, got {count}")
+        raise InputError(f"sampling steps must be between 1 and {num_steps}, got {count}")
     if count == 1:
         return np.array([num_steps - 1])
     return np.round(np.arange(count) * (num_steps - 1) / (count - 1)).astype(np.int64)[::-1].copy()
@@ -119,7 +121,7 @@ def segment_steps(num_steps: int, counts: Sequence[int]) -> np.ndarray:
     for i, count in enumerate(counts):
         size = num_steps // n + (i < num_steps % n)
         if not 1 <= count <= size:
-            raise ValueError(f"segment {i + 1} of {n} has {size} steps; cannot take {count} of them")
+            raise InputError(f"segment {i + 1} of {n} has {size} steps; cannot take {count} of them")
         steps.append(start + (strided_steps(size, count)[::-1] if count > 1 else np.array([0])))
         start += size
     return np.concatenate(steps)[::-1].copy()
@@ -134,7 +136,9 @@ def integer_stride_steps(num_steps: int, count: int) -> np.ndarray:
     for stride in range(1, num_steps + 1):
         if len(range(0, num_steps, stride)) == count:
             return np.arange(0, num_steps, stride)[::-1].copy()
-    raise ValueError(f"no integer stride takes {count} of {num_steps} steps; give the number alone for a fractional stride")
+    raise InputError(
+        f"no integer stride takes {count} of {num_steps} steps; give the number alone for a fractional stride"
+    )
 
 
 def time_steps(num_steps: int, steps: int | str | Sequence[int]) -> np.ndarray:
@@ -151,19 +155,25 @@ def time_steps(num_steps: int, steps: int | str | Sequence[int]) -> np.ndarray:
     if isinstance(steps, str):
         if steps in NAMED_STEPS:
             if num_steps != 1000:
-                raise ValueError(f"the steps {steps} are made for 1000 steps, not {num_steps}")
+                raise InputError(f"the steps {steps} are made for 1000 steps, not {num_steps}")
             return np.array(NAMED_STEPS[steps])[::-1].copy()
         if match := re.fullmatch(r"ddim(\d+)", steps):
             return integer_stride_steps(num_steps, int(match[1]))
         if re.fullmatch(r"\d+(,\d+)*", steps):
             counts = [int(c) for c in steps.split(",")]
-            return segment_steps(num_steps, counts) if len(counts) > 1 else strided_steps(num_steps, counts[0])
-        raise ValueError(f"sampling steps {steps!r}: give a number, segments such as 10,10,3,2,2, ddim25, or {', '.join(NAMED_STEPS)}")
+            return (
+                segment_steps(num_steps, counts) if len(counts) > 1 else strided_steps(num_steps, counts[0])
+            )
+        raise InputError(
+            f"sampling steps {steps!r}: give a number, segments such as 10,10,3,2,2, ddim25, or {', '.join(NAMED_STEPS)}"
+        )
     if isinstance(steps, Sequence):
         listed = np.unique(np.asarray(steps, np.int64))[::-1].copy() if len(steps) else np.zeros(0, np.int64)
         if len(listed) != len(steps) or len(listed) == 0 or listed[0] >= num_steps or listed[-1] < 0:
-            raise ValueError(f"listed sampling steps must be distinct, at least one, and between 0 and {num_steps - 1}")
+            raise InputError(
+                f"listed sampling steps must be distinct, at least one, and between 0 and {num_steps - 1}"
+            )
         return listed
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
-        raise ValueError(f"sampling steps must be a whole number, text or a list, got {steps!r}")
+        raise InputError(f"sampling steps must be a whole number, text or a list, got {steps!r}")
     return strided_steps(num_steps, int(steps))

@@ -14,6 +14,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.data.record import Record, Source
+from unclip_jax.errors import InputError
 from unclip_jax.metrics.linear_probe import Probe, linear_probe
 from unclip_jax.metrics.retrieval import recall_at_k
 from unclip_jax.metrics.zeroshot import class_embeddings, top_k_accuracy
@@ -36,7 +37,9 @@ def label_of(record: Record, label: str) -> str:
     else:
         name = str(record.meta.get(label, ""))
     if not name:
-        raise ValueError(f"record {record.key} of {record.shard} has no {label}; label is caption, folder, or a field of the metadata")
+        raise InputError(
+            f"record {record.key} of {record.shard} has no {label}; label is caption, folder, or a field of the metadata"
+        )
     return name
 
 
@@ -59,8 +62,12 @@ def _rows(source: Source, rows: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(len(source), rows, replace=False))
 
 
-def _embed(sampler: Sampler, source: Source, rows: np.ndarray, progress: Progress | None, projected: bool = True) -> np.ndarray:
-    return embed_images(sampler, _Images(source, rows), projected=projected, max_batch=BATCH, progress=progress)
+def _embed(
+    sampler: Sampler, source: Source, rows: np.ndarray, progress: Progress | None, projected: bool = True
+) -> np.ndarray:
+    return embed_images(
+        sampler, _Images(source, rows), projected=projected, max_batch=BATCH, progress=progress
+    )
 
 
 def retrieval(
@@ -85,7 +92,7 @@ def retrieval(
     captions = [source.read(int(i)).captions for i in chosen]
     owner = np.repeat(np.arange(len(chosen)), [len(c) for c in captions])
     if len(owner) == 0:
-        raise ValueError(f"{source.name} has no captions to retrieve")
+        raise InputError(f"{source.name} has no captions to retrieve")
     sampler = as_sampler(bundle)
     z_text = embed_captions(sampler, [caption for group in captions for caption in group], max_batch=BATCH)
     return recall_at_k(_embed(sampler, source, chosen, progress), z_text, owner, ks)
@@ -118,7 +125,9 @@ def zeroshot(
     labels, classes = _labels(source, label)
     chosen = _rows(source, rows, seed)
     sampler, known_ks = as_sampler(bundle), [k for k in ks if k < len(classes)]
-    z_class = class_embeddings(lambda prompts: embed_captions(sampler, prompts, max_batch=BATCH), classes, templates)
+    z_class = class_embeddings(
+        lambda prompts: embed_captions(sampler, prompts, max_batch=BATCH), classes, templates
+    )
     accuracy = top_k_accuracy(_embed(sampler, source, chosen, progress), z_class, labels[chosen], known_ks)
     return accuracy, len(classes)
 
@@ -154,6 +163,8 @@ def _labels(source: Source, label: str) -> tuple[np.ndarray, list[str]]:
     names = [label_of(source.read(i), label) for i in range(len(source))]
     classes = sorted(set(names))
     if len(classes) < 2:
-        raise ValueError(f"{source.name} has {len(classes)} class by {label}; zero-shot classification needs two")
+        raise InputError(
+            f"{source.name} has {len(classes)} class by {label}; zero-shot classification needs two"
+        )
     number = {name: i for i, name in enumerate(classes)}
     return np.asarray([number[name] for name in names]), classes

@@ -67,7 +67,11 @@ def measure(
 
 def describe(figures: dict) -> list[str]:
     """The figures in lines for a person."""
-    lines = [f"{'held-out rows, ' + str(figures['rows']) + ' each':34}" + "".join(f"{s:>10}" for s in SPLITS) + f"{'chance':>10}"]
+    lines = [
+        f"{'held-out rows, ' + str(figures['rows']) + ' each':34}"
+        + "".join(f"{s:>10}" for s in SPLITS)
+        + f"{'chance':>10}"
+    ]
     names = {
         "retrieval": (f"own caption first of {figures['candidates']}, images", figures["chance"]),
         "caption_first": (f"own caption first of {figures['candidates']}, samples", figures["chance"]),
@@ -76,5 +80,9 @@ def describe(figures: dict) -> list[str]:
         "text_embedding_cosine": ("  baseline: text embedding", None),
     }
     for key, (words, chance) in names.items():
-        lines.append(f"{words:34}" + "".join(f"{figures[s][key]:10.3f}" for s in SPLITS) + (f"{chance:10.3f}" if chance else ""))
+        lines.append(
+            f"{words:34}"
+            + "".join(f"{figures[s][key]:10.3f}" for s in SPLITS)
+            + (f"{chance:10.3f}" if chance else "")
+        )
     return lines

@@ -48,14 +48,18 @@ def sample_codes(
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if options.top_k is not None:
             logits = jnp.where(logits < jax.lax.top_k(logits, options.top_k)[0][:, -1:], -jnp.inf, logits)
-        draw = jax.vmap(jax.random.categorical)(fold_in(fold_in(keys, CODES), n), logits / options.temperature)
+        draw = jax.vmap(jax.random.categorical)(
+            fold_in(fold_in(keys, CODES), n), logits / options.temperature
+        )
         return draw.astype(jnp.int32)
 
     inputs = text_inputs(model, both)
     z_text = inputs.pop("text_embed")
     states, mask = prior.apply(**inputs, method="encode_text")
     dots = twice(dot, guided)
-    logits, caches = prior.apply(dots, text_embed=z_text, text_states=states, text_mask=mask, method="prefill")
+    logits, caches = prior.apply(
+        dots, text_embed=z_text, text_states=states, text_mask=mask, method="prefill"
+    )
     first = choose(logits, 0)
 
     def body(carry, n):

@@ -15,6 +15,7 @@ import numpy as np
 from unclip_jax.diffusion.guidance import Denoise
 from unclip_jax.diffusion.process import eps_from_x0, fold_in, standard_normal
 from unclip_jax.diffusion.samplers import ddim_invert, repaint
+from unclip_jax.errors import InputError
 from unclip_jax.generate.denoise import NOISE, STEPS, diffusion_sampler
 from unclip_jax.generate.networks import Network, image_size, part_schedule
 from unclip_jax.generate.options import SamplingOptions, is_guided
@@ -29,7 +30,11 @@ class Known(NamedTuple):
 
 
 def decoder_denoiser(
-    decoder: Network, z_image: jax.Array | None, texts: Texts, options: SamplingOptions, known: Known | None = None
+    decoder: Network,
+    z_image: jax.Array | None,
+    texts: Texts,
+    options: SamplingOptions,
+    known: Known | None = None,
 ) -> Denoise:
     """The decoder as a denoiser of (B, H, W, 3) that already contains conditioning and guidance.
 
@@ -97,7 +102,9 @@ def sample_decoder(
       ValueError: when a decoder that inpaints is not told what is known, or another one is.
     """
     if decoder.module.inpaint != (known is not None):
-        raise ValueError("a decoder that inpaints needs the known part of the image, and another one cannot use it")
+        raise InputError(
+            "a decoder that inpaints needs the known part of the image, and another one cannot use it"
+        )
     denoise = decoder_denoiser(decoder, z_image, texts, options, known)
     size = image_size(decoder.config)
     x = standard_normal(fold_in(rng, NOISE), (texts.rows, size, size, 3)) if x_T is None else x_T
@@ -121,9 +128,11 @@ def invert_decoder(
       ValueError: when the options clip.
     """
     if options.clip is not None:
-        raise ValueError("DDIM inversion needs clip None: what clipping cuts off cannot be found again")
+        raise InputError("DDIM inversion needs clip None: what clipping cuts off cannot be found again")
     sampler = diffusion_sampler(decoder.config, options)
-    return ddim_invert(decoder_denoiser(decoder, z_image, texts, options), image, sampler.schedule, sampler.steps)
+    return ddim_invert(
+        decoder_denoiser(decoder, z_image, texts, options), image, sampler.schedule, sampler.steps
+    )
 
 
 def inpaint_decoder(

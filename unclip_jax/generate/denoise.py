@@ -11,6 +11,7 @@ from unclip_jax.diffusion.guidance import Denoise, make_denoiser
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.diffusion.samplers import SAMPLERS
 from unclip_jax.diffusion.schedule import Schedule, time_steps
+from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import part_schedule
 from unclip_jax.generate.options import SamplingOptions
 
@@ -49,7 +50,9 @@ class DiffusionSampler:
             settings = {"variance": self.options.variance, "x0_error": self.config.get("x0_error")}
         elif self.options.sampler == "ddim":
             settings = {"eta": self.options.eta}
-        return SAMPLERS[self.options.sampler](denoise, x, self.schedule, self.steps, fold_in(rng, STEPS), **settings)
+        return SAMPLERS[self.options.sampler](
+            denoise, x, self.schedule, self.steps, fold_in(rng, STEPS), **settings
+        )
 
 
 def diffusion_sampler(config: dict, options: SamplingOptions) -> DiffusionSampler:
@@ -59,6 +62,6 @@ def diffusion_sampler(config: dict, options: SamplingOptions) -> DiffusionSample
       ValueError: on an unknown sampler, or steps that do not fit the schedule.
     """
     if options.sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        raise InputError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
     schedule = part_schedule(config)
     return DiffusionSampler(config, schedule, time_steps(schedule.num_steps, options.steps), options)

@@ -12,6 +12,7 @@ import numpy as np
 
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace
 from unclip_jax.diffusion.schedule import Schedule, make_schedule
+from unclip_jax.errors import InputError
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.layers import Dtype
@@ -61,7 +62,7 @@ def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> 
     """
     kind = part_config["kind"]
     if kind not in MODELS:
-        raise ValueError(f"unknown kind of network {kind!r}; known: {', '.join(MODELS)}")
+        raise InputError(f"unknown kind of network {kind!r}; known: {', '.join(MODELS)}")
     return MODELS[kind](**part_config["model"], dtype=dtype, **hooks)
 
 

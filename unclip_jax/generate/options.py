@@ -10,6 +10,7 @@ import numpy as np
 from unclip_jax.diffusion.guidance import Guidance, check_threshold
 from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES
 from unclip_jax.diffusion.schedule import time_steps
+from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import part_schedule
 
 
@@ -39,7 +40,9 @@ class SamplingOptions:
     @property
     def guidance(self) -> Guidance:
         """What the guidance options say."""
-        return Guidance(self.guidance_scale, self.guidance_schedule, self.guidance_interval, self.guidance_rescale)
+        return Guidance(
+            self.guidance_scale, self.guidance_schedule, self.guidance_interval, self.guidance_rescale
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def options_from(settings: dict, kind: str = "decoder", **overrides: Any) -> Opt
     unknown = (set(settings) | set(overrides)) - set(options.__dataclass_fields__)
     if unknown:
         known = ", ".join(options.__dataclass_fields__)
-        raise ValueError(f"unknown sampling option {', '.join(sorted(unknown))}; known: {known}")
+        raise InputError(f"unknown sampling option {', '.join(sorted(unknown))}; known: {known}")
     chosen = {**settings, **overrides}
     return options(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
 
@@ -87,32 +90,32 @@ def options_from(settings: dict, kind: str = "decoder", **overrides: Any) -> Opt
 def check_options(options: Options, part_config: dict) -> None:
     """Raises ValueError where an option is out of range for the part, before anything is compiled."""
     if not np.isfinite(options.guidance_scale):
-        raise ValueError(f"the guidance scale must be a finite number, got {options.guidance_scale}")
+        raise InputError(f"the guidance scale must be a finite number, got {options.guidance_scale}")
     if not 1 <= options.candidates:
-        raise ValueError(f"candidates must be at least 1, got {options.candidates}")
+        raise InputError(f"candidates must be at least 1, got {options.candidates}")
     if isinstance(options, CodeSamplingOptions):
         _check_code_options(options, part_config["model"]["buckets"])
         return
     time_steps(part_schedule(part_config).num_steps, options.steps)
     if options.sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        raise InputError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
     if options.variance not in VARIANCES:
-        raise ValueError(f"unknown variance {options.variance!r}; choose one of {', '.join(VARIANCES)}")
+        raise InputError(f"unknown variance {options.variance!r}; choose one of {', '.join(VARIANCES)}")
     if not 0 <= options.eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {options.eta}")
+        raise InputError(f"eta must be in [0, 1], got {options.eta}")
     options.guidance.check()
     if options.clip is not None and not options.clip > 0:
-        raise ValueError(f"clip must be positive or None, got {options.clip}")
+        raise InputError(f"clip must be positive or None, got {options.clip}")
     check_threshold(options.threshold, options.clip)
 
 
 def _check_code_options(options: CodeSamplingOptions, buckets: int) -> None:
     if not 0 <= options.temperature < np.inf:
-        raise ValueError(f"temperature must be 0 or a positive number, got {options.temperature}")
+        raise InputError(f"temperature must be 0 or a positive number, got {options.temperature}")
     if options.top_k is not None and not 1 <= options.top_k <= buckets:
-        raise ValueError(f"top_k must be between 1 and {buckets}, got {options.top_k}")
+        raise InputError(f"top_k must be between 1 and {buckets}, got {options.top_k}")
     if not 0 <= options.dot_quantile < 1:
-        raise ValueError(f"dot_quantile must be in [0, 1), got {options.dot_quantile}")
+        raise InputError(f"dot_quantile must be in [0, 1), got {options.dot_quantile}")
 
 
 def is_guided(options: Options) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from unclip_jax.diffusion.embedding_space import denormalize
 from unclip_jax.diffusion.process import fold_in, standard_normal
+from unclip_jax.errors import InputError
 from unclip_jax.generate.codes import sample_codes
 from unclip_jax.generate.denoise import NOISE, diffusion_sampler
 from unclip_jax.generate.networks import Network, part_space
@@ -39,7 +40,7 @@ def sample_prior(
     """
     autoregressive = prior.config["kind"] == "prior_ar"
     if autoregressive and codec is None:
-        raise ValueError("the autoregressive prior needs the codec of the codec part")
+        raise InputError("the autoregressive prior needs the codec of the codec part")
     rows, count = texts.rows, options.candidates
     repeated = jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), texts.captions)
     if count > 1:

@@ -41,14 +41,20 @@ class Texts(NamedTuple):
 
     def both(self) -> TextConditioning:
         """2 B rows: the captions, then as many empty ones."""
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.broadcast_to(b, a.shape)]), self.captions, self.empty)
+        return jax.tree.map(
+            lambda a, b: jnp.concatenate([a, jnp.broadcast_to(b, a.shape)]), self.captions, self.empty
+        )
 
 
 def encode_text(clip: Network, batch: Mapping[str, jax.Array]) -> TextConditioning:
     """What the frozen CLIP's text tower says of a batch's `clip_tokens` and `clip_token_mask`. `tokens` and `token_mask` pass through."""
     features = clip.apply(batch["clip_tokens"], method="encode_text")
     return TextConditioning(
-        features.embed, features.states, batch["clip_token_mask"], batch.get("tokens"), batch.get("token_mask")
+        features.embed,
+        features.states,
+        batch["clip_token_mask"],
+        batch.get("tokens"),
+        batch.get("token_mask"),
     )
 
 

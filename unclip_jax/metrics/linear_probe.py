@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from unclip_jax.errors import InputError, MissingPackageError
+
 MAX_ITERATIONS = 1000
 COARSE = tuple(10.0**power for power in (-6, -4, -2, 0, 2, 4, 6))  # of C, the inverse of the strength
 REFINEMENTS = (1.0, 0.5, 0.25)  # steps in decades around the best so far
@@ -26,7 +28,13 @@ class Probe(NamedTuple):
 
 
 def linear_probe(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, *, held_out: float = 0.2, seed: int = 0
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    *,
+    held_out: float = 0.2,
+    seed: int = 0,
 ) -> Probe:
     """Fits on the training features, chooses C on a part of them, fits again on all, and tests.
 
@@ -49,11 +57,15 @@ def linear_probe(
         from sklearn.model_selection import train_test_split
         from threadpoolctl import threadpool_limits
     except ImportError:
-        raise ImportError('the linear probe needs scikit-learn: pip install "unclip_jax[eval]"') from None
+        raise MissingPackageError(
+            'the linear probe needs scikit-learn: pip install "unclip_jax[eval]"'
+        ) from None
 
     _, counts = np.unique(train_labels, return_counts=True)
     if len(counts) < 2 or min(counts) < 2:
-        raise ValueError(f"a probe needs two classes with two training rows each, got {len(counts)}, one with {min(counts, default=0)}")
+        raise InputError(
+            f"a probe needs two classes with two training rows each, got {len(counts)}, one with {min(counts, default=0)}"
+        )
 
     def fit(features, labels, c):
         with threadpool_limits(1 if features.size < _SMALL else None), warnings.catch_warnings():
@@ -74,4 +86,6 @@ def linear_probe(
     best = max(COARSE, key=score)
     for step in REFINEMENTS:
         best = max((best, best * 10**-step, best * 10**step), key=score)
-    return Probe(float(fit(train, train_labels, best).score(test, test_labels)), float(best), float(scores[best]))
+    return Probe(
+        float(fit(train, train_labels, best).score(test, test_labels)), float(best), float(scores[best])
+    )

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from unclip_jax.errors import InputError
+
 TIE = 1e-12  # two cosines nearer than this are equal but for rounding
 _ROWS = 1024  # captions compared at once
 
@@ -31,7 +33,7 @@ def retrieval_at_1(queries: np.ndarray, candidates: np.ndarray, group: int = 100
     """
     n = len(queries) // group * group
     if n == 0:
-        raise ValueError(f"retrieval among {group} needs at least {group} rows, got {len(queries)}")
+        raise InputError(f"retrieval among {group} needs at least {group} rows, got {len(queries)}")
     q = unit(queries[:n]).reshape(-1, group, queries.shape[-1])
     c = unit(candidates[:n]).reshape(-1, group, candidates.shape[-1])
     similarity = np.einsum("gid,gjd->gij", q, c)
@@ -40,7 +42,9 @@ def retrieval_at_1(queries: np.ndarray, candidates: np.ndarray, group: int = 100
     return float(np.mean(own > similarity.max(axis=-1)))
 
 
-def recall_at_k(image: np.ndarray, text: np.ndarray, owner: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, dict[int, float]]:
+def recall_at_k(
+    image: np.ndarray, text: np.ndarray, owner: np.ndarray, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, dict[int, float]]:
     """Recall at k both ways over the whole set, as for COCO and Flickr30k (CLIP section 3.1.5 and appendix E.1).
 
     Image to text: the fraction of images with one of their own captions among the k nearest of all captions. Text to image: the fraction of
@@ -59,13 +63,16 @@ def recall_at_k(image: np.ndarray, text: np.ndarray, owner: np.ndarray, ks: Sequ
     """
     n, owner = len(image), np.asarray(owner)
     if owner.shape != (len(text),) or owner.min(initial=0) < 0 or owner.max(initial=0) >= n:
-        raise ValueError(f"owner must be {len(text)} numbers in [0, {n}), one per caption")
+        raise InputError(f"owner must be {len(text)} numbers in [0, {n}), one per caption")
     if len(np.unique(owner)) != n:
-        raise ValueError(f"{n - len(np.unique(owner))} of {n} images have no caption")
+        raise InputError(f"{n - len(np.unique(owner))} of {n} images have no caption")
     if min(ks) < 1:
-        raise ValueError(f"k must be at least 1, got {min(ks)}")
+        raise InputError(f"k must be at least 1, got {min(ks)}")
     images, texts = unit(image), unit(text)
-    forward, backward = np.empty(n, int), np.empty(len(texts), int)  # how many foreign rows are at least as near as the best own one
+    forward, backward = (
+        np.empty(n, int),
+        np.empty(len(texts), int),
+    )  # how many foreign rows are at least as near as the best own one
     for first in range(0, len(texts), _ROWS):
         rows = slice(first, first + _ROWS)
         similarity = texts[rows] @ images.T

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from unclip_jax.data.tokenizer import IMAGENET_TEMPLATES_FILE
+from unclip_jax.errors import InputError
 from unclip_jax.metrics.retrieval import TIE, unit
 from unclip_jax.paths import user_path
 
@@ -18,7 +19,13 @@ from unclip_jax.paths import user_path
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
     "photo": ("a photo of a {}.",),
-    "emoji": ("an emoji of {}", "a 3d emoji of {}", "a flat emoji of {}", "a noto emoji of {}", "a blob emoji of {}"),
+    "emoji": (
+        "an emoji of {}",
+        "a 3d emoji of {}",
+        "a flat emoji of {}",
+        "a noto emoji of {}",
+        "a blob emoji of {}",
+    ),
     "emoji_style": ("a {} emoji", "an emoji in {} style", "a {} emoji of a face", "a {} emoji of a thing"),
 }
 
@@ -33,15 +40,21 @@ def templates_of(name: str) -> tuple[str, ...]:
         return TEMPLATES[name]
     path = IMAGENET_TEMPLATES_FILE if name == "imagenet" else user_path(name)
     if not path.is_file():
-        raise ValueError(f"unknown templates {name!r}; choose one of {', '.join(TEMPLATES)}, imagenet, or a file with one template a line")
+        raise InputError(
+            f"unknown templates {name!r}; choose one of {', '.join(TEMPLATES)}, imagenet, or a file with one template a line"
+        )
     templates = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     bad = [t for t in templates if t.count("{}") != 1]
     if bad or not templates:
-        raise ValueError(f"{path}: every line must have one {{}} for the class" + (f", but not {bad[0]!r}" if bad else ""))
+        raise InputError(
+            f"{path}: every line must have one {{}} for the class" + (f", but not {bad[0]!r}" if bad else "")
+        )
     return templates
 
 
-def class_embeddings(embed: Callable[[Sequence[str]], np.ndarray], classes: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+def class_embeddings(
+    embed: Callable[[Sequence[str]], np.ndarray], classes: Sequence[str], templates: Sequence[str]
+) -> np.ndarray:
     """Classes as unit vectors.
 
     Args:
@@ -57,17 +70,28 @@ def class_embeddings(embed: Callable[[Sequence[str]], np.ndarray], classes: Sequ
     return unit(z.mean(axis=1))
 
 
-def top_k_accuracy(z_image: np.ndarray, classes: np.ndarray, labels: np.ndarray, ks: Sequence[int] = (1, 5)) -> dict[int, float]:
+def top_k_accuracy(
+    z_image: np.ndarray, classes: np.ndarray, labels: np.ndarray, ks: Sequence[int] = (1, 5)
+) -> dict[int, float]:
     """Fraction of images (N, D) whose class, labels (N,) int, is among the k nearest of classes (K, D). Ties count against it.
 
     Raises:
       ValueError: when there are no images, labels are out of range, or k is not below the number of classes.
     """
     labels = np.asarray(labels)
-    if len(z_image) == 0 or labels.shape != (len(z_image),) or labels.min() < 0 or labels.max() >= len(classes):
-        raise ValueError(f"labels must be {len(z_image)} numbers in [0, {len(classes)}), one per image, and at least one")
+    if (
+        len(z_image) == 0
+        or labels.shape != (len(z_image),)
+        or labels.min() < 0
+        or labels.max() >= len(classes)
+    ):
+        raise InputError(
+            f"labels must be {len(z_image)} numbers in [0, {len(classes)}), one per image, and at least one"
+        )
     if not all(1 <= k < len(classes) for k in ks):
-        raise ValueError(f"k must be at least 1 and below the number of classes {len(classes)}, got {', '.join(map(str, ks))}")
+        raise InputError(
+            f"k must be at least 1 and below the number of classes {len(classes)}, got {', '.join(map(str, ks))}"
+        )
     similarity = unit(z_image) @ unit(classes).T
     own = similarity[np.arange(len(labels)), labels]
     rank = np.sum(similarity >= own[:, None] - TIE, axis=1) - 1

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.errors import InputError
 from unclip_jax.models.layers import Dtype, Gather, LayerNorm
 from unclip_jax.models.transformer import Transformer, causal_mask
 
@@ -53,12 +54,20 @@ class ImageTower(nn.Module):
         """
         b, h, w, _ = image.shape
         if (h, w) != (self.image_size, self.image_size):
-            raise ValueError(f"CLIP's image tower takes {self.image_size}x{self.image_size} images, got {h}x{w}")
+            raise InputError(
+                f"CLIP's image tower takes {self.image_size}x{self.image_size} images, got {h}x{w}"
+            )
         x = ((image + 1.0) / 2.0 - jnp.asarray(MEAN)) / jnp.asarray(STD)
         p = self.patch_size
-        x = nn.Conv(self.width, (p, p), strides=(p, p), use_bias=False, padding="VALID", dtype=self.dtype, name="patch_embed")(
-            x.astype(self.dtype)
-        )
+        x = nn.Conv(
+            self.width,
+            (p, p),
+            strides=(p, p),
+            use_bias=False,
+            padding="VALID",
+            dtype=self.dtype,
+            name="patch_embed",
+        )(x.astype(self.dtype))
         x = x.reshape(b, -1, self.width)
         scale = self.width**-0.5
         cls = self.param("class_embedding", nn.initializers.normal(scale), (self.width,))
@@ -72,7 +81,13 @@ class ImageTower(nn.Module):
         x = LayerNorm(dtype=self.dtype, name="ln_post")(x[:, 0])
         if not project:
             return x.astype(jnp.float32)
-        x = nn.Dense(self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(scale), name="projection")(x)
+        x = nn.Dense(
+            self.embed_dim,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(scale),
+            name="projection",
+        )(x)
         return x.astype(jnp.float32)
 
 
@@ -97,7 +112,7 @@ class TextTower(nn.Module):
         """(B, L) int32 ids in [0, vocab_size), L = length -> embed (B, D) not normalised, states (B, L, W)."""
         b, length = tokens.shape
         if length != self.length:
-            raise ValueError(f"CLIP's text tower takes {self.length} tokens, got {length}")
+            raise InputError(f"CLIP's text tower takes {self.length} tokens, got {length}")
         table = self.param("token_embedding", nn.initializers.normal(0.02), (self.vocab_size, self.width))
         positions = self.param("position_embedding", nn.initializers.normal(0.01), (self.length, self.width))
         x = jnp.take(table, tokens, axis=0).astype(self.dtype) + positions.astype(self.dtype)
@@ -108,7 +123,11 @@ class TextTower(nn.Module):
         states = LayerNorm(dtype=self.dtype, name="ln_final")(x)
         pooled = states[jnp.arange(b), jnp.argmax(tokens, axis=-1)]
         embed = nn.Dense(
-            self.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.normal(self.width**-0.5), name="projection"
+            self.embed_dim,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(self.width**-0.5),
+            name="projection",
         )(pooled)
         return TextFeatures(embed.astype(jnp.float32), states.astype(jnp.float32))
 

@@ -45,9 +45,13 @@ class ClipConditioning(nn.Module):
         context = tokens.reshape(b, self.context_dim, self.clip_tokens).transpose(0, 2, 1)
         mask = jnp.ones((b, self.clip_tokens), bool)
         if self.use_text_embed:
-            cond = cond + nn.Dense(self.cond_dim, dtype=self.dtype, name="text_embed_cond")(text_embed.astype(self.dtype))
+            cond = cond + nn.Dense(self.cond_dim, dtype=self.dtype, name="text_embed_cond")(
+                text_embed.astype(self.dtype)
+            )
         if self.use_text_states:
-            text = nn.Dense(self.context_dim, dtype=self.dtype, name="text_states_in")(text_states.astype(self.dtype))
+            text = nn.Dense(self.context_dim, dtype=self.dtype, name="text_states_in")(
+                text_states.astype(self.dtype)
+            )
             text = LayerNorm(dtype=self.dtype, name="text_states_norm")(text)
             context = jnp.concatenate([context, text], axis=1)
             mask = jnp.concatenate([mask, text_mask.astype(bool)], axis=1)
@@ -115,7 +119,9 @@ class Decoder(nn.Module):
         cond, context, mask = computed_once(
             self,
             "conditioning",
-            lambda: self._condition(image_embed, drop_image, text_embed, text_states, text_mask, tokens, token_mask, deterministic),
+            lambda: self._condition(
+                image_embed, drop_image, text_embed, text_states, text_mask, tokens, token_mask, deterministic
+            ),
         )
         if self.inpaint:
             x = jnp.concatenate([x, jnp.where(known, known_image, 0), known.astype(x.dtype)], axis=-1)
@@ -137,11 +143,18 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         # What the U-Net is told of image and caption: cond (B, 4 channels), context (B, N, Dc), its mask (B, N).
         cond_dim = 4 * self.unet["channels"]
-        cond, context, mask = ClipConditioning(cond_dim=cond_dim, dtype=self.dtype, name="conditioning", **self.conditioning)(
-            image_embed, drop_image, text_embed, text_states, text_mask
-        )
+        cond, context, mask = ClipConditioning(
+            cond_dim=cond_dim, dtype=self.dtype, name="conditioning", **self.conditioning
+        )(image_embed, drop_image, text_embed, text_states, text_mask)
         if self.text is not None:
-            encoder = TextEncoder(**self.text, remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather, name="text")
+            encoder = TextEncoder(
+                **self.text,
+                remat=self.remat,
+                scan=self.scan,
+                dtype=self.dtype,
+                gather=self.gather,
+                name="text",
+            )
             states, last = encoder(tokens, token_mask, deterministic)
             cond = cond + nn.Dense(cond_dim, dtype=self.dtype, name="text_cond")(last)
             context = jnp.concatenate([context, states], axis=1)

@@ -17,6 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.errors import InputError
+
 Dtype = Any
 Gather = Callable[[Any], Any]
 REMAT_POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable")
@@ -50,7 +52,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
     """
 
     def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        logits = jnp.einsum("bqkd,bpkd->bkqp", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "bqkd,bpkd->bkqp", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32
+        )
         if mask is not None:
             logits = jnp.where(mask, logits, -1e9)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
@@ -65,7 +69,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
         try:
             jax.eval_shape(fused, q, k, v)
             return jax.lax.platform_dependent(q, k, v, cuda=fused, default=plain)
-        except (ValueError, NotImplementedError, RuntimeError):  # other shapes that it does not take, or no cuDNN
+        except (
+            ValueError,
+            NotImplementedError,
+            RuntimeError,
+        ):  # other shapes that it does not take, or no cuDNN
             pass
     return plain(q, k, v)
 
@@ -155,7 +163,7 @@ def checkpoint(function: Any, wrap: Callable[..., Any], remat: str) -> Any:
       ValueError: on another name.
     """
     if remat not in ("none", "full", *REMAT_POLICIES):
-        raise ValueError(f"unknown remat {remat!r}; choose none, full, {' or '.join(REMAT_POLICIES)}")
+        raise InputError(f"unknown remat {remat!r}; choose none, full, {' or '.join(REMAT_POLICIES)}")
     if remat == "none" or _COUNTING.get():
         return function
     if remat == "full":
@@ -164,7 +172,11 @@ def checkpoint(function: Any, wrap: Callable[..., Any], remat: str) -> Any:
 
 
 def with_hooks(
-    module: nn.Module, block: type[nn.Module], gather: Gather | None, remat: str, static_argnums: tuple[int, ...] = ()
+    module: nn.Module,
+    block: type[nn.Module],
+    gather: Gather | None,
+    remat: str,
+    static_argnums: tuple[int, ...] = (),
 ) -> type[nn.Module]:
     """Wraps a block class in the two hooks that act at block boundaries.
 

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.errors import InputError
 from unclip_jax.models.codec import cosine
 from unclip_jax.models.layers import Dtype, Gather, LayerNorm
 from unclip_jax.models.text_encoder import TextEncoder
@@ -55,12 +56,18 @@ class ARPrior(nn.Module):
     gather: Gather | None = None
 
     def setup(self):
-        embed = lambda count: nn.Embed(count, self.width, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02))  # noqa: E731
+        embed = lambda count: nn.Embed(
+            count, self.width, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
+        )
         self.code_embedding, self.dot_embedding = embed(self.buckets), embed(self.dot_bins)
         if self.text is not None:
-            self.text_encoder = TextEncoder(**self.text, remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather)
+            self.text_encoder = TextEncoder(
+                **self.text, remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather
+            )
         self.text_embed_in = nn.Dense(self.width, dtype=self.dtype)
-        self.position_embedding = self.param("position_embedding", nn.initializers.normal(0.01), (self.codes + 1, self.width))
+        self.position_embedding = self.param(
+            "position_embedding", nn.initializers.normal(0.01), (self.codes + 1, self.width)
+        )
         self.transformer = Transformer(
             self.layers, self.heads, mlp_ratio=self.mlp_ratio, activation=self.activation, dropout=self.dropout,
             remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather,
@@ -118,10 +125,16 @@ class ARPrior(nn.Module):
         """
         b, n = codes.shape
         text_states, text_mask = self.encode_text(
-            text_states=text_states, text_mask=text_mask, tokens=tokens, token_mask=token_mask, deterministic=deterministic
+            text_states=text_states,
+            text_mask=text_mask,
+            tokens=tokens,
+            token_mask=token_mask,
+            deterministic=deterministic,
         )
         if n != self.codes or text_states.shape[1] != self.length:
-            raise ValueError(f"this prior has {self.codes} codes and {self.length} text states, got {n} and {text_states.shape[1]}")
+            raise InputError(
+                f"this prior has {self.codes} codes and {self.length} text states, got {n} and {text_states.shape[1]}"
+            )
         x = jnp.concatenate([self._start(dot, text_embed), self.code_embedding(codes[:, :-1])], axis=1)
         x = x + self.position_embedding.astype(self.dtype)
         text = jnp.broadcast_to(text_mask.astype(bool)[:, None, None], (b, 1, n + 1, self.length))
@@ -135,9 +148,11 @@ class ARPrior(nn.Module):
         b = dot.shape[0]
         x = self._start(dot, text_embed) + self.position_embedding[:EXTRA_TOKENS].astype(self.dtype)
         text = jnp.broadcast_to(text_mask.astype(bool)[:, None, None], (b, 1, EXTRA_TOKENS, self.length))
-        mask = jnp.concatenate([text, jnp.broadcast_to(causal_mask(EXTRA_TOKENS), (b, 1, EXTRA_TOKENS, EXTRA_TOKENS))], axis=-1)
+        mask = jnp.concatenate(
+            [text, jnp.broadcast_to(causal_mask(EXTRA_TOKENS), (b, 1, EXTRA_TOKENS, EXTRA_TOKENS))], axis=-1
+        )
         x, kept = self.transformer.run(x, mask, True, text_states)
-        room = lambda a: jnp.pad(a, ((0, 0), (0, self.codes + 1 - EXTRA_TOKENS), (0, 0), (0, 0)))  # noqa: E731
+        room = lambda a: jnp.pad(a, ((0, 0), (0, self.codes + 1 - EXTRA_TOKENS), (0, 0), (0, 0)))
         return self._logits(x[:, -1]), [KeysValues(*map(room, layer)) for layer in kept]
 
     def extend(
@@ -145,8 +160,12 @@ class ARPrior(nn.Module):
     ) -> tuple[jax.Array, list[KeysValues]]:
         """Given the n-th code (B,) (n from 0), the next one's logits (B, buckets) and the caches with it added."""
         position = n + EXTRA_TOKENS
-        x = self.code_embedding(code)[:, None] + jnp.take(self.position_embedding, position, axis=0).astype(self.dtype)
+        x = self.code_embedding(code)[:, None] + jnp.take(self.position_embedding, position, axis=0).astype(
+            self.dtype
+        )
         slots = jnp.arange(self.codes + 1) <= position
-        mask = jnp.concatenate([text_mask.astype(bool), jnp.broadcast_to(slots, (code.shape[0], self.codes + 1))], axis=1)
+        mask = jnp.concatenate(
+            [text_mask.astype(bool), jnp.broadcast_to(slots, (code.shape[0], self.codes + 1))], axis=1
+        )
         x, caches = self.transformer.run(x, mask[:, None, None], True, None, caches, self.length + position)
         return self._logits(x[:, 0]), caches

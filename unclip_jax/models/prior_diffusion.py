@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.errors import InputError
 from unclip_jax.models.layers import Dtype, Gather, LayerNorm, TimeMLP
 from unclip_jax.models.transformer import KeysValues, Transformer, causal_mask
 
@@ -46,16 +47,20 @@ class DiffusionPrior(nn.Module):
     gather: Gather | None = None
 
     def setup(self):
-        dense = lambda: nn.Dense(self.width, dtype=self.dtype)  # noqa: E731
+        dense = lambda: nn.Dense(self.width, dtype=self.dtype)
         if self.text is None:
             self.text_states_in = dense()
         else:
-            self.token_embedding = nn.Embed(**self.text, features=self.width, embedding_init=nn.initializers.normal(0.02))
+            self.token_embedding = nn.Embed(
+                **self.text, features=self.width, embedding_init=nn.initializers.normal(0.02)
+            )
         self.text_embed_in, self.z_in = dense(), dense()
         self.time = TimeMLP(self.width, self.width, self.dtype)
         self.query = self.param("query", nn.initializers.normal(0.02), (self.width,))
         slots = self.length + EXTRA_TOKENS
-        self.position_embedding = self.param("position_embedding", nn.initializers.normal(0.01), (slots, self.width))
+        self.position_embedding = self.param(
+            "position_embedding", nn.initializers.normal(0.01), (slots, self.width)
+        )
         self.transformer = Transformer(
             self.layers, self.heads, mlp_ratio=self.mlp_ratio, activation=self.activation, dropout=self.dropout,
             remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather,
@@ -74,7 +79,7 @@ class DiffusionPrior(nn.Module):
         # The tokens that depend on the caption alone (B, L + 1, W), and what may be seen of all slots (B, L + 4).
         given, mask = (text_states, text_mask) if self.text is None else (tokens, token_mask)
         if given.shape[1] != self.length:
-            raise ValueError(f"the prior was built for {self.length} text states, got {given.shape[1]}")
+            raise InputError(f"the prior was built for {self.length} text states, got {given.shape[1]}")
         if self.text is None:
             states = self.text_states_in(given.astype(self.dtype))
         else:
@@ -119,8 +124,12 @@ class DiffusionPrior(nn.Module):
           ValueError: when the text has another length than the model.
         """
         caption, allowed = self._caption(text_embed, text_states, text_mask, tokens, token_mask)
-        x = jnp.concatenate([caption, self._noised(z, t)], axis=1) + self.position_embedding.astype(self.dtype)
-        return self._read(self.transformer(x, causal_mask(x.shape[1]) & allowed[:, None, None, :], deterministic))
+        x = jnp.concatenate([caption, self._noised(z, t)], axis=1) + self.position_embedding.astype(
+            self.dtype
+        )
+        return self._read(
+            self.transformer(x, causal_mask(x.shape[1]) & allowed[:, None, None, :], deterministic)
+        )
 
     def prefill(
         self,
@@ -137,7 +146,7 @@ class DiffusionPrior(nn.Module):
         n = caption.shape[1]
         mask = causal_mask(n) & allowed[:, None, None, :n]
         _, kept = self.transformer.run(caption + self.position_embedding[:n].astype(self.dtype), mask)
-        room = lambda a: jnp.pad(a, ((0, 0), (0, EXTRA_TOKENS - 1), (0, 0), (0, 0)))  # noqa: E731
+        room = lambda a: jnp.pad(a, ((0, 0), (0, EXTRA_TOKENS - 1), (0, 0), (0, 0)))
         return [KeysValues(*map(room, layer)) for layer in kept], allowed
 
     def predict(self, z: jax.Array, t: jax.Array, caches: list[KeysValues], allowed: jax.Array) -> jax.Array:

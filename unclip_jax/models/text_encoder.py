@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.errors import InputError
 from unclip_jax.models.layers import Dtype, Gather, LayerNorm
 from unclip_jax.models.transformer import Transformer
 
@@ -35,7 +36,9 @@ class TextEncoder(nn.Module):
     gather: Gather | None = None
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, mask: jax.Array, deterministic: bool = True) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array, deterministic: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
         """Encodes captions.
 
         Args:
@@ -50,10 +53,14 @@ class TextEncoder(nn.Module):
           ValueError: when the captions have another length than the encoder.
         """
         if tokens.shape[1] != self.length:
-            raise ValueError(f"the text encoder was built for {self.length} tokens, got {tokens.shape[1]}")
-        table = lambda name, std: self.param(name, nn.initializers.normal(std), (self.length, self.width))  # noqa: E731
-        x = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), name="token_embedding")(tokens)
-        x = jnp.where(mask[..., None], x + table("position_embedding", 0.01), table("padding_embedding", 0.01)).astype(self.dtype)
+            raise InputError(f"the text encoder was built for {self.length} tokens, got {tokens.shape[1]}")
+        table = lambda name, std: self.param(name, nn.initializers.normal(std), (self.length, self.width))
+        x = nn.Embed(
+            self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), name="token_embedding"
+        )(tokens)
+        x = jnp.where(
+            mask[..., None], x + table("position_embedding", 0.01), table("padding_embedding", 0.01)
+        ).astype(self.dtype)
         x = Transformer(
             self.layers, self.heads, dropout=self.dropout, remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather,
             name="transformer",

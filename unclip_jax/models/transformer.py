@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.errors import InputError
 from unclip_jax.models.layers import ACTIVATIONS, Dtype, Gather, LayerNorm, attend, checkpoint, with_hooks
 
 
@@ -56,8 +57,8 @@ class Attention(nn.Module):
         """
         width = x.shape[-1]
         if width % self.heads:
-            raise ValueError(f"width {width} is not a multiple of heads {self.heads}")
-        dense = lambda name: nn.DenseGeneral(  # noqa: E731
+            raise InputError(f"width {width} is not a multiple of heads {self.heads}")
+        dense = lambda name: nn.DenseGeneral(
             (self.heads, width // self.heads),
             dtype=self.dtype,
             kernel_init=nn.initializers.normal(width**-0.5),
@@ -65,14 +66,21 @@ class Attention(nn.Module):
         )
         q, k, v = dense("query")(x), dense("key")(x), dense("value")(x)
         if cache is not None:
-            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1) for old, new in zip(cache, (k, v)))
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
+                for old, new in zip(cache, (k, v))
+            )
         elif context is not None:
             context = context.astype(self.dtype)
             k = jnp.concatenate([dense("context_key")(context), k], axis=1)
             v = jnp.concatenate([dense("context_value")(context), v], axis=1)
-        out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=nn.initializers.normal(self.out_std), name="out")(
-            attend(q, k, v, mask)
-        )
+        out = nn.DenseGeneral(
+            width,
+            axis=(-2, -1),
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(self.out_std),
+            name="out",
+        )(attend(q, k, v, mask))
         return out, KeysValues(k, v)
 
 
@@ -105,7 +113,9 @@ class Block(nn.Module):
         x = x + drop(h)
         h = LayerNorm(dtype=self.dtype, name="ln2")(x)
         hidden = round(width * self.mlp_ratio)
-        h = nn.Dense(hidden, dtype=self.dtype, kernel_init=nn.initializers.normal((2 * width) ** -0.5), name="fc1")(h)
+        h = nn.Dense(
+            hidden, dtype=self.dtype, kernel_init=nn.initializers.normal((2 * width) ** -0.5), name="fc1"
+        )(h)
         h = ACTIVATIONS[self.activation](h)
         h = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(out_std), name="fc2")(h)
         return x + drop(h), kept
@@ -137,7 +147,11 @@ class Transformer(nn.Module):
     gather: Gather | None = None
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, deterministic: bool = True, context: jax.Array | None = None
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        deterministic: bool = True,
+        context: jax.Array | None = None,
     ) -> jax.Array:
         """(B, L, W), bool mask broadcastable to (B, K, L, P) or None, context (B, Lc, Wc) or None -> (B, L, W); P = Lc + L keys."""
         return self.run(x, mask, deterministic, context, keep=False)[0]
@@ -172,11 +186,21 @@ class Transformer(nn.Module):
             kept.append(layer)
         return x, kept
 
-    def _scanned(self, x: jax.Array, mask: jax.Array | None, deterministic: bool, context: jax.Array | None) -> jax.Array:
-        block = Block(self.heads, self.layers, self.mlp_ratio, self.activation, self.dropout, self.dtype, parent=None)
+    def _scanned(
+        self, x: jax.Array, mask: jax.Array | None, deterministic: bool, context: jax.Array | None
+    ) -> jax.Array:
+        block = Block(
+            self.heads, self.layers, self.mlp_ratio, self.activation, self.dropout, self.dtype, parent=None
+        )
         params = self.variables["params"]
-        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *(params[f"block_{i}"] for i in range(self.layers)))
-        keys = None if deterministic or not self.dropout else jax.random.split(self.make_rng("dropout"), self.layers)
+        stacked = jax.tree.map(
+            lambda *layers: jnp.stack(layers), *(params[f"block_{i}"] for i in range(self.layers))
+        )
+        keys = (
+            None
+            if deterministic or not self.dropout
+            else jax.random.split(self.make_rng("dropout"), self.layers)
+        )
 
         def body(x, layer):
             own, key = layer

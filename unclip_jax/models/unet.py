@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.errors import InputError
 from unclip_jax.models.layers import Dtype, Gather, TimeMLP, attend, computed_once, with_hooks
 from unclip_jax.models.winograd import conv3x3
 
@@ -55,7 +56,7 @@ class GroupNorm(nn.Module):
         """(B, ..., C) -> same shape. Raises ValueError when C is not a multiple of the groups."""
         channels = x.shape[-1]
         if channels % self.groups:
-            raise ValueError(f"{channels} channels are not a multiple of {self.groups} groups")
+            raise InputError(f"{channels} channels are not a multiple of {self.groups} groups")
         scale = self.param("scale", nn.initializers.ones_init(), (channels,))
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
         width = channels // self.groups
@@ -87,11 +88,21 @@ class ResBlock(nn.Module):
         resample = RESAMPLE[self.resample]
         way = conv3x3 if self.winograd else None
         conv = lambda name, init: nn.Conv(
-            self.channels, (3, 3), padding=1, dtype=self.dtype, kernel_init=init, conv_general_dilated=way, name=name
+            self.channels,
+            (3, 3),
+            padding=1,
+            dtype=self.dtype,
+            kernel_init=init,
+            conv_general_dilated=way,
+            name=name,
         )
-        h = conv("conv1", nn.initializers.lecun_normal())(resample(nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))))
+        h = conv("conv1", nn.initializers.lecun_normal())(
+            resample(nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x)))
+        )
         norm2 = GroupNorm(self.groups, self.dtype, name="norm2")
-        time = nn.Dense((1 + self.scale_shift) * self.channels, dtype=self.dtype, name="time")(nn.silu(emb))[:, None, None]
+        time = nn.Dense((1 + self.scale_shift) * self.channels, dtype=self.dtype, name="time")(nn.silu(emb))[
+            :, None, None
+        ]
         if self.scale_shift:
             scale, shift = jnp.split(time, 2, axis=-1)
             h = norm2(h) * (1 + scale) + shift
@@ -116,18 +127,24 @@ class AttentionBlock(nn.Module):
         """x (B, H, W, C), context (B, N, Dc) or None, context_mask (B, N) bool or None -> (B, H, W, C)."""
         b, h, w, c = x.shape
         if c % self.head_channels:
-            raise ValueError(f"{c} channels are not a multiple of head_channels {self.head_channels}")
+            raise InputError(f"{c} channels are not a multiple of head_channels {self.head_channels}")
         heads = (c // self.head_channels, self.head_channels)
-        dense = lambda name: nn.DenseGeneral(heads, dtype=self.dtype, name=name)  # noqa: E731
+        dense = lambda name: nn.DenseGeneral(heads, dtype=self.dtype, name=name)
         y = GroupNorm(self.groups, self.dtype, name="norm")(x).reshape(b, h * w, c)
         q, k, v = dense("query")(y), dense("key")(y), dense("value")(y)
         mask = None
         if context is not None:
-            fixed = computed_once(self, "context", lambda: (dense("context_key")(context), dense("context_value")(context)))
+            fixed = computed_once(
+                self, "context", lambda: (dense("context_key")(context), dense("context_value")(context))
+            )
             k, v = (jnp.concatenate([before, own], axis=1) for before, own in zip(fixed, (k, v)))
             if context_mask is not None:
-                mask = jnp.pad(context_mask.astype(bool), ((0, 0), (0, h * w)), constant_values=True)[:, None, None, :]
-        out = nn.DenseGeneral(c, axis=(-2, -1), dtype=self.dtype, kernel_init=ZEROS, name="out")(attend(q, k, v, mask))
+                mask = jnp.pad(context_mask.astype(bool), ((0, 0), (0, h * w)), constant_values=True)[
+                    :, None, None, :
+                ]
+        out = nn.DenseGeneral(c, axis=(-2, -1), dtype=self.dtype, kernel_init=ZEROS, name="out")(
+            attend(q, k, v, mask)
+        )
         return x + out.reshape(b, h, w, c)
 
 
@@ -197,7 +214,9 @@ class UNet(nn.Module):
         """
         levels = len(self.channel_mult)
         if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
-            raise ValueError(f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, got {x.shape[1:3]}")
+            raise InputError(
+                f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, got {x.shape[1:3]}"
+            )
         res_class = with_hooks(self, ResBlock, self.gather, self.remat, static_argnums=(3,))
         attention_class = with_hooks(self, AttentionBlock, self.gather, self.remat)
         emb = TimeMLP(self.channels, 4 * self.channels, self.dtype, name="time")(t)
@@ -207,11 +226,22 @@ class UNet(nn.Module):
             context = context.astype(self.dtype)
 
         def res(x, name, channels, resample=None):
-            block = res_class(channels, self.groups, resample, self.dropout, self.scale_shift, self.dtype, self.winograd, name=name)
+            block = res_class(
+                channels,
+                self.groups,
+                resample,
+                self.dropout,
+                self.scale_shift,
+                self.dtype,
+                self.winograd,
+                name=name,
+            )
             return block(x, emb, deterministic)
 
         def attention(x, name):
-            return attention_class(self.head_channels, self.groups, self.dtype, name=name)(x, context, context_mask)
+            return attention_class(self.head_channels, self.groups, self.dtype, name=name)(
+                x, context, context_mask
+            )
 
         attends = [self.image_size // 2**level in self.attention_resolutions for level in range(levels)]
         h = nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
@@ -233,11 +263,15 @@ class UNet(nn.Module):
 
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.res_blocks + 1):
-                h = res(jnp.concatenate([h, skips.pop()], axis=-1), f"up_{level}_res_{i}", self.channels * mult)
+                h = res(
+                    jnp.concatenate([h, skips.pop()], axis=-1), f"up_{level}_res_{i}", self.channels * mult
+                )
                 if attends[level]:
                     h = attention(h, f"up_{level}_attn_{i}")
             if level > 0:
                 h = res(h, f"up_{level}_expand", self.channels * mult, "up")
 
         h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_out")(h))
-        return nn.Conv(self.out_channels, (3, 3), padding=1, dtype=self.dtype, kernel_init=ZEROS, name="conv_out")(h).astype(jnp.float32)
+        return nn.Conv(
+            self.out_channels, (3, 3), padding=1, dtype=self.dtype, kernel_init=ZEROS, name="conv_out"
+        )(h).astype(jnp.float32)

@@ -30,7 +30,9 @@ class Upsampler(nn.Module):
         return jax.image.resize(low_res, (low_res.shape[0], *size, low_res.shape[-1]), self.resize)
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, *, low_res: jax.Array, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, t: jax.Array, *, low_res: jax.Array, deterministic: bool = True
+    ) -> jax.Array:
         """x (B, H, W, 3) noised, t (B,), low_res (B, h, w, 3) in [-1, 1] -> (B, H, W, 3 or 6) float32."""
         enlarged = self.enlarge(low_res, x.shape[1:3])
         hooks = {"remat": self.remat, "winograd": self.winograd, "gather": self.gather}

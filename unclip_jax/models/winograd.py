@@ -24,7 +24,13 @@ MIN_POSITIONS = 512  # of all outputs: with fewer, transforming the kernel costs
 MAX_TILES = 4096  # at a time: what lies between the sums and the products shall fit the cache
 
 
-def conv3x3(x: jax.Array, kernel: jax.Array, window_strides: Any = (1, 1), padding: Any = ((1, 1), (1, 1)), **settings: Any) -> jax.Array:
+def conv3x3(
+    x: jax.Array,
+    kernel: jax.Array,
+    window_strides: Any = (1, 1),
+    padding: Any = ((1, 1), (1, 1)),
+    **settings: Any,
+) -> jax.Array:
     """`jax.lax.conv_general_dilated` of stride 1 and padding 1, for `flax.linen.Conv`: by Winograd's way where it pays, as one product
     where there are few positions, else as it is.
 
@@ -46,7 +52,9 @@ def conv3x3(x: jax.Array, kernel: jax.Array, window_strides: Any = (1, 1), paddi
     x, kernel = jax.lax.optimization_barrier((x, kernel))
     kernels = _transform_kernel(kernel)
     images = max(n for n in range(1, b + 1) if b % n == 0 and (n == 1 or n * h * w <= 4 * MAX_TILES))
-    rows = max(n for n in range(1, h // 2 + 1) if (h // 2) % n == 0 and (n == 1 or images * n * w <= 2 * MAX_TILES))
+    rows = max(
+        n for n in range(1, h // 2 + 1) if (h // 2) % n == 0 and (n == 1 or images * n * w <= 2 * MAX_TILES)
+    )
     bands = h // 2 // rows
     if (images, bands) == (b, 1):
         return _outputs(x, kernels)
@@ -83,8 +91,13 @@ def _outputs(x: jax.Array, kernels: list[jax.Array]) -> jax.Array:
     b, h, w, channels = x.shape[0], x.shape[1] - 2, x.shape[2] - 2, x.shape[3]
     rows = _differences(*(x[:, i : i + h : 2] for i in range(4)))
     tiles = [tile for row in rows for tile in _differences(*(row[:, :, j : j + w : 2] for j in range(4)))]
-    products = [jnp.dot(tile.reshape(-1, channels), kernel).reshape(b, h // 2, w // 2, -1) for tile, kernel in zip(tiles, kernels)]
+    products = [
+        jnp.dot(tile.reshape(-1, channels), kernel).reshape(b, h // 2, w // 2, -1)
+        for tile, kernel in zip(tiles, kernels)
+    ]
     columns = [_sums(*products[4 * i : 4 * i + 4]) for i in range(4)]  # along a row of each tile
     left, right = (_sums(*(column[j] for column in columns)) for j in range(2))
-    stacked = jnp.stack([jnp.stack(pair, axis=3) for pair in zip(left, right)], axis=2)  # (B, H/2, 2, W/2, 2, C_out)
+    stacked = jnp.stack(
+        [jnp.stack(pair, axis=3) for pair in zip(left, right)], axis=2
+    )  # (B, H/2, 2, W/2, 2, C_out)
     return stacked.reshape(b, h, w, -1)

@@ -33,7 +33,9 @@ def open_data(config: ConfigDict) -> Data:
     evaluation = config.data.get("eval", {})
     if isinstance(evaluation.get("name"), str):  # a single source, and not sources by name
         evaluation = {"eval": evaluation}
-    return Data(make_source(config.data.train), {name: make_source(source) for name, source in evaluation.items()})
+    return Data(
+        make_source(config.data.train), {name: make_source(source) for name, source in evaluation.items()}
+    )
 
 
 def train_batches(

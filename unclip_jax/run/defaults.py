@@ -28,6 +28,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from unclip_jax.errors import InputError
+
 
 def check_variant(variant: str, variants: Sequence[str], file: str) -> None:
     """Checks that a configuration file has a variant.
@@ -43,7 +45,7 @@ def check_variant(variant: str, variants: Sequence[str], file: str) -> None:
     if variant and variant not in variants:
         names = ", ".join(name for name in variants if name)
         name = "/".join(Path(file).parts[-2:])
-        raise ValueError(f"unknown variant {variant!r} of {name}; choose one of {names}, or none")
+        raise InputError(f"unknown variant {variant!r} of {name}; choose one of {names}, or none")
 
 
 # --------------------------------------------------------------------------------------------------- runs
@@ -153,7 +155,7 @@ def shards(evaluation: str | Sequence[str] | None, source: str = "tfrecord") -> 
     """
     endings = {"tfrecord": "tfrecord", "webdataset": "tar"}
     if source not in endings:
-        raise ValueError(f"shards are of {' or '.join(endings)}, got {source!r}")
+        raise InputError(f"shards are of {' or '.join(endings)}, got {source!r}")
 
     def split(name: str) -> dict[str, str]:
         return {"name": source, "pattern": f"data/{name}/*.{endings[source]}"}

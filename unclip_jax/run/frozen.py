@@ -21,6 +21,7 @@ from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.data.embeddings import Embedded, is_embedded, open_embedded
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
+from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network, build_model
 from unclip_jax.generate.text import TextConditioning, encode_text
 from unclip_jax.models.codec import Codec
@@ -42,7 +43,7 @@ def text_tokenizer(config: ConfigDict) -> ClipTokenizer | None:
     if config.stage == "clip":
         return None
     if (settings is None) != (text is None):
-        raise ValueError(
+        raise InputError(
             "text_tokenizer and model.text belong together: give both for a text encoder of the stage's own, or neither"
         )
     return None if settings is None else ClipTokenizer(**settings)
@@ -73,7 +74,7 @@ def load_frozen(
     for role, network in frozen.items():
         for other, needed in network.config.get("frozen", {}).items():
             if other in frozen and frozen[other].hash != needed:
-                raise ValueError(
+                raise InputError(
                     f"the {role} was fitted in the embedding space of {_word(other)} {needed}, "
                     f"but the {_word(other)} given is {frozen[other].hash}"
                 )
@@ -104,7 +105,9 @@ def _load_clip(path: str, config: ConfigDict, mesh: Mesh) -> Network:
     if is_embedded(path):
         embedded = open_embedded(path)
         model = {"embed_dim": embedded.embed_dim, "image": None, "text": None}
-        return Network(None, {}, {"kind": "clip", "model": model, "tokenizer": embedded.tokenizer}, embedded.clip)
+        return Network(
+            None, {}, {"kind": "clip", "model": model, "tokenizer": embedded.tokenizer}, embedded.clip
+        )
     return clip_network(path, mesh, config.dtype, scan=config.get("scan_layers", False))
 
 
@@ -132,24 +135,30 @@ def check_sources(clip: Network, data: Data, pictures: bool) -> None:
     for source in (data.train, *data.held_out.values()):
         embedded = source.embedded
         if embedded is None and clip.module is None:
-            raise ValueError(f"{source.name} holds pictures, and the CLIP given is a folder of embeddings: give the CLIP itself")
+            raise InputError(
+                f"{source.name} holds pictures, and the CLIP given is a folder of embeddings: give the CLIP itself"
+            )
         if embedded is not None and pictures:
-            raise ValueError(f"{source.name} holds no pictures, which this stage needs: give it the source that was embedded")
+            raise InputError(
+                f"{source.name} holds no pictures, which this stage needs: give it the source that was embedded"
+            )
         if embedded is not None and embedded.clip != clip.hash:
-            raise ValueError(
+            raise InputError(
                 f"{source.name} was made with CLIP {embedded.clip}, but the CLIP given is {clip.hash}: "
                 "embed again, or give that CLIP"
             )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the empty caption
-def _empty_caption(clip: Network, data: Data, tokenizer: ClipTokenizer | None, mesh: Mesh) -> TextConditioning:
+def _empty_caption(
+    clip: Network, data: Data, tokenizer: ClipTokenizer | None, mesh: Mesh
+) -> TextConditioning:
     # Where the stage trains on embeddings, what those hold of the empty caption is used.
     embedded = data.train.embedded
     if embedded is not None and (tokenizer is not None or embedded.states):
         return _embedded_empty(embedded, clip_tokenizer(clip), tokenizer)
     if clip.module is None:
-        raise ValueError(
+        raise InputError(
             f"{embedded.path} holds no text states, which this stage needs: embed with --states, or give the CLIP itself"
         )
     whole = NamedSharding(mesh, PartitionSpec())
@@ -159,12 +168,16 @@ def _empty_caption(clip: Network, data: Data, tokenizer: ClipTokenizer | None, m
     return jax.tree.map(lambda value: np.asarray(value.addressable_data(0)), text)
 
 
-def _embedded_empty(embedded: Embedded, tokenizer: ClipTokenizer, own: ClipTokenizer | None) -> TextConditioning:
+def _embedded_empty(
+    embedded: Embedded, tokenizer: ClipTokenizer, own: ClipTokenizer | None
+) -> TextConditioning:
     embed = embedded.empty["text_embed"]
     if own is not None:
         tokens = caption_arrays([""], tokenizer, own)
         return TextConditioning(embed, None, None, tokens["tokens"], tokens["token_mask"])
-    return TextConditioning(embed, np.float32(embedded.empty["text_states"]), embedded.empty["clip_token_mask"])
+    return TextConditioning(
+        embed, np.float32(embedded.empty["text_states"]), embedded.empty["clip_token_mask"]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- in the step

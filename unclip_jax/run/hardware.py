@@ -39,7 +39,11 @@ def flops(jaxpr: Any) -> float:
         out = equation.outvars[0].aval if equation.outvars else None
         if kind == "dot_general":
             (contracted, _), _ = parameters["dimension_numbers"]
-            total += 2 * math.prod(out.shape) * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += (
+                2
+                * math.prod(out.shape)
+                * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            )
         elif kind == "conv_general_dilated":
             kernel, numbers = equation.invars[1].aval.shape, parameters["dimension_numbers"]
             each = math.prod(kernel) / kernel[numbers.rhs_spec[0]]

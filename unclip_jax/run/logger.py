@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from unclip_jax.data import ops, pipeline
+from unclip_jax.errors import InputError, NumericalError
 from unclip_jax.grid import save_grid
 from unclip_jax.paths import is_remote, local_copy, put_folder, store_errors, user_path, write_whole
 from unclip_jax.run.hardware import CHIPS
@@ -40,12 +41,14 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 def parse_profile(text: str | None) -> tuple[int, ...]:
-    """"10:20" -> (10, 20), None -> (). Raises ValueError on anything else."""
+    """ "10:20" -> (10, 20), None -> (). Raises ValueError on anything else."""
     if text is None:
         return ()
     first, colon, last = str(text).partition(":")
     if not (colon and first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
-        raise ValueError(f"profile must be FIRST:LAST, steps from 1, the first less than the last; got {text!r}")
+        raise InputError(
+            f"profile must be FIRST:LAST, steps from 1, the first less than the last; got {text!r}"
+        )
     return int(first), int(last)
 
 
@@ -108,11 +111,21 @@ class Logger:
     """
 
     def __init__(
-        self, config: ConfigDict, workdir: str | os.PathLike, name: str, start: int, stats: pipeline.Stats | None = None
+        self,
+        config: ConfigDict,
+        workdir: str | os.PathLike,
+        name: str,
+        start: int,
+        stats: pipeline.Stats | None = None,
     ):
         if config.keep_best is not None and not config.eval_every:
-            raise ValueError(f"keep_best={config.keep_best} needs evaluations; set eval_every")
-        self.start, self.total, self.batch_size, self.every = start, config.steps, config.batch_size, config.log_every
+            raise InputError(f"keep_best={config.keep_best} needs evaluations; set eval_every")
+        self.start, self.total, self.batch_size, self.every = (
+            start,
+            config.steps,
+            config.batch_size,
+            config.log_every,
+        )
         self.name, self.main, self.bar = name, jax.process_index() == 0, None
         self.workdir, self.last = user_path(workdir), start
         self.stats, self.waited = stats, 0.0
@@ -123,7 +136,9 @@ class Logger:
         self.made = self.clock = time.perf_counter()
         self.clock_step = start
         self.profiled = parse_profile(config.profile)
-        self.traces = tempfile.mkdtemp() if self.profiled and is_remote(workdir) else str(self.workdir / "profile")
+        self.traces = (
+            tempfile.mkdtemp() if self.profiled and is_remote(workdir) else str(self.workdir / "profile")
+        )
         self.tracing = False
         self.skipped, self.watchdog = 0, Watchdog(config.watchdog)
         self.trackers: Trackers | None = None
@@ -135,9 +150,14 @@ class Logger:
         lines: list[str] = []
         with store_errors(self.metrics):
             self.workdir.mkdir(parents=True, exist_ok=True)
-            if self.metrics.exists():  # a run that was cut off after its last checkpoint did these steps in vain: they come again
+            if (
+                self.metrics.exists()
+            ):  # a run that was cut off after its last checkpoint did these steps in vain: they come again
                 lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_whole(self.metrics, "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start))
+        write_whole(
+            self.metrics,
+            "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start),
+        )
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.total, initial=start, desc=name, unit="step", dynamic_ncols=True)
 
@@ -158,7 +178,9 @@ class Logger:
                 self._end_trace()
         if self.bar is not None:
             self.bar.update(1)
-        while self.finished < len(self.pending) and all(value.is_ready() for value in self.pending[self.finished][1].values()):
+        while self.finished < len(self.pending) and all(
+            value.is_ready() for value in self.pending[self.finished][1].values()
+        ):
             self.finished += 1  # a step has finished, though no record is due
             self.watchdog.step_finished()
         if not due(step, self.every, self.total):
@@ -176,7 +198,9 @@ class Logger:
         record["examples_per_second_per_device"] = record["examples_per_second"] / jax.device_count()
         record |= self._resources(seconds, len(values))
         self.record(step, record)
-        words = (f"loss {record['loss']:.4f}  " if "loss" in record else "") + f"{record['examples_per_second']:.1f} examples/s"
+        words = (
+            f"loss {record['loss']:.4f}  " if "loss" in record else ""
+        ) + f"{record['examples_per_second']:.1f} examples/s"
         if self.bar is not None:
             self.bar.set_postfix_str(words)
         elif self.main:
@@ -192,12 +216,17 @@ class Logger:
 
     def _resources(self, seconds: float, steps: int) -> dict[str, float]:
         # What the machine did since the last record.
-        found, chip = {f"{key}_seconds": value for key, value in self.spent.items()}, CHIPS.get(jax.devices()[0].device_kind)
+        found, chip = (
+            {f"{key}_seconds": value for key, value in self.spent.items()},
+            CHIPS.get(jax.devices()[0].device_kind),
+        )
         self.spent = {}
         if self.stats is not None:
             found |= {"input_wait": (self.stats.waited - self.waited) / steps, "bad_records": self.stats.bad}
             self.waited = self.stats.waited
-        found["host_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        found["host_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**30 if sys.platform == "darwin" else 2**20
+        )
         memory = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in memory:
             found["device_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
@@ -210,7 +239,7 @@ class Logger:
             self.skipped = self.skipped + 1 if value.get("skipped") else 0
             if self.skipped >= MAX_SKIPPED:
                 bad = ", ".join(key for key, number in value.items() if not np.isfinite(number))
-                raise FloatingPointError(
+                raise NumericalError(
                     f"{self.name} step {step}: {self.skipped} updates in a row were skipped, their {bad} not finite; parameters are those "
                     "of before, and the last checkpoint is whole: lower the learning rate or look at the data, and run the command again"
                 )
@@ -235,7 +264,10 @@ class Logger:
         """Writes values (floats) under their names, once to each file."""
         if not self.main:
             return
-        with store_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:  # a store writes it anew
+        with (
+            store_errors(self.metrics),
+            self.metrics.open("a", encoding="utf-8") as file,
+        ):  # a store writes it anew
             file.write(json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in values.items()}}) + "\n")
         if self.trackers is not None:
             self.trackers.scalars(step, values)
@@ -245,7 +277,9 @@ class Logger:
         the trackers; every host must call it."""
         images = on_every_host(images)[:valid]
         if self.main:
-            path = save_grid(self.workdir / "samples" / f"{step:07d}.png", ops.to_uint8(images), captions[:valid], cell=128)
+            path = save_grid(
+                self.workdir / "samples" / f"{step:07d}.png", ops.to_uint8(images), captions[:valid], cell=128
+            )
             if self.trackers is not None:
                 self.trackers.picture(step, local_copy(path))
 

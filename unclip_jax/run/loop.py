@@ -1,15 +1,15 @@
 """`Run`: signals, checkpoints, figures and data of a training run. The loop itself stays in the stage's file:
 
-    with Run(config, workdir, stage, mesh, data, init_from) as run:
-        update = run.update()
-        for step, batch in run:
-            run.state, metrics = update(run.state, frozen, batch)
-            run.log(step, metrics)
-            if run.saves(step):
-                run.save(step)
-            if run.evaluates(step):
-                run.record(step, evaluate(run.state, step))
-    return run.figures
+with Run(config, workdir, stage, mesh, data, init_from) as run:
+    update = run.update()
+    for step, batch in run:
+        run.state, metrics = update(run.state, frozen, batch)
+        run.log(step, metrics)
+        if run.saves(step):
+            run.save(step)
+        if run.evaluates(step):
+            run.record(step, evaluate(run.state, step))
+return run.figures
 """
 
 from __future__ import annotations
@@ -95,7 +95,11 @@ class Run:
         fit, old = self.stage.fit, self.start.part
         before, now = old.get("frozen", {}), self.part["frozen"]
         shared = before.keys() & now.keys()
-        if all(key in old for key in fit.keys) and shared and all(before[role] == now[role] for role in shared):
+        if (
+            all(key in old for key in fit.keys)
+            and shared
+            and all(before[role] == now[role] for role in shared)
+        ):
             self.part.update({key: old[key] for key in fit.keys})
         else:
             self.part.update(fit.measure(self))
@@ -110,7 +114,9 @@ class Run:
 
     def update(self) -> Callable:
         """The stage's update step (`state.make_update`), compiled on every host before any of them runs it."""
-        update = compiled_together(make_update(self.stage, self.optimizers, self.shardings, self.mesh, self.config))
+        update = compiled_together(
+            make_update(self.stage, self.optimizers, self.shardings, self.mesh, self.config)
+        )
         counted = False
 
         def call(state: Any, frozen: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
@@ -191,7 +197,9 @@ class Run:
         self._evaluation.close()
 
 
-def count_operations(stage: Stage, grad_accumulation: int, mesh: Mesh, state: Any, frozen: Any, batch: Any) -> float:
+def count_operations(
+    stage: Stage, grad_accumulation: int, mesh: Mesh, state: Any, frozen: Any, batch: Any
+) -> float:
     """The operations of a step's gradients, on all devices, each counted once where remat computes some twice; arguments are shapes."""
 
     def gradients(params, extra, frozen, batch):

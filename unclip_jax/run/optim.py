@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from unclip_jax.errors import InputError
 from unclip_jax.sharding import path_name
 
 SCHEDULES = ("cosine", "constant")
@@ -22,7 +23,9 @@ class Optimizer(NamedTuple):
 
 def decay_mask(params: Any) -> Any:
     """True for matrices and kernels; False for biases, gains, single vectors and scalars (Radford et al. 2021, section 2.5)."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim >= 2 and path_name(path).split("/")[-1] != "bias", params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x.ndim >= 2 and path_name(path).split("/")[-1] != "bias", params
+    )
 
 
 def make_optimizer(
@@ -52,19 +55,27 @@ def make_optimizer(
       ValueError: on an unknown schedule or mu_dtype, or a warmup as long as the training.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"unknown learning-rate schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        raise InputError(f"unknown learning-rate schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if mu_dtype not in (None, "float32", "bfloat16"):
-        raise ValueError(f"unknown mu_dtype {mu_dtype!r}; choose float32, bfloat16 or None")
+        raise InputError(f"unknown mu_dtype {mu_dtype!r}; choose float32, bfloat16 or None")
     if warmup_steps >= steps:
-        raise ValueError(f"warmup_steps {warmup_steps} must be fewer than steps {steps}")
+        raise InputError(f"warmup_steps {warmup_steps} must be fewer than steps {steps}")
     if schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps)
     else:
         rate = optax.join_schedules(
-            [optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1)), optax.constant_schedule(learning_rate)], [warmup_steps]
+            [
+                optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1)),
+                optax.constant_schedule(learning_rate),
+            ],
+            [warmup_steps],
         )
     chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    chain.append(optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask, mu_dtype=mu_dtype))
+    chain.append(
+        optax.adamw(
+            rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask, mu_dtype=mu_dtype
+        )
+    )
     return Optimizer(optax.chain(*chain), rate)
 
 

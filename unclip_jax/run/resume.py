@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import CheckpointStore
+from unclip_jax.errors import InputError
 from unclip_jax.paths import absolute, user_path
 from unclip_jax.run.hosts import print_once
 from unclip_jax.run.state import TrainState
@@ -34,7 +35,9 @@ def hardware() -> str:
     """The machine in words: "2 x cpu (x86_64)" or "1 x NVIDIA H200"."""
     devices = jax.devices()
     kind = devices[0].device_kind
-    return f"{len(devices)} x {kind}" + (f", {os.cpu_count()} cores, {platform.machine()}" if kind == "cpu" else "")
+    return f"{len(devices)} x {kind}" + (
+        f", {os.cpu_count()} cores, {platform.machine()}" if kind == "cpu" else ""
+    )
 
 
 def new_provenance(data_checksum: str) -> dict:
@@ -52,7 +55,14 @@ def new_provenance(data_checksum: str) -> dict:
 def _git_commit() -> str | None:
     try:
         here = Path(__file__).resolve().parent
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True)
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
         return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
@@ -70,7 +80,12 @@ def config_json(config: ConfigDict) -> dict:
 
 
 def keep_best(
-    config: ConfigDict, workdir: str | os.PathLike, step: int, state: TrainState, meta: dict, figures: Mapping[str, float]
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    step: int,
+    state: TrainState,
+    meta: dict,
+    figures: Mapping[str, float],
 ) -> None:
     """Keeps the best checkpoint so far in the run's folder `best/`, which may be named wherever a run's folder may.
 
@@ -84,7 +99,7 @@ def keep_best(
         return
     name = config.keep_best.removeprefix("-")
     if name not in figures:
-        raise ValueError(f"keep_best names {name!r}; the evaluation's figures are {', '.join(figures)}")
+        raise InputError(f"keep_best names {name!r}; the evaluation's figures are {', '.join(figures)}")
     value = -figures[name] if config.keep_best.startswith("-") else figures[name]
     if not np.isfinite(value):
         return
@@ -108,7 +123,12 @@ class Start(NamedTuple):
 
 
 def restore_or_init(
-    store: CheckpointStore, state: TrainState, shardings: Any, meta: dict, init_from: str | None, load: Callable = load_part
+    store: CheckpointStore,
+    state: TrainState,
+    shardings: Any,
+    meta: dict,
+    init_from: str | None,
+    load: Callable = load_part,
 ) -> Start:
     """The run's newest checkpoint if it has one; else fresh weights, or those of `init_from` (a bundle or another run), read by `load`.
 
@@ -128,12 +148,13 @@ def restore_or_init(
     ours = {k: v.shape for k, v in _leaves(state.params)}
     if theirs != ours:
         differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
-        raise ValueError(
+        raise InputError(
             f"{init_from} holds another {meta['name']} than this configuration: {len(differing)} differ, {differing[0]} first"
         )
     print_once(f"{meta['name']}: starting from the weights of {init_from}")
     state = state.replace(
-        params=jax.device_put(part.params, shardings.params), ema_params=jax.device_put(part.params, shardings.ema_params)
+        params=jax.device_put(part.params, shardings.params),
+        ema_params=jax.device_put(part.params, shardings.ema_params),
     )
     meta = {**meta, "provenance": {**meta["provenance"], "initialised_from": old["provenance"]}}
     return Start(state, meta, 0, part.config)
@@ -143,7 +164,7 @@ def _check_frozen(before: dict, now: dict) -> None:
     for role in sorted(before.keys() & now.keys()):
         if before[role] != now[role]:
             name = "CLIP" if role == "clip" else role
-            raise ValueError(
+            raise InputError(
                 f"this run was trained with {name} {before[role]}, but {now[role]} is given now; "
                 f"use another workdir, or the same {name}"
             )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unclip_jax.errors import InputError
 from unclip_jax.run.optim import Optimizer, updates_applied
 from unclip_jax.run.stage import Gradient, Objective, Player, Stage
 from unclip_jax.sharding import Mesh, gather_rest, infer_shardings
@@ -31,7 +32,9 @@ class TrainState:
     extra: Any = flax.struct.field(default_factory=dict)
 
 
-def abstract_state(stage: Stage, optimizers: tuple[Optimizer, ...], mesh: Mesh) -> tuple[TrainState, TrainState]:
+def abstract_state(
+    stage: Stage, optimizers: tuple[Optimizer, ...], mesh: Mesh
+) -> tuple[TrainState, TrainState]:
     """The state's shapes and its shardings on the mesh, without computing anything.
 
     Args:
@@ -43,9 +46,13 @@ def abstract_state(stage: Stage, optimizers: tuple[Optimizer, ...], mesh: Mesh) 
     return shapes, infer_shardings(shapes, mesh)
 
 
-def create_state(stage: Stage, optimizers: tuple[Optimizer, ...], seed: int, shardings: TrainState) -> TrainState:
+def create_state(
+    stage: Stage, optimizers: tuple[Optimizer, ...], seed: int, shardings: TrainState
+) -> TrainState:
     """Initialises the state under `jit`, already sharded: no host ever holds a whole model. Arguments as those of `abstract_state`."""
-    return jax.jit(functools.partial(_create, stage, optimizers), out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(functools.partial(_create, stage, optimizers), out_shardings=shardings)(
+        jax.random.key(seed)
+    )
 
 
 def _create(stage: Stage, optimizers: tuple[Optimizer, ...], key: jax.Array) -> TrainState:
@@ -91,7 +98,7 @@ def accumulated(objective: Objective, count: int, mesh: Mesh) -> Gradient:
       ValueError: when count is less than 1.
     """
     if count < 1:
-        raise ValueError(f"grad_accumulation must be at least 1, got {count}")
+        raise InputError(f"grad_accumulation must be at least 1, got {count}")
 
     def gradient_of(params, extra, rng, batch, step, frozen, fixed):
         def loss_of(params):
@@ -105,9 +112,11 @@ def accumulated(objective: Objective, count: int, mesh: Mesh) -> Gradient:
             return gradient_of(params, extra, rng, batch, step, frozen, fixed)
         rows = len(jax.tree.leaves(batch)[0])
         if rows % count:
-            raise ValueError(f"grad_accumulation {count} does not divide the batch of {rows}")
+            raise InputError(f"grad_accumulation {count} does not divide the batch of {rows}")
         # Strided, so that the rows of every device are spread over all parts and none has to move.
-        parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(rows // count, count, *a.shape[1:]), 1, 0), batch)
+        parts = jax.tree.map(
+            lambda a: jnp.moveaxis(a.reshape(rows // count, count, *a.shape[1:]), 1, 0), batch
+        )
 
         def add(carry, item):
             (total, extra), (i, part) = carry, item
@@ -133,7 +142,8 @@ def accumulated(objective: Objective, count: int, mesh: Mesh) -> Gradient:
 def gradients_of(stage: Stage, grad_accumulation: int, mesh: Mesh) -> tuple[Gradient, ...]:
     """The gradient of each of a stage's players."""
     return tuple(
-        player.gradient or accumulated(player.objective or stage.objective, grad_accumulation, mesh) for player in stage.players
+        player.gradient or accumulated(player.objective or stage.objective, grad_accumulation, mesh)
+        for player in stage.players
     )
 
 
@@ -162,19 +172,25 @@ def make_update(
     def update(state, frozen, batch):
         rng, metrics = step_rng(config.seed, state.step), {}
         several = len(stage.players) > 1
-        for i, (player, optimizer, gradient) in enumerate(zip(stage.players, optimizers, gradients, strict=True)):
+        for i, (player, optimizer, gradient) in enumerate(
+            zip(stage.players, optimizers, gradients, strict=True)
+        ):
             key = jax.random.fold_in(rng, i) if several else rng
             state, of_player = _move(state, player, optimizer, gradient, key, frozen, batch, shardings)
             metrics |= {f"{player.name}_{k}": v for k, v in of_player.items()} if several else of_player
         if several:
             metrics["loss"] = metrics[f"{stage.players[0].name}_loss"]
-            metrics["skipped"] = jnp.max(jnp.stack([metrics[f"{player.name}_skipped"] for player in stage.players]))
+            metrics["skipped"] = jnp.max(
+                jnp.stack([metrics[f"{player.name}_skipped"] for player in stage.players])
+            )
         decay = ema_decay_at(state.step, config.ema_decay)
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema_params, state.params)
         for player in stage.players:
             ema = player.project(ema)
         # Where nothing was applied the average stays too.
-        ema = jax.tree.map(lambda new, old: jnp.where(metrics["skipped"] > 0, old, new), ema, state.ema_params)
+        ema = jax.tree.map(
+            lambda new, old: jnp.where(metrics["skipped"] > 0, old, new), ema, state.ema_params
+        )
         return state.replace(step=state.step + 1, ema_params=ema), metrics
 
     return update
@@ -184,14 +200,20 @@ def _move(state, player, optimizer, gradient, key, frozen, batch, shardings):
     # One player's update of the state, and its metrics.
     chosen = _chosen(state.params, player)
     fixed = {"fixed": {k: v for k, v in state.params.items() if k not in chosen}} if player.parameters else {}
-    (loss, (metrics, extra)), grads = gradient(chosen, state.extra, key, batch, state.step, frozen=frozen, **fixed)
+    (loss, (metrics, extra)), grads = gradient(
+        chosen, state.extra, key, batch, state.step, frozen=frozen, **fixed
+    )
     grads = jax.lax.with_sharding_constraint(grads, _chosen(shardings.params, player))
     old_opt = state.opt_state[player.name] if player.name else state.opt_state
     rate = optimizer.learning_rate(updates_applied(old_opt))
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.tx.update(grads, old_opt, chosen)
-    params = player.project({**state.params, **optax.apply_updates(chosen, updates)} if player.parameters else optax.apply_updates(chosen, updates))
+    params = player.project(
+        {**state.params, **optax.apply_updates(chosen, updates)}
+        if player.parameters
+        else optax.apply_updates(chosen, updates)
+    )
 
     def keep(new, old):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

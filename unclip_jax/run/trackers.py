@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from flax import traverse_util
 
+from unclip_jax.errors import MissingPackageError
 from unclip_jax.paths import is_remote, user_path
 
 log = logging.getLogger("unclip_jax")
@@ -62,13 +63,23 @@ class TensorBoard:
         """See `Tracker`."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self._add(step, [Summary.Value(tag=f"{self.name}/{key}", simple_value=value) for key, value in values.items()])
+        self._add(
+            step,
+            [Summary.Value(tag=f"{self.name}/{key}", simple_value=value) for key, value in values.items()],
+        )
 
     def picture(self, step: int, path: Path) -> None:
         """See `Tracker`."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self._add(step, [Summary.Value(tag=f"{self.name}/samples", image=Summary.Image(encoded_image_string=path.read_bytes()))])
+        self._add(
+            step,
+            [
+                Summary.Value(
+                    tag=f"{self.name}/samples", image=Summary.Image(encoded_image_string=path.read_bytes())
+                )
+            ],
+        )
 
     def close(self, end: str) -> None:
         """See `Tracker`."""
@@ -83,7 +94,7 @@ class MLflow:
         try:
             import mlflow
         except ImportError:
-            raise ImportError('track.mlflow needs MLflow: pip install "unclip_jax[mlflow]"') from None
+            raise MissingPackageError('track.mlflow needs MLflow: pip install "unclip_jax[mlflow]"') from None
         # Its client tries for minutes by default, while the devices wait.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -92,7 +103,9 @@ class MLflow:
             self.run = self._begin(workdir / "mlflow_run", name, config, settings["experiment"])
         except Exception as error:  # the server's and the network's are many
             reason = " ".join(str(error).split())[:300]
-            raise OSError(f"MLflow at {settings['mlflow']} does not answer ({reason}); start it, or set track.mlflow=None") from None
+            raise OSError(
+                f"MLflow at {settings['mlflow']} does not answer ({reason}); start it, or set track.mlflow=None"
+            ) from None
 
     def _begin(self, file: Any, name: str, config: Mapping, experiment: str) -> str:
         if file.is_file():
@@ -113,7 +126,9 @@ class MLflow:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
         now = int(1000 * time.time())
-        self.client.log_batch(self.run, metrics=[self.entities.Metric(key, value, now, step) for key, value in values.items()])
+        self.client.log_batch(
+            self.run, metrics=[self.entities.Metric(key, value, now, step) for key, value in values.items()]
+        )
 
     def picture(self, step: int, path: Path) -> None:
         """See `Tracker`."""
@@ -121,7 +136,9 @@ class MLflow:
 
     def close(self, end: str) -> None:
         """See `Tracker`."""
-        self.client.set_terminated(self.run, status={"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[end])
+        self.client.set_terminated(
+            self.run, status={"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[end]
+        )
 
 
 class WandB:
@@ -131,7 +148,7 @@ class WandB:
         try:
             import wandb
         except ImportError:
-            raise ImportError("track.wandb needs the package wandb: pip install wandb") from None
+            raise MissingPackageError("track.wandb needs the package wandb: pip install wandb") from None
         file = workdir / "wandb_run"
         before = file.read_text(encoding="utf-8").strip() if file.is_file() else None
         self.wandb = wandb
@@ -141,7 +158,9 @@ class WandB:
             self.run = wandb.init(id=before, resume="allow", **about)
         except Exception as error:  # its own and the network's are many
             reason = " ".join(str(error).split())[:300]
-            raise OSError(f"Weights & Biases cannot be used ({reason}); log in, or set track.wandb=None") from None
+            raise OSError(
+                f"Weights & Biases cannot be used ({reason}); log in, or set track.wandb=None"
+            ) from None
         file.write_text(self.run.id + "\n", encoding="utf-8")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -170,7 +189,9 @@ class Trackers:
       ImportError: when one is not installed; OSError: when a server does not answer.
     """
 
-    def __init__(self, workdir: str | os.PathLike, name: str, config: Mapping, settings: Mapping, start: int = 0):
+    def __init__(
+        self, workdir: str | os.PathLike, name: str, config: Mapping, settings: Mapping, start: int = 0
+    ):
         self.all: dict[str, Tracker] = {}
         self.failures = dict.fromkeys(TRACKERS, 0)
         for key, make in TRACKERS.items():
@@ -202,6 +223,11 @@ class Trackers:
             except Exception as error:  # theirs are many, and none is worth a run
                 self.failures[key] += 1
                 left = "; it is left alone from here on" if self.failures[key] == MAX_FAILURES else ""
-                log.warning("%s failed (%s); metrics.jsonl has what it missed%s", key, " ".join(str(error).split())[:200], left)
+                log.warning(
+                    "%s failed (%s); metrics.jsonl has what it missed%s",
+                    key,
+                    " ".join(str(error).split())[:200],
+                    left,
+                )
                 if left:
                     del self.all[key]

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, upsamplers
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
+from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network, sampling_model
 from unclip_jax.generate.options import OPTIONS, Options, check_options, is_guided, options_from
 from unclip_jax.sharding import BATCH, compute_dtype, path_name, placer, replicate, sampling_mesh
@@ -42,7 +43,9 @@ class Sampler:
 
     def __init__(self, bundle: Bundle, mesh: Mesh | None = None):
         if bundle.mesh is not None and mesh not in (None, bundle.mesh):
-            raise ValueError(f"the bundle {bundle.path} lies on another mesh; load it again, onto the mesh to sample on")
+            raise InputError(
+                f"the bundle {bundle.path} lies on another mesh; load it again, onto the mesh to sample on"
+            )
         self.bundle = bundle
         self.mesh = bundle.mesh or mesh or _default_mesh(bundle.parts)
         place = None if bundle.mesh is not None else placer(self.mesh)
@@ -55,7 +58,9 @@ class Sampler:
             return Network(None, replicate(part.params, self.mesh), part.config, part.hash)
         params = part.params
         if place is not None:
-            params = jax.tree_util.tree_map_with_path(lambda path, value: place(path_name(path), value), params)
+            params = jax.tree_util.tree_map_with_path(
+                lambda path, value: place(path_name(path), value), params
+            )
         return Network(sampling_model(part.config, self.mesh), params, part.config, part.hash)
 
     def network(self, name: str) -> Network:
@@ -84,7 +89,9 @@ class Sampler:
         parts = [part.config for name, part in self.bundle.parts.items() if part.config["kind"] != "clip"]
         configs = [config["tokenizer"] for config in parts if "tokenizer" in config]
         if any(config != configs[0] for config in configs):
-            raise ValueError(f"the parts of {self.bundle.path or 'the bundle'} have text encoders with different tokenizers")
+            raise InputError(
+                f"the parts of {self.bundle.path or 'the bundle'} have text encoders with different tokenizers"
+            )
         return ClipTokenizer.from_config(configs[0]) if configs else None
 
     def captions(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
@@ -144,26 +151,36 @@ def _default_mesh(parts: Mapping[str, Part]) -> Mesh:
     return sampling_mesh(weight_bytes=jnp.dtype(compute_dtype("auto")).itemsize * sum(sizes))
 
 
-def stage_options(bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Options]:
+def stage_options(
+    bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Options]:
     """The bundle's sampling defaults with overrides per part, e.g. {"decoder": {"guidance_scale": 3.0, "steps": 50}}.
 
     Raises:
       ValueError: on an unknown part or option, or a value out of range.
     """
     enlarging = upsamplers(bundle.parts)
-    drawing = [name for name, part in bundle.parts.items() if part.config["kind"] in OPTIONS and part.config["kind"] != "upsampler"]
+    drawing = [
+        name
+        for name, part in bundle.parts.items()
+        if part.config["kind"] in OPTIONS and part.config["kind"] != "upsampler"
+    ]
     unknown = set(overrides or {}) - {*drawing, *enlarging}
     if unknown:
         known = ", ".join([*drawing, *enlarging])
-        raise ValueError(f"unknown part {', '.join(sorted(unknown))} in the sampling options; this bundle samples {known}")
+        raise InputError(
+            f"unknown part {', '.join(sorted(unknown))} in the sampling options; this bundle samples {known}"
+        )
     options = {}
     for name in (*drawing, *enlarging):
         config = bundle.part(name).config
-        chosen = options_from(bundle.sampling.get(name, {}), config["kind"], **(overrides or {}).get(name, {}))
+        chosen = options_from(
+            bundle.sampling.get(name, {}), config["kind"], **(overrides or {}).get(name, {})
+        )
         try:
             check_options(chosen, config)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise InputError(f"{name}: {error}") from None
         options[name] = chosen
     return options
 
@@ -173,7 +190,9 @@ def split_scales(options: Mapping[str, Options]) -> tuple[dict[str, Options], di
 
     Only whether there is guidance stays in the options (scale 0 or 1); `with_scale` joins the two again inside the program.
     """
-    static = {n: dataclasses.replace(o, guidance_scale=0.0 if is_guided(o) else 1.0) for n, o in options.items()}
+    static = {
+        n: dataclasses.replace(o, guidance_scale=0.0 if is_guided(o) else 1.0) for n, o in options.items()
+    }
     return static, {name: jnp.float32(o.guidance_scale) for name, o in options.items()}
 
 

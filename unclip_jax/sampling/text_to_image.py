@@ -9,6 +9,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
+from unclip_jax.errors import InputError
 from unclip_jax.sampling import unclip
 from unclip_jax.sampling.edits import inversion
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
@@ -41,7 +42,9 @@ def system_of(bundle: Bundle) -> System:
       ValueError: on a system that is not known here; KeyError when one of its parts is missing.
     """
     if bundle.system not in SYSTEMS:
-        raise ValueError(f"the bundle {bundle.path} is of the system {bundle.system!r}; known: {', '.join(SYSTEMS)}")
+        raise InputError(
+            f"the bundle {bundle.path} is of the system {bundle.system!r}; known: {', '.join(SYSTEMS)}"
+        )
     system = SYSTEMS[bundle.system]
     for name in system.parts:
         bundle.part(name)

@@ -15,6 +15,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, last_step, upsamplers
 from unclip_jax.diffusion.process import fold_in
+from unclip_jax.errors import InputError
 from unclip_jax.generate.decoder import sample_decoder
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import Options
@@ -47,12 +48,14 @@ class Stages(NamedTuple):
 def check_prior(bundle: Bundle, prior: str) -> None:
     """Raises ValueError on an unknown way to z_i, KeyError when the bundle lacks its parts."""
     if prior not in PRIORS:
-        raise ValueError(f"unknown prior {prior!r}; choose one of {', '.join(PRIORS)}")
+        raise InputError(f"unknown prior {prior!r}; choose one of {', '.join(PRIORS)}")
     for name in PRIORS[prior]:
         bundle.part(name)
 
 
-def encode_captions(clip: Network, captions: Mapping[str, jax.Array], empty: Mapping[str, jax.Array]) -> Texts:
+def encode_captions(
+    clip: Network, captions: Mapping[str, jax.Array], empty: Mapping[str, jax.Array]
+) -> Texts:
     """Captions (B rows of `Sampler.captions`) and the empty caption (one row), encoded."""
     return Texts(encode_text(clip, captions), encode_text(clip, empty))
 
@@ -136,14 +139,14 @@ def sample_stages(
     """
     sampler, captions = as_sampler(bundle), list(captions)
     if not captions:
-        raise ValueError("no captions: give at least one")
+        raise InputError("no captions: give at least one")
     for name in ("clip", "decoder"):
         sampler.bundle.part(name)
     chosen_prior = prior if z_image is None else None
     if chosen_prior is not None:
         check_prior(sampler.bundle, chosen_prior)
     elif len(z_image) != len(captions):
-        raise ValueError(f"expected one embedding per caption, got {len(z_image)} and {len(captions)}")
+        raise InputError(f"expected one embedding per caption, got {len(z_image)} and {len(captions)}")
     static, scales = split_scales(sampler.options(options))
     key = ("text_to_image", chosen_prior, *static.items())
     run = sampler.program(key, lambda: _cascade(sampler, static, chosen_prior))

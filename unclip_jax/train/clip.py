@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from unclip_jax.data.examples import clip_example
 from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.errors import InputError
 from unclip_jax.metrics.retrieval import retrieval_at_1
 from unclip_jax.models.clip import CLIP, MAX_LOGIT_SCALE
 from unclip_jax.run.batches import eval_batches, joined_rows, open_data
@@ -61,11 +62,16 @@ def stage(config, mesh, frozen) -> Stage:
       ValueError: when the configuration asks for accumulation.
     """
     if config.grad_accumulation != 1:
-        raise ValueError("the contrastive loss compares all rows of a batch: grad_accumulation must be 1 for CLIP")
+        raise InputError(
+            "the contrastive loss compares all rows of a batch: grad_accumulation must be 1 for CLIP"
+        )
     tokenizer, model_config = ClipTokenizer(**config.tokenizer), config_json(config.model)
     model_config["text"] |= {"vocab_size": tokenizer.vocab_size, "length": tokenizer.length}
     hooks = {"remat": config.remat, "scan": config.scan_layers, "gather": make_gather(mesh)}
-    model, size = CLIP(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks), config.model.image.image_size
+    model, size = (
+        CLIP(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks),
+        config.model.image.image_size,
+    )
 
     def init(key):
         image, tokens = jnp.zeros((1, size, size, 3)), jnp.zeros((1, tokenizer.length), jnp.int32)
@@ -89,7 +95,9 @@ def stage(config, mesh, frozen) -> Stage:
         model=model,
         part={"kind": "clip", "model": model_config, "frozen": {}, "tokenizer": tokenizer.config()},
         init=init,
-        example=functools.partial(clip_example, tokenizer=tokenizer, size=size, crop_scale=config.data.crop_scale),
+        example=functools.partial(
+            clip_example, tokenizer=tokenizer, size=size, crop_scale=config.data.crop_scale
+        ),
         objective=without_extra(functools.partial(loss_fn, model=model)),
         players=(Player(gradient=gradient_by_sam if config.sam.rho else None, project=clamped),),
     )

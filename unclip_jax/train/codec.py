@@ -14,9 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.data.examples import clip_example
+from unclip_jax.errors import InputError
 from unclip_jax.models.codec import Codec, project
 from unclip_jax.run.batches import open_data
-from unclip_jax.run.frozen import arrays, check_sources, clip_image_size, clip_tokenizer, hashes, images_of, load_frozen
+from unclip_jax.run.frozen import (
+    arrays,
+    check_sources,
+    clip_image_size,
+    clip_tokenizer,
+    hashes,
+    images_of,
+    load_frozen,
+)
 from unclip_jax.run.loop import Run
 from unclip_jax.run.stage import Stage
 from unclip_jax.sharding import make_mesh
@@ -25,7 +34,9 @@ FROZEN = {"clip": "clip"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- fit
-def principal_components(count: int, total: np.ndarray, outer: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def principal_components(
+    count: int, total: np.ndarray, outer: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """PCA from sums.
 
     Args:
@@ -57,9 +68,11 @@ def stage(config, mesh, frozen) -> Stage:
     clip, rows = frozen["clip"], config.steps * config.batch_size
     dim = clip.config["model"]["embed_dim"]
     if not 1 <= config.dims <= dim:
-        raise ValueError(f"dims must be between 1 and the embedding's {dim}, got {config.dims}")
+        raise InputError(f"dims must be between 1 and the embedding's {dim}, got {config.dims}")
     if rows <= dim:
-        raise ValueError(f"{rows} rows (steps x batch_size) are too few for the covariance of {dim} dimensions; raise steps")
+        raise InputError(
+            f"{rows} rows (steps x batch_size) are too few for the covariance of {dim} dimensions; raise steps"
+        )
     shapes = {"mean": (dim,), "components": (dim, dim), "eigenvalues": (dim,), "low": (dim,), "high": (dim,)}
     return Stage(
         name="codec",
@@ -67,7 +80,10 @@ def stage(config, mesh, frozen) -> Stage:
         part={"kind": "codec", "embed_dim": dim, "dims": config.dims, "frozen": hashes(frozen)},
         init=lambda key: ({name: jnp.zeros(shape) for name, shape in shapes.items()}, {}),
         example=functools.partial(
-            clip_example, tokenizer=clip_tokenizer(clip), size=clip_image_size(clip), crop_scale=config.data.crop_scale
+            clip_example,
+            tokenizer=clip_tokenizer(clip),
+            size=clip_image_size(clip),
+            crop_scale=config.data.crop_scale,
         ),
         objective=None,
         players=(),
@@ -87,7 +103,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
       ValueError: as `stage`, or with `init_from`.
     """
     if init_from is not None:
-        raise ValueError("the codec is fitted on embeddings and starts from nothing: leave out --init-from")
+        raise InputError("the codec is fitted on embeddings and starts from nothing: leave out --init-from")
     # ------------------------------------------------------------------------------------------------------------------ mesh and data
     mesh, data = make_mesh(config.mesh), open_data(config)
     networks = load_frozen(config, workdir, mesh, FROZEN, None)
@@ -123,15 +139,21 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         if run.stopping:
             return run.figures
         mean, eigenvalues, components = principal_components(rows, total, outer)
-        codec = Codec(*(jnp.asarray(a, jnp.float32) for a in (mean, components, eigenvalues, 0 * mean, 0 * mean)))
+        codec = Codec(
+            *(jnp.asarray(a, jnp.float32) for a in (mean, components, eigenvalues, 0 * mean, 0 * mean))
+        )
         for batch in run.measuring_batches(config.steps):
             least, most = jax.device_get(extremes(params, codec, batch))
             low, high = np.minimum(low, least), np.maximum(high, most)
             if run.stop:
                 return run.figures
         found = {"mean": mean, "components": components, "eigenvalues": eigenvalues, "low": low, "high": high}
-        run.replace_parameters({name: np.asarray(value, np.float32) for name, value in found.items()}, config.steps)
+        run.replace_parameters(
+            {name: np.asarray(value, np.float32) for name, value in found.items()}, config.steps
+        )
         run.save(config.steps)
         report = sorted({*config.report, config.dims})
-        run.record(config.steps, {f"explained_variance_{k}": explained(eigenvalues, k) for k in report if k <= dim})
+        run.record(
+            config.steps, {f"explained_variance_{k}": explained(eigenvalues, k) for k in report if k <= dim}
+        )
     return run.figures | {"explained_variance": explained(eigenvalues, config.dims)}

@@ -21,6 +21,7 @@ from unclip_jax.data.examples import choose_caption
 from unclip_jax.data.tokenizer import caption_arrays
 from unclip_jax.diffusion.losses import hybrid_loss, sample_noised, split_variance, target_of, training_tables
 from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.errors import InputError
 from unclip_jax.generate.decoder import Known, sample_decoder
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import options_from
@@ -50,7 +51,16 @@ FROZEN = {"clip": "clip"}
 
 # ---------------------------------------------------------------------------------------------------------------------- example
 def make_example(
-    record, rng, *, tokenizer, size, clip_size, crop_scale=1.0, training=True, text_tokenizer=None, inpaint=False
+    record,
+    rng,
+    *,
+    tokenizer,
+    size,
+    clip_size,
+    crop_scale=1.0,
+    training=True,
+    text_tokenizer=None,
+    inpaint=False,
 ) -> dict[str, np.ndarray]:
     """One row: `image` (size, size, 3) and `clip_image` (clip_size, clip_size, 3) of the same crop, in [-1, 1]; `clip_tokens` and
     `clip_token_mask` (L,) of one of its captions; with a tokenizer of the decoder's own text encoder `tokens` and `token_mask` (L',);
@@ -78,12 +88,26 @@ def load_widened(path, name) -> tuple[Part, dict]:
         part, meta = load_part(path, "decoder")
     conv = part.params["unet"]["conv_in"]
     kernel = np.pad(conv["kernel"], ((0, 0), (0, 0), (0, 4), (0, 0)))
-    return Part(part.config, part.params | {"unet": part.params["unet"] | {"conv_in": conv | {"kernel": kernel}}}), meta
+    return Part(
+        part.config, part.params | {"unet": part.params["unet"] | {"conv_in": conv | {"kernel": kernel}}}
+    ), meta
 
 
 # ---------------------------------------------------------------------------------------------------------------------- loss
 def loss_fn(
-    params, rng, batch, *, frozen, model, images_of, captions_of, tables, diffusion, drop_embedding, drop_text, freeze_text
+    params,
+    rng,
+    batch,
+    *,
+    frozen,
+    model,
+    images_of,
+    captions_of,
+    tables,
+    diffusion,
+    drop_embedding,
+    drop_text,
+    freeze_text,
 ):
     """Loss () and metrics of a global batch; `images_of` and `captions_of` (params, batch) read it with the CLIP in `frozen`."""
     if freeze_text:
@@ -116,7 +140,9 @@ def stage(config, mesh, frozen) -> Stage:
     """
     clip, own_tokenizer, size = frozen["clip"], text_tokenizer(config), config.model.unet.image_size
     if config.freeze_text and (own_tokenizer is None or config.optimizer.weight_decay):
-        raise ValueError("freeze_text keeps the decoder's own text encoder: it needs one, and no weight decay, which would shrink it")
+        raise InputError(
+            "freeze_text keeps the decoder's own text encoder: it needs one, and no weight decay, which would shrink it"
+        )
     model_config, diffusion = config_json(config.model), config_json(config.diffusion)
     part = {"kind": "decoder", "model": model_config, "diffusion": diffusion, "frozen": hashes(frozen)}
     if own_tokenizer is not None:
@@ -174,7 +200,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         texts = Texts(captions_of(clip, mesh, keep_states, frozen["clip"], batch), frozen[EMPTY])
         z_image = images_of(clip, mesh, frozen["clip"], batch)
         known = Known(batch["image"], batch["known"]) if decoder.model.inpaint else None
-        return sample_decoder(Network(decoder.model, params, decoder.part), z_image, texts, rng, options, known=known)
+        return sample_decoder(
+            Network(decoder.model, params, decoder.part), z_image, texts, rng, options, known=known
+        )
 
     loss_of_held_out = held_out_loss(decoder, config, mesh, data)
 

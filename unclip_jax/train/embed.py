@@ -25,6 +25,7 @@ from unclip_jax.data import embeddings, ops
 from unclip_jax.data.pipeline import DATA_ERRORS, MAX_LOGGED, MIN_BAD, BadDataError
 from unclip_jax.data.record import Source, error_summary
 from unclip_jax.data.tokenizer import caption_arrays
+from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network
 from unclip_jax.metrics.retrieval import mean_cosine, retrieval_at_1
 from unclip_jax.paths import check_store, store_errors, user_path, write_json
@@ -88,9 +89,9 @@ def embed(
         of the source's records; BadDataError; OSError.
     """
     if source.embedded is not None:
-        raise ValueError(f"{source.name} holds embeddings already")
+        raise InputError(f"{source.name} holds embeddings already")
     if batch_size < 1 or shard_records < 1:
-        raise ValueError(f"batch_size {batch_size} and shard_records {shard_records} must be at least 1")
+        raise InputError(f"batch_size {batch_size} and shard_records {shard_records} must be at least 1")
     check_store(out)
     out, towers = user_path(out), _towers(clip, mesh, dtype, batch_size, states)
     plan = {
@@ -106,7 +107,10 @@ def embed(
     count = -(-len(source) // shard_records)
     mine = range(jax.process_index(), count, jax.process_count())
     seen = bad = 0
-    with stop_signals(alone=True) as stop, ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="unclip-data") as pool:
+    with (
+        stop_signals(alone=True) as stop,
+        ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="unclip-data") as pool,
+    ):
         for done, number in enumerate(mine):
             folder = embeddings.shard_path(out, number)
             records = range(number * shard_records, min((number + 1) * shard_records, len(source)))
@@ -138,7 +142,7 @@ def embed(
 # ---------------------------------------------------------------------------------------------------------------------- one shard
 def _towers(path: str, mesh: Mesh, dtype: str, batch_size: int, states: bool) -> _Towers:
     if embeddings.is_embedded(path):
-        raise ValueError(f"{path} holds embeddings, not the CLIP that makes them")
+        raise InputError(f"{path} holds embeddings, not the CLIP that makes them")
     clip = clip_network(path, mesh, dtype)
     ways, sharding = mesh.shape["data"] * mesh.shape["fsdp"], NamedSharding(mesh, BATCH)
     image, tokenizer = jax.jit(functools.partial(images_of, clip, mesh)), clip_tokenizer(clip)
@@ -159,7 +163,7 @@ def _towers(path: str, mesh: Mesh, dtype: str, batch_size: int, states: bool) ->
 def _behind(dispatched: Iterable[tuple[Any, int]]) -> Iterator[Any]:
     # Of (arrays on devices, rows that count): those rows on the host, one batch behind the devices.
     waiting: collections.deque = collections.deque()
-    first = lambda tree, count: jax.tree.map(lambda a: np.asarray(a)[:count], tree)  # noqa: E731
+    first = lambda tree, count: jax.tree.map(lambda a: np.asarray(a)[:count], tree)
     for item in dispatched:
         waiting.append(item)
         if len(waiting) > 1:
@@ -180,7 +184,9 @@ def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...
     except DATA_ERRORS as error:
         if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
             reason = error_summary(error)
-            raise OSError(f"record {i} of {source.name} cannot be reached ({reason}); the same command goes on from here") from None
+            raise OSError(
+                f"record {i} of {source.name} cannot be reached ({reason}); the same command goes on from here"
+            ) from None
         return f"record {i} of {source.name}: {error_summary(error)}"
     try:
         return ops.resize_then_crop(ops.decode_image(record.image), size), record.captions
@@ -207,7 +213,10 @@ def _embed_shard(
             kept.extend(i for i, _, _ in rows)
             captions.extend(own for _, _, own in rows)
             if rows and not stop:
-                yield towers.image(ops.to_float(np.stack(_filled([picture for _, picture, _ in rows], size)))), len(rows)
+                yield (
+                    towers.image(ops.to_float(np.stack(_filled([picture for _, picture, _ in rows], size)))),
+                    len(rows),
+                )
 
     z = np.concatenate([np.zeros((0, dim), np.float32), *(np.float32(each) for each in _behind(images()))])
     texts = [caption for own in captions for caption in own] if not stop else []
@@ -215,7 +224,9 @@ def _embed_shard(
     told = list(_behind((towers.text(_filled(some, size)), len(some)) for some in batches))
     arrays = {
         "image_embed": z,
-        "text_embed": np.concatenate([np.zeros((0, dim), np.float32), *(np.float32(embed) for embed, _, _ in told)]),
+        "text_embed": np.concatenate(
+            [np.zeros((0, dim), np.float32), *(np.float32(embed) for embed, _, _ in told)]
+        ),
         "record": np.asarray(kept, np.int64),
         "sum": z.sum(axis=0, dtype=np.float64),
         "outer": z.astype(np.float64).T @ z.astype(np.float64),
@@ -226,10 +237,18 @@ def _embed_shard(
     for name in ("image_embed", "text_embed", "text_states"):
         if name in arrays and not np.isfinite(arrays[name]).all():
             at = f"records {records.start} to {records.stop - 1} of {source.name}"
-            raise ValueError(f"{name} of {at} is not finite: look at this CLIP, or embed with --dtype float32")
+            raise InputError(
+                f"{name} of {at} is not finite: look at this CLIP, or embed with --dtype float32"
+            )
     for line in bad[:MAX_LOGGED]:
         log.warning("skipped %s", line)
-    described = {"first_record": records.start, "records": len(records), "images": len(kept), "captions": len(texts), "bad": len(bad)}
+    described = {
+        "first_record": records.start,
+        "records": len(records),
+        "images": len(kept),
+        "captions": len(texts),
+        "bad": len(bad),
+    }
     return arrays, described | {"last_bad": bad[-1] if bad else ""}
 
 
@@ -241,11 +260,13 @@ def _check_plan(out: Any, plan: dict) -> None:
         begun = file.is_file()
     if begun:
         before = embeddings.read_json(file)
-        differing = [f"{key} was {before.get(key)}, is {plan[key]}" for key in plan if before.get(key) != plan[key]]
+        differing = [
+            f"{key} was {before.get(key)}, is {plan[key]}" for key in plan if before.get(key) != plan[key]
+        ]
         if differing:
-            raise ValueError(f"{out} holds other embeddings ({'; '.join(differing)}); name another folder")
+            raise InputError(f"{out} holds other embeddings ({'; '.join(differing)}); name another folder")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and holds no embeddings; name another folder")
+        raise InputError(f"{out} exists and holds no embeddings; name another folder")
     wait_for_hosts("embed_plan")
     if jax.process_index() == 0 and not begun:
         write_json(file, plan)
@@ -288,7 +309,9 @@ def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -
     codec = {"mean": mean, "components": components, "eigenvalues": eigenvalues, "low": low, "high": high}
     config = {"kind": "codec", "embed_dim": len(mean), "dims": len(mean), "frozen": {"clip": plan["clip"]}}
     part = Part(config, {name: np.asarray(value, np.float32) for name, value in codec.items()})
-    save_bundle(Bundle({"codec": part}, provenance={"embedded": source.name, "images": images}), out / "codec")
+    save_bundle(
+        Bundle({"codec": part}, provenance={"embedded": source.name, "images": images}), out / "codec"
+    )
     write_json(
         out / "manifest.json",
         plan
@@ -300,14 +323,21 @@ def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -
             "tokenizer": towers.clip.config["tokenizer"],
             "source_name": source.name,
             "image_embed": {"mean": mean.tolist(), "std": std.tolist()},
-            "explained_variance": {str(k): explained(eigenvalues, k) for k in sorted({k for k in REPORTED if k < len(mean)})},
+            "explained_variance": {
+                str(k): explained(eigenvalues, k) for k in sorted({k for k in REPORTED if k < len(mean)})
+            },
             "alignment": _alignment(shards, described, towers, source),
-            "shards": [{"images": shard["images"], "captions": shard["captions"], "sha256": shard["sha256"]} for shard in described],
+            "shards": [
+                {"images": shard["images"], "captions": shard["captions"], "sha256": shard["sha256"]}
+                for shard in described
+            ],
         },
     )
 
 
-def _alignment(shards: list[embeddings.Shard], described: list[dict], towers: _Towers, source: Source) -> dict[str, float]:
+def _alignment(
+    shards: list[embeddings.Shard], described: list[dict], towers: _Towers, source: Source
+) -> dict[str, float]:
     # Pairs that belong together against pairs that do not; and some records embedded once more.
     z_image, z_text, again = [], [], []
     for shard, about in zip(shards, described):
@@ -323,17 +353,30 @@ def _alignment(shards: list[embeddings.Shard], described: list[dict], towers: _T
         if isinstance(loaded, str):
             raise OSError(f"{loaded}, but it was read before; run the same command again")
         picture, captions = loaded
-        pairs = [(shard.array("image_embed")[i], towers.image(np.repeat(ops.to_float(picture)[None], towers.rows, axis=0))[0])]
+        pairs = [
+            (
+                shard.array("image_embed")[i],
+                towers.image(np.repeat(ops.to_float(picture)[None], towers.rows, axis=0))[0],
+            )
+        ]
         if captions:
             pairs.append((shard.row(i)["text_embed"][0], towers.text([captions[0]] * towers.rows)[0][0]))
         for lies, now in pairs:
-            if not np.linalg.norm(lies - now) <= TOLERANCE * np.linalg.norm(now) or captions != shard.captions(i):
-                raise ValueError(f"{shard.folder} does not hold what CLIP says of record {record}; delete it and run the command again")
+            if not np.linalg.norm(lies - now) <= TOLERANCE * np.linalg.norm(
+                now
+            ) or captions != shard.captions(i):
+                raise InputError(
+                    f"{shard.folder} does not hold what CLIP says of record {record}; delete it and run the command again"
+                )
     z_image, z_text = np.concatenate(z_image), np.concatenate(z_text)
     if len(z_image) < 2:
         return {"pairs": len(z_image)}
     own, other = mean_cosine(z_image, z_text), mean_cosine(z_image, np.roll(z_text, 1, axis=0))
     if own <= other:
-        log.warning("captions fit their own images no better (mean cosine %.4f) than others' (%.4f): is this CLIP trained?", own, other)
+        log.warning(
+            "captions fit their own images no better (mean cosine %.4f) than others' (%.4f): is this CLIP trained?",
+            own,
+            other,
+        )
     found = {"pairs": len(z_image), "cosine": own, "cosine_of_others": other}
     return found | ({"retrieval_at_1": retrieval_at_1(z_image, z_text)} if len(z_image) >= 100 else {})

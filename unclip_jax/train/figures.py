@@ -23,7 +23,9 @@ def held_out_loss(stage: Stage, config: Any, mesh: Any, data: Data) -> Callable[
         return stage.objective(params, extra, rng, batch, 0, frozen=frozen)[0]
 
     def measure(state: TrainState, frozen: Any) -> float:
-        batches = eval_batches(data.held_out["eval"], stage.example, mesh, config.eval.batch_size, config.eval.rows)
+        batches = eval_batches(
+            data.held_out["eval"], stage.example, mesh, config.eval.batch_size, config.eval.rows
+        )
         losses = [
             loss_of(state.ema_params, state.extra, frozen, batch, step_rng(config.seed, i))
             for i, (batch, _) in enumerate(batches)
@@ -41,7 +43,9 @@ def sample_grid(run: Run, step: int, draw: Callable[[dict, jax.Array], jax.Array
     run.logger.samples(step, draw(batch, step_rng(run.config.seed, step)), captions, valid)
 
 
-def prior_figures(run: Run, predict: Callable[[dict, jax.Array], tuple], mean_embedding: np.ndarray) -> dict[str, float]:
+def prior_figures(
+    run: Run, predict: Callable[[dict, jax.Array], tuple], mean_embedding: np.ndarray
+) -> dict[str, float]:
     """A prior's figures on each evaluation source.
 
     Args:

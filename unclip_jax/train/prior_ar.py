@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.data.examples import clip_example
+from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import options_from
 from unclip_jax.generate.prior import sample_prior
@@ -48,7 +49,9 @@ def dot_edges(clip, mesh, keep_states, batches, bins: int) -> np.ndarray:
 
     @jax.jit
     def dots(params, batch):
-        return cosine(images_of(clip, mesh, params, batch), captions_of(clip, mesh, keep_states, params, batch).embed)
+        return cosine(
+            images_of(clip, mesh, params, batch), captions_of(clip, mesh, keep_states, params, batch).embed
+        )
 
     rows = [on_every_host(dots(clip.params, batch)) for batch in batches]
     return np.quantile(np.concatenate(rows), np.arange(1, bins) / bins)
@@ -83,7 +86,7 @@ def stage(config, mesh, frozen) -> Stage:
     clip, own_tokenizer = frozen["clip"], text_tokenizer(config)
     dim, tokenizer = clip.config["model"]["embed_dim"], clip_tokenizer(clip)
     if config.model.codes > dim:
-        raise ValueError(f"{config.model.codes} codes need as many dimensions; CLIP's embeddings have {dim}")
+        raise InputError(f"{config.model.codes} codes need as many dimensions; CLIP's embeddings have {dim}")
     bins, keep_states = config.model.dot_bins, own_tokenizer is None
     model_config = config_json(config.model) | {"length": (own_tokenizer or tokenizer).length}
     part = {"kind": "prior_ar", "model": model_config, "frozen": hashes(frozen)}

@@ -44,7 +44,10 @@ from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
 from unclip_jax.train.figures import prior_figures
 
 FROZEN = {"clip": "clip"}
-ERROR_TIMES, ERROR_BATCHES = 50, 2  # time steps at which the errors for analytic variance are measured, and batches at each
+ERROR_TIMES, ERROR_BATCHES = (
+    50,
+    2,
+)  # time steps at which the errors for analytic variance are measured, and batches at each
 
 
 # ---------------------------------------------------------------------------------------------------------------------- fit
@@ -68,7 +71,9 @@ def error_table(errors: dict[int, float], variance: float, num_steps: int) -> li
 
 
 # ---------------------------------------------------------------------------------------------------------------------- loss
-def loss_fn(params, rng, batch, *, frozen, model, space, images_of, captions_of, tables, prediction, drop_text):
+def loss_fn(
+    params, rng, batch, *, frozen, model, space, images_of, captions_of, tables, prediction, drop_text
+):
     """Loss () and metrics of a global batch; `images_of` and `captions_of` (params, batch) read it with the CLIP in `frozen`, and
     `space` makes an embedding space of what was fitted."""
     rng_drop, rng_noise, rng_dropout = jax.random.split(rng, 3)
@@ -89,10 +94,23 @@ def stage(config, mesh, frozen) -> Stage:
     """The stage as its configuration describes it, on the networks under it. Its fit is the embedding space."""
     clip, own_tokenizer = frozen["clip"], text_tokenizer(config)
     dim, tokenizer = clip.config["model"]["embed_dim"], clip_tokenizer(clip)
-    model_config = config_json(config.model) | {"embed_dim": dim, "length": (own_tokenizer or tokenizer).length}
+    model_config = config_json(config.model) | {
+        "embed_dim": dim,
+        "length": (own_tokenizer or tokenizer).length,
+    }
     diffusion = config_json(config.diffusion)
-    unit_space = {"kind": config.space.kind, "scale": config.space.scale, "mean": [0.0] * dim, "std": [1.0] * dim}
-    part = {"kind": "prior_diffusion", "model": model_config, "diffusion": diffusion, "frozen": hashes(frozen)}
+    unit_space = {
+        "kind": config.space.kind,
+        "scale": config.space.scale,
+        "mean": [0.0] * dim,
+        "std": [1.0] * dim,
+    }
+    part = {
+        "kind": "prior_diffusion",
+        "model": model_config,
+        "diffusion": diffusion,
+        "frozen": hashes(frozen),
+    }
     part["embedding_space"] = unit_space
     if own_tokenizer is not None:
         model_config["text"] |= {"num_embeddings": own_tokenizer.vocab_size}
@@ -166,12 +184,16 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     def evaluate(state, step) -> dict[str, float]:
         errors = None
-        if options.variance == "analytic":  # its table is measured on the weights that draw; that of the last ones is there already
+        if (
+            options.variance == "analytic"
+        ):  # its table is measured on the weights that draw; that of the last ones is there already
             if step != config.steps:
                 run.part["x0_error"] = measure_errors(state)
             errors = np.asarray(run.part["x0_error"], np.float32)
         mean = np.asarray(run.part["embedding_space"]["mean"])
-        return prior_figures(run, lambda batch, rng: predict(state.ema_params, frozen, batch, rng, errors), mean)
+        return prior_figures(
+            run, lambda batch, rng: predict(state.ema_params, frozen, batch, rng, errors), mean
+        )
 
     @jax.jit
     def x0_error(params, frozen, batch, rng):
@@ -183,7 +205,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
         def at(t):
             z_t = add_noise(z, jax.random.normal(jax.random.fold_in(rng, t), z.shape), abar[t])
-            out = prior.model.apply({"params": params}, z_t, jnp.full(len(z), t), **text_inputs(prior.model, text))
+            out = prior.model.apply(
+                {"params": params}, z_t, jnp.full(len(z), t), **text_inputs(prior.model, text)
+            )
             return jnp.mean(jnp.square(to_x0_eps(out, z_t, abar[t], diffusion["prediction"])[0] - z))
 
         return times, jax.lax.map(at, jnp.asarray(times)), jnp.mean(jnp.var(z, axis=0))

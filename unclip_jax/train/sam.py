@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unclip_jax.errors import InputError
+
 Features = Any
 
 
@@ -52,11 +54,13 @@ def sam_gradient(
     rows = len(jax.tree.leaves(batch)[0])
     count = rows // group_size
     if rows % group_size or count % lanes:
-        raise ValueError(f"a batch of {rows} rows does not divide into groups of {group_size} in {lanes} lanes")
+        raise InputError(
+            f"a batch of {rows} rows does not divide into groups of {group_size} in {lanes} lanes"
+        )
     per_lane = count // lanes
     # Lane l holds consecutive rows, as the shards of a batch do; the loop runs over its groups, all lanes at once.
-    split = lambda a: jnp.moveaxis(a.reshape(lanes, per_lane, group_size, *a.shape[1:]), 1, 0)  # noqa: E731
-    join = lambda a: jnp.moveaxis(a, 0, 1).reshape(rows, *a.shape[3:])  # noqa: E731
+    split = lambda a: jnp.moveaxis(a.reshape(lanes, per_lane, group_size, *a.shape[1:]), 1, 0)
+    join = lambda a: jnp.moveaxis(a, 0, 1).reshape(rows, *a.shape[3:])
     groups = jax.tree.map(split, batch)
     first_rows = split(jnp.arange(rows))[:, :, 0]
 
@@ -67,7 +71,9 @@ def sam_gradient(
         def through_group(p):
             own = embed(p, group)
             features = jax.tree.map(
-                lambda o, f: jax.lax.dynamic_update_slice_in_dim(jax.lax.stop_gradient(o), f, first, axis=0), others, own
+                lambda o, f: jax.lax.dynamic_update_slice_in_dim(jax.lax.stop_gradient(o), f, first, axis=0),
+                others,
+                own,
             )
             return loss(direct(p), features)
 
@@ -87,7 +93,7 @@ def sam_gradient(
     moved = jax.tree.map(join, jax.lax.map(at_own_weights, (first_rows, groups)))
 
     def add(total, item):
-        one = lambda first, group: gradient(perturbed(first, group, plain), first, group, moved)[1]  # noqa: E731
+        one = lambda first, group: gradient(perturbed(first, group, plain), first, group, moved)[1]
         return jax.tree.map(lambda t, g: t + jnp.sum(g, axis=0), total, jax.vmap(one)(*item)), None
 
     total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (first_rows, groups))

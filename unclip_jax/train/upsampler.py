@@ -16,6 +16,7 @@ from unclip_jax.data import ops
 from unclip_jax.data.degrade import bsr_light, low_resolution
 from unclip_jax.diffusion.losses import hybrid_loss, sample_noised, split_variance, training_tables
 from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import options_from
 from unclip_jax.generate.upsampler import sample_upsampler
@@ -31,19 +32,26 @@ FROZEN: dict[str, str] = {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- example
-def make_example(record, rng, *, size, crop_size, factor, degradation, blur_prob, training=True) -> dict[str, np.ndarray]:
+def make_example(
+    record, rng, *, size, crop_size, factor, degradation, blur_prob, training=True
+) -> dict[str, np.ndarray]:
     """One row: `image` (crop_size, crop_size, 3) and `low_res` (crop_size / factor, ..., 3), in [-1, 1].
 
     In training a random crop of the image resized to `size`, its small version degraded: `blur`, with probability `blur_prob`, or
     `bsr_light`. Else the whole image and a clean reduction.
     """
-    image = ops.to_float(ops.resize_then_crop(ops.decode_image(record.image), size, rng if training else None))
+    image = ops.to_float(
+        ops.resize_then_crop(ops.decode_image(record.image), size, rng if training else None)
+    )
     if training:
         image = ops.random_crop(image, crop_size, rng)
     small = image.shape[0] // factor
     if training and degradation == "bsr_light":
         return {"image": image, "low_res": bsr_light(image, small, rng)}
-    return {"image": image, "low_res": low_resolution(image, small, rng, blur_prob=blur_prob if training else 0.0)}
+    return {
+        "image": image,
+        "low_res": low_resolution(image, small, rng, blur_prob=blur_prob if training else 0.0),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------- loss
@@ -71,11 +79,19 @@ def stage(config, mesh, frozen) -> Stage:
     """
     size, factor, crop_size = config.model.unet.image_size, config.factor, config.data.crop_size
     if size % factor or crop_size % factor:
-        raise ValueError(f"image_size {size} and crop_size {crop_size} must be multiples of the factor {factor}")
+        raise InputError(
+            f"image_size {size} and crop_size {crop_size} must be multiples of the factor {factor}"
+        )
     if config.data.degradation not in ("blur", "bsr_light"):
-        raise ValueError(f"unknown degradation {config.data.degradation!r}; choose blur or bsr_light")
+        raise InputError(f"unknown degradation {config.data.degradation!r}; choose blur or bsr_light")
     model_config, diffusion = config_json(config.model), config_json(config.diffusion)
-    part = {"kind": "upsampler", "model": model_config, "diffusion": diffusion, "frozen": {}, "factor": factor}
+    part = {
+        "kind": "upsampler",
+        "model": model_config,
+        "diffusion": diffusion,
+        "frozen": {},
+        "factor": factor,
+    }
     hooks = {"remat": config.remat, "gather": make_gather(mesh)}
     model = Upsampler(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
 
@@ -118,7 +134,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     @jax.jit
     def draw(params, batch, rng):
-        return sample_upsampler(Network(upsampler.model, params, upsampler.part), batch["low_res"], rng, options)
+        return sample_upsampler(
+            Network(upsampler.model, params, upsampler.part), batch["low_res"], rng, options
+        )
 
     loss_of_held_out = held_out_loss(upsampler, config, mesh, data)
 

@@ -14,6 +14,7 @@ from typing import Any
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.checkpoint.files import Place, read_json
 from unclip_jax.checkpoint.providers import clip, karlo, karlo_export
+from unclip_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -75,4 +76,4 @@ def find_provider(path: Path) -> Provider | None:
     else:
         return None
     layouts = "; ".join(provider.layout for provider in PROVIDERS.values())
-    raise ValueError(f"{path} {found}; the public weights read here are: {layouts}")
+    raise InputError(f"{path} {found}; the public weights read here are: {layouts}")

@@ -20,6 +20,7 @@ from unclip_jax.checkpoint.bundle import Bundle, Part, no_part
 from unclip_jax.checkpoint.convert import Rule, convert, expect, linear, norm, shapes_of
 from unclip_jax.checkpoint.files import Place, missing_settings, open_weights, read_json
 from unclip_jax.data.tokenizer import VOCAB_SIZE, ClipTokenizer
+from unclip_jax.errors import InputError
 from unclip_jax.models.clip import CLIP
 
 HALVES = ("clip_text_model", "clip_vision_model")
@@ -170,7 +171,7 @@ def transformers_config(
     pairs = ((TEXT_DEFAULTS, text), (IMAGE_DEFAULTS, image))
     used = {(defaults | dict(half))["hidden_act"] for defaults, half in pairs if half is not None}
     if len(used) != 1 or not used <= {"quick_gelu", "gelu"}:
-        raise ValueError(
+        raise InputError(
             f"CLIP's towers have the activations {', '.join(sorted(map(str, used)))}; "
             "one of quick_gelu, gelu is known here"
         )
@@ -191,7 +192,7 @@ def two_halves(text: Mapping | None, image: Mapping | None) -> dict:
     dims = {config.get("projection_dim", 512) for config in (text, image) if config is not None}
     if len(dims) != 1:
         sizes = " and ".join(map(str, sorted(dims)))
-        raise ValueError(f"the encoders make embeddings of {sizes}: they are of different CLIPs")
+        raise InputError(f"the encoders make embeddings of {sizes}: they are of different CLIPs")
     return transformers_config(text, image, dims.pop())
 
 
@@ -299,7 +300,7 @@ def _openai(path: Path, place: Place) -> tuple[dict, dict]:
     try:
         model = openai_config(weights.shape, list(weights))
     except KeyError as error:
-        raise ValueError(f"CLIP does not fit these weights: {error.args[0]} is missing") from None
+        raise InputError(f"CLIP does not fit these weights: {error.args[0]} is missing") from None
     return model, convert(weights, OPENAI, _shapes(model), "CLIP", place)
 
 
@@ -310,7 +311,7 @@ def _tokenizer(path: Path, text: Mapping | None) -> dict:
     if any((path / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         return ClipTokenizer.from_folder(path, text["length"]).config()
     if text["vocab_size"] != VOCAB_SIZE:
-        raise ValueError(
+        raise InputError(
             f"{path} has no tokenizer, and its {text['vocab_size']} tokens are not CLIP's {VOCAB_SIZE}"
         )
     return ClipTokenizer(text["length"]).config()

@@ -23,6 +23,7 @@ from unclip_jax.checkpoint.files import Place, keep, missing_settings, open_weig
 from unclip_jax.checkpoint.providers import clip
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.errors import InputError
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.upsampler import Upsampler
@@ -147,7 +148,7 @@ def prior_model(config: Mapping[str, Any]) -> dict:
     dim = config.get("embedding_dim", 768)
     for key in ("embedding_proj_dim", "clip_embed_dim"):
         if config.get(key) not in (None, dim):
-            raise ValueError(
+            raise InputError(
                 f"prior: {key} is {config[key]}, but the network here works on embeddings of one size, {dim}"
             )
     layers, length = config.get("num_layers", 20), config.get("num_embeddings", 77)
@@ -174,12 +175,12 @@ def _unet_model(config: Mapping[str, Any], name: str) -> dict:
     pairs = list(zip(down, reversed(up)))
     other = [pair for pair in pairs if pair not in (PLAIN, CROSS)]
     if other or not len(widths) == len(down) == len(up):
-        raise ValueError(
+        raise InputError(
             f"{name}: the U-Net here has levels of {PLAIN[0]} or {CROSS[0]}, the same on both ways, "
             f"not {down} and {up}"
         )
     if any(width % widths[0] for width in widths):
-        raise ValueError(f"{name}: widths {widths} are not multiples of the first")
+        raise InputError(f"{name}: widths {widths} are not multiples of the first")
     size = config["sample_size"]
     return {
         "image_size": size,
@@ -216,7 +217,7 @@ def decoder_model(config: Mapping[str, Any], text_proj: Mapping[str, Any]) -> di
     }
     expect(config, same, "decoder")
     if text_proj["cross_attention_dim"] != config["cross_attention_dim"]:
-        raise ValueError(
+        raise InputError(
             f"text_proj makes tokens of {text_proj['cross_attention_dim']}, "
             f"the decoder takes {config['cross_attention_dim']}"
         )
@@ -306,7 +307,7 @@ def _plan(path: Path, place: Place) -> tuple[dict[str, Callable[[], Part]], dict
     models = [upsampler_model(read_json(path / folder / "config.json"), folder) for folder in folders]
     sizes = [upsampler["unet"]["image_size"] for upsampler in models]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"{folders[0]} makes {sizes[0]} px, but {folders[1]}, its last step, {sizes[1]} px")
+        raise InputError(f"{folders[0]} makes {sizes[0]} px, but {folders[1]}, its last step, {sizes[1]} px")
     name = f"upsampler_{sizes[0]}"
     makers[name] = _upsampler(path, folders[0], models[0], low, None, place)
     makers[f"{name}_last"] = _upsampler(path, folders[1], models[1], low, name, place)
@@ -318,7 +319,7 @@ def _sampling(path: Path, scheduler: str, kind: str) -> dict:
     config = read_json(path / scheduler / "scheduler_config.json")
     variance = config.get("variance_type", "fixed_small_log")
     if variance not in VARIANCES:
-        raise ValueError(
+        raise InputError(
             f"{scheduler}: variance_type is {variance!r}, but only {', '.join(VARIANCES)} are known here"
         )
     bound = float(config.get("clip_sample_range", 1.0))
@@ -333,7 +334,7 @@ def _prior(path: Path, clip_model: dict, frozen: Callable[[], dict], place: Plac
     model = prior_model(read_json(path / "prior" / "config.json"))
     dim, length = clip_model["embed_dim"], clip_model["text"]["length"]
     if model["embed_dim"] != dim or model["length"] != length:
-        raise ValueError(
+        raise InputError(
             f"the prior works on {model['length']} states and embeddings of {model['embed_dim']}, "
             f"but the text encoder makes {length} and {dim}: they are of different CLIPs"
         )
@@ -347,10 +348,10 @@ def _prior(path: Path, clip_model: dict, frozen: Callable[[], dict], place: Plac
         params = convert(weights, PRIOR, shapes, "the prior", place)
         missing = [name for name in ("clip_mean", "clip_std") if name not in weights]
         if missing:
-            raise ValueError(f"the prior's file lacks {', '.join(missing)}")
+            raise InputError(f"the prior's file lacks {', '.join(missing)}")
         mean, std = (np.asarray(weights[name], np.float32).reshape(-1) for name in ("clip_mean", "clip_std"))
         if mean.shape != (dim,) or std.shape != (dim,):
-            raise ValueError(
+            raise InputError(
                 f"the prior's clip_mean and clip_std are of {mean.size} and {std.size}, not of {dim}"
             )
         space = {"kind": "whitened", "scale": None, "mean": mean.tolist(), "std": std.tolist()}
@@ -365,7 +366,7 @@ def _decoder(path: Path, clip_model: dict, frozen: Callable[[], dict], place: Pl
     model, diffusion = decoder_model(config, text_proj), _diffusion(path, "decoder_scheduler", "eps")
     dim = clip_model["embed_dim"]
     if text_proj.get("clip_embeddings_dim", 768) != dim:
-        raise ValueError(
+        raise InputError(
             f"text_proj takes embeddings of {text_proj['clip_embeddings_dim']}, CLIP makes {dim}: "
             "they are of different CLIPs"
         )
@@ -404,7 +405,7 @@ def _upsampler(
 ) -> Callable[[], Part]:
     diffusion, size = _diffusion(path, "super_res_scheduler", "eps"), model["unet"]["image_size"]
     if size % low:
-        raise ValueError(f"{folder} makes {size} px, which is no multiple of the decoder's {low}")
+        raise InputError(f"{folder} makes {size} px, which is no multiple of the decoder's {low}")
     config = {"kind": "upsampler", "model": model, "diffusion": diffusion, "factor": size // low}
     if last_step_of is not None:
         config["last_step_of"] = last_step_of

@@ -15,6 +15,7 @@ from unclip_jax.checkpoint.bundle import Bundle, Part, last_step, upsamplers
 from unclip_jax.checkpoint.convert import Rule, export
 from unclip_jax.checkpoint.providers import clip, karlo
 from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.errors import InputError
 from unclip_jax.paths import store_errors, user_path, whole_folder
 
 VERSION = "0.33.1"  # of diffusers: the last in which the pipeline is not deprecated
@@ -106,10 +107,10 @@ def write(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Path:
     reasons = list(obstacles(bundle))
     if reasons:
         name = bundle.path or "(unsaved)"
-        raise ValueError(f"the bundle {name} cannot be exported to diffusers: {'; '.join(reasons)}")
+        raise InputError(f"the bundle {name} cannot be exported to diffusers: {'; '.join(reasons)}")
     with store_errors(path):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"{path} exists and is not empty; choose another folder")
+            raise InputError(f"{path} exists and is not empty; choose another folder")
     with whole_folder(path, "model_index.json") as temporary:
         _write_folders(bundle, temporary, dtype)
     return path
@@ -245,7 +246,7 @@ def _upsampler(model: dict) -> dict:
 def _scheduler(part: Part, sampling: dict, name: str) -> dict:
     variance = sampling.get("variance", "small")
     if variance not in VARIANCES:
-        raise ValueError(
+        raise InputError(
             f"{name}: its scheduler in diffusers has no {variance} variance; "
             f"sample with one of {', '.join(VARIANCES)}"
         )

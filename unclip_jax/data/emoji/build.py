@@ -55,6 +55,7 @@ import numpy as np
 
 from unclip_jax.data import tfrecord
 from unclip_jax.data.emoji import names as emoji_names
+from unclip_jax.errors import InputError
 
 HERE = Path(__file__).resolve().parent
 VOCAB = HERE.parent / "vocab"
@@ -176,7 +177,7 @@ def fetch_packages(folder: Path) -> dict[str, tarfile.TarFile]:
             _run(["npm", "pack", f"{name}@{version}", "--silent", "--pack-destination", str(folder)])
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             reason = f"not the published archive of {name} {version} (sha256 differs)"
-            raise ValueError(f"{path.name}: {reason}; delete it and run again")
+            raise InputError(f"{path.name}: {reason}; delete it and run again")
         archives[role] = tarfile.open(path)
     return archives
 
@@ -190,7 +191,7 @@ def fetch_vocabulary(folder: Path) -> bytes:
     with zipfile.ZipFile(wheel) as archive:
         data = archive.read(f"open_clip/{VOCAB_FILE}")
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{VOCAB_FILE}: not CLIP's vocabulary (sha256 differs)")
+        raise InputError(f"{VOCAB_FILE}: not CLIP's vocabulary (sha256 differs)")
     return data
 
 

@@ -21,6 +21,7 @@ from unclip_jax.data.sources.folder import folder_source
 from unclip_jax.data.sources.tfds import tfds_source
 from unclip_jax.data.sources.tfrecord import tfrecord_source
 from unclip_jax.data.sources.webdataset import webdataset_source
+from unclip_jax.errors import InputError
 
 # All kinds of source, by the name that configs use.
 SOURCES = {
@@ -47,20 +48,20 @@ def make_source(config: Mapping) -> Source:
     balance = arguments.pop("balance", None)
     name = arguments.pop("name", None)
     if name not in SOURCES:
-        raise ValueError(f"unknown data source {name!r}: choose one of {', '.join(SOURCES)}")
+        raise InputError(f"unknown data source {name!r}: choose one of {', '.join(SOURCES)}")
     parameters = inspect.signature(SOURCES[name]).parameters
     for key in arguments:
         if key not in parameters:
-            raise ValueError(
+            raise InputError(
                 f"unknown key {key!r} for data source {name!r}: allowed are {', '.join(parameters)}"
             )
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and arguments.get(key) in (None, ""):
-            raise ValueError(f"data source {name!r} needs {key!r}: set it in the config")
+            raise InputError(f"data source {name!r} needs {key!r}: set it in the config")
     source = SOURCES[name](**arguments)
     if balance is None:
         return source
     if set(balance) != {"by", "power"}:
         given = ", ".join(map(repr, balance)) or "nothing"
-        raise ValueError(f"balance needs 'by' and 'power' and no other key, got {given}")
+        raise InputError(f"balance needs 'by' and 'power' and no other key, got {given}")
     return balanced(source, balance["by"], balance["power"])

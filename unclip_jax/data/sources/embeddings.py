@@ -8,6 +8,7 @@ import numpy as np
 
 from unclip_jax.data.embeddings import Shard, open_embedded, read_json, shard_path
 from unclip_jax.data.record import Record, Source, json_checksum
+from unclip_jax.errors import InputError
 
 OPEN_EMBEDDED = 2048  # shards whose files stay mapped; a process may have about 65,000 maps
 
@@ -22,7 +23,7 @@ def embeddings_source(path: str) -> Source:
         folder = shard_path(embedded.path, number)
         if read_json(folder / "shard.json")["sha256"] != described["sha256"]:
             manifest = f"{embedded.path}/manifest.json"
-            raise ValueError(
+            raise InputError(
                 f"{folder} is not the shard that {manifest} describes: copy the embeddings again"
             )
 

@@ -13,6 +13,7 @@ from unclip_jax.data.filters import Filters, as_filters
 from unclip_jax.data.index import build_index, sharded_source
 from unclip_jax.data.record import Source, json_checksum
 from unclip_jax.data.sources.tfrecord import parse_tfrecord
+from unclip_jax.errors import InputError
 
 EMOJI_FOLDER = Path(__file__).parent.parent / "emoji"
 SPLITS = ("train", "val", "compose")
@@ -26,7 +27,7 @@ def emoji_source(split: str = "train", *, filters: Mapping | Filters | None = No
       FileNotFoundError: if the package was installed without its data.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r} of the emoji data: choose one of {', '.join(SPLITS)}")
+        raise InputError(f"unknown split {split!r} of the emoji data: choose one of {', '.join(SPLITS)}")
     shards = sorted(str(path) for path in EMOJI_FOLDER.glob(f"{split}-*-of-*.tfrecord"))
     manifest = EMOJI_FOLDER / "manifest.json"
     if not shards or not manifest.exists():

@@ -23,6 +23,7 @@ from unclip_jax.data.index import (
 from unclip_jax.data.record import Record, Source, error_summary, json_checksum
 from unclip_jax.data.sources.tfrecord import find_records
 from unclip_jax.data.tensorflow import import_tfds
+from unclip_jax.errors import InputError
 
 
 def tfds_source(
@@ -60,7 +61,7 @@ def tfds_source(
     try:
         built = library.builder(builder, data_dir=data_dir)
     except Exception as error:
-        raise ValueError(f"cannot open TFDS builder {builder!r}: {error_summary(error)}") from error
+        raise InputError(f"cannot open TFDS builder {builder!r}: {error_summary(error)}") from error
     data = _Dataset(library, built, split, _feature_path(image_key), _feature_path(caption_key or ""))
     image_feature = _find_feature(built.info.features, data.image_path, builder, "image_key")
     caption_feature = None
@@ -86,7 +87,7 @@ def tfds_source(
 
     kept = filter_rows(read, total, filters)
     if not len(kept):
-        raise ValueError(no_records_message(data.name, total, filters))
+        raise InputError(no_records_message(data.name, total, filters))
     checksum = json_checksum([data.name, total, hashlib.sha256(kept.tobytes()).hexdigest()])
 
     def fetch(i: int) -> Record:
@@ -134,7 +135,7 @@ def _open_examples(data: _Dataset, decoders: Mapping) -> tuple[Callable[[int], M
         in_memory = list(library.as_numpy(dataset))
         return in_memory.__getitem__, len(in_memory)
     except Exception as error:
-        raise ValueError(_unreadable_message(data, error)) from error
+        raise InputError(_unreadable_message(data, error)) from error
 
 
 def _tfrecord_dataset(
@@ -148,7 +149,7 @@ def _tfrecord_dataset(
     try:
         instructions = data.built.info.splits[data.split].file_instructions
     except Exception as error:
-        raise ValueError(_unreadable_message(data, error)) from error
+        raise InputError(_unreadable_message(data, error)) from error
     # The ranges of examples that the split takes from each shard. "train[:10%]+train[90%:]" takes two.
     ranges: dict[str, list] = {}
     for item in instructions:
@@ -200,7 +201,7 @@ def _find_feature(features: Any, path: tuple[str, ...], builder: str, argument: 
         except (KeyError, TypeError):
             known = ", ".join(sorted(features))
             wanted = "/".join(path)
-            raise ValueError(
+            raise InputError(
                 f"TFDS {builder!r} has no feature {wanted!r}: set {argument} to one of {known}"
             ) from None
     return feature
@@ -239,7 +240,7 @@ def _walk(example: Any, path: tuple[str, ...]) -> Any:
 def _as_bytes(image: Any) -> bytes:
     image = image.item() if isinstance(image, (np.ndarray, np.generic)) else image
     if not isinstance(image, bytes):
-        raise ValueError(
+        raise InputError(
             f"the image feature holds {type(image).__name__}, expected encoded bytes or an array"
         )
     return image

@@ -11,6 +11,7 @@ from unclip_jax.data.filters import Filters
 from unclip_jax.data.index import indexed_source
 from unclip_jax.data.record import IMAGE_KEYS, Record, Source, parse_captions, parse_metadata
 from unclip_jax.data.tensorflow import open_remote
+from unclip_jax.errors import InputError
 from unclip_jax.paths import is_remote
 
 
@@ -44,7 +45,7 @@ def parse_tfrecord(data: bytes, path: str) -> Record:
     encoding = next((key for key in IMAGE_KEYS if features.get(key)), None)
     if encoding is None:
         known = ", ".join(IMAGE_KEYS)
-        raise ValueError(
+        raise InputError(
             f"the record has no image: expected one of the features {known}, it has {sorted(features)[:12]}"
         )
     if features.get("json"):

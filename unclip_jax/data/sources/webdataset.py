@@ -14,6 +14,7 @@ from unclip_jax.data.filters import Filters
 from unclip_jax.data.index import indexed_source
 from unclip_jax.data.record import IMAGE_KEYS, Record, Source, error_summary, parse_captions, parse_metadata
 from unclip_jax.data.tensorflow import open_remote
+from unclip_jax.errors import InputError
 from unclip_jax.paths import is_remote
 
 TAR_BLOCK = 512  # a tar is made of blocks of so many bytes
@@ -57,7 +58,7 @@ def _find_records(file: BinaryIO, size: int, path: str) -> np.ndarray:
                     continue
                 end = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
                 if member.offset_data + member.size > size:
-                    raise ValueError(
+                    raise InputError(
                         f"{path}: truncated tar: member {member.name} runs past the end of the file"
                     )
                 if _split_name(member.name)[0] == key:
@@ -66,7 +67,7 @@ def _find_records(file: BinaryIO, size: int, path: str) -> np.ndarray:
                     spans.append([member.offset, min(end, size) - member.offset])
                     key = _split_name(member.name)[0]
     except tarfile.TarError as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: not an uncompressed tar that can be read ({error_summary(error)})"
         ) from error
     return np.array(spans, np.int64).reshape(-1, 2)
@@ -83,11 +84,11 @@ def parse_tar(data: bytes, path: str) -> Record:
                     key, field = _split_name(member.name)
                     members[field] = tar.extractfile(member).read()
     except tarfile.TarError as error:
-        raise ValueError(f"damaged tar member ({error_summary(error)})") from error
+        raise InputError(f"damaged tar member ({error_summary(error)})") from error
     encoding = next((field for field in IMAGE_KEYS if field in members), None)
     if encoding is None:
         known = ", ".join(IMAGE_KEYS)
-        raise ValueError(
+        raise InputError(
             f"record {key!r} has no image: expected a member ending in {known}, it has {sorted(members)}"
         )
     meta = parse_metadata(members["json"]) if "json" in members else {}

@@ -15,6 +15,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
+from unclip_jax.errors import InputError
 from unclip_jax.generate.decoder import Known, inpaint_decoder, sample_decoder
 from unclip_jax.generate.networks import image_size
 from unclip_jax.sampling.edits.inversion import square
@@ -63,15 +64,17 @@ def inpaint(
     """
     image, mask = np.asarray(image), np.asarray(mask)
     if mask.dtype != np.bool_ or mask.shape != image.shape[:2]:
-        raise ValueError(f"the mask must be boolean and of the image's size {image.shape[:2]}, got {mask.dtype} {mask.shape}")
+        raise InputError(
+            f"the mask must be boolean and of the image's size {image.shape[:2]}, got {mask.dtype} {mask.shape}"
+        )
     if count < 1:
-        raise ValueError(f"the number of pictures must be at least 1, got {count}")
+        raise InputError(f"the number of pictures must be at least 1, got {count}")
     if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
+        raise InputError(f"resamples must be at least 1, got {resamples}")
     sampler = as_sampler(bundle)
     method = method or ("trained" if METHODS["trained"] in sampler.bundle.parts else "resample")
     if method not in METHODS:
-        raise ValueError(f"unknown way to inpaint {method!r}; choose one of {', '.join(METHODS)}")
+        raise InputError(f"unknown way to inpaint {method!r}; choose one of {', '.join(METHODS)}")
     name = METHODS[method]
     for needed in ("clip", name):
         sampler.bundle.part(needed)

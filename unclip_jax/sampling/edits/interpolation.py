@@ -6,6 +6,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
+from unclip_jax.errors import InputError
 from unclip_jax.sampling.edits import inversion
 from unclip_jax.sampling.edits.inversion import Latents, slerp
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
@@ -43,9 +44,9 @@ def interpolate(
       ValueError: on what is not an image, or options out of range; KeyError when the bundle lacks a part.
     """
     if count < 2:
-        raise ValueError(f"an interpolation needs at least 2 images, got {count}")
+        raise InputError(f"an interpolation needs at least 2 images, got {count}")
     if noise not in NOISES:
-        raise ValueError(f"unknown noise {noise!r}; choose one of {', '.join(NOISES)}")
+        raise InputError(f"unknown noise {noise!r}; choose one of {', '.join(NOISES)}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
     found = inversion.encode(sampler, [first, second], **shared)
     theta = np.linspace(0, 1, count)
@@ -55,5 +56,7 @@ def interpolate(
 
     x_T = between(found.x_T) if noise == "slerp" else inversion.one_noise(found.x_T.shape[1:], count, seed)
     latents, positions = Latents(between(found.z_image), x_T), np.zeros(count, int)
-    drawn = inversion.decode(sampler, latents, seed=seed, positions=positions, progress=progress, **shared)[-1]
+    drawn = inversion.decode(sampler, latents, seed=seed, positions=positions, progress=progress, **shared)[
+        -1
+    ]
     return ops.to_uint8(drawn)

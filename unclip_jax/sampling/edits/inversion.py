@@ -18,6 +18,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle, upsamplers
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in, standard_normal
+from unclip_jax.errors import InputError
 from unclip_jax.generate.decoder import invert_decoder, sample_decoder
 from unclip_jax.generate.networks import image_size
 from unclip_jax.generate.options import SamplingOptions
@@ -52,11 +53,11 @@ def slerp(a: np.ndarray, b: np.ndarray, theta: np.ndarray | float) -> np.ndarray
     theta = np.broadcast_to(np.asarray(theta, np.float64), shape[:1])[:, None]
     norm_a, norm_b = (np.linalg.norm(v, axis=1, keepdims=True) for v in (a, b))
     if np.any(norm_a == 0) or np.any(norm_b == 0):
-        raise ValueError("slerp needs vectors that are not zero")
+        raise InputError("slerp needs vectors that are not zero")
     a, b = a / norm_a, b / norm_b
     omega = np.arccos(np.clip(np.sum(a * b, axis=1, keepdims=True), -1, 1))
     if np.any(omega > np.pi - 1e-6):
-        raise ValueError("slerp between opposite vectors is not defined")
+        raise InputError("slerp between opposite vectors is not defined")
     near = omega < 1e-6  # sin(omega) vanishes; the chord is the arc
     safe = np.where(near, 1.0, np.sin(omega))
     weight_a = np.where(near, 1 - theta, np.sin((1 - theta) * omega) / safe)
@@ -72,10 +73,12 @@ def square(images: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
       ValueError: when there are none, or one is not uint8 (H, W, 3).
     """
     if len(images) == 0:
-        raise ValueError("no images: give at least one")
+        raise InputError("no images: give at least one")
     for image in images:
         if np.ndim(image) != 3 or np.shape(image)[2] != 3 or np.asarray(image).dtype != np.uint8:
-            raise ValueError(f"images must be uint8 (H, W, 3), got {np.asarray(image).dtype} {np.shape(image)}")
+            raise InputError(
+                f"images must be uint8 (H, W, 3), got {np.asarray(image).dtype} {np.shape(image)}"
+            )
     return np.stack([ops.resize(ops.center_crop_square(np.asarray(image)), size) for image in images])
 
 
@@ -91,39 +94,59 @@ def embed_images(
     sampler = as_sampler(bundle)
     clip = sampler.network("clip")
     if clip.config["model"]["image"] is None:
-        raise ValueError(f"the CLIP of {sampler.bundle.path or 'the bundle'} has no image encoder, so it cannot look at images")
-    size, method = clip.config["model"]["image"]["image_size"], "encode_image" if projected else "image_features"
-    encode = sampler.program(method, lambda: lambda params, x: clip.with_params(params).apply(x, method=method))
+        raise InputError(
+            f"the CLIP of {sampler.bundle.path or 'the bundle'} has no image encoder, so it cannot look at images"
+        )
+    size, method = (
+        clip.config["model"]["image"]["image_size"],
+        "encode_image" if projected else "image_features",
+    )
+    encode = sampler.program(
+        method, lambda: lambda params, x: clip.with_params(params).apply(x, method=method)
+    )
 
     def run(index):
         rows = ops.to_float(square([images[i] for i in index], size))
         return encode(clip.params, sampler.rows(rows, np.arange(len(index))))
 
     if len(images) == 0:
-        raise ValueError("no images: give at least one")
+        raise InputError("no images: give at least one")
     return sampler.in_batches(run, len(images), progress, max_batch)
 
 
-def embed_captions(bundle: Sampler | Bundle, captions: Sequence[str], *, max_batch: int | None = None) -> np.ndarray:
+def embed_captions(
+    bundle: Sampler | Bundle, captions: Sequence[str], *, max_batch: int | None = None
+) -> np.ndarray:
     """Captions -> raw CLIP text embeddings (N, D)."""
     sampler = as_sampler(bundle)
     clip, (tokens, _) = sampler.network("clip"), sampler.tokenizer(list(captions))
     encode = sampler.program(
-        "embed_captions", lambda: lambda params, tokens: clip.with_params(params).apply(tokens, method="encode_text").embed
+        "embed_captions",
+        lambda: lambda params, tokens: clip.with_params(params).apply(tokens, method="encode_text").embed,
     )
-    return sampler.in_batches(lambda index: encode(clip.params, sampler.rows(tokens, index)), len(tokens), None, max_batch)
+    return sampler.in_batches(
+        lambda index: encode(clip.params, sampler.rows(tokens, index)), len(tokens), None, max_batch
+    )
 
 
 def _options(sampler: Sampler, steps: Any, guidance_scale: float, eta: float = 0.0) -> SamplingOptions:
-    settings = {"sampler": "ddim", "eta": eta, "guidance_scale": guidance_scale, "clip": None, "threshold": None}
+    settings = {
+        "sampler": "ddim",
+        "eta": eta,
+        "guidance_scale": guidance_scale,
+        "clip": None,
+        "threshold": None,
+    }
     return sampler.options({"decoder": {"steps": steps, **settings}})["decoder"]
 
 
-def _texts(sampler: Sampler, captions: Sequence[str] | None, count: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _texts(
+    sampler: Sampler, captions: Sequence[str] | None, count: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The captions (empty ones when None) as the networks take them, and the empty caption."""
     captions = [""] * count if captions is None else list(captions)
     if len(captions) != count:
-        raise ValueError(f"expected one caption per image, got {len(captions)} and {count}")
+        raise InputError(f"expected one caption per image, got {len(captions)} and {count}")
     return sampler.captions(captions), sampler.captions([""])
 
 
@@ -202,16 +225,22 @@ def decode(
       ValueError: on shapes that do not fit, or options out of range; KeyError when the bundle lacks a part.
     """
     sampler = as_sampler(bundle)
-    size, dim = image_size(sampler.network("decoder").config), sampler.network("clip").config["model"]["embed_dim"]
+    size, dim = (
+        image_size(sampler.network("decoder").config),
+        sampler.network("clip").config["model"]["embed_dim"],
+    )
     z_image, noise, count = np.asarray(latents.z_image, np.float32), latents.x_T, len(latents.z_image)
     if count == 0 or z_image.shape != (count, dim):
-        raise ValueError(f"z_image must be (N, {dim}) with N at least 1, got {z_image.shape}")
+        raise InputError(f"z_image must be (N, {dim}) with N at least 1, got {z_image.shape}")
     if noise is not None and np.shape(noise) != (count, size, size, 3):
-        raise ValueError(f"x_T must be {(count, size, size, 3)}, got {np.shape(noise)}")
+        raise InputError(f"x_T must be {(count, size, size, 3)}, got {np.shape(noise)}")
     positions = np.arange(count) if positions is None else np.asarray(positions)
     texts, empty = _texts(sampler, captions, count)
     defaults, names = sampler.options(), upsamplers(sampler.bundle.parts)
-    chosen = {"decoder": _options(sampler, steps, guidance_scale, eta), **{name: defaults[name] for name in names}}
+    chosen = {
+        "decoder": _options(sampler, steps, guidance_scale, eta),
+        **{name: defaults[name] for name in names},
+    }
     static, scales = split_scales(chosen)
 
     def make():

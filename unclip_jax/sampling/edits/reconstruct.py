@@ -8,6 +8,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
+from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import image_size
 from unclip_jax.models.codec import Codec, project, unproject
 from unclip_jax.sampling.edits import inversion
@@ -26,7 +27,7 @@ def truncate(bundle: Bundle, z_image: np.ndarray, dims: int) -> np.ndarray:
     codec = Codec(**bundle.part("codec").params)
     most = codec.mean.shape[0]
     if not 1 <= dims <= most:
-        raise ValueError(f"the number of principal components must be between 1 and {most}, got {dims}")
+        raise InputError(f"the number of principal components must be between 1 and {most}, got {dims}")
     return np.asarray(unproject(codec, project(codec, z_image, dims)))
 
 
@@ -62,7 +63,8 @@ def reconstruct(
     z_image = inversion.embed_images(sampler, [image])
     rows = [truncate(sampler.bundle, z_image, d) for d in chosen]
     latents = Latents(
-        np.concatenate(rows) if rows else np.zeros((0, most), np.float32), inversion.one_noise((size, size, 3), len(chosen), seed)
+        np.concatenate(rows) if rows else np.zeros((0, most), np.float32),
+        inversion.one_noise((size, size, 3), len(chosen), seed),
     )
     drawn = inversion.decode(
         sampler, latents, steps=steps, guidance_scale=guidance_scale, seed=seed,

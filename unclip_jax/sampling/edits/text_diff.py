@@ -6,6 +6,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
+from unclip_jax.errors import InputError
 from unclip_jax.sampling.edits import inversion
 from unclip_jax.sampling.edits.inversion import Latents, slerp
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
@@ -44,18 +45,20 @@ def text_diff(
       ValueError: on what is not an image, equal captions, or options out of range; KeyError when the bundle lacks a part.
     """
     if count < 2:
-        raise ValueError(f"a text diff needs at least 2 images, got {count}")
+        raise InputError(f"a text diff needs at least 2 images, got {count}")
     if not 0 < max_theta <= 1:
-        raise ValueError(f"max_theta must be in (0, 1], got {max_theta}")
+        raise InputError(f"max_theta must be in (0, 1], got {max_theta}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
     z_source, z_target = inversion.embed_captions(sampler, [source, target])
     direction = z_target / np.linalg.norm(z_target) - z_source / np.linalg.norm(z_source)
     if np.linalg.norm(direction) < 1e-6:
-        raise ValueError("the two captions are the same to CLIP: there is no direction between them")
+        raise InputError("the two captions are the same to CLIP: there is no direction between them")
     found = inversion.encode(sampler, [image], **shared)
     direction *= np.linalg.norm(found.z_image) / np.linalg.norm(direction)
     z_image, x_T = (np.repeat(a, count, axis=0) for a in found)
     z_image = slerp(z_image, np.repeat(direction[None], count, axis=0), np.linspace(0, max_theta, count))
     positions = np.zeros(count, int)
-    drawn = inversion.decode(sampler, Latents(z_image, x_T), seed=seed, positions=positions, progress=progress, **shared)[-1]
+    drawn = inversion.decode(
+        sampler, Latents(z_image, x_T), seed=seed, positions=positions, progress=progress, **shared
+    )[-1]
     return ops.to_uint8(drawn)

@@ -9,6 +9,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
+from unclip_jax.errors import InputError
 from unclip_jax.sampling.edits import inversion
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 from unclip_jax.sampling.unclip import sample_stages
@@ -43,7 +44,7 @@ def variations(
       ValueError: on what is not an image, or options out of range; KeyError when the bundle lacks a part.
     """
     if count < 1:
-        raise ValueError(f"the number of variations must be at least 1, got {count}")
+        raise InputError(f"the number of variations must be at least 1, got {count}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
     found = inversion.encode(sampler, images, **shared)
     repeated = inversion.Latents(*(np.repeat(a, count, axis=0) for a in found))
@@ -73,8 +74,10 @@ def fresh_variations(
       ValueError, KeyError: as `variations`.
     """
     if count < 1:
-        raise ValueError(f"the number of variations must be at least 1, got {count}")
+        raise InputError(f"the number of variations must be at least 1, got {count}")
     sampler = as_sampler(bundle)
     z_image = np.repeat(inversion.embed_images(sampler, images), count, axis=0)
-    stages = sample_stages(sampler, [""] * len(z_image), z_image=z_image, seed=seed, options=options, progress=progress)
+    stages = sample_stages(
+        sampler, [""] * len(z_image), z_image=z_image, seed=seed, options=options, progress=progress
+    )
     return ops.to_uint8(stages.images[-1]).reshape(-1, count, *stages.images[-1].shape[1:])
