@@ -10,8 +10,8 @@ components    319 of 1,024 principal components; the mean squared error of a rec
 
 A choice where the paper is silent: the codec is fitted to four million images.
 
-The stage computes no gradients, so the settings that concern them (`grad_accumulation`, `remat`,
-`scan_layers`) have no effect, and it does not evaluate.
+The stage computes no gradients and has one checkpoint, at its end, so `grad_accumulation`, `remat`,
+`eval_every` and `checkpoint_every` have no effect.
 
 variant   what it is
 (none)    the paper's

@@ -6,8 +6,8 @@ It needs the run of `configs/emoji/clip.py` in the folder beside its own.
 
 The stage reads `steps` batches twice: once for the covariance of the embeddings, once for the extremes of
 their projections. It reports the explained variance for `dims` components and for each number in `report`. It
-computes no gradients, so the settings that concern them (`grad_accumulation`, `remat`, `scan_layers`) have no
-effect, and it does not evaluate.
+computes no gradients and has one checkpoint, at its end, so `grad_accumulation`, `remat`, `eval_every`
+and `checkpoint_every` have no effect.
 
 variant   what it is
 (none)    the one in the shipped bundle

@@ -141,7 +141,7 @@ def test_every_configuration_has_a_tiny_variant(path):
 
 @pytest.mark.parametrize("name", ["clip", "prior_diffusion", "decoder", "upsampler_256"])
 def test_recipes_of_a_stage_have_one_layout(name):
-    """The settings of dalle2 and karlo come in the same order, so that `diff` shows those in which they differ."""
+    """The settings of dalle2 and karlo come in the same order, so that `diff` shows what differs."""
     texts = [
         (ROOT / "configs" / recipe / f"{name}.py").read_text(encoding="utf-8")
         for recipe in ("dalle2", "karlo")
