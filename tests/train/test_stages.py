@@ -20,6 +20,7 @@ from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.generate.text import TextConditioning
 from unclip_jax.run.frozen import EMPTY, clip_image_size, clip_network, clip_tokenizer, images_of
 from unclip_jax.run.hosts import RESTART
+from unclip_jax.run.stage import without_gradient
 from unclip_jax.train import decoder
 
 
@@ -157,7 +158,7 @@ def test_init_from_a_run(tiny_run, tmp_path):
 
 def test_a_decoder_is_fine_tuned_to_inpaint(tiny_run, tmp_path):
     """It starts as the ordinary decoder, blind to what is known; training opens its eyes. Its own weights are preferred to start from."""
-    from unclip_jax.train.decoder import load_widened
+    from unclip_jax.run.resume import load_widened
 
     source = tiny_run("decoder")
     (tmp_path / "clip").symlink_to(tiny_run("clip"))
@@ -191,7 +192,9 @@ def test_what_the_decoder_loss_teaches(inpaint, frozen):
     known = np.broadcast_to(np.arange(8) < 5, (2, 8, 8))[..., None]
     image, noise = np.random.default_rng(0).normal(size=(2, 2, 8, 8, 3)).astype(np.float32)
     caption = TextConditioning(jnp.ones((2, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 3), bool))
-    clip = {"images_of": lambda params, batch: jnp.ones((2, 4)), "captions_of": lambda params, batch: caption}
+    clip = SimpleNamespace(
+        images=lambda params, batch: jnp.ones((2, 4)), captions=lambda params, batch: caption
+    )
     answers = SimpleNamespace(
         text=None,
         inpaint=inpaint,
@@ -199,14 +202,15 @@ def test_what_the_decoder_loss_teaches(inpaint, frozen):
     )
     settings = {
         "diffusion": {"prediction": "v", "vb_weight": 0.0, "num_steps": 1000},
-        "freeze_text": frozen,
         "drop_embedding": 0.1,
         "drop_text": 0.5,
     }
-    loss = functools.partial(
-        decoder.loss_fn, rng=jax.random.key(0), batch={"image": image} | ({"known": known} if inpaint else {}),
-        frozen={"clip": None, EMPTY: jax.tree.map(lambda a: a[:1], caption)}, **clip, model=answers, tables=training_tables(make_schedule("cosine", 1000)), **settings,
-    )  # fmt: skip
+    settings |= {"tables": training_tables(make_schedule("cosine", 1000)), "clip": clip, "model": answers}
+    loss_fn = functools.partial(decoder.loss_fn, **settings)
+    loss_fn = without_gradient(loss_fn, "text") if frozen else loss_fn
+    networks = {"clip": None, EMPTY: jax.tree.map(lambda a: a[:1], caption)}
+    batch = {"image": image} | ({"known": known} if inpaint else {})
+    loss = functools.partial(loss_fn, rng=jax.random.key(0), batch=batch, frozen=networks)
     taught = jax.grad(lambda params: loss(params)[0])({"unet": noise, "text": np.zeros_like(noise)})
     unknown = np.broadcast_to(~known | (not inpaint), noise.shape)
     np.testing.assert_array_equal(taught["unet"] != 0, unknown)

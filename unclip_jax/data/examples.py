@@ -1,10 +1,11 @@
-"""From a record to one row of a batch: the choice of a caption, and the row for CLIP and the priors."""
+"""From a record to one row of a batch: the choice of a caption, and the rows of every stage."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from unclip_jax.data import ops
+from unclip_jax.data.degrade import bsr_light, low_resolution
 from unclip_jax.data.record import Record
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.errors import InputError
@@ -102,3 +103,86 @@ def _caption_row(
     caption: str, tokenizer: ClipTokenizer, text_tokenizer: ClipTokenizer | None
 ) -> dict[str, np.ndarray]:
     return {name: array[0] for name, array in caption_arrays([caption], tokenizer, text_tokenizer).items()}
+
+
+def decoder_example(
+    record: Record,
+    rng: np.random.Generator,
+    *,
+    tokenizer: ClipTokenizer,
+    size: int,
+    clip_size: int,
+    crop_scale: float = 1.0,
+    training: bool = True,
+    text_tokenizer: ClipTokenizer | None = None,
+    inpaint: bool = False,
+) -> dict[str, np.ndarray]:
+    """One row of a batch: an image for the decoder, the same image for CLIP, and a caption.
+
+    Args:
+      record, rng, tokenizer, crop_scale, training, text_tokenizer: as in `clip_example`.
+      size: the side of the decoder's image in pixels.
+      clip_size: the side of CLIP's image in pixels.
+      inpaint: whether the row says which part of the image is known.
+
+    Returns:
+      `image` (size, size, 3) and `clip_image` (clip_size, clip_size, 3) of the same crop, in [-1, 1];
+      `clip_tokens` and `clip_token_mask` (L,); with `text_tokenizer` `tokens` and `token_mask` (L',); with
+      `inpaint` `known` (size, size, 1) bool.
+
+    Raises `ValueError` if the record has no caption, or its image cannot be decoded.
+    """
+    image = ops.decode_image(record.image)
+    if training:
+        image = ops.random_crop(image, int(round(min(image.shape[:2]) * rng.uniform(crop_scale, 1.0))), rng)
+    else:
+        image = ops.center_crop_square(image)
+    caption = record.captions[_caption_number(record, rng, training)]
+    return {
+        "image": ops.to_float(ops.resize(image, size)),
+        "clip_image": ops.to_float(ops.resize(image, clip_size)),
+        **_caption_row(caption, tokenizer, text_tokenizer),
+        **({"known": ops.random_mask(size, rng)} if inpaint else {}),
+    }
+
+
+def upsampler_example(
+    record: Record,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    crop_size: int,
+    factor: int,
+    degradation: str,
+    blur_prob: float,
+    training: bool = True,
+) -> dict[str, np.ndarray]:
+    """One row of a batch: a large image and its small version.
+
+    In training the large image is a random crop, and the small one is degraded. In evaluation the large image
+    is whole, and the small one is a clean reduction.
+
+    Args:
+      record: an image.
+      rng: the randomness of this row.
+      size: the side in pixels to which the image is resized before it is cropped.
+      crop_size: the side of the crop.
+      factor: how many times the large image's side is the small one's.
+      degradation: `blur` (with probability `blur_prob`) or `bsr_light`.
+      blur_prob: see `degradation`.
+      training: see above.
+
+    Returns:
+      `image` (crop_size, crop_size, 3) and `low_res` (crop_size / factor, crop_size / factor, 3) in [-1, 1].
+
+    Raises `ValueError` if the image cannot be decoded.
+    """
+    image = ops.resize_then_crop(ops.decode_image(record.image), size, rng if training else None)
+    image = ops.to_float(image)
+    if training:
+        image = ops.random_crop(image, crop_size, rng)
+    small = image.shape[0] // factor
+    if training and degradation == "bsr_light":
+        return {"image": image, "low_res": bsr_light(image, small, rng)}
+    low_res = low_resolution(image, small, rng, blur_prob=blur_prob if training else 0.0)
+    return {"image": image, "low_res": low_res}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +217,38 @@ def images_of(clip: Network, mesh: Mesh, params: Any, batch: Mapping[str, jax.Ar
     return jax.lax.stop_gradient(clip.with_params(params).apply(batch["clip_image"], method="encode_image"))
 
 
-def zero_captions(frozen: Mapping[str, Network]) -> TextConditioning:
-    """Zeros in the shapes of one caption's conditioning, to initialise networks with."""
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), frozen[EMPTY].params)
+class ClipReader(NamedTuple):
+    """What a stage reads with the CLIP under it.
+
+    images: (params, batch) -> raw z_i (B, D). captions: (params, batch) -> `TextConditioning`. Neither has a
+    gradient; `params` are CLIP's, as the step gets them.
+    tokenizer: CLIP's. own_tokenizer: of the stage's own text encoder, None without one.
+    image_size: the side of CLIP's pictures; 0 where embeddings stand for the CLIP. embed_dim: D.
+    zeros: one caption's conditioning with every value zero, to initialise networks with.
+    """
+
+    images: Callable[[Any, Mapping[str, jax.Array]], jax.Array]
+    captions: Callable[[Any, Mapping[str, jax.Array]], TextConditioning]
+    tokenizer: ClipTokenizer
+    own_tokenizer: ClipTokenizer | None
+    image_size: int
+    embed_dim: int
+    zeros: TextConditioning
+
+
+def clip_reader(config: ConfigDict, mesh: Mesh, frozen: Mapping[str, Network]) -> ClipReader:
+    """The reader of a stage with a CLIP under it.
+
+    Raises:
+      ValueError: as `text_tokenizer`.
+    """
+    clip, own = frozen["clip"], text_tokenizer(config)
+    return ClipReader(
+        images=functools.partial(images_of, clip, mesh),
+        captions=functools.partial(captions_of, clip, mesh, own is None),
+        tokenizer=clip_tokenizer(clip),
+        own_tokenizer=own,
+        image_size=clip_image_size(clip),
+        embed_dim=clip.config["model"]["embed_dim"],
+        zeros=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), frozen[EMPTY].params),
+    )

@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from unclip_jax.checkpoint.bundle import Part
 from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import CheckpointStore
 from unclip_jax.errors import InputError
@@ -187,3 +188,16 @@ def closing(*things: Any) -> Iterator[None]:
         for thing in things:
             stack.callback(thing.close)
         yield
+
+
+def load_widened(path: str, name: str) -> tuple[Part, dict]:
+    """`load_part` for a decoder that inpaints. Where there is none, the ordinary decoder takes its place, with
+    weights of zero for the four channels of the known part."""
+    try:
+        return load_part(path, name)
+    except KeyError:
+        part, meta = load_part(path, "decoder")
+    conv = part.params["unet"]["conv_in"]
+    kernel = np.pad(conv["kernel"], ((0, 0), (0, 0), (0, 4), (0, 0)))
+    unet = part.params["unet"] | {"conv_in": conv | {"kernel": kernel}}
+    return Part(part.config, part.params | {"unet": unet}), meta

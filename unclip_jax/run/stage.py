@@ -88,3 +88,13 @@ def without_extra(loss_fn: Callable[..., tuple[jax.Array, dict]]) -> Objective:
         return loss, (metrics, extra)
 
     return objective
+
+
+def without_gradient(loss_fn: Callable[..., tuple[jax.Array, dict]], name: str) -> Callable[..., tuple[jax.Array, dict]]:
+    """The loss (params, rng, batch, *, frozen) with no gradient for the parameters below the top-level `name`."""
+
+    def stopped(params, rng, batch, *, frozen):
+        params = params | {name: jax.lax.stop_gradient(params[name])}
+        return loss_fn(params, rng, batch, frozen=frozen)
+
+    return stopped

@@ -21,18 +21,7 @@ from unclip_jax.generate.text import Texts, select_text, text_inputs
 from unclip_jax.models.codec import cosine, project, quantize
 from unclip_jax.models.prior_ar import ARPrior, dot_token
 from unclip_jax.run.batches import open_data
-from unclip_jax.run.frozen import (
-    EMPTY,
-    arrays,
-    captions_of,
-    clip_image_size,
-    clip_tokenizer,
-    hashes,
-    images_of,
-    load_frozen,
-    text_tokenizer,
-    zero_captions,
-)  # fmt: skip
+from unclip_jax.run.frozen import EMPTY, arrays, clip_reader, hashes, load_frozen
 from unclip_jax.run.hosts import on_every_host
 from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json
@@ -43,27 +32,30 @@ from unclip_jax.train.figures import prior_figures
 FROZEN = {"clip": "clip", "codec": "codec"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- fit
-def dot_edges(clip, mesh, keep_states, batches, bins: int) -> np.ndarray:
-    """Edges (bins - 1,) that cut z_i.z_t of training batches into equally frequent bins."""
+# ------------------------------------------------------------------------------------ fit
+def dot_edges(clip, params, batches, bins: int) -> np.ndarray:
+    """Edges (bins - 1,) that cut z_i.z_t of training batches into equally frequent bins.
+
+    `clip` is a reader, `params` are its CLIP's.
+    """
 
     @jax.jit
     def dots(params, batch):
-        return cosine(
-            images_of(clip, mesh, params, batch), captions_of(clip, mesh, keep_states, params, batch).embed
-        )
+        return cosine(clip.images(params, batch), clip.captions(params, batch).embed)
 
-    rows = [on_every_host(dots(clip.params, batch)) for batch in batches]
+    rows = [on_every_host(dots(params, batch)) for batch in batches]
     return np.quantile(np.concatenate(rows), np.arange(1, bins) / bins)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- loss
-def loss_fn(params, rng, batch, *, frozen, model, images_of, captions_of, drop_text):
-    """Loss () in nats per code and metrics of a global batch; `images_of` and `captions_of` (params, batch) read it with the CLIP in
-    `frozen`, which also holds the codec."""
+# ------------------------------------------------------------------------------------ loss
+def loss_fn(params, rng, batch, *, frozen, model, clip, drop_text):
+    """Loss () in nats per code and metrics of a global batch, read by `clip` with the parameters in `frozen`.
+
+    `frozen` also holds the codec, and the edges of the dot-product token's bins.
+    """
     rng_drop, rng_dropout = jax.random.split(rng)
-    z = images_of(frozen["clip"], batch)
-    text = captions_of(frozen["clip"], batch)
+    z = clip.images(frozen["clip"], batch)
+    text = clip.captions(frozen["clip"], batch)
     dot = dot_token(frozen[FITTED], z, text.embed)
     codes = quantize(frozen["codec"], project(frozen["codec"], z, model.codes), model.buckets)
     text = select_text(jax.random.uniform(rng_drop, (len(z),)) >= drop_text, text, frozen[EMPTY])
@@ -76,55 +68,51 @@ def loss_fn(params, rng, batch, *, frozen, model, images_of, captions_of, drop_t
     return -jnp.mean(log_prob), {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == codes)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- stage
+# ------------------------------------------------------------------------------------ stage
 def stage(config, mesh, frozen) -> Stage:
-    """The stage as its configuration describes it, on the networks under it. Its fit is the edges of the dot-product token's bins.
+    """The stage that its configuration describes. Its fit is the edges of the dot-product token's bins.
 
     Raises:
       ValueError: when the embeddings have fewer dimensions than there are codes.
     """
-    clip, own_tokenizer = frozen["clip"], text_tokenizer(config)
-    dim, tokenizer = clip.config["model"]["embed_dim"], clip_tokenizer(clip)
-    if config.model.codes > dim:
-        raise InputError(f"{config.model.codes} codes need as many dimensions; CLIP's embeddings have {dim}")
-    bins, keep_states = config.model.dot_bins, own_tokenizer is None
-    model_config = config_json(config.model) | {"length": (own_tokenizer or tokenizer).length}
+    clip, bins = clip_reader(config, mesh, frozen), config.model.dot_bins
+    if config.model.codes > clip.embed_dim:
+        raise InputError(
+            f"{config.model.codes} codes need as many dimensions; CLIP's embeddings have {clip.embed_dim}"
+        )
+    model_config = config_json(config.model) | {"length": (clip.own_tokenizer or clip.tokenizer).length}
     part = {"kind": "prior_ar", "model": model_config, "frozen": hashes(frozen)}
     part["dot_edges"] = np.linspace(-1, 1, bins + 1)[1:-1].tolist()
-    if own_tokenizer is not None:
-        model_config["text"] |= {"vocab_size": own_tokenizer.vocab_size, "length": own_tokenizer.length}
-        part["tokenizer"] = own_tokenizer.config()
+    if clip.own_tokenizer is not None:
+        own = clip.own_tokenizer
+        model_config["text"] |= {"vocab_size": own.vocab_size, "length": own.length}
+        part["tokenizer"] = own.config()
     hooks = {"remat": config.remat, "scan": config.scan_layers, "gather": make_gather(mesh)}
     model = ARPrior(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
 
     def init(key):
         codes, dot = jnp.zeros((1, model.codes), jnp.int32), jnp.zeros(1, jnp.int32)
-        return model.init(key, codes, dot, **text_inputs(model, zero_captions(frozen)))["params"], {}
+        return model.init(key, codes, dot, **text_inputs(model, clip.zeros))["params"], {}
 
     def measure(run) -> dict:
         batches = run.measuring_batches(config.statistics_batches)
-        return {"dot_edges": dot_edges(clip, mesh, keep_states, batches, bins).tolist()}
+        return {"dot_edges": dot_edges(clip, frozen["clip"].params, batches, bins).tolist()}
 
-    return Stage(
-        name="prior_ar",
-        model=model,
-        part=part,
-        init=init,
-        example=functools.partial(
-            clip_example, tokenizer=tokenizer, text_tokenizer=own_tokenizer, size=clip_image_size(clip),
-            crop_scale=config.data.crop_scale,
-        ),
-        objective=without_extra(functools.partial(
-            loss_fn, model=model, images_of=functools.partial(images_of, clip, mesh),
-            captions_of=functools.partial(captions_of, clip, mesh, keep_states), drop_text=config.drop_text,
-        )),
-        fit=Fit(measure, lambda part: np.asarray(part["dot_edges"], np.float32), ("dot_edges",)),
+    def fitted(part):
+        return np.asarray(part["dot_edges"], np.float32)
+
+    example = functools.partial(
+        clip_example, tokenizer=clip.tokenizer, text_tokenizer=clip.own_tokenizer, size=clip.image_size,
+        crop_scale=config.data.crop_scale,
     )  # fmt: skip
+    loss = functools.partial(loss_fn, model=model, clip=clip, drop_text=config.drop_text)
+    fit = Fit(measure, fitted, ("dot_edges",))
+    return Stage("prior_ar", model, part, init, example, without_extra(loss), fit=fit)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------ training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
-    """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
+    """Trains in `workdir`, or resumes there, and returns the figures of the last evaluation.
 
     Args:
       config: see `configs/emoji/prior_ar.py`.
@@ -134,28 +122,28 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     Raises:
       ValueError: when the codec was fitted in another CLIP's space, or has fewer dimensions than there are codes.
     """
-    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    # -------------------------------------------------------------------------------- mesh and data
     mesh, data = make_mesh(config.mesh), open_data(config)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     prior = stage(config, mesh, networks)
     run = Run(config, workdir, prior, mesh, data, init_from)
     frozen = arrays(networks) | {FITTED: run.fit()}
 
-    # ------------------------------------------------------------------------------------------------------------------ evaluators
+    # -------------------------------------------------------------------------------- evaluators
     options = options_from(config.sampling, "prior_ar")
-    clip, keep_states = networks["clip"], prior.model.text is None
+    clip = clip_reader(config, mesh, networks)
 
     @jax.jit
     def predict(params, frozen, batch, rng):
-        texts = Texts(captions_of(clip, mesh, keep_states, frozen["clip"], batch), frozen[EMPTY])
+        texts = Texts(clip.captions(frozen["clip"], batch), frozen[EMPTY])
         z_hat = sample_prior(Network(prior.model, params, run.part), texts, rng, options, frozen["codec"])
-        return z_hat, images_of(clip, mesh, frozen["clip"], batch), texts.captions.embed
+        return z_hat, clip.images(frozen["clip"], batch), texts.captions.embed
 
     def evaluate(state) -> dict[str, float]:
         mean = np.asarray(networks["codec"].params.mean)
         return prior_figures(run, lambda batch, rng: predict(state.ema_params, frozen, batch, rng), mean)
 
-    # ------------------------------------------------------------------------------------------------------------------ loop
+    # -------------------------------------------------------------------------------- loop
     with run:
         update = run.update()
         for step, batch in run:

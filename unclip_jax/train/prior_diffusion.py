@@ -23,18 +23,7 @@ from unclip_jax.generate.prior import sample_prior
 from unclip_jax.generate.text import Texts, select_text, text_inputs
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.run.batches import open_data
-from unclip_jax.run.frozen import (
-    EMPTY,
-    arrays,
-    captions_of,
-    clip_image_size,
-    clip_tokenizer,
-    hashes,
-    images_of,
-    load_frozen,
-    text_tokenizer,
-    zero_captions,
-)  # fmt: skip
+from unclip_jax.run.frozen import EMPTY, arrays, clip_reader, hashes, load_frozen
 from unclip_jax.run.hosts import on_every_host
 from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json
@@ -50,35 +39,41 @@ ERROR_TIMES, ERROR_BATCHES = (
 )  # time steps at which the errors for analytic variance are measured, and batches at each
 
 
-# ---------------------------------------------------------------------------------------------------------------------- fit
-def embedding_statistics(clip, mesh, source, batches) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (D,) of the raw image embeddings of training batches, on the host in float64; of all embeddings where
-    the source holds them."""
+# ------------------------------------------------------------------------------------ fit
+def embedding_statistics(clip, params, source, batches) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (D,), float64 on the host, of the raw image embeddings of training batches.
+
+    Where the source holds embeddings, they are those of all its embeddings. `clip` is a reader, `params` are
+    its CLIP's.
+    """
     if source.embedded is not None:
         return source.embedded.mean, source.embedded.std
-    encode = jax.jit(functools.partial(images_of, clip, mesh))
-    rows = [on_every_host(encode(clip.params, batch)) for batch in batches]
+    encode = jax.jit(clip.images)
+    rows = [on_every_host(encode(params, batch)) for batch in batches]
     z = np.concatenate(rows).astype(np.float64)
     return z.mean(axis=0), np.maximum(z.std(axis=0), 1e-6)
 
 
 def error_table(errors: dict[int, float], variance: float, num_steps: int) -> list[float]:
-    """Mean squared errors of x0 at some time steps -> one per step 0 .. T - 1, interpolated and at most the data's variance: what analytic
-    variance needs (Bao et al. 2022; written with x0, as 1 - E|eps|^2 cancels where there is little noise)."""
+    """Mean squared errors of x0 at some time steps -> one for each step 0 .. T - 1, interpolated.
+
+    None is larger than the variance of the data. Analytic variance needs this table (Bao et al. 2022). It is
+    written with x0, because 1 - E|eps|^2 cancels where there is little noise.
+    """
     steps = sorted(errors)
     table = np.interp(np.arange(num_steps), steps, [errors[t] for t in steps])
     return [float(f"{v:.5g}") for v in np.minimum(table, variance)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- loss
-def loss_fn(
-    params, rng, batch, *, frozen, model, space, images_of, captions_of, tables, prediction, drop_text
-):
-    """Loss () and metrics of a global batch; `images_of` and `captions_of` (params, batch) read it with the CLIP in `frozen`, and
-    `space` makes an embedding space of what was fitted."""
+# ------------------------------------------------------------------------------------ loss
+def loss_fn(params, rng, batch, *, frozen, model, tables, prediction, clip, space, drop_text):
+    """Loss () and metrics of a global batch, read by `clip` with the parameters in `frozen`.
+
+    `space` makes an embedding space of the fitted statistics.
+    """
     rng_drop, rng_noise, rng_dropout = jax.random.split(rng, 3)
-    z = normalize(space(frozen[FITTED]), images_of(frozen["clip"], batch))
-    text = captions_of(frozen["clip"], batch)
+    z = normalize(space(frozen[FITTED]), clip.images(frozen["clip"], batch))
+    text = clip.captions(frozen["clip"], batch)
     text = select_text(jax.random.uniform(rng_drop, (len(z),)) >= drop_text, text, frozen[EMPTY])
 
     t, eps, z_t = sample_noised(rng_noise, z, tables)
@@ -89,64 +84,50 @@ def loss_fn(
     return jnp.mean(simple_loss(out, z, eps, t, tables, prediction)), {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- stage
+# ------------------------------------------------------------------------------------ stage
 def stage(config, mesh, frozen) -> Stage:
-    """The stage as its configuration describes it, on the networks under it. Its fit is the embedding space."""
-    clip, own_tokenizer = frozen["clip"], text_tokenizer(config)
-    dim, tokenizer = clip.config["model"]["embed_dim"], clip_tokenizer(clip)
-    model_config = config_json(config.model) | {
-        "embed_dim": dim,
-        "length": (own_tokenizer or tokenizer).length,
-    }
-    diffusion = config_json(config.diffusion)
-    unit_space = {
-        "kind": config.space.kind,
-        "scale": config.space.scale,
-        "mean": [0.0] * dim,
-        "std": [1.0] * dim,
-    }
+    """The stage that its configuration describes. Its fit is the embedding space."""
+    clip = clip_reader(config, mesh, frozen)
+    dim, length = clip.embed_dim, (clip.own_tokenizer or clip.tokenizer).length
+    model_config, diffusion = config_json(config.model), config_json(config.diffusion)
+    model_config |= {"embed_dim": dim, "length": length}
     part = {
         "kind": "prior_diffusion",
         "model": model_config,
         "diffusion": diffusion,
         "frozen": hashes(frozen),
     }
-    part["embedding_space"] = unit_space
-    if own_tokenizer is not None:
-        model_config["text"] |= {"num_embeddings": own_tokenizer.vocab_size}
-        part["tokenizer"] = own_tokenizer.config()
+    space = {"kind": config.space.kind, "scale": config.space.scale}
+    part["embedding_space"] = space | {"mean": [0.0] * dim, "std": [1.0] * dim}
+    if clip.own_tokenizer is not None:
+        model_config["text"] |= {"num_embeddings": clip.own_tokenizer.vocab_size}
+        part["tokenizer"] = clip.own_tokenizer.config()
     hooks = {"remat": config.remat, "scan": config.scan_layers, "gather": make_gather(mesh)}
     model = DiffusionPrior(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
+    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
 
     def init(key):
-        text = text_inputs(model, zero_captions(frozen))
-        return model.init(key, jnp.zeros((1, dim)), jnp.zeros(1), **text)["params"], {}
+        inputs = text_inputs(model, clip.zeros)
+        return model.init(key, jnp.zeros((1, dim)), jnp.zeros(1), **inputs)["params"], {}
 
     def measure(run) -> dict:
         batches = run.measuring_batches(config.statistics_batches)
-        mean, std = embedding_statistics(clip, mesh, run.data.train, batches)
-        return {"embedding_space": unit_space | {"mean": mean.tolist(), "std": std.tolist()}}
+        mean, std = embedding_statistics(clip, frozen["clip"].params, run.data.train, batches)
+        return {"embedding_space": space | {"mean": mean.tolist(), "std": std.tolist()}}
 
-    def arrays(part):
+    def fitted(part):
         return {name: np.asarray(part["embedding_space"][name], np.float32) for name in ("mean", "std")}
 
-    return Stage(
-        name="prior_diffusion",
-        model=model,
-        part=part,
-        init=init,
-        example=functools.partial(
-            clip_example, tokenizer=tokenizer, text_tokenizer=own_tokenizer, size=clip_image_size(clip),
-            crop_scale=config.data.crop_scale,
-        ),
-        objective=without_extra(functools.partial(
-            loss_fn, model=model, space=functools.partial(space_of, part), images_of=functools.partial(images_of, clip, mesh),
-            captions_of=functools.partial(captions_of, clip, mesh, own_tokenizer is None),
-            tables=training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"])),
-            prediction=diffusion["prediction"], drop_text=config.drop_text,
-        )),
-        fit=Fit(measure, arrays, ("embedding_space",)),
+    example = functools.partial(
+        clip_example, tokenizer=clip.tokenizer, text_tokenizer=clip.own_tokenizer, size=clip.image_size,
+        crop_scale=config.data.crop_scale,
     )  # fmt: skip
+    loss = functools.partial(
+        loss_fn, model=model, tables=tables, prediction=diffusion["prediction"],
+        clip=clip, space=functools.partial(space_of, part), drop_text=config.drop_text,
+    )  # fmt: skip
+    fit = Fit(measure, fitted, ("embedding_space",))
+    return Stage("prior_diffusion", model, part, init, example, without_extra(loss), fit=fit)
 
 
 def space_of(part: dict, fitted) -> EmbeddingSpace:
@@ -155,38 +136,37 @@ def space_of(part: dict, fitted) -> EmbeddingSpace:
     return EmbeddingSpace(space["kind"], space["scale"], fitted["mean"], fitted["std"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------ training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
-    """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
+    """Trains in `workdir`, or resumes there, and returns the figures of the last evaluation.
 
     Args:
       config: see `configs/emoji/prior_diffusion.py`.
       workdir: the run's folder; a run found there is resumed.
       init_from: a bundle or run whose weights a new run starts from.
     """
-    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    # -------------------------------------------------------------------------------- mesh and data
     mesh, data = make_mesh(config.mesh), open_data(config)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     prior = stage(config, mesh, networks)
     run = Run(config, workdir, prior, mesh, data, init_from)
     frozen = arrays(networks) | {FITTED: run.fit()}
 
-    # ------------------------------------------------------------------------------------------------------------------ evaluators
+    # -------------------------------------------------------------------------------- evaluators
     options = options_from(config.sampling, "prior_diffusion")
-    clip, keep_states, diffusion = networks["clip"], prior.model.text is None, prior.part["diffusion"]
+    clip, diffusion = clip_reader(config, mesh, networks), prior.part["diffusion"]
 
     @jax.jit
     def predict(params, frozen, batch, rng, errors):
-        texts = Texts(captions_of(clip, mesh, keep_states, frozen["clip"], batch), frozen[EMPTY])
+        texts = Texts(clip.captions(frozen["clip"], batch), frozen[EMPTY])
         network = Network(prior.model, params, run.part | {"x0_error": errors})
         z_hat = sample_prior(network, texts, rng, options)
-        return z_hat, images_of(clip, mesh, frozen["clip"], batch), texts.captions.embed
+        return z_hat, clip.images(frozen["clip"], batch), texts.captions.embed
 
     def evaluate(state, step) -> dict[str, float]:
         errors = None
-        if (
-            options.variance == "analytic"
-        ):  # its table is measured on the weights that draw; that of the last ones is there already
+        if options.variance == "analytic":
+            # The table is measured on the weights that draw. That of the last ones is there already.
             if step != config.steps:
                 run.part["x0_error"] = measure_errors(state)
             errors = np.asarray(run.part["x0_error"], np.float32)
@@ -197,8 +177,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     @jax.jit
     def x0_error(params, frozen, batch, rng):
-        z = normalize(space_of(prior.part, frozen[FITTED]), images_of(clip, mesh, frozen["clip"], batch))
-        text = captions_of(clip, mesh, keep_states, frozen["clip"], batch)
+        z = normalize(space_of(prior.part, frozen[FITTED]), clip.images(frozen["clip"], batch))
+        text = clip.captions(frozen["clip"], batch)
         schedule = make_schedule(diffusion["schedule"], diffusion["num_steps"])
         times = strided_steps(diffusion["num_steps"], min(ERROR_TIMES, diffusion["num_steps"]))
         abar = jnp.asarray(schedule.alphas_cumprod, jnp.float32)
@@ -213,7 +193,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return times, jax.lax.map(at, jnp.asarray(times)), jnp.mean(jnp.var(z, axis=0))
 
     def measure_errors(state) -> list[float]:
-        """The errors over some training rows, captions kept."""
+        """The errors over some training rows, with their captions."""
         rows = [
             jax.device_get(x0_error(state.ema_params, frozen, batch, step_rng(config.seed, i)))
             for i, batch in enumerate(run.measuring_batches(ERROR_BATCHES))
@@ -222,7 +202,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         pairs = dict(zip(times.astype(int).tolist(), errors.tolist()))
         return error_table(pairs, float(variance), diffusion["num_steps"])
 
-    # ------------------------------------------------------------------------------------------------------------------ loop
+    # -------------------------------------------------------------------------------- loop
     with run:
         update = run.update()
         for step, batch in run:
