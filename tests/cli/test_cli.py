@@ -69,7 +69,7 @@ def test_sample_draws_a_grid(tiny_bundle, tmp_path, capsys):
 
 def test_measure(tiny_bundle, capsys):
     """A table per prior."""
-    assert main(["measure", "--bundle", str(tiny_bundle), "--rows", "2", "--prior", "null,none"]) == 0
+    assert main(["evaluate", "samples", "--bundle", str(tiny_bundle), "--rows", "2", "--prior", "null,none"]) == 0
     out = capsys.readouterr().out
     assert (
         out.index("prior null") < out.index("prior none")
@@ -81,7 +81,7 @@ def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):
     """A row for each combination."""
     out = tmp_path / "grid.png"
     args = ["a red fox", "a blue heart", "--bundle", str(tiny_bundle), "--out", str(out), "--steps", "2"]
-    assert main(["sample", *args, "--prior", "ar,null", "--guidance", "1.5,3", "--prior-guidance", "2"]) == 0
+    assert main(["sample", *args, "--prior", "prior_ar,null", "--guidance", "1.5,3", "--prior-guidance", "2"]) == 0
     height, width = np.asarray(Image.open(out)).shape[:2]
     assert (height, width) == (8 + 4 * 206, 8 + 2 * 168)
 
@@ -91,8 +91,8 @@ def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):
     [
         (["sample", "x", "--bundle", "nowhere"], "nowhere is not a bundle"),
         (["sample", "x", "--steps", "0"], "steps must be between 1 and"),
-        (["measure", "--rows", "1"], "--rows must be at least 2"),
-        (["measure", "--prior", "diffusion,gan"], "unknown prior 'gan'"),
+        (["evaluate", "samples", "--rows", "1"], "--rows must be at least 2"),
+        (["evaluate", "samples", "--prior", "prior_diffusion,gan"], "unknown prior 'gan'"),
         (["sample", "x", "--guidance", "much"], "--guidance must be a number"),
         (["sample", "x", "--prior", "gan"], "unknown prior 'gan'"),
         (["sample", "x", "--samples", "0"], "--samples must be at least 1"),
@@ -119,7 +119,7 @@ def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):
             ["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "data.train.split=tset"],
             "unknown split 'tset'",
         ),
-        (["bundle", "nowhere", "--out", "b"], "nowhere has no run; train clip, prior and decoder first"),
+        (["bundle", "nowhere", "--out", "b"], "nowhere has no run; train clip, prior_diffusion and decoder first"),
     ],
 )
 def test_bad_input_is_one_line(args, message, tmp_path, monkeypatch, capsys):

@@ -266,7 +266,7 @@ def test_parts():
     assert PRIOR["embedding_space"]["mean"].dtype == np.float64  # the configuration is not written to
     with pytest.raises(ValueError, match="unknown kind of network 'gan'"):
         build_model({"kind": "gan", "model": {}})
-    with pytest.raises(TypeError, match="widht"):
+    with pytest.raises(ValueError, match="widht"):
         build_model({"kind": "prior_diffusion", "model": PRIOR["model"] | {"widht": 3}})
 
 

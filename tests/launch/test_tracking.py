@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from unclip_jax.train.trackers import MLflow
+from unclip_jax.run.trackers import MLflow
 
 from tests.gcs import Gcs
 

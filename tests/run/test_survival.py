@@ -215,7 +215,7 @@ def test_changed_settings_are_printed(tmp_path, small_run, capsys):
     shutil.copytree(small_run, tmp_path / "run")
     train_tiny("upsampler_16", tmp_path / "run", eval_every=0, ema_decay=0.5, **SMALL)
     error = capsys.readouterr().err
-    assert f"going on from step {STEPS}" in error and "ema_decay was" in error and "is 0.5" in error
+    assert f"resuming from step {STEPS}" in error and "ema_decay was" in error and "is 0.5" in error
     assert "learning_rate was" not in error
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unclip_jax.errors import InputError
+from unclip_jax.errors import InputError, input_errors
 from unclip_jax.paths import absolute, user_path
 
 
@@ -60,6 +60,8 @@ def load_config(spec: str):
     Raises:
       FileNotFoundError, ValueError: one line each.
     """
+    from ml_collections import ConfigDict
+
     path, _, variant = spec.partition(":")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration file {path}")
@@ -67,10 +69,15 @@ def load_config(spec: str):
     if module_spec is None:
         raise InputError(f"{path} is not a Python configuration file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    with input_errors(path, Exception):
+        module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise InputError(f"{path} has no get_config function")
-    return module.get_config(variant)
+    with input_errors(path, Exception):
+        config = module.get_config(variant)
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"{path}: get_config returns {type(config).__name__}, not a ConfigDict")
+    return config
 
 
 def override(config, key: str, value: Any) -> None:

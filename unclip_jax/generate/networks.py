@@ -12,7 +12,7 @@ import numpy as np
 
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace
 from unclip_jax.diffusion.schedule import Schedule, make_schedule
-from unclip_jax.errors import InputError
+from unclip_jax.errors import InputError, input_errors
 from unclip_jax.models.clip import CLIP
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.layers import Dtype
@@ -58,12 +58,13 @@ def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> 
     """The linen module that a part's configuration describes. `hooks`: remat, scan, gather, and winograd of the U-Nets.
 
     Raises:
-      ValueError: on an unknown kind; TypeError on an unknown model option.
+      ValueError: on an unknown kind, or an unknown model option.
     """
-    kind = part_config["kind"]
+    kind, settings = part_config.get("kind"), part_config.get("model")
     if kind not in MODELS:
         raise InputError(f"unknown kind of network {kind!r}; known: {', '.join(MODELS)}")
-    return MODELS[kind](**part_config["model"], dtype=dtype, **hooks)
+    with input_errors(f"the model of a {kind}", TypeError):
+        return MODELS[kind](**settings, dtype=dtype, **hooks)
 
 
 def sampling_model(part_config: dict, mesh: Mesh) -> nn.Module:
