@@ -211,7 +211,7 @@ def test_a_missing_part_is_named(tiny_bundle, pictures, monkeypatch, capsys):
     bundle = unclip_jax.load_bundle(tiny_bundle)
     for missing, args in (
         ("decoder", ["vary", "a.png"]),
-        ("pca", ["sample", "x", "--prior", "ar"]),
+        ("pca", ["sample", "x", "--prior", "prior_ar"]),
         ("pca", ["reconstruct", "a.png"]),
     ):
         parts = {name: part for name, part in bundle.parts.items() if name != missing}

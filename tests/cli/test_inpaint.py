@@ -1,5 +1,7 @@
 """`unclip inpaint IMAGE [MASK] CAPTION`: which words are what, and what of the picture is kept."""
 
+import types
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -79,7 +81,8 @@ def test_what_is_kept_is_what_the_mask_does_not_draw_anew(words, pictures, monke
         given.update(image=image, kept=mask, caption=caption)
         return np.zeros((count, 24, 24, 3), np.uint8)
 
-    task = options.ImageTask(type("Empty", (), {"parts": {}}), None, lambda done, total: None, "grid.png")
+    empty = types.SimpleNamespace(bundle=types.SimpleNamespace(parts={}))
+    task = options.ImageTask(empty, None, lambda done, total: None, "grid.png")
     monkeypatch.setattr(options, "image_task", lambda args: task)
     monkeypatch.setattr(inpaint, "inpaint", draw)
     assert main(["inpaint", *words, "a fox", "--count", "1"]) == 0
