@@ -36,7 +36,7 @@ from unclip_jax.errors import InputError
 
 
 class Denoised(NamedTuple):
-    """The output of a denoiser: arrays of the sample's shape. `v_frac` is None unless the variance is learned."""
+    """A denoiser's output: arrays of the sample's shape; `v_frac` is None unless the variance is learned."""
 
     x0: jax.Array
     eps: jax.Array
@@ -92,7 +92,7 @@ class Guidance(NamedTuple):
 
 
 def rescaled(guided: jax.Array, cond: jax.Array, phi: float) -> jax.Array:
-    """The guided prediction (B, ...), rescaled by phi towards the conditional one's standard deviation per row."""
+    """The guided prediction (B, ...), rescaled by phi towards the standard deviation of `cond` per row."""
     axes = tuple(range(1, cond.ndim))
     ratio = jnp.std(cond, axes, keepdims=True) / jnp.maximum(jnp.std(guided, axes, keepdims=True), 1e-8)
     return guided * (phi * ratio + 1 - phi)

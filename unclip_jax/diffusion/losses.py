@@ -26,7 +26,7 @@ from unclip_jax.errors import InputError
 
 
 class DiffusionTables(NamedTuple):
-    """The tables of a schedule that a training step needs: (T,) float32 each, indexed by t, cast from float64."""
+    """A schedule's tables for training: (T,) float32 each, indexed by t, cast once from float64."""
 
     alphas_cumprod: jax.Array
     x0_coef: jax.Array

@@ -168,7 +168,7 @@ def time_steps(num_steps: int, steps: int | str | Sequence[int]) -> np.ndarray:
     if isinstance(steps, str):
         if steps in NAMED_STEPS:
             if num_steps != 1000:
-                raise InputError(f"the steps {steps} are made for 1000 steps, not for {num_steps}")
+                raise InputError(f"the steps {steps} are made for 1000 steps, not {num_steps}")
             return np.array(NAMED_STEPS[steps])[::-1].copy()
         if match := re.fullmatch(r"ddim(\d+)", steps):
             return integer_stride_steps(num_steps, int(match[1]))
