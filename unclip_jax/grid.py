@@ -21,7 +21,6 @@ def draw_grid(
     *,
     columns: int | None = None,
     cell: int = 160,
-    rows_of: Sequence[str] | None = None,
 ) -> Image.Image:
     """Draws images with a caption under each.
 
@@ -30,13 +29,12 @@ def draw_grid(
       captions: N labels; long ones are wrapped to three lines.
       columns: images per row; about the square root of N when None.
       cell: side of each drawn image in pixels; small images are enlarged by whole factors where possible.
-      rows_of: optional labels written at the left of each row.
 
     Returns:
       The picture.
 
     Raises:
-      ValueError: when there are no images, or not as many captions.
+      ValueError: when there are no images, or when images and captions differ in number.
     """
     images = np.asarray(images)
     if len(images) == 0 or len(images) != len(captions):
@@ -46,26 +44,26 @@ def draw_grid(
     columns = columns or max(1, int(np.ceil(np.sqrt(len(images)))))
     rows = -(-len(images) // columns)
     font = ImageFont.load_default(size=12)
-    left, pad, text_height = (90 if rows_of else 8), 8, 46
-    width, height = left + columns * (cell + pad), pad + rows * (cell + text_height)
+    pad, text_height = 8, 46
+    width, height = pad + columns * (cell + pad), pad + rows * (cell + text_height)
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     for i, (image, caption) in enumerate(zip(images, captions)):
-        x, y = left + (i % columns) * (cell + pad), pad + (i // columns) * (cell + text_height)
+        x, y = pad + (i % columns) * (cell + pad), pad + (i // columns) * (cell + text_height)
         method = Image.Resampling.NEAREST if cell % image.shape[0] == 0 else Image.Resampling.BICUBIC
         canvas.paste(Image.fromarray(image).resize((cell, cell), method), (x, y))
         lines = textwrap.wrap(caption, max(8, cell // 7)) or [""]
         if len(lines) > 3:
             lines = [*lines[:2], lines[2][: max(5, cell // 7 - 3)] + "..."]
         draw.multiline_text((x, y + cell + 2), "\n".join(lines), fill="black", font=font, spacing=1)
-    for row, label in enumerate(rows_of or ()):
-        y = pad + row * (cell + text_height) + cell // 2
-        draw.multiline_text((4, y), "\n".join(textwrap.wrap(label, 12)), fill="black", font=font)
     return canvas
 
 
 def save_grid(path: str | os.PathLike, images: np.ndarray, captions: Sequence[str], **options) -> Any:
-    """Writes `draw_grid(images, captions, **options)` to `path` as PNG, whole or not at all; makes the folder."""
+    """Writes `draw_grid(images, captions, **options)` to `path` as PNG and creates the folder.
+
+    The file appears complete or not at all.
+    """
     file = io.BytesIO()
     draw_grid(images, captions, **options).save(file, format="PNG")
     write_whole(path, file.getvalue())

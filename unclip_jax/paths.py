@@ -1,6 +1,7 @@
-"""Paths that a user names: files and folders of this machine, or of a store behind a URI (`gs://bucket/run`), through TensorFlow's clients.
+"""Paths that a user names: local files and folders, or those of a store behind a URI (`gs://bucket/run`).
 
-What only a file of this machine can be, such as a memory map, is a copy of it in the cache (`local_copy`).
+TensorFlow's clients read and write the stores. Some uses, such as a memory map, need a local file:
+`local_copy` copies it into the cache.
 """
 
 from __future__ import annotations
@@ -27,25 +28,24 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def user_path(path: str | os.PathLike) -> Any:
-    """A path with pathlib's methods: a `pathlib.Path`, `~` expanded, or an `etils.epath.Path` for one in a store.
+    """A path with pathlib's methods: a `pathlib.Path` with `~` expanded, or an `etils.epath.Path` in a store.
 
     Raises:
-      ValueError: on a URI of another scheme than gs.
+      ValueError: when the URI's scheme is not gs.
     """
     if not is_remote(path):
         return Path(path).expanduser()
     scheme = os.fspath(path).partition("://")[0]
     if scheme not in SCHEMES:
-        raise InputError(
-            f"{os.fspath(path)}: paths may begin with {', '.join(f'{known}://' for known in SCHEMES)}, or are this machine's"
-        )
+        schemes = ", ".join(f"{known}://" for known in SCHEMES)
+        raise InputError(f"{os.fspath(path)}: paths may begin with {schemes} or be local")
     from etils import epath
 
     return epath.Path(path)
 
 
 def absolute(path: str | os.PathLike) -> str:
-    """A path without `..`, relative to no folder."""
+    """The absolute path, without `..`."""
     if not is_remote(path):
         return str(Path(path).expanduser().resolve())
     scheme, _, rest = os.fspath(path).partition("://")
@@ -62,13 +62,13 @@ def total_bytes(path: str | os.PathLike) -> int:
 
 
 def cache_folder() -> Path:
-    """Where copies, indices and compiled programs are kept: UNCLIP_CACHE, or ~/.cache/unclip_jax."""
+    """The folder for copies, indices and compiled programs: UNCLIP_CACHE, or ~/.cache/unclip_jax."""
     return Path(os.environ.get("UNCLIP_CACHE") or Path.home() / ".cache" / "unclip_jax")
 
 
 @contextlib.contextmanager
 def store_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turns what a store's client raises into an OSError that names the path."""
+    """Turns the exceptions of a store's client into an OSError that names the path."""
     try:
         yield
     except Exception as error:
@@ -79,15 +79,18 @@ def store_errors(path: str | os.PathLike) -> Iterator[None]:
 
 
 def is_store_error(error: BaseException) -> bool:
-    """Whether an exception is of TensorFlow's file systems, whose errors are no OSErrors."""
+    """Whether an exception comes from TensorFlow's file systems. Their errors are not OSErrors."""
     return type(error).__module__.startswith("tensorflow.")
 
 
 def check_store(path: str | os.PathLike) -> None:
-    """Asks a store for the bucket of a path, once and at the beginning: without it, or the right to it, its clients try for minutes.
+    """Checks that the bucket of a path can be read. A local path passes.
+
+    Call it once at the start: where the bucket is missing or access is denied, the clients retry for minutes.
 
     Raises:
-      OSError, ImportError: one line, when it does not answer as hoped.
+      OSError: with a message of one line, when the bucket cannot be read.
+      ImportError: when Google's client is not installed.
     """
     if not is_remote(path):
         return
@@ -100,16 +103,18 @@ def check_store(path: str | os.PathLike) -> None:
     bucket = os.fspath(path).partition("://")[2].partition("/")[0]
     try:
         next(iter(storage.Client().list_blobs(bucket, max_results=1, retry=None, timeout=60)), None)
-    except Exception as error:  # the client's and the network's are many
+    except Exception as error:  # the client and the network raise many types
         raise OSError(f"{os.fspath(path)} cannot be reached ({' '.join(str(error).split())[:300]})") from None
 
 
 def local_copy(path: str | os.PathLike) -> Path:
-    """A file or folder of this machine with what lies at `path`: itself, or a copy in the cache. Of what was copied before only files whose
-    size or time has changed are fetched again.
+    """The local file or folder with the content of `path`: a local path itself, or a copy in the cache.
+
+    A later call copies only the files whose size or modification time has changed.
 
     Raises:
-      FileNotFoundError, OSError: when it is not there, or out of reach.
+      FileNotFoundError: when nothing exists at a path in a store.
+      OSError: when the store cannot be reached.
     """
     path = user_path(path)
     if not is_remote(path):
@@ -127,21 +132,21 @@ def local_copy(path: str | os.PathLike) -> Path:
 
 
 def _fetch(path: Any, target: Path) -> Path:
-    there = path.stat()
+    stored = path.stat()
     if target.is_file():
-        here = target.stat()
-        if (here.st_size, int(here.st_mtime)) == (there.length, int(there.mtime)):
+        cached = target.stat()
+        if (cached.st_size, int(cached.st_mtime)) == (stored.length, int(stored.mtime)):
             return target
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     path.copy(partial, overwrite=True)
-    os.utime(partial, (there.mtime, there.mtime))
+    os.utime(partial, (stored.mtime, stored.mtime))
     partial.replace(target)
     return target
 
 
 def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
-    """Writes a file, which appears whole or not at all; makes its folder."""
+    """Writes a file and creates its folder. The file appears complete or not at all."""
     data = data.encode("utf-8") if isinstance(data, str) else data
     path = user_path(path)
     with store_errors(path):
@@ -149,27 +154,29 @@ def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
         if is_remote(path):
             path.write_bytes(data)
             return
-    partial = path.with_name(
-        f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial"
-    )  # several may write the same
+    # Several processes and threads may write the same file.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     partial.write_bytes(data)
     partial.replace(path)
 
 
 def write_json(path: str | os.PathLike, value: Mapping) -> None:
-    """Writes a JSON object by `write_whole`, its keys sorted."""
+    """Writes a JSON object with sorted keys, by `write_whole`."""
     write_whole(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike, last: str) -> Iterator[Path]:
-    """A new folder of this machine to write into, which takes the place of `path` when the block ends without an error: whole or not at
-    all. In a store, where folders cannot be renamed, the file `last`, by which readers know that all is there, is put there last."""
+    """Yields a new local folder to write into. It replaces `path` when the block ends without an error.
+
+    A local folder appears complete or not at all. A store cannot rename folders, so there the file `last` is
+    copied last: readers take its presence as the sign that the folder is complete.
+    """
     path = user_path(path)
     if is_remote(path):
-        with tempfile.TemporaryDirectory() as made:
-            yield Path(made)
-            put_folder(Path(made), path, last)
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+            put_folder(Path(folder), path, last)
         return
     partial = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -184,7 +191,7 @@ def whole_folder(path: str | os.PathLike, last: str) -> Iterator[Path]:
 
 
 def put_folder(folder: Path, path: Any, last: str = "") -> None:
-    """Copies a folder of this machine to a store, in the place of what is there, the file `last` last."""
+    """Copies a local folder to a store, where it replaces the old content. The file `last` is copied last."""
     with store_errors(path):
         if last:
             (path / last).unlink(missing_ok=True)

@@ -1,8 +1,9 @@
-"""Meshes, partition rules, and the way of a host's batch onto the mesh.
+"""Meshes, partition rules, and the transfer of a host's batch onto the mesh.
 
-The mesh has three axes: `data` (replicated parameters), `fsdp` (parameters sharded, gathered before use) and `tensor` (width
-sharded). A batch is split over `data` and `fsdp`. Parameters follow an ordered table of (path regex, PartitionSpec) per model; what no
-row matches is sharded by the generic FSDP rule: the largest dimension that the axis divides.
+The mesh has three axes: `data` (parameters are replicated), `fsdp` (parameters are sharded and gathered
+before use) and `tensor` (the width is sharded). A batch is split over `data` and `fsdp`. Parameters follow an
+ordered table of (path regex, PartitionSpec). The generic FSDP rule shards the parameters that no row matches:
+along the largest dimension that is a multiple of the `fsdp` axis.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from unclip_jax.errors import InputError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 FSDP_MIN_SIZE = 2**14  # smaller leaves are replicated: gathering them costs more than keeping them
-WEIGHTS_SHARE = 0.6  # of a device's memory that weights may fill; the rest is for what is computed
-BLOCK = re.compile(
-    r"(^|/)(block_\d+|(down|up)_\d+_[a-z]+(_\d+)?|middle_[a-z]+(_\d+)?)/"
-)  # what the models' `gather` hook is called on
+WEIGHTS_SHARE = 0.6  # share of a device's memory that weights may fill; activations need the rest
+# Paths of the parameters that the models' `gather` hook gathers.
+BLOCK = re.compile(r"(^|/)(block_\d+|(down|up)_\d+_[a-z]+(_\d+)?|middle_[a-z]+(_\d+)?)/")
 
 Rules = Sequence[tuple[str, P]]
 
-# Megatron's split: first projections by output, second ones by input. Paths are "a/b/c" of the parameter tree.
+# Megatron's split: the first projections by output, the second ones by input. Paths are "a/b/c" of the
+# parameter tree.
 TENSOR_RULES: Rules = (
     (r"(query|key|value|context_key|context_value)/kernel$", P("fsdp", "tensor", None)),
     (r"(query|key|value|context_key|context_value)/bias$", P("tensor", None)),
@@ -45,15 +46,16 @@ TENSOR_RULES: Rules = (
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all of them) with axes `data, fsdp, tensor`.
 
-    Where the devices are several slices, joined by the data centre's network alone, `data` runs over the slices first, so that no other
-    axis crosses it. On TPUs, neighbours along an axis are neighbours on the links.
+    Where only the data centre's network joins several slices, `data` runs over the slices first, so that no
+    other axis crosses that network. On TPUs, neighbours along an axis are neighbours on the links.
 
     Args:
-      shape: size of each axis; absent axes are 1, but for `data`, which by default takes what is left. One axis may be -1.
+      shape: size of each axis. An absent axis is 1, except `data`, which takes all remaining devices. One
+        axis may be -1: it then takes the remaining devices.
 
     Raises:
-      ValueError: on an unknown axis, more than one -1, sizes whose product is not the number of devices, or a `data` that is not a multiple
-        of the number of slices.
+      ValueError: on an unknown axis, more than one -1, sizes whose product is not the number of devices, or a
+        `data` that is not a multiple of the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": -1, "fsdp": 1, "tensor": 1}
@@ -61,7 +63,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     if unknown:
         raise InputError(f"unknown mesh axis {', '.join(sorted(unknown))}; the axes are {', '.join(AXES)}")
     sizes.update(shape or {})
-    free = [a for a in AXES if sizes[a] == -1]
+    free = [axis for axis in AXES if sizes[axis] == -1]
     known = math.prod(sizes[a] for a in AXES if sizes[a] != -1)
     bad = len(free) > 1 or any(s < 1 and s != -1 for s in sizes.values())
     if bad or (free and len(devices) % known) or (not free and known != len(devices)):
@@ -71,13 +73,14 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
         )
     if free:
         sizes[free[0]] = len(devices) // known
-    # Elsewhere hosts are said to be slices, but every axis may cross them.
+    # On other platforms jax reports each host as a slice, but every axis may cross hosts.
     slices = (
         len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     )
     if sizes["data"] % slices:
         raise InputError(
-            f"{slices} slices are joined by the data axis alone, so data={sizes['data']} must be a multiple of {slices}"
+            f"{slices} slices are joined by the data axis alone, "
+            f"so data={sizes['data']} must be a multiple of {slices}"
         )
     within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     if slices > 1:
@@ -93,7 +96,9 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
 
 
 def compute_dtype(name: str, mesh: Mesh | None = None) -> Any:
-    """`auto` (bfloat16 on accelerators, float32 on CPU), `float32` or `bfloat16`; the platform is the mesh's, or the default one.
+    """The dtype of a name: `auto` (bfloat16 on accelerators, float32 on CPU), `float32` or `bfloat16`.
+
+    The platform is the mesh's. Without a mesh it is jax's default.
 
     Raises:
       ValueError: on another name.
@@ -110,12 +115,14 @@ def compute_dtype(name: str, mesh: Mesh | None = None) -> Any:
 
 
 def sampling_mesh(shape: Mapping[str, int] | None = None, weight_bytes: int = 0) -> Mesh:
-    """A mesh to sample on. Without a shape: every device gets its share of the batch and, where one device cannot hold the weights and
-    what it computes, of them too; on CPU, whose devices are one machine, one device.
+    """A mesh to sample on.
+
+    Without a shape, accelerators share the batch, and they share the weights too where one device cannot hold
+    the weights and the activations. On CPU the mesh is one device, since all CPU devices are one machine.
 
     Args:
       shape: as in `make_mesh`.
-      weight_bytes: of all parameters as they will lie there.
+      weight_bytes: size of all parameters in the dtype that sampling uses.
 
     Raises:
       ValueError: as `make_mesh`.
@@ -145,7 +152,10 @@ def _fits(spec: P, shape: tuple[int, ...], mesh: Mesh) -> bool:
 
 
 def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = TENSOR_RULES) -> P:
-    """The PartitionSpec of one leaf: the first rule whose regex is found in its path and that divides its shape, else generic FSDP."""
+    """The PartitionSpec of one leaf: that of the first rule that fits, or else the generic FSDP rule's.
+
+    A rule fits when its regex is found in the path and its axes divide the shape.
+    """
     if mesh.shape["tensor"] > 1:
         for pattern, spec in rules:
             if re.search(pattern, name) and _fits(spec, shape, mesh):
@@ -159,7 +169,11 @@ def leaf_spec(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = TENS
 
 
 def infer_shardings(tree: Any, mesh: Mesh, rules: Rules = TENSOR_RULES) -> Any:
-    """NamedShardings for a tree of arrays or shapes. Optimizer moments have their parameter's path as a suffix and follow it."""
+    """NamedShardings for a tree of arrays or shapes.
+
+    The path of an optimizer moment ends with its parameter's path, so the moment is sharded like the
+    parameter.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, leaf_spec(path_name(path), tuple(leaf.shape), mesh, rules)),
         tree,
@@ -167,8 +181,11 @@ def infer_shardings(tree: Any, mesh: Mesh, rules: Rules = TENSOR_RULES) -> Any:
 
 
 def placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
-    """A function that puts one parameter, by its path, onto a mesh to sample with: sharded as `infer_shardings` says, matrices in the
-    compute dtype (`compute_dtype`), vectors (scales, shifts, biases) in float32."""
+    """A function (path, array) that puts one parameter onto a mesh for sampling.
+
+    It shards the parameter like `infer_shardings`. Matrices get the compute dtype (`compute_dtype`). Vectors
+    (scales, shifts, biases) stay float32.
+    """
     dtype = compute_dtype("auto", mesh)
 
     def place(name: str, value: np.ndarray) -> jax.Array:
@@ -179,10 +196,11 @@ def placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
 
 
 def make_gather(mesh: Mesh):
-    """The models' `gather` hook for this mesh: parameters sharded over `fsdp` alone are gathered block by block before use, and their
-    gradients go back into the shards as they are reduced.
+    """The models' `gather` hook for this mesh, or None.
 
-    None when there is nothing to gather, or when `tensor` is in use (the partitioner then places the collectives).
+    The hook gathers the parameters of one block just before use. In the backward pass their gradients are
+    reduced and scattered into the shards. It is None when there is nothing to gather, or when `tensor` is in
+    use (the partitioner then places the collectives).
     """
     if mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
         return None
@@ -192,9 +210,8 @@ def make_gather(mesh: Mesh):
     def gather(params):
         return jax.lax.with_sharding_constraint(params, replicated)
 
-    def backward(
-        _, gradient
-    ):  # without it the gradient would be reduced whole on every device, as the parameters were needed
+    # Without this rule every device would reduce the full gradient, because it used the full parameters.
+    def backward(_, gradient):
         return (jax.lax.with_sharding_constraint(gradient, infer_shardings(gradient, mesh)),)
 
     gather.defvjp(lambda params: (gather(params), None), backward)
@@ -202,8 +219,11 @@ def make_gather(mesh: Mesh):
 
 
 def gather_rest(params: Any, mesh: Mesh) -> Any:
-    """Parameters with those outside of blocks gathered: embeddings, first and last layers. Left sharded by some axis of theirs, they would
-    make what they compute sharded so too, and every block after them would move it back."""
+    """The parameters, with those outside of blocks gathered: embeddings, first and last layers.
+
+    If they stayed sharded, the partitioner would shard their outputs along the same axis, and every later
+    block would have to move its inputs back.
+    """
     gather = make_gather(mesh)
     if gather is None:
         return params
@@ -213,13 +233,15 @@ def gather_rest(params: Any, mesh: Mesh) -> Any:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Host arrays, the same on every host -> arrays replicated over the mesh."""
+    """Arrays that are the same on every host -> arrays replicated over the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
 def own_blocks(mesh: Mesh) -> list[int]:
-    """A batch is split into data x fsdp blocks of rows; these of them lie on this host's devices, ascending. Hosts that share a `tensor`
-    axis hold the same blocks."""
+    """The blocks of a batch that this host's devices hold, ascending.
+
+    A batch is split into data x fsdp blocks of rows. Hosts that share a `tensor` axis hold the same blocks.
+    """
     blocks = mesh.devices.reshape(-1, mesh.shape["tensor"])
     return [
         i for i, devices in enumerate(blocks) if any(d.process_index == jax.process_index() for d in devices)
@@ -227,10 +249,10 @@ def own_blocks(mesh: Mesh) -> list[int]:
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a global batch this host's devices hold, ascending: what the host has to read.
+    """The rows of a global batch that this host's devices hold and that the host has to read, ascending.
 
     Raises:
-      ValueError: when the rows do not divide over the devices.
+      ValueError: when the batch size is not a multiple of data x fsdp.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     _check_divides(batch_size, ways)
@@ -245,23 +267,26 @@ def _check_divides(rows: int, ways: int) -> None:
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, whole: bool = False) -> dict[str, jax.Array]:
-    """A batch's `own_rows` (or, if `whole`, all of its rows, the same on every host) -> global arrays split over `data` and `fsdp`: an
-    explicit transfer.
+    """Explicitly transfers a batch's rows -> global arrays split over `data` and `fsdp`.
+
+    Args:
+      batch: this host's rows (`own_rows`) of every array.
+      whole: the batch holds all rows instead, the same on every host.
 
     Raises:
-      ValueError: when the rows do not divide over the devices.
+      ValueError: when the batch size is not a multiple of data x fsdp.
     """
     sharding, ways = NamedSharding(mesh, BATCH), mesh.shape["data"] * mesh.shape["fsdp"]
     blocks = list(range(ways)) if whole else own_blocks(mesh)
     rows = len(next(iter(batch.values()))) * ways // len(blocks)
     _check_divides(rows, ways)
-    each = rows // ways
+    block_size = rows // ways
 
     def put(value: np.ndarray) -> jax.Array:
         def block(index: tuple[slice, ...]) -> np.ndarray:
-            first = blocks.index((index[0].start or 0) // each) * each
-            return value[first : first + each]
+            first = blocks.index((index[0].start or 0) // block_size) * block_size
+            return value[first : first + block_size]
 
-        return jax.make_array_from_callback((each * ways, *value.shape[1:]), sharding, block)
+        return jax.make_array_from_callback((rows, *value.shape[1:]), sharding, block)
 
     return {name: put(np.asarray(value)) for name, value in batch.items()}

@@ -1,11 +1,12 @@
 """The space in which CLIP embeddings are diffused: a named, invertible, affine normalisation.
 
 raw        z
-unit       z / |z|                       (not invertible: the norm is lost; kept for networks trained on unit vectors)
-scaled     k z / |z|                     (the paper: k = 17.2 at D = 1024, unCLIP appendix C)
+unit       z / |z|                       (not invertible: the norm is lost; kept for networks trained on unit
+vectors) scaled     k z / |z|                     (the paper: k = 17.2 at D = 1024, unCLIP appendix C)
 whitened   (z - mean) / std, per dimension over training embeddings (Karlo)
 
-A part of a bundle says its space and which CLIP made the embeddings; parts of different spaces must not be combined.
+The configuration of a part names its space and the CLIP that made the embeddings. Parts of different spaces
+must not be combined.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def normalize(space: EmbeddingSpace, z: jax.Array) -> jax.Array:
 
 
 def denormalize(space: EmbeddingSpace, z: jax.Array) -> jax.Array:
-    """The space -> embeddings (..., D): raw ones for `raw` and `whitened`, unit ones for `unit` and `scaled`."""
+    """The space -> embeddings (..., D): raw for `raw` and `whitened`, unit-norm for `unit` and `scaled`."""
     if space.kind == "raw":
         return z
     if space.kind in ("unit", "scaled"):

@@ -1,20 +1,23 @@
-"""Classifier-free guidance (Ho and Salimans 2022) and the making of denoisers.
+"""Classifier-free guidance (Ho and Salimans 2022) and denoisers.
 
-A denoiser is `denoise(x_t, t) -> Denoised(x0, eps, v_frac)`: t is a scalar step, conditioning and guidance are inside. Samplers see
-nothing else. Guidance combines the conditional and the unconditional prediction, in the model's own parameterisation:
+A denoiser is `denoise(x_t, t) -> Denoised(x0, eps, v_frac)`, where t is a scalar step. It contains the
+conditioning and the guidance, so samplers see nothing else of the model. Guidance combines the conditional
+and the unconditional prediction in the model's own parameterisation:
 
     guided = uncond + scale * (cond - uncond)
 
-so that scale 1 is the conditional model and scale 0 the unconditional one. The variance always comes from the conditional half.
+Scale 1 is the conditional model and scale 0 the unconditional one. The variance always comes from the
+conditional half.
 
-The scale may change over time, with u = t / T from 1 (noise) to 0 (clean): 1 + (scale - 1) w(u), w = 1 (constant), 1 - u (linear) or
-(1 + cos(pi u)) / 2 (cosine), and may be confined to an interval of u (Kynkaanniemi et al. 2024). Two remedies for large scales:
-rescale phi (Lin et al. 2024, section 3.4) pulls the guided prediction's standard deviation back to the conditional one's,
+The scale may change over time. With u = t / T from 1 (noise) to 0 (clean), it is 1 + (scale - 1) w(u), where
+w = 1 (constant), 1 - u (linear) or (1 + cos(pi u)) / 2 (cosine). It may be confined to an interval of u
+(Kynkaanniemi et al. 2024). There are two remedies for large scales. Rescaling by phi (Lin et al. 2024,
+section 3.4) pulls the standard deviation of the guided prediction back to that of the conditional one:
 
-    guided <- guided (phi std(cond) / std(guided) + 1 - phi),
+    guided <- guided (phi std(cond) / std(guided) + 1 - phi)
 
-and dynamic thresholding (Saharia et al. 2022, section 2.3) bounds x0 at s, the given percentile of its own |x0| if that is above the
-bound, and divides by s / bound.
+Dynamic thresholding (Saharia et al. 2022, section 2.3) takes s, a given percentile of a sample's |x0|, but at
+least the bound. It clips x0 to [-s, s] and divides it by s / bound.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from unclip_jax.errors import InputError
 
 
 class Denoised(NamedTuple):
-    """A denoiser's answer, arrays of the sample's shape; `v_frac` is None unless the variance is learned."""
+    """A denoiser's output: arrays of the sample's shape; `v_frac` is None unless the variance is learned."""
 
     x0: jax.Array
     eps: jax.Array
@@ -58,8 +61,8 @@ GUIDANCE_SCHEDULES = {
 class Guidance(NamedTuple):
     """How the two halves are combined (module docstring).
 
-    scale: float or scalar array; schedule: one of `GUIDANCE_SCHEDULES`; interval: (low, high) in units of t / T, outside which the scale
-    is 1; rescale: phi in [0, 1].
+    scale: float or scalar array. schedule: one of `GUIDANCE_SCHEDULES`. interval: (low, high) in units of t /
+    T; the scale is 1 outside. rescale: phi in [0, 1].
     """
 
     scale: float | jax.Array
@@ -89,14 +92,17 @@ class Guidance(NamedTuple):
 
 
 def rescaled(guided: jax.Array, cond: jax.Array, phi: float) -> jax.Array:
-    """The guided prediction (B, ...) with its standard deviation per row pulled back to the conditional one's by phi."""
+    """The guided prediction (B, ...), rescaled by phi towards the standard deviation of `cond` per row."""
     axes = tuple(range(1, cond.ndim))
     ratio = jnp.std(cond, axes, keepdims=True) / jnp.maximum(jnp.std(guided, axes, keepdims=True), 1e-8)
     return guided * (phi * ratio + 1 - phi)
 
 
 def dynamic_threshold(x0: jax.Array, percentile: float, bound: float) -> jax.Array:
-    """x0 (B, ...) bounded at the percentile (0 to 100) of each row's |x0|, if that is above `bound`, and scaled back into the bound."""
+    """Dynamic thresholding (module docstring): x0 (B, ...) -> (B, ...) in [-bound, bound].
+
+    The percentile (0 to 100) is that of each row's |x0|.
+    """
     flat = jnp.abs(x0).reshape(x0.shape[0], -1)
     s = jnp.maximum(jnp.percentile(flat, percentile, axis=1), bound).reshape((-1,) + (1,) * (x0.ndim - 1))
     return jnp.clip(x0, -s, s) * (bound / s)
@@ -106,7 +112,8 @@ def check_threshold(percentile: float | None, clip: float | None) -> None:
     """Raises ValueError on a percentile outside (0, 100], or one without a clip."""
     if percentile is not None and (clip is None or not 0 < percentile <= 100):
         raise InputError(
-            f"dynamic thresholding needs a clip and a percentile in (0, 100], got clip {clip}, percentile {percentile}"
+            "dynamic thresholding needs a clip and a percentile in (0, 100], "
+            f"got clip {clip}, percentile {percentile}"
         )
 
 
@@ -119,16 +126,17 @@ def make_denoiser(
     clip: float | None = None,
     threshold: float | None = None,
 ) -> Denoise:
-    """Makes a denoiser of a model.
+    """Turns a model into a denoiser.
 
     Args:
-      model: (x (N, ...), t (N,)) -> output (N, ...), with the last axis doubled when the variance is learned. Without guidance N = B.
-        With guidance it is called once on N = 2B rows: the first half must be conditional, the second unconditional.
-      schedule: the schedule it was trained with.
+      model: (x (N, ...), t (N,)) -> output (N, ...), with the last axis doubled when the variance is learned.
+        Without guidance N = B. With guidance each step calls it once on N = 2B rows: the first half must be
+        conditional, the second unconditional.
+      schedule: the schedule that the model was trained with.
       prediction: `eps`, `x0` or `v`.
       guidance: None for no guidance (half the work).
-      clip: bounds x0 to [-clip, clip] and recomputes eps from it; None leaves both alone.
-      threshold: percentile of dynamic thresholding, which then takes the place of plain clipping; needs `clip`.
+      clip: bounds x0 to [-clip, clip] and recomputes eps from it. None changes neither.
+      threshold: percentile of dynamic thresholding, which then replaces plain clipping; needs `clip`.
 
     Returns:
       The denoiser.
@@ -147,11 +155,12 @@ def make_denoiser(
         if guidance is None:
             out, v_frac = split_variance(model(x_t, jnp.full((b,), t)), channels)
         else:
-            both = model(jnp.concatenate([x_t, x_t]), jnp.full((2 * b,), t))
-            both, v_frac = split_variance(both, channels)
-            out = guide(both[:b], both[b:], guidance.at(t / num_steps))
+            halves = model(jnp.concatenate([x_t, x_t]), jnp.full((2 * b,), t))
+            halves, v_frac = split_variance(halves, channels)
+            cond, uncond = halves[:b], halves[b:]
+            out = guide(cond, uncond, guidance.at(t / num_steps))
             if guidance.rescale:
-                out = rescaled(out, both[:b], guidance.rescale)
+                out = rescaled(out, cond, guidance.rescale)
             v_frac = None if v_frac is None else v_frac[:b]
         x0, eps = to_x0_eps(out, x_t, abar, prediction)
         if clip is not None:

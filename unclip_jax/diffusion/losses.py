@@ -1,10 +1,14 @@
-"""Diffusion training losses (Ho et al. 2020; Nichol and Dhariwal 2021), one value per example, all in float32.
+"""Diffusion training losses (Ho et al. 2020; Nichol and Dhariwal 2021), one value per example, all in
+float32.
 
 simple   mean over the sample of |prediction - target|^2
-hybrid   simple + weight * T * L_vb, where L_vb (in bits per dimension) is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), or at t = 0
-         the negative log-likelihood of the discretised image. The mean inside L_vb is stopped, so that only the variance learns from it.
+hybrid   simple + weight * T * L_vb, where L_vb (in bits per dimension) is
+         KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), or at t = 0 the negative log-likelihood of the
+         discretised image. No gradient flows through the mean inside L_vb, so that only the variance learns
+         from it.
 
-The paper's weight is 0.001 with L_vb summed over the T steps; as one step is drawn, its estimate is T * L_vb: T / 1000 at weight 0.001.
+The paper's weight is 0.001 with L_vb summed over the T steps. Training draws one step, so T * L_vb estimates
+that sum, and the factor of L_vb is T / 1000 at weight 0.001.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from unclip_jax.errors import InputError
 
 
 class DiffusionTables(NamedTuple):
-    """Float32 tables indexed by t, cast once from float64: what a training step needs of a schedule. Each (T,)."""
+    """A schedule's tables for training: (T,) float32 each, indexed by t, cast once from float64."""
 
     alphas_cumprod: jax.Array
     x0_coef: jax.Array
@@ -61,7 +65,7 @@ def sample_noised(
 
 
 def target_of(x0: jax.Array, eps: jax.Array, t: jax.Array, tables: DiffusionTables, kind: str) -> jax.Array:
-    """What a prediction of a kind (`eps`, `x0` or `v`) should be: x0 and eps (B, ...), t (B,) -> (B, ...).
+    """The target of a prediction of a kind (`eps`, `x0` or `v`): x0 and eps (B, ...), t (B,) -> (B, ...).
 
     Raises:
       ValueError: on an unknown kind.
@@ -75,7 +79,7 @@ def target_of(x0: jax.Array, eps: jax.Array, t: jax.Array, tables: DiffusionTabl
 def simple_loss(
     prediction: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Array, tables: DiffusionTables, kind: str
 ) -> jax.Array:
-    """Mean squared error of the prediction (B, ...) against what it should be (`target_of`): (B,) float32."""
+    """Mean squared error of the prediction (B, ...) against its target (`target_of`): (B,) float32."""
     return mean_per_example(jnp.square(prediction - target_of(x0, eps, t, tables, kind)))
 
 
@@ -93,8 +97,9 @@ def normal_kl(mean1: jax.Array, log_var1: jax.Array, mean2: jax.Array, log_var2:
 def discretised_nll(x: jax.Array, mean: jax.Array, log_var: jax.Array) -> jax.Array:
     """Negative log-probability, elementwise in nats, of 8-bit values under a Gaussian.
 
-    Each value x in [-1, 1] stands for the bin [x - 1/255, x + 1/255]; the first and last bins reach to infinity. Differences of
-    normal CDFs are taken in log space, so that the result and its gradient stay finite however far the mean is.
+    Each value x in [-1, 1] stands for the bin [x - 1/255, x + 1/255]; the first and last bins reach to
+    infinity. Differences of normal CDFs are taken in log space, so that the result and its gradient stay
+    finite however far the mean is.
     """
     inv_std = jnp.exp(-0.5 * log_var)
     upper, lower = inv_std * (x + 1 / 255 - mean), inv_std * (x - 1 / 255 - mean)
@@ -121,7 +126,7 @@ def variational_bits(
     tables: DiffusionTables,
     kind: str = "eps",
 ) -> jax.Array:
-    """One term of the variational bound in bits per dimension, gradients through the variance only.
+    """One term of the variational bound in bits per dimension. Gradients flow through the variance only.
 
     Args:
       prediction: (B, ...) the model's output of the given kind (its gradient is stopped).
@@ -148,7 +153,8 @@ def variational_bits(
 
 
 def split_variance(output: jax.Array, channels: int) -> tuple[jax.Array, jax.Array | None]:
-    """Splits a U-Net's output (B, H, W, C or 2C) into the prediction and the variance fraction (output + 1) / 2, None if absent.
+    """Splits a U-Net's output (B, H, W, C or 2C) into the prediction and the variance fraction (output + 1) /
+    2, None if absent.
 
     Raises:
       ValueError: when the output has neither C nor 2C channels.

@@ -1,15 +1,18 @@
-"""The Gaussian forward process: noising, conversions among x0, eps and v, and the posterior between any two steps.
+"""The Gaussian forward process: noising, conversions among x0, eps and v, and the posterior between any two
+steps.
 
 With a = sqrt(abar_t) and s = sqrt(1 - abar_t):
 
     x_t = a x0 + s eps            v = a eps - s x0            (so x0 = a x_t - s v,  eps = s x_t + a v)
 
-For a step from t to an earlier r (abar_r > abar_t), b = 1 - abar_t / abar_r is the variance added between them, and Bayes' rule gives
-q(x_r | x_t, x0) = N(c0 x0 + ct x_t, b_post) with
+For a step from t to an earlier r (abar_r > abar_t), b = 1 - abar_t / abar_r is the variance added between
+them. Bayes' rule gives q(x_r | x_t, x0) = N(c0 x0 + ct x_t, b_post) with
 
-    c0 = sqrt(abar_r) b / (1 - abar_t),   ct = sqrt(1 - b) (1 - abar_r) / (1 - abar_t),   b_post = b (1 - abar_r) / (1 - abar_t).
+    c0 = sqrt(abar_r) b / (1 - abar_t),   ct = sqrt(1 - b) (1 - abar_r) / (1 - abar_t),   b_post = b (1 -
+    abar_r) / (1 - abar_t).
 
-All functions take coefficients that broadcast against the arrays; tables are computed in float64 and cast once.
+All functions take coefficients that broadcast against the arrays. Tables are computed in float64 and cast
+once.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ def standard_normal(rng: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -
     """Standard normal noise of `shape` (B, ...).
 
     Args:
-      rng: one key for the whole batch, or (B,) keys, one per row: a row's noise is then the same whatever batch it is drawn in.
+      rng: one key for the whole batch, or (B,) keys, one per row. With keys per row, a row's noise does not
+        depend on the batch that it is drawn in.
     """
     if rng.ndim == 0:
         return jax.random.normal(rng, shape, dtype)
@@ -75,9 +79,9 @@ def to_x0_eps(
 
     Args:
       prediction: (B, ...) the output.
-      x_t: (B, ...) what the model saw.
+      x_t: (B, ...) the model's input.
       abar: () or (B,), in (0, 1).
-      kind: what the output is: `eps`, `x0` or `v`.
+      kind: `eps`, `x0` or `v`: what the model predicts.
 
     Returns:
       x0, eps, consistent with x_t: sqrt(abar) x0 + sqrt(1 - abar) eps = x_t.
@@ -104,9 +108,10 @@ def eps_from_x0(x0: jax.Array, x_t: jax.Array, abar: jax.Array) -> jax.Array:
 class Posterior(NamedTuple):
     """Coefficients of q(x_r | x_t, x0), float64 arrays of the steps' shape.
 
-    mean = x0_coef * x0 + x_t_coef * x_t; `log_variance_small` is the posterior's log variance, `log_variance_large` that of the
-    forward step. Where r is the clean sample the posterior variance is zero, and its logarithm is taken from the schedule's
-    second step instead (Nichol and Dhariwal 2021), for the learned range only: no noise is added there.
+    The mean is x0_coef * x0 + x_t_coef * x_t. `log_variance_small` is the posterior's log variance and
+    `log_variance_large` that of the forward step. Where r is the clean sample, the posterior variance is
+    zero. Its logarithm is then taken from the schedule's second step (Nichol and Dhariwal 2021). Only the
+    learned range needs this value, since no noise is added at that step.
     """
 
     x0_coef: np.ndarray
@@ -128,7 +133,7 @@ def posterior(schedule: Schedule, t: np.ndarray, r: np.ndarray) -> Posterior:
     abar_t, abar_r = schedule.abar(t), schedule.abar(r)
     beta = 1 - abar_t / abar_r
     variance = beta * (1 - abar_r) / (1 - abar_t)
-    # The variance of the schedule's step 1 -> 0 stands in where it is zero.
+    # Where the variance is zero, that of the schedule's step 1 -> 0 replaces it.
     first = schedule.abar(np.array([0, 1]))
     floor = (1 - first[1] / first[0]) * (1 - first[0]) / (1 - first[1])
     return Posterior(

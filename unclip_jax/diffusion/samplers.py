@@ -2,20 +2,27 @@
 
 ddpm  ancestral sampling, x_r ~ N(c0 x0 + ct x_t, Sigma) with the posterior of `process` (Ho et al. 2020)
 ddim  x_r = sqrt(abar_r) x0 + sqrt(1 - abar_r - sigma^2) eps + sigma z,
-      sigma = eta sqrt((1 - abar_r) / (1 - abar_t)) sqrt(1 - abar_t / abar_r)  (Song et al. 2021); eta 0 is deterministic
-dpmpp_2m  DPM-Solver++(2M) (Lu et al. 2022), deterministic: with lambda = ln(sqrt(abar) / sqrt(1 - abar)), h = lambda_r - lambda_t, and h',
-      x0' those of the step before, x_r = sqrt((1 - abar_r) / (1 - abar_t)) x_t + sqrt(abar_r) (1 - e^-h) D,
-      D = x0 + min(h / h', 1) / 2 (x0 - x0'). First step and last (h is infinite, x_r = D) are of first order: D = x0. The bound of 1 is
-      ours: with steps even in t, h grows without end towards the clean sample, and the published h / h' extrapolates too far
-ddim_invert  ddim's map run from data to noise at eta 0: x_n = sqrt(abar_n) x0 + sqrt(1 - abar_n) eps, x0 never clipped
+      sigma = eta sqrt((1 - abar_r) / (1 - abar_t)) sqrt(1 - abar_t / abar_r)  (Song et al. 2021);
+      eta 0 is deterministic
+dpmpp_2m  DPM-Solver++(2M) (Lu et al. 2022), deterministic. Let lambda = ln(sqrt(abar) / sqrt(1 - abar)),
+      h = lambda_r - lambda_t, and h', x0' the values of the previous step. Then
+      x_r = sqrt((1 - abar_r) / (1 - abar_t)) x_t + sqrt(abar_r) (1 - e^-h) D,
+      D = x0 + min(h / h', 1) / 2 (x0 - x0').
+      The first and the last step (there h is infinite and x_r = D) are of first order: D = x0. The bound of 1
+      is ours: with steps even in t, h grows without limit towards the clean sample, and the published h / h'
+      extrapolates too far
+ddim_invert  DDIM's map from data to noise at eta 0: x_n = sqrt(abar_n) x0 + sqrt(1 - abar_n) eps; x0 is never
+      clipped
 repaint  ancestral sampling of the unknown part of an image (Lugmayr et al. 2022)
 
-The variance of ancestral sampling is that of the posterior (small), of the forward step (large), learned between them, or the
-analytic one (Bao et al. 2022): the reverse step of the data itself has variance posterior + c0^2 Var[x0 | x_t], and the mean of
-Var[x0 | x_t] is the squared error of the perfect denoiser. It is taken from a table of the network's errors, measured once.
+The variance of ancestral sampling is that of the posterior (small) or of the forward step (large), one
+learned between them, or the analytic one (Bao et al. 2022). The analytic variance is that of the data's own
+reverse step: the posterior's plus c0^2 Var[x0 | x_t]. The mean of Var[x0 | x_t] is the squared error of a
+perfect denoiser. A table of the network's errors, measured once, estimates it.
 
-`steps` are descending integers in [0, T); the last one leads to the clean sample, where no noise is added. Coefficients are float64
-until they meet the samples. Samples may be (B, D) embeddings or (B, H, W, C) images.
+`steps` are descending integers in [0, T). The last one leads to the clean sample, where no noise is added.
+Coefficients are float64 until they multiply the samples. Samples may be (B, D) embeddings or (B, H, W, C)
+images.
 """
 
 from __future__ import annotations
@@ -33,7 +40,7 @@ VARIANCES = ("small", "large", "learned", "analytic")
 
 
 def transitions(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Descending steps -> (t, r): from each step to the next, the last to the clean sample.
+    """Descending steps -> (t, r): each step t and the next step r. The last step leads to the clean sample.
 
     Raises:
       ValueError: when the steps are empty or not strictly descending.
@@ -62,14 +69,18 @@ def ddpm(
       schedule: of T steps.
       steps: descending steps, see `schedule.strided_steps`.
       rng: key of the noise, or (B,) keys, one per row.
-      variance: `small` (posterior), `large` (forward step), `learned` (between them by the denoiser's v_frac) or `analytic`.
-      x0_error: (T,) mean squared error of x0 per time step and dimension, at most the data's variance; for `analytic`.
+      variance: `small` (posterior), `large` (forward step), `learned` (between them, by the denoiser's
+      v_frac) or
+        `analytic`.
+      x0_error: (T,) mean squared error of x0 per time step and dimension, at most the data's variance; for
+        `analytic`.
 
     Returns:
       (B, ...) samples.
 
     Raises:
-      ValueError: on an unknown variance, `learned` with a denoiser that has none, or `analytic` without the table.
+      ValueError: on an unknown variance, `learned` with a denoiser that predicts none, or `analytic` without
+        `x0_error`.
     """
     if variance not in VARIANCES:
         raise InputError(f"unknown variance {variance!r}; choose one of {', '.join(VARIANCES)}")
@@ -79,7 +90,7 @@ def ddpm(
     if variance == "analytic":
         if x0_error is None:
             raise InputError(
-                "variance 'analytic' needs the network's measured errors (x0_error), which this one lacks"
+                "variance 'analytic' needs the network's measured errors (x0_error), which this network lacks"
             )
         errors = jnp.maximum(jnp.asarray(x0_error, jnp.float32)[t], 1e-30)
         small = jnp.logaddexp(
@@ -157,11 +168,11 @@ def ddim(
 def dpmpp_2m(
     denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.ndarray, rng: jax.Array | None = None
 ) -> jax.Array:
-    """DPM-Solver++(2M), second order in the steps, one evaluation each.
+    """DPM-Solver++(2M): second order, with one evaluation per step.
 
     Args:
       denoise, x, schedule, steps: as in `ddpm`.
-      rng: not used; it is there so that all samplers are called alike.
+      rng: not used; all samplers share one signature.
 
     Returns:
       (B, ...) samples.
@@ -185,9 +196,10 @@ def dpmpp_2m(
 
 
 def ddim_invert(denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.ndarray) -> jax.Array:
-    """Runs DDIM backwards, from a clean sample to the noise that DDIM (eta 0) over the same steps turns back into it.
+    """Runs DDIM backwards: finds the noise that DDIM (eta 0) over the same steps turns into the clean sample.
 
-    The noise at each step is predicted one step early, so a round trip errs by O(1 / number of steps).
+    The network predicts the noise of each step one step early, so the error of a round trip is
+    O(1 / number of steps).
 
     Args:
       denoise: the denoiser, made without clipping.
@@ -198,10 +210,8 @@ def ddim_invert(denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.nd
       (B, ...) the latent x_T of each sample.
     """
     t, r = transitions(steps)
-    n, now = (
-        t[::-1],
-        np.maximum(r[::-1], t[-1]),
-    )  # the first move starts at the clean sample, seen by the network as its lowest step
+    # The first move starts at the clean sample, which the network sees as its lowest step.
+    n, now = t[::-1], np.maximum(r[::-1], t[-1])
     abar_now, abar_n = schedule.abar(r[::-1]), schedule.abar(n)
     # x is known at abar_now; split it with the predicted eps, then rebuild it at abar_n.
     columns = (np.sqrt(abar_n / abar_now), np.sqrt(1 - abar_n) - np.sqrt(abar_n / abar_now * (1 - abar_now)))
@@ -225,19 +235,20 @@ def repaint(
     known: jax.Array,
     resamples: int = 5,
 ) -> jax.Array:
-    """Fills the unknown part of an image by ancestral sampling, with any network (RePaint, Lugmayr et al. 2022).
+    """Fills the unknown part of an image by ancestral sampling, with any network (RePaint, Lugmayr et al.
+    2022).
 
-    After every step the known part is replaced by the image noised to that step. As the step could not see what it now stands beside,
-    the sample is noised back and the step repeated, `resamples` times in all.
+    After every step, the image noised to that step replaces the known part. The step did not see this
+    content, so the sample is noised back and the step repeated. Each step is made `resamples` times in all.
 
     Args:
       denoise, x, schedule, steps, rng: as in `ddpm`.
-      image: (B, ...) the clean image; only its known part matters.
+      image: (B, ...) the clean image; only its known part is used.
       known: bool, broadcastable to the image; True where the image is kept.
       resamples: passes per step, at least 1.
 
     Returns:
-      (B, ...) samples, exactly the image where known.
+      (B, ...) samples, equal to the image where it is known.
 
     Raises:
       ValueError: when resamples is below 1.
@@ -245,10 +256,11 @@ def repaint(
     if resamples < 1:
         raise InputError(f"resamples must be at least 1, got {resamples}")
     t, r = transitions(steps)
-    # Every step `resamples` times; all but the last pass of a step go back. The step to the clean sample is made once.
-    again = np.where(np.arange(len(t)) < len(t) - 1, resamples, 1)
-    last = np.concatenate([np.arange(n) == n - 1 for n in again])
-    t, r = np.repeat(t, again), np.repeat(r, again)
+    # Every step has `resamples` passes, and all but the last pass go back. The step to the clean sample has
+    # one.
+    passes = np.where(np.arange(len(t)) < len(t) - 1, resamples, 1)
+    last = np.concatenate([np.arange(n) == n - 1 for n in passes])
+    t, r = np.repeat(t, passes), np.repeat(r, passes)
     post, abar_t, abar_r = posterior(schedule, t, r), schedule.abar(t), schedule.abar(r)
     columns = (
         *(post.x0_coef, post.x_t_coef, np.sqrt(post.variance)),

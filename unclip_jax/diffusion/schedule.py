@@ -1,12 +1,15 @@
 """Noise schedules as float64 tables, and the choice of time steps.
 
-A schedule is a list of betas b_0..b_{T-1}; abar_t = prod_{i<=t} (1 - b_i), and x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps.
+A schedule is a list of betas b_0..b_{T-1}; abar_t = prod_{i<=t} (1 - b_i), and x_t = sqrt(abar_t) x0 + sqrt(1
+- abar_t) eps.
 
-cosine        f(u) = cos^2((u + 0.008) / 1.008 * pi/2), b_i = 1 - f((i+1)/T) / f(i/T), at most 0.999 (Nichol and Dhariwal 2021, eq. 17)
+cosine        f(u) = cos^2((u + 0.008) / 1.008 * pi/2), b_i = 1 - f((i+1)/T) / f(i/T), at most 0.999
+              (Nichol and Dhariwal 2021, eq. 17)
 linear        b from 1e-4 to 0.02 at T = 1000, both scaled by 1000/T (Ho et al. 2020)
 scaled_linear b = linspace(sqrt(0.00085), sqrt(0.012))^2, scaled likewise (latent diffusion)
 
-Steps are integers t in [0, T); the step after the last one (the clean sample) is written -1, with abar_{-1} = 1.
+Steps are integers t in [0, T). The clean sample, which follows the last step, is written -1, with abar_{-1} =
+1.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def linear(num_steps: int) -> np.ndarray:
 
 
 def scaled_linear(num_steps: int) -> np.ndarray:
-    """Betas whose square roots run linearly from sqrt(0.00085) to sqrt(0.012) (times 1000/T), float64 (T,)."""
+    """Betas with linear square roots from sqrt(0.00085) to sqrt(0.012) (betas times 1000/T), float64 (T,)."""
     scale = 1000.0 / num_steps
     return np.linspace(math.sqrt(scale * 0.00085), math.sqrt(scale * 0.012), num_steps, dtype=np.float64) ** 2
 
@@ -82,9 +85,11 @@ def make_schedule(name: str, num_steps: int = 1000) -> Schedule:
 
 
 def strided_steps(num_steps: int, count: int) -> np.ndarray:
-    """`count` time steps spread evenly over [0, T), rounded, first and last included; descending, int64 (count,).
+    """`count` time steps, evenly spread over [0, T) with the first and the last included; descending int64
+    (count,).
 
-    With count = 1 the single step is T - 1. A stride that is not an integer is rounded step by step (64 or 250 of 1000).
+    With count = 1 the single step is T - 1. Where the stride is not an integer (64 or 250 of 1000), every
+    step is rounded.
 
     Raises:
       ValueError: unless 1 <= count <= num_steps.
@@ -96,7 +101,7 @@ def strided_steps(num_steps: int, count: int) -> np.ndarray:
     return np.round(np.arange(count) * (num_steps - 1) / (count - 1)).astype(np.int64)[::-1].copy()
 
 
-# GLIDE's hand-tuned steps of its upsampler, for T = 1000.
+# GLIDE's hand-tuned steps for its upsampler, T = 1000.
 NAMED_STEPS = {
     "fast27": (
         *(0, 22, 44, 66, 88, 111, 133, 155, 177, 199),
@@ -107,15 +112,16 @@ NAMED_STEPS = {
 
 
 def segment_steps(num_steps: int, counts: Sequence[int]) -> np.ndarray:
-    """Cuts [0, T) into len(counts) parts, the clean end first, and spreads counts[i] steps evenly over part i (Nichol and Dhariwal 2021).
+    """Cuts [0, T) into len(counts) segments and spreads counts[i] steps evenly over segment i.
 
-    The parts have T // n steps, the first T % n of them one more; within a part both ends are taken (one step: its start).
+    The segments start at the clean end (Nichol and Dhariwal 2021). They have T // n steps each, and the first
+    T % n of them have one more. Both ends of a segment are taken, or its start where the count is 1.
 
     Returns:
       Descending int64 (sum(counts),).
 
     Raises:
-      ValueError: when a part has fewer steps than asked for, or a count is below 1.
+      ValueError: when a segment has fewer steps than its count, or a count is below 1.
     """
     n, steps, start = len(counts), [], 0
     for i, count in enumerate(counts):
@@ -128,10 +134,13 @@ def segment_steps(num_steps: int, counts: Sequence[int]) -> np.ndarray:
 
 
 def integer_stride_steps(num_steps: int, count: int) -> np.ndarray:
-    """The `count` steps 0, k, 2k, ... below T for the integer stride k that gives exactly that many (Song et al. 2021); descending.
+    """The steps 0, k, 2k, ... below T for the integer stride k that gives exactly `count` of them;
+    descending.
+
+    This is DDIM's choice (Song et al. 2021).
 
     Raises:
-      ValueError: when no integer stride does.
+      ValueError: when no integer stride gives `count` steps.
     """
     for stride in range(1, num_steps + 1):
         if len(range(0, num_steps, stride)) == count:
@@ -146,11 +155,15 @@ def time_steps(num_steps: int, steps: int | str | Sequence[int]) -> np.ndarray:
 
     Args:
       num_steps: T.
-      steps: a number: that many, evenly spread (`strided_steps`); "ddim25": so many at an integer stride; "10,10,3,2,2": segments
-        (`segment_steps`); "fast27": a list known by name (`NAMED_STEPS`, T = 1000); a sequence: these time steps.
+      steps: one of
+        a number: that many steps, evenly spread (`strided_steps`);
+        "ddim25": 25 steps at an integer stride (`integer_stride_steps`);
+        "10,10,3,2,2": segments (`segment_steps`);
+        "fast27": a named list (`NAMED_STEPS`, T = 1000);
+        a sequence: the time steps themselves.
 
     Raises:
-      ValueError: on a number out of range, an unknown name, or time steps outside [0, T) or given twice.
+      ValueError: on a number out of range, an unknown name, or listed time steps outside [0, T) or repeated.
     """
     if isinstance(steps, str):
         if steps in NAMED_STEPS:
@@ -165,7 +178,8 @@ def time_steps(num_steps: int, steps: int | str | Sequence[int]) -> np.ndarray:
                 segment_steps(num_steps, counts) if len(counts) > 1 else strided_steps(num_steps, counts[0])
             )
         raise InputError(
-            f"sampling steps {steps!r}: give a number, segments such as 10,10,3,2,2, ddim25, or {', '.join(NAMED_STEPS)}"
+            f"sampling steps {steps!r}: give a number, segments such as 10,10,3,2,2, ddim25, "
+            f"or {', '.join(NAMED_STEPS)}"
         )
     if isinstance(steps, Sequence):
         listed = np.unique(np.asarray(steps, np.int64))[::-1].copy() if len(steps) else np.zeros(0, np.int64)

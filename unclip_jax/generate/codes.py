@@ -1,4 +1,4 @@
-"""The autoregressive prior: codes of an image embedding, one after the other (unCLIP section 2.2)."""
+"""The autoregressive prior: draws the codes of an image embedding one by one (unCLIP section 2.2)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CODES = 1  # the codes; folded again with each code's number
 def sample_codes(
     prior: Network, codec: Codec, texts: Texts, rng: jax.Array, options: CodeSamplingOptions
 ) -> jax.Array:
-    """Draws codes with cached keys and values, and returns the embeddings they stand for.
+    """Draws codes with cached keys and values, and returns the embeddings that they encode.
 
-    Guidance runs both halves in one batch and mixes their logits.
+    Guidance runs both halves in one batch and combines their logits.
 
     Args:
       prior: of kind `prior_ar`.
-      codec: what the codes mean.
+      codec: turns codes into embeddings.
       texts: the captions and the empty caption.
       rng: one key, or (B,) keys.
       options: temperature, top_k, guidance.
@@ -36,7 +36,7 @@ def sample_codes(
       (B, D) float32 raw image embeddings.
     """
     model, rows, guided = prior.module, texts.rows, is_guided(options)
-    both = texts.both() if guided else texts.captions
+    text = texts.both() if guided else texts.captions
     keys = rng if rng.ndim else jax.random.split(rng, rows)
     lowest = int(np.floor(options.dot_quantile * model.dot_bins))
     dot = jax.vmap(lambda key: jax.random.randint(key, (), lowest, model.dot_bins))(fold_in(keys, DOT))
@@ -53,7 +53,7 @@ def sample_codes(
         )
         return draw.astype(jnp.int32)
 
-    inputs = text_inputs(model, both)
+    inputs = text_inputs(model, text)
     z_text = inputs.pop("text_embed")
     states, mask = prior.apply(**inputs, method="encode_text")
     dots = twice(dot, guided)

@@ -1,7 +1,7 @@
-"""Images from embeddings and captions: drawn, inverted, or filled in, with the decoder (unCLIP sections 2.1 and 3).
+"""Sampling, inversion and inpainting with the decoder (unCLIP sections 2.1 and 3).
 
-Guidance runs the conditional and the unconditional half as one batch of 2B rows. The unconditional half has the empty caption and the
-learned null embedding.
+Guidance runs the conditional and the unconditional half as one batch of 2B rows. The unconditional half has
+the empty caption and the learned null embedding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from unclip_jax.generate.text import Texts, text_inputs, twice
 
 
 class Known(NamedTuple):
-    """The part of images that inpainting keeps: image (B, H, W, 3) in [-1, 1]; mask (B, H, W, 1) bool, True where it is kept."""
+    """The part of images that inpainting keeps.
+
+    image: (B, H, W, 3) in [-1, 1]. mask: (B, H, W, 1) bool, True where the image is kept.
+    """
 
     image: jax.Array
     mask: jax.Array
@@ -40,22 +43,22 @@ def decoder_denoiser(
 
     Args:
       decoder: of kind `decoder`.
-      z_image: (B, D) raw image embeddings; None: the learned null embedding.
+      z_image: (B, D) raw image embeddings; None for the learned null embedding.
       texts: the captions and the empty caption.
       options: guidance and clipping.
-      known: for a decoder that inpaints. The denoiser returns exactly what is known where it is known.
+      known: for a decoder that inpaints. The denoiser's x0 equals the known image where it is known.
     """
     rows, guided = texts.rows, is_guided(options)
-    both = texts.both() if guided else texts.captions
-    z = jnp.zeros_like(both.embed) if z_image is None else twice(z_image, guided)
+    text = texts.both() if guided else texts.captions
+    z = jnp.zeros_like(text.embed) if z_image is None else twice(z_image, guided)
     drop = jnp.full(z.shape[0], True) if z_image is None else jnp.arange(z.shape[0]) >= rows
-    inputs = {"image_embed": z, "drop_image": drop, **text_inputs(decoder.module, both)}
+    inputs = {"image_embed": z, "drop_image": drop, **text_inputs(decoder.module, text)}
     if known is not None:
         image, mask = twice(known, guided)
         inputs |= {"known_image": image, "known": mask}
     size = image_size(decoder.config)
     noiseless = jnp.zeros((z.shape[0], size, size, 3)), jnp.zeros(z.shape[0])
-    # Only the collection is used, so XLA removes the U-Net of this call.
+    # This call's only used result is the collection, so XLA removes its U-Net.
     _, fixed = decoder.module.apply({"params": decoder.params}, *noiseless, **inputs, mutable=["fixed"])
 
     def network(x, t):
@@ -84,22 +87,24 @@ def sample_decoder(
     x_T: jax.Array | None = None,
     known: Known | None = None,
 ) -> jax.Array:
-    """Draws images for embeddings (unCLIP section 2.1), or their unknown part with a decoder trained to inpaint.
+    """Draws images for embeddings (unCLIP section 2.1). A decoder trained to inpaint draws their unknown
+    part.
 
     Args:
       decoder: of kind `decoder`.
-      z_image: (B, D) raw image embeddings; None: the null embedding, so that the caption alone says what to draw.
-      texts: the captions and the empty caption.
+      z_image: (B, D) raw image embeddings; None for the null embedding: the caption is then the only
+      condition. texts: the captions and the empty caption.
       rng: one key, or (B,) keys, one per row.
       options: steps, guidance, clipping, sampler.
       x_T: (B, H, W, 3) the noise to start from; drawn when None.
-      known: what is kept, for a decoder that inpaints.
+      known: the part to keep, for a decoder that inpaints.
 
     Returns:
-      (B, H, W, 3) float32 in [-1, 1], H = W = the decoder's image size; equal to the known image where it is known.
+      (B, H, W, 3) float32 in [-1, 1], H = W = the decoder's image size; equal to the known image where it is
+      known.
 
     Raises:
-      ValueError: when a decoder that inpaints is not told what is known, or another one is.
+      ValueError: when a decoder that inpaints gets no `known`, or a decoder that does not inpaint gets one.
     """
     if decoder.module.inpaint != (known is not None):
         raise InputError(
@@ -118,8 +123,8 @@ def invert_decoder(
 
     Args:
       image: (B, H, W, 3) in [-1, 1], of the decoder's size.
-      z_image: (B, D) its raw embedding.
-      texts, options: as in `sample_decoder`; x0 is never clipped here, so `options.clip` must be None.
+      z_image: (B, D) the images' raw embeddings.
+      texts, options: as in `sample_decoder`. Inversion never clips x0, so `options.clip` must be None.
 
     Returns:
       (B, H, W, 3) float32.
@@ -144,10 +149,11 @@ def inpaint_decoder(
     options: SamplingOptions,
     resamples: int,
 ) -> jax.Array:
-    """Draws the unknown part of images with any decoder, without training for it (`samplers.repaint`).
+    """Draws the unknown part of images with any decoder, also one not trained to inpaint
+    (`samplers.repaint`).
 
     Args:
-      known: images of the decoder's size, and what of them is kept.
+      known: images of the decoder's size, and the mask of the part to keep.
       z_image, texts, rng: as in `sample_decoder`.
       options: steps, guidance and clip; the sampler is ancestral with the posterior's variance.
       resamples: passes per step, at least 1.

@@ -1,4 +1,4 @@
-"""One diffusion stage as a denoiser and a sampler: its schedule, time steps and options, looked up once."""
+"""One diffusion stage as a denoiser and a sampler, with its schedule, time steps and options."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from unclip_jax.generate.options import SamplingOptions
 
 # Folds of a stage's random key.
 NOISE = 0  # the noise that sampling starts from
-STEPS = 1  # what the sampler draws at its steps
+STEPS = 1  # the noise that the sampler adds at its steps
 
 
 @dataclass(frozen=True)
 class DiffusionSampler:
-    """How a part is sampled with some options.
+    """How a part is sampled with given options.
 
-    config: the part's. schedule: its noise schedule. steps: the time steps, falling. options: guidance, clipping, the sampler.
+    config: the part's configuration. schedule: its noise schedule. steps: the time steps, descending.
+    options: guidance, clipping, the sampler.
     """
 
     config: dict
@@ -33,7 +34,10 @@ class DiffusionSampler:
     options: SamplingOptions
 
     def denoiser(self, network: Callable[[jax.Array, jax.Array], jax.Array], guided: bool) -> Denoise:
-        """`network` (x_t, t) -> output, as a denoiser; guided, it is called with 2 B rows, the conditional half first."""
+        """Turns `network` (x_t, t) -> output into a denoiser.
+
+        Where `guided`, the denoiser calls it with 2 B rows, the conditional half first.
+        """
         return make_denoiser(
             network,
             self.schedule,
@@ -44,7 +48,7 @@ class DiffusionSampler:
         )
 
     def run(self, denoise: Denoise, x: jax.Array, rng: jax.Array) -> jax.Array:
-        """From noise x (B, ...) to a sample; `rng` is the stage's key, or (B,) keys."""
+        """Noise x (B, ...) -> samples (B, ...). `rng` is the stage's key, or (B,) keys."""
         settings = {}
         if self.options.sampler == "ddpm":
             settings = {"variance": self.options.variance, "x0_error": self.config.get("x0_error")}

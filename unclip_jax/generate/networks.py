@@ -1,4 +1,4 @@
-"""Networks with their weights, and how a part's configuration becomes a module."""
+"""Networks with their weights, and the modules that parts' configurations describe."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ MODELS = {
 class Network:
     """A network with its weights.
 
-    module: the linen module, None where the weights are all there is (a codec, an embedded caption).
+    module: the linen module; None for a part that has weights only (a codec, an embedded caption).
     params: its parameters: arrays, or tracers inside a program.
     config: the part's configuration: kind, model, diffusion, ...
-    hash: of the weights (`checkpoint.store.params_hash`), "" where nothing needs it.
+    hash: the hash of the weights (`checkpoint.store.params_hash`), or "" where it is not needed.
     """
 
     module: nn.Module | None
@@ -46,7 +46,7 @@ class Network:
     hash: str = ""
 
     def apply(self, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
-        """The module applied with these weights."""
+        """Applies the module with these weights."""
         return self.module.apply({"params": self.params}, *args, method=method, **kwargs)
 
     def with_params(self, params: Any) -> Network:
@@ -55,7 +55,12 @@ class Network:
 
 
 def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> nn.Module:
-    """The linen module that a part's configuration describes. `hooks`: remat, scan, gather, and winograd of the U-Nets.
+    """The linen module that a part's configuration describes.
+
+    Args:
+      part_config: the configuration (`kind`, `model`).
+      dtype: compute dtype.
+      hooks: the attributes remat, scan, gather, and winograd (U-Nets only).
 
     Raises:
       ValueError: on an unknown kind, or an unknown model option.
@@ -68,7 +73,10 @@ def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> 
 
 
 def sampling_model(part_config: dict, mesh: Mesh) -> nn.Module:
-    """The module that samples a part on a mesh, in the mesh's compute dtype. On CPU the U-Nets convolve with fewer products."""
+    """The module that samples a part on a mesh, in the mesh's compute dtype.
+
+    On CPU the U-Nets use convolutions with fewer products (`models.winograd`).
+    """
     on_cpu = mesh.devices.flat[0].platform == "cpu" and part_config["kind"] in ("decoder", "upsampler")
     hooks = {"winograd": True} if on_cpu else {}
     return build_model(part_config, compute_dtype("auto", mesh), gather=make_gather(mesh), **hooks)
@@ -85,7 +93,7 @@ def part_schedule(part_config: dict) -> Schedule:
 
 
 def part_space(part_config: dict) -> EmbeddingSpace:
-    """The embedding space that a prior works in."""
+    """The embedding space in which a prior diffuses."""
     space = dict(part_config["embedding_space"])
     for key in ("mean", "std"):
         if space.get(key) is not None:

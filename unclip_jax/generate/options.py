@@ -1,4 +1,4 @@
-"""How a stage is sampled: typed options, read from a part's settings and checked before anything is compiled."""
+"""Sampling options of a stage: typed, read from a part's settings, and checked before compilation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ from unclip_jax.generate.networks import part_schedule
 class SamplingOptions:
     """How a diffusion stage is sampled.
 
-    steps: what `schedule.time_steps` takes: a number, "10,10,3,2,2", "fast27", or a tuple of time steps.
-    sampler: one of `SAMPLERS`. eta: DDIM's. variance: DDPM's (`small`, `large`, `learned`, `analytic`).
-    guidance_scale: 1 is the conditional model. guidance_schedule, guidance_interval, guidance_rescale: see `guidance.Guidance`.
-    clip: bound on |x0| in the stage's own units, None for none. threshold: percentile of dynamic thresholding, None for plain
-    clipping. candidates: samples that a prior draws per caption; it keeps the one with the largest z_i.z_t (the paper: 2).
+    steps: an argument of `schedule.time_steps`: a number, "10,10,3,2,2", "fast27", or a tuple of time steps.
+    sampler: one of `SAMPLERS`.
+    eta: DDIM's.
+    variance: DDPM's (`small`, `large`, `learned`, `analytic`).
+    guidance_scale: 1 is the conditional model.
+    guidance_schedule, guidance_interval, guidance_rescale: see `guidance.Guidance`.
+    clip: bound on |x0| in the stage's own units; None for no bound.
+    threshold: percentile of dynamic thresholding; None for plain clipping.
+    candidates: samples that a prior draws per caption. It keeps the one with the largest z_i.z_t (the paper:
+    2).
     """
 
     steps: int | str | tuple[int, ...]
@@ -39,7 +44,7 @@ class SamplingOptions:
 
     @property
     def guidance(self) -> Guidance:
-        """What the guidance options say."""
+        """The guidance that these options describe."""
         return Guidance(
             self.guidance_scale, self.guidance_schedule, self.guidance_interval, self.guidance_rescale
         )
@@ -49,9 +54,13 @@ class SamplingOptions:
 class CodeSamplingOptions:
     """How the autoregressive prior is sampled.
 
-    guidance_scale: 1 is the conditional model. temperature: divides the logits; 0 takes the likeliest code. top_k: draws among the
-    k likeliest codes, None among all. dot_quantile: the dot-product token is drawn from the bins above this quantile of its
-    distribution over the training data (the paper: 0.5). candidates: as in `SamplingOptions`.
+    guidance_scale: 1 is the conditional model.
+    temperature: divides the logits; 0 takes the most probable code.
+    top_k: draws from the k most probable codes; None draws from all.
+    dot_quantile: the dot-product token is drawn from the bins above this quantile of its distribution over
+    the
+      training data (the paper: 0.5).
+    candidates: as in `SamplingOptions`.
     """
 
     guidance_scale: float = 1.0
@@ -73,7 +82,7 @@ OPTIONS = {
 
 
 def options_from(settings: dict, kind: str = "decoder", **overrides: Any) -> Options:
-    """Options of a stage's `sampling` settings, with overrides. `kind` is the part's.
+    """The options in a stage's `sampling` settings, with overrides. `kind` is the part's kind.
 
     Raises:
       ValueError: on an unknown setting.
@@ -88,7 +97,7 @@ def options_from(settings: dict, kind: str = "decoder", **overrides: Any) -> Opt
 
 
 def check_options(options: Options, part_config: dict) -> None:
-    """Raises ValueError where an option is out of range for the part, before anything is compiled."""
+    """Raises ValueError where an option is out of range for the part. Call it before compilation."""
     if not np.isfinite(options.guidance_scale):
         raise InputError(f"the guidance scale must be a finite number, got {options.guidance_scale}")
     if not 1 <= options.candidates:
@@ -119,5 +128,9 @@ def _check_code_options(options: CodeSamplingOptions, buckets: int) -> None:
 
 
 def is_guided(options: Options) -> bool:
-    """Whether guidance costs its second half: not at the Python number 1, where it is the conditional model. A traced scale does."""
+    """Whether sampling has to run the unconditional half.
+
+    It does not where the scale is the Python number 1: guidance is then the conditional model. It does where
+    the scale is traced.
+    """
     return not (isinstance(options.guidance_scale, (int, float)) and options.guidance_scale == 1)

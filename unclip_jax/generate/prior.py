@@ -1,7 +1,7 @@
 """Image embeddings from captions, with either prior (unCLIP section 2.2).
 
-Guidance runs the conditional and the unconditional half as one batch of 2B rows. The unconditional half has the empty caption, whose
-start and end tokens are kept.
+Guidance runs the conditional and the unconditional half as one batch of 2B rows. The unconditional half has
+the empty caption with its start and end tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sample_prior(
       (B, D) float32 raw image embeddings.
 
     Raises:
-      ValueError: when the autoregressive prior is given no codec.
+      ValueError: when the autoregressive prior gets no codec.
     """
     autoregressive = prior.config["kind"] == "prior_ar"
     if autoregressive and codec is None:
@@ -54,12 +54,13 @@ def sample_prior(
 
 
 def _sample_embedding(prior: Network, texts: Texts, rng: jax.Array, options: SamplingOptions) -> jax.Array:
-    # Every candidate of a caption and every row's empty caption share one prefix: a caption's keys and values are computed once.
+    # All candidates of a caption share one prefix, and so do the empty captions of all rows. The keys and
+    # values of each are computed once.
     guided, rows = is_guided(options), texts.rows * options.candidates
 
     def prefix(text, repeats):
-        kept = prior.apply(**text_inputs(prior.module, text), method="prefill")
-        return jax.tree.map(lambda a: jnp.repeat(a, repeats, axis=0), kept)
+        cached = prior.apply(**text_inputs(prior.module, text), method="prefill")
+        return jax.tree.map(lambda a: jnp.repeat(a, repeats, axis=0), cached)
 
     caches, allowed = prefix(texts.captions, options.candidates)
     if guided:

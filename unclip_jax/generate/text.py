@@ -1,4 +1,4 @@
-"""Captions as conditioning: what the frozen CLIP says of them, and the tokens of a stage's own text encoder."""
+"""Captions as conditioning: the frozen CLIP's features, and the tokens of a stage's own text encoder."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from unclip_jax.models.prior_diffusion import DiffusionPrior
 class TextConditioning(NamedTuple):
     """A batch of captions.
 
-    As the frozen CLIP sees them: embed (B, D) raw, states (B, L, W), mask (B, L) bool. For networks with a text encoder of their
-    own: tokens (B, L') int32 and token_mask (B, L') bool. None where there is none.
+    From the frozen CLIP: embed (B, D) raw, states (B, L, W), mask (B, L) bool. For networks with their own
+    text encoder: tokens (B, L') int32 and token_mask (B, L') bool. Absent arrays are None.
     """
 
     embed: jax.Array
@@ -47,7 +47,10 @@ class Texts(NamedTuple):
 
 
 def encode_text(clip: Network, batch: Mapping[str, jax.Array]) -> TextConditioning:
-    """What the frozen CLIP's text tower says of a batch's `clip_tokens` and `clip_token_mask`. `tokens` and `token_mask` pass through."""
+    """Encodes a batch's `clip_tokens` and `clip_token_mask` with the frozen CLIP's text tower.
+
+    `tokens` and `token_mask` are passed through.
+    """
     features = clip.apply(batch["clip_tokens"], method="encode_text")
     return TextConditioning(
         features.embed,
@@ -59,7 +62,7 @@ def encode_text(clip: Network, batch: Mapping[str, jax.Array]) -> TextConditioni
 
 
 def text_inputs(model: DiffusionPrior | ARPrior | Decoder, text: TextConditioning) -> dict[str, Any]:
-    """Captions as the arguments of a network: its own tokens if it has a text encoder, CLIP's states if not; z_t in both cases."""
+    """Captions as the arguments of a network: z_t, and tokens if it has its own text encoder, else CLIP's states."""
     if model.text is None:
         return {"text_embed": text.embed, "text_states": text.states, "text_mask": text.mask}
     return {"text_embed": text.embed, "tokens": text.tokens, "token_mask": text.token_mask}
@@ -75,5 +78,5 @@ def select_text(keep: jax.Array, text: TextConditioning, empty: TextConditioning
 
 
 def twice(tree: Any, guided: bool) -> Any:
-    """The rows of every array for both halves of guidance, in one batch; the tree itself where there is no guidance."""
+    """Repeats the rows of every array for the two halves of guidance. Without guidance, returns the tree itself."""
     return jax.tree.map(lambda a: jnp.concatenate([a, a]), tree) if guided else tree

@@ -25,7 +25,7 @@ def sample_upsampler(
       low_res: (B, h, w, 3) in [-1, 1].
       rng: one key, or (B,) keys.
       options: steps, sampler, clipping.
-      last_step: the network that makes the last step, where there is another one for it (Karlo).
+      last_step: the network that makes the last step, where a separate one does (Karlo).
 
     Returns:
       (B, H, W, 3) float32 in [-1, 1].

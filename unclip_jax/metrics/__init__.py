@@ -1,1 +1,1 @@
-"""Figures of merit: arrays in, numbers out."""
+"""Evaluation metrics: functions from arrays to numbers."""

@@ -1,7 +1,8 @@
-"""The linear probe: how much of a class a linear classifier reads out of frozen features (CLIP section 3.2, appendix A.3).
+"""The linear probe: the accuracy of a linear classifier on frozen features (CLIP section 3.2, appendix A.3).
 
-Logistic regression by L-BFGS, no augmentation, at most 1,000 iterations; its L2 strength is chosen on held-out training rows: first over
-powers of 10, then in ever smaller steps around the best.
+It is a logistic regression, fitted by L-BFGS without augmentation in at most 1,000 iterations. Held-out
+training rows choose its L2 strength: first among powers of 10, then in ever smaller steps around the best
+value.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from unclip_jax.errors import InputError, MissingPackageError
 
 MAX_ITERATIONS = 1000
 COARSE = tuple(10.0**power for power in (-6, -4, -2, 0, 2, 4, 6))  # of C, the inverse of the strength
-REFINEMENTS = (1.0, 0.5, 0.25)  # steps in decades around the best so far
-_SMALL = 10**7  # numbers in a matrix, below which threads only wait for one another
+REFINEMENTS = (1.0, 0.5, 0.25)  # steps in decades around the best value so far
+_SMALL = 10**7  # entries of a matrix; below, one thread is faster than several
 
 
 class Probe(NamedTuple):
-    """accuracy on the test rows, C chosen, and the accuracy on the held-out training rows that chose it."""
+    """accuracy: on the test rows. c: the chosen C. validation_accuracy: on the held-out training rows, with c."""
 
     accuracy: float
     c: float
@@ -36,13 +37,13 @@ def linear_probe(
     held_out: float = 0.2,
     seed: int = 0,
 ) -> Probe:
-    """Fits on the training features, chooses C on a part of them, fits again on all, and tests.
+    """Chooses C on a held-out part of the training features, fits on all of them, and tests.
 
     Args:
       train: (N, F) features; train_labels: (N,) int.
       test: (M, F); test_labels: (M,) int.
-      held_out: fraction of the training rows, of each class, that choose C.
-      seed: of that split.
+      held_out: fraction of each class's training rows that is held out to choose C.
+      seed: seed of that split.
 
     Returns:
       The accuracies and C.
@@ -64,12 +65,13 @@ def linear_probe(
     _, counts = np.unique(train_labels, return_counts=True)
     if len(counts) < 2 or min(counts) < 2:
         raise InputError(
-            f"a probe needs two classes with two training rows each, got {len(counts)}, one with {min(counts, default=0)}"
+            "a probe needs two classes with two training rows each, "
+            f"got {len(counts)}, one with {min(counts, default=0)}"
         )
 
     def fit(features, labels, c):
         with threadpool_limits(1 if features.size < _SMALL else None), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the method stops there
+            warnings.simplefilter("ignore", ConvergenceWarning)  # reaching MAX_ITERATIONS is intended
             return LogisticRegression(C=c, solver="lbfgs", max_iter=MAX_ITERATIONS).fit(features, labels)
 
     test_size = max(int(round(held_out * len(train))), len(counts))

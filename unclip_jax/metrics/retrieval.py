@@ -1,4 +1,7 @@
-"""Retrieval and cosine figures on CLIP embeddings, in NumPy. Every embedding array is (N, D) and is normalised here."""
+"""Retrieval and cosine metrics on CLIP embeddings, in NumPy.
+
+Every embedding array is (N, D). The functions normalise it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import numpy as np
 
 from unclip_jax.errors import InputError
 
-TIE = 1e-12  # two cosines nearer than this are equal but for rounding
-_ROWS = 1024  # captions compared at once
+TIE = 1e-12  # cosines that differ by less are equal up to rounding
+_ROWS = 1024  # captions per block of the similarity matrix
 
 
 def unit(z: np.ndarray) -> np.ndarray:
@@ -19,10 +22,11 @@ def unit(z: np.ndarray) -> np.ndarray:
 
 
 def retrieval_at_1(queries: np.ndarray, candidates: np.ndarray, group: int = 100) -> float:
-    """Fraction of queries whose own candidate (same row) is nearest by cosine among the `group` candidates of its group.
+    """Fraction of queries whose true candidate (same row) is nearest by cosine among the candidates of its
+    group.
 
-    Rows are taken in consecutive groups; a last group that is not full is left out, so that chance is exactly 1 / group. A tie counts
-    as a miss.
+    Groups are `group` consecutive rows. An incomplete last group is left out, so that chance is exactly 1 /
+    group. A tie counts as a miss.
 
     Args:
       queries, candidates: (N, D).
@@ -37,18 +41,20 @@ def retrieval_at_1(queries: np.ndarray, candidates: np.ndarray, group: int = 100
     q = unit(queries[:n]).reshape(-1, group, queries.shape[-1])
     c = unit(candidates[:n]).reshape(-1, group, candidates.shape[-1])
     similarity = np.einsum("gid,gjd->gij", q, c)
-    own = np.einsum("gii->gi", similarity).copy()
+    true_similarity = np.einsum("gii->gi", similarity).copy()
     np.einsum("gii->gi", similarity)[...] = -np.inf
-    return float(np.mean(own > similarity.max(axis=-1)))
+    return float(np.mean(true_similarity > similarity.max(axis=-1)))
 
 
 def recall_at_k(
     image: np.ndarray, text: np.ndarray, owner: np.ndarray, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, dict[int, float]]:
-    """Recall at k both ways over the whole set, as for COCO and Flickr30k (CLIP section 3.1.5 and appendix E.1).
+    """Recall at k in both directions over the whole set, as for COCO and Flickr30k (CLIP section 3.1.5,
+    appendix E.1).
 
-    Image to text: the fraction of images with one of their own captions among the k nearest of all captions. Text to image: the fraction of
-    captions whose image is among the k nearest of all images. A tie with a foreign row counts against it.
+    Image to text: the fraction of images with one of their own captions among the k nearest of all captions.
+    Text to image: the fraction of captions whose image is among the k nearest of all images. A tie with a row
+    of another image counts as a miss.
 
     Args:
       image: (N, D); text: (M, D).
@@ -59,7 +65,7 @@ def recall_at_k(
       {"image_to_text": {k: recall}, "text_to_image": {k: recall}}.
 
     Raises:
-      ValueError: when owner is of another length or range, an image has no caption, or a k is below 1.
+      ValueError: when owner has the wrong length or range, an image has no caption, or a k is below 1.
     """
     n, owner = len(image), np.asarray(owner)
     if owner.shape != (len(text),) or owner.min(initial=0) < 0 or owner.max(initial=0) >= n:
@@ -69,22 +75,20 @@ def recall_at_k(
     if min(ks) < 1:
         raise InputError(f"k must be at least 1, got {min(ks)}")
     images, texts = unit(image), unit(text)
-    forward, backward = (
-        np.empty(n, int),
-        np.empty(len(texts), int),
-    )  # how many foreign rows are at least as near as the best own one
+    # Per query: how many rows of other images are at least as near as the best true one.
+    forward, backward = np.empty(n, int), np.empty(len(texts), int)
     for first in range(0, len(texts), _ROWS):
         rows = slice(first, first + _ROWS)
         similarity = texts[rows] @ images.T
-        own = similarity[np.arange(len(similarity)), owner[rows]]
-        backward[rows] = np.sum(similarity >= own[:, None] - TIE, axis=1) - 1
+        true_similarity = similarity[np.arange(len(similarity)), owner[rows]]
+        backward[rows] = np.sum(similarity >= true_similarity[:, None] - TIE, axis=1) - 1
     order = np.argsort(owner, kind="stable")
     starts = np.searchsorted(owner[order], np.arange(n + 1))
     for i in range(n):
         similarity = texts @ images[i]
-        mine = order[starts[i] : starts[i + 1]]
-        best = similarity[mine].max() - TIE
-        forward[i] = np.sum(similarity >= best) - np.sum(similarity[mine] >= best)
+        captions = order[starts[i] : starts[i + 1]]  # of image i
+        best = similarity[captions].max() - TIE
+        forward[i] = np.sum(similarity >= best) - np.sum(similarity[captions] >= best)
     return {
         "image_to_text": {k: float(np.mean(forward < k)) for k in ks},
         "text_to_image": {k: float(np.mean(backward < k)) for k in ks},

@@ -1,7 +1,7 @@
 """Zero-shot classification with CLIP (Radford et al. 2021, section 3.1): the nearest class name wins.
 
-A class is the mean of its prompts' unit embeddings, made a unit vector again: the ensemble is formed in embedding space (section 3.1.4),
-so that 80 prompts cost no more than one when images are classified.
+The embedding of a class is the normalised mean of its prompts' unit embeddings. As this ensemble is formed in
+embedding space (section 3.1.4), classifying an image costs the same with 80 prompts as with one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unclip_jax.errors import InputError
 from unclip_jax.metrics.retrieval import TIE, unit
 from unclip_jax.paths import user_path
 
-# name -> prompts with {} for the class; `imagenet` names the 80 that OpenAI published.
+# Name -> prompts with {} for the class. The name `imagenet` stands for the 80 prompts that OpenAI published.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
     "photo": ("a photo of a {}.",),
@@ -31,17 +31,18 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 def templates_of(name: str) -> tuple[str, ...]:
-    """Prompt templates by name, or from a text file with one a line.
+    """Prompt templates by name, or from a text file with one template per line.
 
     Raises:
-      ValueError: on an unknown name, or templates without the place for the class.
+      ValueError: on an unknown name, no template, or a template without exactly one {}.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
     path = IMAGENET_TEMPLATES_FILE if name == "imagenet" else user_path(name)
     if not path.is_file():
         raise InputError(
-            f"unknown templates {name!r}; choose one of {', '.join(TEMPLATES)}, imagenet, or a file with one template a line"
+            f"unknown templates {name!r}; choose one of {', '.join(TEMPLATES)}, imagenet, "
+            "or a file with one template a line"
         )
     templates = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     bad = [t for t in templates if t.count("{}") != 1]
@@ -55,7 +56,7 @@ def templates_of(name: str) -> tuple[str, ...]:
 def class_embeddings(
     embed: Callable[[Sequence[str]], np.ndarray], classes: Sequence[str], templates: Sequence[str]
 ) -> np.ndarray:
-    """Classes as unit vectors.
+    """Embeds classes as unit vectors.
 
     Args:
       embed: captions -> embeddings (N, D).
@@ -73,10 +74,19 @@ def class_embeddings(
 def top_k_accuracy(
     z_image: np.ndarray, classes: np.ndarray, labels: np.ndarray, ks: Sequence[int] = (1, 5)
 ) -> dict[int, float]:
-    """Fraction of images (N, D) whose class, labels (N,) int, is among the k nearest of classes (K, D). Ties count against it.
+    """Fraction of images whose class is among the k nearest. A tie counts as a miss.
+
+    Args:
+      z_image: (N, D) image embeddings.
+      classes: (K, D) class embeddings.
+      labels: (N,) int in [0, K), the class of each image.
+      ks: the numbers of nearest classes, each at least 1 and below K.
+
+    Returns:
+      {k: fraction}.
 
     Raises:
-      ValueError: when there are no images, labels are out of range, or k is not below the number of classes.
+      ValueError: when there are no images, labels are out of range, or a k is out of range.
     """
     labels = np.asarray(labels)
     if (
@@ -90,9 +100,10 @@ def top_k_accuracy(
         )
     if not all(1 <= k < len(classes) for k in ks):
         raise InputError(
-            f"k must be at least 1 and below the number of classes {len(classes)}, got {', '.join(map(str, ks))}"
+            f"k must be at least 1 and below the number of classes {len(classes)}, "
+            f"got {', '.join(map(str, ks))}"
         )
     similarity = unit(z_image) @ unit(classes).T
-    own = similarity[np.arange(len(labels)), labels]
-    rank = np.sum(similarity >= own[:, None] - TIE, axis=1) - 1
+    true_similarity = similarity[np.arange(len(labels)), labels]
+    rank = np.sum(similarity >= true_similarity[:, None] - TIE, axis=1) - 1
     return {k: float(np.mean(rank < k)) for k in ks}
