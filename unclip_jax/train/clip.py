@@ -25,7 +25,7 @@ from unclip_jax.train.sam import sam_gradient
 FROZEN: dict[str, str] = {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- loss
+# ---------------------------------------------------------------------------------------------- loss
 def contrastive_loss(image: jax.Array, text: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Symmetric cross entropy of unit embeddings (B, D) at logit scale (); returns the loss and the image-to-text accuracy."""
     logits = scale * jnp.einsum("id,jd->ij", image, text, precision="highest")
@@ -53,7 +53,7 @@ def loss_fn(params, rng, batch, *, frozen, model: CLIP):
     return loss_of_embeddings(params, embed_rows(params, batch, model=model))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- stage
+# ---------------------------------------------------------------------------------------------- stage
 def stage(config, mesh, frozen) -> Stage:
     """The stage as its configuration describes it. With `sam.rho` the gradient is SAM's (appendix C). The loss compares all rows of a
     batch, so it cannot be accumulated over parts of it.
@@ -103,7 +103,7 @@ def stage(config, mesh, frozen) -> Stage:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------- training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
     """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
 
@@ -112,11 +112,11 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
       workdir: the run's folder; a run found there is resumed.
       init_from: a bundle or run whose weights a new run starts from.
     """
-    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    # ------------------------------------------------------------------------------------------ mesh and data
     mesh, data = make_mesh(config.mesh), open_data(config)
     clip = stage(config, mesh, {})
 
-    # ------------------------------------------------------------------------------------------------------------------ evaluators
+    # ------------------------------------------------------------------------------------------ evaluators
     encode = jax.jit(functools.partial(embed_rows, model=clip.model))
 
     def evaluate(state) -> dict[str, float]:
@@ -127,7 +127,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
             figures[f"{name}_retrieval_at_1"] = retrieval_at_1(image, text, config.eval.candidates)
         return figures
 
-    # ------------------------------------------------------------------------------------------------------------------ loop
+    # ------------------------------------------------------------------------------------------ loop
     with Run(config, workdir, clip, mesh, data, init_from) as run:
         update = run.update()
         for step, batch in run:

@@ -33,7 +33,7 @@ from unclip_jax.sharding import make_mesh
 FROZEN = {"clip": "clip"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- fit
+# ---------------------------------------------------------------------------------------------- fit
 def principal_components(
     count: int, total: np.ndarray, outer: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -58,7 +58,7 @@ def explained(eigenvalues: np.ndarray, dims: int) -> float:
     return float(np.sum(eigenvalues[:dims]) / max(np.sum(eigenvalues), 1e-30))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- stage
+# ---------------------------------------------------------------------------------------------- stage
 def stage(config, mesh, frozen) -> Stage:
     """The stage as its configuration describes it, on the CLIP under it. It is fitted, not trained: it has no players.
 
@@ -90,7 +90,7 @@ def stage(config, mesh, frozen) -> Stage:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------- training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
     """Fits the codec and writes it as the run's only checkpoint; a finished run is left alone. Returns its figures.
 
@@ -104,7 +104,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """
     if init_from is not None:
         raise InputError("the codec is fitted on embeddings and starts from nothing: leave out --init-from")
-    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    # ------------------------------------------------------------------------------------------ mesh and data
     mesh, data = make_mesh(config.mesh), open_data(config)
     networks = load_frozen(config, workdir, mesh, FROZEN, None)
     clip = networks["clip"]
@@ -113,7 +113,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     dim, rows = codec_stage.part["embed_dim"], config.steps * config.batch_size
     params = arrays(networks)["clip"]
 
-    # ------------------------------------------------------------------------------------------------------------------ passes
+    # ------------------------------------------------------------------------------------------ passes
     @jax.jit
     def sums(params, batch):
         z = images_of(clip, mesh, params, batch).astype(jnp.float32)

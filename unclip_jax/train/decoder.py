@@ -49,7 +49,7 @@ from unclip_jax.train.figures import held_out_loss, sample_grid
 FROZEN = {"clip": "clip"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- example
+# ---------------------------------------------------------------------------------------------- example
 def make_example(
     record,
     rng,
@@ -93,7 +93,7 @@ def load_widened(path, name) -> tuple[Part, dict]:
     ), meta
 
 
-# ---------------------------------------------------------------------------------------------------------------------- loss
+# ---------------------------------------------------------------------------------------------- loss
 def loss_fn(
     params,
     rng,
@@ -131,7 +131,7 @@ def loss_fn(
     return hybrid_loss(out, v_frac, x0, eps, x_t, t, tables, diffusion)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- stage
+# ---------------------------------------------------------------------------------------------- stage
 def stage(config, mesh, frozen) -> Stage:
     """The stage as its configuration describes it, on the networks under it.
 
@@ -176,7 +176,7 @@ def stage(config, mesh, frozen) -> Stage:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------- training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
     """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
 
@@ -185,13 +185,13 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
       workdir: the run's folder; a run found there is resumed.
       init_from: a bundle or run whose weights a new run starts from.
     """
-    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    # ------------------------------------------------------------------------------------------ mesh and data
     mesh, data = make_mesh(config.mesh), open_data(config)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     frozen = arrays(networks)
     decoder = stage(config, mesh, networks)
 
-    # ------------------------------------------------------------------------------------------------------------------ evaluators
+    # ------------------------------------------------------------------------------------------ evaluators
     options = options_from(config.sampling)
     clip, keep_states = networks["clip"], decoder.model.text is None
 
@@ -210,7 +210,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         sample_grid(run, step, lambda batch, rng: draw(run.state.ema_params, frozen, batch, rng))
         return {"eval_loss": loss_of_held_out(run.state, frozen)}
 
-    # ------------------------------------------------------------------------------------------------------------------ loop
+    # ------------------------------------------------------------------------------------------ loop
     load = load_widened if decoder.model.inpaint else load_part
     with Run(config, workdir, decoder, mesh, data, init_from, load) as run:
         update = run.update()

@@ -43,7 +43,7 @@ from unclip_jax.train.figures import prior_figures
 FROZEN = {"clip": "clip", "codec": "codec"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- fit
+# ---------------------------------------------------------------------------------------------- fit
 def dot_edges(clip, mesh, keep_states, batches, bins: int) -> np.ndarray:
     """Edges (bins - 1,) that cut z_i.z_t of training batches into equally frequent bins."""
 
@@ -57,7 +57,7 @@ def dot_edges(clip, mesh, keep_states, batches, bins: int) -> np.ndarray:
     return np.quantile(np.concatenate(rows), np.arange(1, bins) / bins)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- loss
+# ---------------------------------------------------------------------------------------------- loss
 def loss_fn(params, rng, batch, *, frozen, model, images_of, captions_of, drop_text):
     """Loss () in nats per code and metrics of a global batch; `images_of` and `captions_of` (params, batch) read it with the CLIP in
     `frozen`, which also holds the codec."""
@@ -76,7 +76,7 @@ def loss_fn(params, rng, batch, *, frozen, model, images_of, captions_of, drop_t
     return -jnp.mean(log_prob), {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == codes)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- stage
+# ---------------------------------------------------------------------------------------------- stage
 def stage(config, mesh, frozen) -> Stage:
     """The stage as its configuration describes it, on the networks under it. Its fit is the edges of the dot-product token's bins.
 
@@ -122,7 +122,7 @@ def stage(config, mesh, frozen) -> Stage:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------- training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
     """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
 
@@ -134,14 +134,14 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     Raises:
       ValueError: when the codec was fitted in another CLIP's space, or has fewer dimensions than there are codes.
     """
-    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    # ------------------------------------------------------------------------------------------ mesh and data
     mesh, data = make_mesh(config.mesh), open_data(config)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     prior = stage(config, mesh, networks)
     run = Run(config, workdir, prior, mesh, data, init_from)
     frozen = arrays(networks) | {FITTED: run.fit()}
 
-    # ------------------------------------------------------------------------------------------------------------------ evaluators
+    # ------------------------------------------------------------------------------------------ evaluators
     options = options_from(config.sampling, "prior_ar")
     clip, keep_states = networks["clip"], prior.model.text is None
 
@@ -155,7 +155,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         mean = np.asarray(networks["codec"].params.mean)
         return prior_figures(run, lambda batch, rng: predict(state.ema_params, frozen, batch, rng), mean)
 
-    # ------------------------------------------------------------------------------------------------------------------ loop
+    # ------------------------------------------------------------------------------------------ loop
     with run:
         update = run.update()
         for step, batch in run:

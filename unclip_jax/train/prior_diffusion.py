@@ -50,7 +50,7 @@ ERROR_TIMES, ERROR_BATCHES = (
 )  # time steps at which the errors for analytic variance are measured, and batches at each
 
 
-# ---------------------------------------------------------------------------------------------------------------------- fit
+# ---------------------------------------------------------------------------------------------- fit
 def embedding_statistics(clip, mesh, source, batches) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (D,) of the raw image embeddings of training batches, on the host in float64; of all embeddings where
     the source holds them."""
@@ -70,7 +70,7 @@ def error_table(errors: dict[int, float], variance: float, num_steps: int) -> li
     return [float(f"{v:.5g}") for v in np.minimum(table, variance)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- loss
+# ---------------------------------------------------------------------------------------------- loss
 def loss_fn(
     params, rng, batch, *, frozen, model, space, images_of, captions_of, tables, prediction, drop_text
 ):
@@ -89,7 +89,7 @@ def loss_fn(
     return jnp.mean(simple_loss(out, z, eps, t, tables, prediction)), {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- stage
+# ---------------------------------------------------------------------------------------------- stage
 def stage(config, mesh, frozen) -> Stage:
     """The stage as its configuration describes it, on the networks under it. Its fit is the embedding space."""
     clip, own_tokenizer = frozen["clip"], text_tokenizer(config)
@@ -155,7 +155,7 @@ def space_of(part: dict, fitted) -> EmbeddingSpace:
     return EmbeddingSpace(space["kind"], space["scale"], fitted["mean"], fitted["std"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------- training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
     """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
 
@@ -164,14 +164,14 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
       workdir: the run's folder; a run found there is resumed.
       init_from: a bundle or run whose weights a new run starts from.
     """
-    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    # ------------------------------------------------------------------------------------------ mesh and data
     mesh, data = make_mesh(config.mesh), open_data(config)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     prior = stage(config, mesh, networks)
     run = Run(config, workdir, prior, mesh, data, init_from)
     frozen = arrays(networks) | {FITTED: run.fit()}
 
-    # ------------------------------------------------------------------------------------------------------------------ evaluators
+    # ------------------------------------------------------------------------------------------ evaluators
     options = options_from(config.sampling, "prior_diffusion")
     clip, keep_states, diffusion = networks["clip"], prior.model.text is None, prior.part["diffusion"]
 
@@ -222,7 +222,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         pairs = dict(zip(times.astype(int).tolist(), errors.tolist()))
         return error_table(pairs, float(variance), diffusion["num_steps"])
 
-    # ------------------------------------------------------------------------------------------------------------------ loop
+    # ------------------------------------------------------------------------------------------ loop
     with run:
         update = run.update()
         for step, batch in run:

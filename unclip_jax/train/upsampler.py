@@ -31,7 +31,7 @@ from unclip_jax.train.figures import held_out_loss, sample_grid
 FROZEN: dict[str, str] = {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- example
+# ---------------------------------------------------------------------------------------------- example
 def make_example(
     record, rng, *, size, crop_size, factor, degradation, blur_prob, training=True
 ) -> dict[str, np.ndarray]:
@@ -54,7 +54,7 @@ def make_example(
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------- loss
+# ---------------------------------------------------------------------------------------------- loss
 def loss_fn(params, rng, batch, *, frozen, model, tables, diffusion):
     """Loss () and metrics of a global batch; nothing stands frozen under this stage."""
     del frozen
@@ -70,7 +70,7 @@ def loss_fn(params, rng, batch, *, frozen, model, tables, diffusion):
     return hybrid_loss(out, v_frac, x0, eps, x_t, t, tables, diffusion)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- stage
+# ---------------------------------------------------------------------------------------------- stage
 def stage(config, mesh, frozen) -> Stage:
     """The stage as its configuration describes it.
 
@@ -115,7 +115,7 @@ def stage(config, mesh, frozen) -> Stage:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------- training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
     """Trains (or goes on training) in `workdir` and returns the last evaluation's figures.
 
@@ -124,12 +124,12 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
       workdir: the run's folder; a run found there is resumed.
       init_from: a bundle or run whose weights a new run starts from.
     """
-    # ------------------------------------------------------------------------------------------------------------------ mesh and data
+    # ------------------------------------------------------------------------------------------ mesh and data
     mesh, data = make_mesh(config.mesh), open_data(config)
     frozen: dict = {}
     upsampler = stage(config, mesh, frozen)
 
-    # ------------------------------------------------------------------------------------------------------------------ evaluators
+    # ------------------------------------------------------------------------------------------ evaluators
     options = options_from(config.sampling)
 
     @jax.jit
@@ -144,7 +144,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         sample_grid(run, step, lambda batch, rng: draw(run.state.ema_params, batch, rng))
         return {"eval_loss": loss_of_held_out(run.state, frozen)}
 
-    # ------------------------------------------------------------------------------------------------------------------ loop
+    # ------------------------------------------------------------------------------------------ loop
     with Run(config, workdir, upsampler, mesh, data, init_from) as run:
         update = run.update()
         for step, batch in run:
