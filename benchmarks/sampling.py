@@ -44,7 +44,7 @@ SIZES = {  # of the prior, of the U-Nets, of decoder and super-resolution
 Sample = Callable[[], np.ndarray]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 def make(folder: Path, size: str, part: str) -> None:
     """Writes the peer's folder, with random weights for the part and for the text encoder, once; the other parts are configurations."""
     import diffusers
@@ -130,7 +130,7 @@ def inputs(captions: int, sides: tuple[int, int]) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------- diffusers
+# ------------------------------------------------------------------------------------------ diffusers
 def diffusers_sampler(
     folder: Path, part: str, captions: int, steps: int, sides: tuple[int, int], compiled: bool
 ) -> tuple[Sample, Sample]:
@@ -216,7 +216,7 @@ def diffusers_sampler(
     return sample, step
 
 
-# ---------------------------------------------------------------------------------------------------------------------- here
+# ------------------------------------------------------------------------------------------ here
 def our_sampler(
     folder: Path, part: str, captions: int, steps: int, sides: tuple[int, int]
 ) -> tuple[Sample, Sample]:
@@ -275,7 +275,7 @@ def our_sampler(
     return sample, lambda: np.asarray(network(params, given[part], jnp.full(captions, 500)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------ measuring
 def memory(field: str) -> float:
     """GiB of a field of this process's status (Linux); 0 where the system does not tell."""
     status = Path("/proc/self/status")

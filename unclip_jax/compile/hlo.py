@@ -132,7 +132,7 @@ class Program:
         """Bytes that a device reads from and writes to its main memory in a step."""
         return self._bytes(self._entry, set())
 
-    # ---------------------------------------------------------------------------------------------------------------- collectives
+    # -------------------------------------------------------------------------------------- collectives
     def _links(self, name: str) -> dict[tuple[str, str], tuple[int, int]]:
         # (kind, channel) -> (times, bytes of one).
         found: dict[tuple[str, str], tuple[int, int]] = {}
@@ -174,7 +174,7 @@ class Program:
                 return int(limit[1]) if limit else 1
         return 1
 
-    # --------------------------------------------------------------------------------------------------------------------- memory
+    # -------------------------------------------------------------------------------------- memory
     def _bytes(self, name: str, seen: set[str]) -> float:
         body, total = self._bodies.get(name, {}), 0.0
         for op in body.values():

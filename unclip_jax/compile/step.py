@@ -99,7 +99,7 @@ class Report:
         return self.model_flops / self.devices / self.chip.flops / self.seconds[self.limit]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- devices
+# ------------------------------------------------------------------------------------------ devices
 def topology(name: str) -> list[Any]:
     """Devices of "v5e:4x4" and the like, "2*v5e:4x4" for two slices of it, or "cpu:8"; but for the last they need not be there.
 
@@ -138,7 +138,7 @@ def topology(name: str) -> list[Any]:
         ) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the step
+# ------------------------------------------------------------------------------------------ the step
 def abstract_clip(config: Any, mesh: Mesh, dtype: str, scan: bool, embedded: bool) -> Network:
     """The frozen CLIP of a `clip` configuration, its parameters shapes on the mesh; without module and parameters where a stage reads its
     embeddings (`embedded`)."""

@@ -99,7 +99,7 @@ def _word(role: str) -> str:
     return "CLIP" if role == "clip" else role
 
 
-# ---------------------------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 def _load_clip(path: str, config: ConfigDict, mesh: Mesh) -> Network:
     # A folder of embeddings stands for the CLIP that made them, where nothing is left to embed.
     if is_embedded(path):
@@ -149,7 +149,7 @@ def check_sources(clip: Network, data: Data, pictures: bool) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the empty caption
+# ------------------------------------------------------------------------------------------ the empty caption
 def _empty_caption(
     clip: Network, data: Data, tokenizer: ClipTokenizer | None, mesh: Mesh
 ) -> TextConditioning:
@@ -180,7 +180,7 @@ def _embedded_empty(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------- in the step
+# ------------------------------------------------------------------------------------------ in the step
 def clip_tokenizer(clip: Network) -> ClipTokenizer:
     """The tokenizer of a CLIP's text tower."""
     return ClipTokenizer.from_config(clip.config["tokenizer"])

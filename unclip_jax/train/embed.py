@@ -139,7 +139,7 @@ def embed(
     return embeddings.read_json(out / "manifest.json")
 
 
-# ---------------------------------------------------------------------------------------------------------------------- one shard
+# ------------------------------------------------------------------------------------------ one shard
 def _towers(path: str, mesh: Mesh, dtype: str, batch_size: int, states: bool) -> _Towers:
     if embeddings.is_embedded(path):
         raise InputError(f"{path} holds embeddings, not the CLIP that makes them")
@@ -252,7 +252,7 @@ def _embed_shard(
     return arrays, described | {"last_bad": bad[-1] if bad else ""}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the folder
+# ------------------------------------------------------------------------------------------ the folder
 def _check_plan(out: Any, plan: dict) -> None:
     # The folder is new, or was begun with this plan; the first host writes it down.
     file = out / "plan.json"
