@@ -46,8 +46,8 @@ def measure(
       progress: called with (images done, total images) of the current split.
 
     Returns:
-      {"candidates": the group's size, "chance", "rows", "seed", and per split {figure: value}}, rounded to four
-      digits.
+      {"candidates": the group's size, "chance", "rows", "seed", and per split {figure: value}}, rounded to
+      four digits.
     """
     group = min(rows, 100)
     sampler = as_sampler(bundle)

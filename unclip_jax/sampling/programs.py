@@ -1,4 +1,5 @@
-"""`Sampler`: a bundle with its weights on a mesh and its compiled programs; and functions that all cascades use.
+"""`Sampler`: a bundle with its weights on a mesh and its compiled programs; and functions that all cascades
+use.
 
 A sampler pads each batch so that every device gets a power of two of rows, at most MAX_BATCH. A bundle
 therefore compiles a fixed, small number of programs, however many calls follow. Each batch is split over the
@@ -31,13 +32,13 @@ Progress = Callable[[int, int], None]
 class Sampler:
     """A bundle's networks on a mesh, and the programs compiled for them so far.
 
-    Make one sampler and pass it to every call, so that the programs stay compiled. The functions of `sampling`
-    also accept a plain bundle. They then make a sampler for that one call.
+    Make one sampler and pass it to every call, so that the programs stay compiled. The functions of
+    `sampling` also accept a plain bundle. They then make a sampler for that one call.
 
     Args:
       bundle: the networks.
-      mesh: the devices to sample on. None means the mesh that the bundle was loaded onto or, if there is none,
-        the mesh that `sharding.sampling_mesh` makes.
+      mesh: the devices to sample on. None means the mesh that the bundle was loaded onto or, if there is
+        none, the mesh that `sharding.sampling_mesh` makes.
 
     Raises:
       ValueError: when the bundle was loaded onto another mesh.
@@ -222,7 +223,8 @@ def with_scales(options: Mapping[str, Options], scales: Mapping[str, jax.Array])
 
 
 def row_keys(seed: jax.Array, positions: jax.Array) -> jax.Array:
-    """One random key per row, so that the sample of (seed, position) does not depend on the rest of the batch.
+    """One random key per row, so that the sample of (seed, position) does not depend on the rest of the
+    batch.
 
     Args:
       seed: () uint32.

@@ -141,9 +141,9 @@ def sample_stages(
       bundle: with the parts clip and decoder, the chosen prior's parts, and any number of upsamplers.
       captions: at least one text. The tokenizer truncates texts that are too long.
       seed: non-negative integer.
-      prior: how to get z_i. `prior_diffusion` and `prior_ar` draw it with that prior. The other two are those of
-        the paper's ablation: `none` gives the decoder the text embedding in place of z_i; `null` gives it the
-        null embedding, so that only the caption conditions it.
+      prior: how to get z_i. `prior_diffusion` and `prior_ar` draw it with that prior. The other two are those
+        of the paper's ablation: `none` gives the decoder the text embedding in place of z_i; `null` gives it
+        the null embedding, so that only the caption conditions it.
       z_image: (B, D) raw image embeddings, one per caption. If given, they replace the prior's.
       options: overrides of the bundle's sampling defaults per part.
       progress: called with (images done, total images) after each batch.
@@ -152,8 +152,8 @@ def sample_stages(
       The stages' arrays.
 
     Raises:
-      ValueError: if there are no captions, the number of embeddings differs from that of captions, the prior is
-        unknown, or an option is out of range.
+      ValueError: if there are no captions, the number of embeddings differs from that of captions, the prior
+        is unknown, or an option is out of range.
       KeyError: if the bundle lacks a part.
     """
     sampler, captions = as_sampler(bundle), list(captions)

@@ -4,8 +4,8 @@
 2. A decoder fills the unknown part of the image.
 3. The upsamplers enlarge the result, and the kept pixels of the input replace theirs in the largest image.
 
-Two methods fill the unknown part. `trained` uses the part `decoder_inpaint`, which is conditioned on the known
-pixels. `resample` works with any decoder, without training, by RePaint (`samplers.repaint`).
+Two methods fill the unknown part. `trained` uses the part `decoder_inpaint`, which is conditioned on the
+known pixels. `resample` works with any decoder, without training, by RePaint (`samplers.repaint`).
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def inpaint(
         part and take proportionally longer.
       seed: non-negative integer.
       prior: as in `text_to_image`.
-      options: overrides of the bundle's sampling defaults per part. The method `resample` ignores the decoder's
-        `sampler` and always uses ancestral sampling.
+      options: overrides of the bundle's sampling defaults per part. The method `resample` ignores the
+        decoder's `sampler` and always uses ancestral sampling.
       progress: called with (images done, total images).
 
     Returns:
@@ -65,8 +65,8 @@ def inpaint(
       image's centred square, resized to S.
 
     Raises:
-      ValueError: if the mask is not boolean or its size is not the image's, the method is unknown, or an option
-        is out of range.
+      ValueError: if the mask is not boolean or its size is not the image's, the method is unknown, or an
+        option is out of range.
       KeyError: if the bundle lacks a part.
     """
     image, mask = np.asarray(image), np.asarray(mask)

@@ -32,8 +32,8 @@ def interpolate(
       bundle: with clip and decoder.
       first, second: uint8 (H, W, 3), any sizes.
       count: number of images, including the two ends; at least 2.
-      noise: how to choose x_T. `slerp` turns it as well, so that the ends are the two images. `fixed` uses one
-        random x_T for all images (the paper's second method).
+      noise: how to choose x_T. `slerp` turns it as well, so that the ends are the two images. `fixed` uses
+        one random x_T for all images (the paper's second method).
       steps, guidance_scale: for both inversion and decoding.
       seed: random seed of the fixed noise and of the upsamplers.
       progress: called with (images done, total images).

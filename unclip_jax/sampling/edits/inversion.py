@@ -237,8 +237,8 @@ def decode(
       steps, guidance_scale, captions: as in `encode`.
       eta: noise of DDIM, in [0, 1]. 0 is deterministic; 1 lets everything vary that z_i does not hold.
       seed: random seed.
-      positions: (N,) integers; None means 0 to N - 1. Row i draws its noise for (seed, positions[i]), so rows of
-        equal positions get equal noise.
+      positions: (N,) integers; None means 0 to N - 1. Row i draws its noise for (seed, positions[i]), so rows
+        of equal positions get equal noise.
       progress: called with (images done, total images).
 
     Returns:

@@ -31,8 +31,8 @@ def text_diff(
       bundle: with clip and decoder.
       image: uint8 (H, W, 3).
       source: a caption of the image as it is; "" or "a photo" work too.
-      target: a caption of the image as it should become. Both text embeddings are scaled to unit length, as CLIP
-        compares them. The norm of z_i does not change.
+      target: a caption of the image as it should become. Both text embeddings are scaled to unit length, as
+        CLIP compares them. The norm of z_i does not change.
       count: number of images, at least 2. Their theta goes in equal steps from 0 (the image itself) to
         `max_theta`.
       max_theta: in (0, 1]; the paper uses 0.25 to 0.5.
