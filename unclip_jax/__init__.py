@@ -4,7 +4,7 @@
     bundle = unclip_jax.load_bundle("emoji")
     images = unclip_jax.text_to_image(bundle, ["a 3d emoji of a fox"], seed=0)   # uint8 (B, H, W, 3)
 
-Importing the package imports nothing heavy; each name is loaded when it is first used.
+Importing the package imports nothing heavy. Each name is loaded when it is first used.
 """
 
 import importlib

@@ -1,10 +1,10 @@
-"""Errors that unclip_jax raises on purpose, because of something that its user can mend.
+"""Errors that unclip_jax raises on purpose, because of something that its user can fix.
 
-The message of each is one line that names what is wrong and how to mend it. The `unclip` command prints that
-line and exits with status 1; it shows any other exception with its traceback, as a bug of this package. Each
-class also derives from the builtin exception that describes it, so that `except ValueError` and the like work
-in programs that call the package. Errors about files and networks are the builtin `OSError` and
-`FileNotFoundError`, which the command prints in one line as well.
+Each error has a message of one line, which names what is wrong and how to fix it. The `unclip` command prints
+that line and exits with status 1. It treats any other exception as a bug of this package and shows its
+traceback. Each class also derives from the builtin exception that describes it, so that `except ValueError`
+and the like work in programs that call the package. Errors about files and networks are the builtin `OSError`
+and `FileNotFoundError`. The command prints these in one line as well.
 
 | class                 | builtin              | raised when                                              |
 |-----------------------|----------------------|----------------------------------------------------------|
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """The base of all errors in this module; raise one of the others."""
+    """The base class of all errors in this module. Raise one of its subclasses."""
 
 
 class InputError(UserError, ValueError):
@@ -30,9 +30,9 @@ class InputError(UserError, ValueError):
 
 
 class MissingError(UserError, KeyError):
-    """Something that was asked for by name does not exist.
+    """Something that the user asked for by name does not exist.
 
-    `str(error)` is the message itself, where that of a `KeyError` is the message's repr.
+    `str(error)` is the message itself. (`str` of a plain `KeyError` gives the message's repr.)
     """
 
     def __str__(self) -> str:
@@ -52,18 +52,21 @@ class NumericalError(UserError, FloatingPointError):
 
 
 def one_line(error: BaseException, length: int = 300) -> str:
-    """An exception's message in one line of at most `length` characters, or its class's name without one."""
+    """Returns an exception's message in one line of at most `length` characters.
+
+    An exception without a message gives the name of its class.
+    """
     message = error.args[0] if type(error) is KeyError and error.args else error
     return " ".join(str(message).split())[:length] or type(error).__name__
 
 
 @contextlib.contextmanager
 def input_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns what another library raises about a user's input into an `InputError` that begins with `name`.
+    """Converts what another library raises about a user's input to an `InputError` that begins with `name`.
 
     Args:
       name: the file, argument or setting at fault.
-      kinds: the exceptions to turn; a `UserError` or an `OSError` passes through unchanged.
+      kinds: the exceptions to convert. A `UserError` or an `OSError` passes through unchanged.
 
     Raises:
       InputError: "name: the first exception's message", in one line.

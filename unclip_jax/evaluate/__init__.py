@@ -1,1 +1,1 @@
-"""Measuring a bundle: bundle in, report out."""
+"""Evaluation: measures a bundle and returns a report."""

@@ -1,7 +1,15 @@
-"""What CLIP is measured by (Radford et al. 2021, sections 3.1 and 3.2; unCLIP appendix C): retrieval, zero-shot classes, a linear probe.
+"""Evaluates CLIP by retrieval, zero-shot classification and a linear probe.
 
-Any source of `unclip_jax.data` serves. Where images need classes, `label` says what a record's class is: `caption`, its first caption (a
-TFDS class label is one); `folder`, the folder it lies in; or a field of its metadata.
+These are the tasks of Radford et al. 2021 (sections 3.1 and 3.2); see also unCLIP appendix C.
+
+Any source of `unclip_jax.data` works. Where a task needs classes, `label` says where a record's class comes
+from:
+
+| `label`        | class                                                      |
+|----------------|------------------------------------------------------------|
+| `caption`      | the record's first caption (for TFDS, this is the label)   |
+| `folder`       | the name of the record's folder                            |
+| any other name | the field of that name in the record's metadata            |
 """
 
 from __future__ import annotations
@@ -25,10 +33,10 @@ BATCH = 128
 
 
 def label_of(record: Record, label: str) -> str:
-    """The name of a record's class. Underscores of folders are spaces.
+    """The name of a record's class. Underscores in folder names become spaces.
 
     Raises:
-      ValueError: when the record has none.
+      ValueError: if the record has no class.
     """
     if label == "caption":
         name = record.captions[0] if record.captions else ""
@@ -38,13 +46,14 @@ def label_of(record: Record, label: str) -> str:
         name = str(record.meta.get(label, ""))
     if not name:
         raise InputError(
-            f"record {record.key} of {record.shard} has no {label}; label is caption, folder, or a field of the metadata"
+            f"record {record.key} of {record.shard} has no {label}; "
+            "label is caption, folder, or a field of the metadata"
         )
     return name
 
 
 class _Images:
-    # Images of a source's records, decoded when they are asked for.
+    # The images of a source's records, each decoded on access.
     def __init__(self, source: Source, rows: Sequence[int]):
         self.source, self.rows = source, rows
 
@@ -56,7 +65,7 @@ class _Images:
 
 
 def _rows(source: Source, rows: int | None, seed: int) -> np.ndarray:
-    # A random choice, in the source's order, so that classes which lie together are all there.
+    # Chooses at random, because sources may be sorted by class; keeps the source's order.
     if rows is None or rows >= len(source):
         return np.arange(len(source))
     return np.sort(np.random.default_rng(seed).choice(len(source), rows, replace=False))
@@ -79,23 +88,27 @@ def retrieval(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, dict[int, float]]:
-    """Recall at k of images and all their captions, both ways (`retrieval.recall_at_k`).
+    """Recall at k, from images to captions and back (`retrieval.recall_at_k`); every caption of an image
+    counts.
 
     Args:
-      rows: at most so many records, chosen at random with `seed`; None: all.
-      progress: called with (images done, images in all).
+      bundle: with clip.
+      source: images with captions.
+      rows: largest number of records, chosen at random with `seed`. None means all.
+      ks: the values of k.
+      progress: called with (images done, total images).
 
     Raises:
-      ValueError: when an image has no caption.
+      ValueError: if an image has no caption.
     """
     chosen = _rows(source, rows, seed)
     captions = [source.read(int(i)).captions for i in chosen]
-    owner = np.repeat(np.arange(len(chosen)), [len(c) for c in captions])
-    if len(owner) == 0:
+    image_of_caption = np.repeat(np.arange(len(chosen)), [len(c) for c in captions])
+    if len(image_of_caption) == 0:
         raise InputError(f"{source.name} has no captions to retrieve")
     sampler = as_sampler(bundle)
     z_text = embed_captions(sampler, [caption for group in captions for caption in group], max_batch=BATCH)
-    return recall_at_k(_embed(sampler, source, chosen, progress), z_text, owner, ks)
+    return recall_at_k(_embed(sampler, source, chosen, progress), z_text, image_of_caption, ks)
 
 
 def zeroshot(
@@ -109,18 +122,19 @@ def zeroshot(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[dict[int, float], int]:
-    """Zero-shot accuracy at k with an ensemble of prompts in embedding space (`zeroshot.class_embeddings`).
+    """Zero-shot accuracy at k. Each class is an ensemble of prompts (`zeroshot.class_embeddings`).
 
     Args:
+      bundle, source, rows, seed, progress: as in `retrieval`. The classes are those of the whole source.
       templates: prompts with one {} for the class.
       label: see the module's docstring.
-      rows, seed, progress: as in `retrieval`; the classes are those of the whole source.
+      ks: the values of k; those that are not below the number of classes are left out.
 
     Returns:
-      Accuracy at each k that is below the number of classes, and that number.
+      The accuracy at each k, and the number of classes.
 
     Raises:
-      ValueError: when a record has no label, or there is one class only.
+      ValueError: if a record has no label, or there is only one class.
     """
     labels, classes = _labels(source, label)
     chosen = _rows(source, rows, seed)
@@ -142,14 +156,16 @@ def probe(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Probe:
-    """A linear probe on the image tower's features before the projection, as CLIP's paper does (`linear_probe`).
+    """A linear probe on the image tower's features before the projection, as in CLIP's paper
+    (`linear_probe`).
 
     Args:
-      train, test: sources of the same classes.
-      label, rows, seed, progress: as in `zeroshot`; `rows` bounds either source.
+      train, test: sources with the same classes.
+      bundle, label, rows, seed, progress: as in `zeroshot`. `rows` limits each of the two sources.
 
     Raises:
-      ImportError: without scikit-learn; ValueError: when a record has no label, or a class has too few rows.
+      ImportError: if scikit-learn is not installed.
+      ValueError: if a record has no label, or a class has too few rows.
     """
     sampler, features, labels = as_sampler(bundle), [], []
     for source in (train, test):

@@ -1,9 +1,15 @@
-"""The figures of merit of a bundle, measured on held-out rows of the embedded emoji: never on training rows.
+"""Measures a bundle on held-out rows of the embedded emoji, never on training rows.
 
-Per split (`val`: unseen names; `compose`: unseen combinations of seen parts):
-retrieval        CLIP: is an image's own caption first among the group's? Chance is 1 / group.
-prior_cosine     cosine(z_hat, z_i) of the prior's embedding and the image's, beside two baselines: the mean training embedding, and z_t.
-caption_first    is a sample's own caption ranked first by CLIP among the group's? Chance is 1 / group.
+There are two splits: `val` has unseen names, `compose` has unseen combinations of seen parts. The rows of a
+split form groups. For each split, `measure` gives:
+
+| figure                  | meaning                                                                          |
+|-------------------------|----------------------------------------------------------------------------------|
+| `retrieval`             | how often CLIP ranks an image's own caption first in its group; chance 1 / group |
+| `caption_first`         | the same for images that the bundle sampled from the captions                    |
+| `prior_cosine`          | mean cosine(z_hat, z_i) of the prior's embedding and the image's                 |
+| `mean_embedding_cosine` | baseline for it: the mean training embedding in place of z_hat                   |
+| `text_embedding_cosine` | baseline for it: z_t in place of z_hat                                           |
 """
 
 from __future__ import annotations
@@ -30,18 +36,18 @@ def measure(
     prior: str = "prior_diffusion",
     progress: Progress | None = None,
 ) -> dict:
-    """Measures everything above on the first `rows` rows of each split.
+    """Measures all figures of the table above on the first `rows` rows of each split.
 
     Args:
-      bundle: with clip, prior_diffusion, decoder.
-      rows: a multiple of the group of 100 candidates; a smaller number is one group of that many.
-      seed: of the samples.
+      bundle: with clip, prior_diffusion, decoder, and the parts of `prior`.
+      rows: a multiple of 100, the size of a group; or fewer than 100 rows, which form one group.
+      seed: random seed of the samples.
       prior: as in `text_to_image`.
-      progress: called with (images done, images in all) of the current split.
+      progress: called with (images done, total images) of the current split.
 
     Returns:
-      {"candidates", "chance", "rows", split: {"retrieval", "caption_first", "prior_cosine", "mean_embedding_cosine",
-      "text_embedding_cosine"}}, rounded to four digits.
+      {"candidates": the group's size, "chance", "rows", "seed", and per split {figure: value}}, rounded to
+      four digits.
     """
     group = min(rows, 100)
     sampler = as_sampler(bundle)
@@ -66,7 +72,7 @@ def measure(
 
 
 def describe(figures: dict) -> list[str]:
-    """The figures in lines for a person."""
+    """Formats the figures as a table, one line per figure."""
     lines = [
         f"{'held-out rows, ' + str(figures['rows']) + ' each':34}"
         + "".join(f"{s:>10}" for s in SPLITS)

@@ -1,1 +1,1 @@
-"""From a bundle to arrays."""
+"""Sampling: draws images from a bundle, and edits images with it."""

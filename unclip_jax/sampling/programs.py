@@ -1,7 +1,9 @@
-"""`Sampler`: a bundle ready to be sampled, with its weights on a mesh and its compiled programs; and what every cascade shares.
+"""`Sampler`: a bundle with its weights on a mesh and its compiled programs; and functions that all cascades
+use.
 
-Batches are padded to the next power of two, at most MAX_BATCH, on each device, so a bundle compiles a fixed, small number of programs
-however many calls follow. A batch is split over the devices of the mesh; parameters are replicated or sharded, as the mesh says.
+A sampler pads each batch so that every device gets a power of two of rows, at most MAX_BATCH. A bundle
+therefore compiles a fixed, small number of programs, however many calls follow. Each batch is split over the
+devices of the mesh. The mesh's axes decide whether parameters are replicated or sharded.
 """
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ Progress = Callable[[int, int], None]
 class Sampler:
     """A bundle's networks on a mesh, and the programs compiled for them so far.
 
-    Make one and hand it to every call: the programs stay compiled. The functions of `sampling` also take a bare bundle, and then make a
-    sampler for that call alone.
+    Make one sampler and pass it to every call, so that the programs stay compiled. The functions of
+    `sampling` also accept a plain bundle. They then make a sampler for that one call.
 
     Args:
       bundle: the networks.
-      mesh: where to sample; None: the mesh that the bundle was loaded onto, else `sharding.sampling_mesh`'s.
+      mesh: the devices to sample on. None means the mesh that the bundle was loaded onto or, if there is
+        none, the mesh that `sharding.sampling_mesh` makes.
 
     Raises:
       ValueError: when the bundle was loaded onto another mesh.
@@ -44,7 +47,7 @@ class Sampler:
     def __init__(self, bundle: Bundle, mesh: Mesh | None = None):
         if bundle.mesh is not None and mesh not in (None, bundle.mesh):
             raise InputError(
-                f"the bundle {bundle.path} lies on another mesh; load it again, onto the mesh to sample on"
+                f"the bundle {bundle.path} lies on another mesh; load it again onto the mesh that you sample on"
             )
         self.bundle = bundle
         self.mesh = bundle.mesh or mesh or _default_mesh(bundle.parts)
@@ -54,7 +57,7 @@ class Sampler:
         self._programs: dict[Hashable, Callable] = {}
 
     def _network(self, part: Part, place: Callable | None) -> Network:
-        if part.config["kind"] == "codec":  # no module, and small
+        if part.config["kind"] == "codec":  # has no module, and is small
             return Network(None, replicate(part.params, self.mesh), part.config, part.hash)
         params = part.params
         if place is not None:
@@ -64,28 +67,31 @@ class Sampler:
         return Network(sampling_model(part.config, self.mesh), params, part.config, part.hash)
 
     def network(self, name: str) -> Network:
-        """The part's network. Raises KeyError naming the part and the bundle when there is none."""
+        """The part's network. Raises a KeyError that names the part and the bundle if the bundle lacks it."""
         self.bundle.part(name)
         return self.networks[name]
 
     def with_params(self, params: Mapping[str, Any]) -> dict[str, Network]:
-        """The networks with `params` (those of `self.params`, as a program's argument) in their places."""
+        """The networks with `params` in place of their parameters.
+
+        params: a tree like `self.params`, which a program takes as an argument.
+        """
         return {name: network.with_params(params[name]) for name, network in self.networks.items()}
 
     def program(self, key: Hashable, make: Callable[[], Callable]) -> Callable:
-        """The jitted function of `make()`, made once per key. Its results are whole on every device."""
+        """Jits the function that `make()` returns, once per key. Its results are replicated on all devices."""
         if key not in self._programs:
             self._programs[key] = jax.jit(make(), out_shardings=NamedSharding(self.mesh, PartitionSpec()))
         return self._programs[key]
 
     @functools.cached_property
     def tokenizer(self) -> ClipTokenizer:
-        """CLIP's."""
+        """CLIP's tokenizer."""
         return ClipTokenizer.from_config(self.bundle.part("clip").config["tokenizer"])
 
     @functools.cached_property
-    def _own_tokenizer(self) -> ClipTokenizer | None:
-        # Of the parts' own text encoders.
+    def _text_encoder_tokenizer(self) -> ClipTokenizer | None:
+        # The tokenizer of the parts that have a text encoder of their own; None if no part has one.
         parts = [part.config for name, part in self.bundle.parts.items() if part.config["kind"] != "clip"]
         configs = [config["tokenizer"] for config in parts if "tokenizer" in config]
         if any(config != configs[0] for config in configs):
@@ -95,19 +101,19 @@ class Sampler:
         return ClipTokenizer.from_config(configs[0]) if configs else None
 
     def captions(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """Captions as the bundle's networks take them (`tokenizer.caption_arrays`).
+        """Tokenizes captions for all networks of the bundle (see `tokenizer.caption_arrays`).
 
         Raises:
           ValueError: when two parts have text encoders with different tokenizers.
         """
-        return caption_arrays(captions, self.tokenizer, self._own_tokenizer)
+        return caption_arrays(captions, self.tokenizer, self._text_encoder_tokenizer)
 
     def rows(self, batch: Any, rows: np.ndarray) -> Any:
-        """Some rows of every array of a tree, split over the mesh."""
+        """Takes `rows` of every array of a tree and splits them over the mesh."""
         return jax.device_put(jax.tree.map(lambda array: array[rows], batch), NamedSharding(self.mesh, BATCH))
 
     def options(self, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Options]:
-        """`stage_options` of the bundle."""
+        """The bundle's sampling options with overrides; see `stage_options`."""
         return stage_options(self.bundle, overrides)
 
     def in_batches(
@@ -120,11 +126,11 @@ class Sampler:
         """Calls `run(rows)` on padded batches of row indices and joins the results.
 
         Args:
-          run: row indices (a power of two of them for each device of the mesh, the last one repeated as padding) -> tree of arrays with
-            that leading axis.
+          run: a function of row indices that returns a tree of arrays with one entry per index. It gets a
+            power of two of indices per device of the mesh; the last index is repeated as padding.
           count: number of rows, at least 1.
-          progress: called with (rows done, rows in all) after each batch.
-          max_batch: at most so many rows at once on each device; MAX_BATCH when None.
+          progress: called with (rows done, total rows) after each batch.
+          max_batch: largest number of rows at a time on each device. None means MAX_BATCH.
 
         Returns:
           The tree as NumPy arrays of `count` rows.
@@ -142,7 +148,7 @@ class Sampler:
 
 
 def as_sampler(bundle: Sampler | Bundle) -> Sampler:
-    """The sampler itself, or one for a bare bundle."""
+    """Returns a sampler unchanged, and makes one for a plain bundle."""
     return bundle if isinstance(bundle, Sampler) else Sampler(bundle)
 
 
@@ -154,25 +160,30 @@ def _default_mesh(parts: Mapping[str, Part]) -> Mesh:
 def stage_options(
     bundle: Bundle, overrides: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Options]:
-    """The bundle's sampling defaults with overrides per part, e.g. {"decoder": {"guidance_scale": 3.0, "steps": 50}}.
+    """The bundle's sampling defaults with overrides per part.
+
+    Args:
+      bundle: the parts and their sampling defaults.
+      overrides: part -> option -> value, e.g. {"decoder": {"guidance_scale": 3.0, "steps": 50}}.
 
     Raises:
       ValueError: on an unknown part or option, or a value out of range.
     """
-    enlarging = upsamplers(bundle.parts)
-    drawing = [
+    upsampler_names = upsamplers(bundle.parts)
+    base_names = [
         name
         for name, part in bundle.parts.items()
         if part.config["kind"] in OPTIONS and part.config["kind"] != "upsampler"
     ]
-    unknown = set(overrides or {}) - {*drawing, *enlarging}
+    names = [*base_names, *upsampler_names]
+    unknown = set(overrides or {}) - set(names)
     if unknown:
-        known = ", ".join([*drawing, *enlarging])
+        known = ", ".join(names)
         raise InputError(
             f"unknown part {', '.join(sorted(unknown))} in the sampling options; this bundle samples {known}"
         )
     options = {}
-    for name in (*drawing, *enlarging):
+    for name in names:
         config = bundle.part(name).config
         chosen = options_from(
             bundle.sampling.get(name, {}), config["kind"], **(overrides or {}).get(name, {})
@@ -186,9 +197,14 @@ def stage_options(
 
 
 def split_scales(options: Mapping[str, Options]) -> tuple[dict[str, Options], dict[str, jax.Array]]:
-    """Options with the guidance scales taken out, to be part of a program's key, and the scales, to be its arguments.
+    """Separates the guidance scales from the other options.
 
-    Only whether there is guidance stays in the options (scale 0 or 1); `with_scale` joins the two again inside the program.
+    The options become part of a program's key; the scales become arguments of the program. The options keep
+    only whether there is guidance (scale 0) or not (scale 1). Inside the program, `with_scale` puts the scale
+    back into the options.
+
+    Returns:
+      The options without their scales, and the scales as () float32, both by part.
     """
     static = {
         n: dataclasses.replace(o, guidance_scale=0.0 if is_guided(o) else 1.0) for n, o in options.items()
@@ -197,15 +213,24 @@ def split_scales(options: Mapping[str, Options]) -> tuple[dict[str, Options], di
 
 
 def with_scale(options: Options, scale: jax.Array) -> Options:
-    """Options out of `split_scales` with their (traced) scale, if they are guided."""
+    """Puts a (traced) scale back into options from `split_scales`, if they are guided."""
     return dataclasses.replace(options, guidance_scale=scale) if is_guided(options) else options
 
 
 def with_scales(options: Mapping[str, Options], scales: Mapping[str, jax.Array]) -> dict[str, Options]:
-    """`with_scale` of every part."""
+    """Calls `with_scale` for every part."""
     return {name: with_scale(options[name], scales[name]) for name in options}
 
 
 def row_keys(seed: jax.Array, positions: jax.Array) -> jax.Array:
-    """One key per row: what is drawn for (seed, position) does not depend on the rest of the batch."""
+    """One random key per row, so that the sample of (seed, position) does not depend on the rest of the
+    batch.
+
+    Args:
+      seed: () uint32.
+      positions: (B,) uint32, the rows' numbers.
+
+    Returns:
+      (B,) keys.
+    """
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(positions)

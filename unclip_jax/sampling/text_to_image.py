@@ -1,4 +1,4 @@
-"""Captions to pictures with any system. `SYSTEMS` lists them."""
+"""Draws images from captions with any system. `SYSTEMS` lists the systems."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
 
 class System(NamedTuple):
-    """A set of parts that draws pictures together.
+    """A set of parts that together draw images.
 
-    parts: that every bundle of the system has.
-    sample: its cascade, (sampler, captions, *, seed, prior, options, progress) -> `unclip.Stages`.
-    encode: images -> what they are to the system (`edits.inversion.Latents`), which the edits change; None where there is no way back.
-    priors: the ways to the latent that a caller may choose from, with the parts that each needs.
+    parts: the parts that every bundle of the system has.
+    sample: the cascade, (sampler, captions, *, seed, prior, options, progress) -> `unclip.Stages`.
+    encode: inversion, images -> `edits.inversion.Latents`, which the edits change. None if the system cannot
+      invert images.
+    priors: the priors that a caller may choose from, each with the parts that it needs.
     """
 
     parts: tuple[str, ...]
@@ -39,7 +40,8 @@ def system_of(bundle: Bundle) -> System:
     """The system that a bundle belongs to.
 
     Raises:
-      ValueError: on a system that is not known here; KeyError when one of its parts is missing.
+      ValueError: if the system is unknown.
+      KeyError: if one of its parts is missing.
     """
     if bundle.system not in SYSTEMS:
         raise InputError(
@@ -60,15 +62,15 @@ def text_to_image(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Draws one picture per caption.
+    """Draws one image per caption.
 
     Args:
-      bundle: from `load_bundle`, or a `Sampler` of it, which keeps its compiled programs from call to call.
+      bundle: from `load_bundle`; or a `Sampler` of it, which keeps the compiled programs between calls.
       captions: texts; a single string is one caption.
       seed, prior, options, progress: as in `unclip.sample_stages`.
 
     Returns:
-      uint8 (B, H, W, 3), H = W = the largest upsampler's size, or the decoder's when there is none.
+      uint8 (B, H, W, 3). H = W is the largest upsampler's size, or the decoder's if there is no upsampler.
 
     Raises:
       ValueError, KeyError: as in `unclip.sample_stages`.

@@ -1,7 +1,8 @@
 """unCLIP's cascade: text, prior, decoder and upsamplers in one compiled program (unCLIP section 2).
 
-Guidance scales are arguments of the program: changing one does not compile again, except between 1 (no guidance) and not 1.
-Every row has its own random key: the picture of (caption, seed, position) does not depend on what else is in the batch.
+Guidance scales are arguments of the program. A new scale does not compile the program again, unless it turns
+guidance on or off (scale 1 means no guidance). Every row has its own random key, so the image of
+(caption, seed, position) does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from unclip_jax.generate.upsampler import sample_upsampler
 from unclip_jax.models.codec import Codec
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, row_keys, split_scales, with_scales
 
-# Folds of a row's random key: the stages of the cascade. The upsamplers take the numbers from UPSAMPLERS on.
+# What each stage of the cascade folds into a row's random key. Upsampler i folds in UPSAMPLERS + i.
 PRIOR, DECODER, UPSAMPLERS = 0, 1, 2
-# Ways to z_i, and the parts that each needs. `none`: the text embedding takes its place; `null`: the null embedding does.
+# The ways to get z_i, and the parts that each needs. `none` uses the text embedding in place of z_i;
+# `null` uses the decoder's null embedding.
 PRIORS: dict[str, tuple[str, ...]] = {
     "prior_diffusion": ("prior_diffusion",),
     "prior_ar": ("prior_ar", "codec"),
@@ -37,8 +39,12 @@ PRIORS: dict[str, tuple[str, ...]] = {
 
 
 class Stages(NamedTuple):
-    """What each stage drew, as NumPy: z_text, z_image (B, D) raw embeddings; images, one float array (B, H, W, 3) in [-1, 1] per size, the
-    decoder's first. Without an embedding (prior `null`) z_image is zero."""
+    """What each stage drew, as NumPy arrays.
+
+    z_text: (B, D) raw text embeddings.
+    z_image: (B, D) raw image embeddings; zero with the prior `null`.
+    images: one float array (B, H, W, 3) in [-1, 1] per size, the decoder's first.
+    """
 
     z_text: np.ndarray
     z_image: np.ndarray
@@ -46,7 +52,7 @@ class Stages(NamedTuple):
 
 
 def check_prior(bundle: Bundle, prior: str) -> None:
-    """Raises ValueError on an unknown way to z_i, KeyError when the bundle lacks its parts."""
+    """Raises a ValueError if a prior is unknown, and a KeyError if the bundle lacks a part that it needs."""
     if prior not in PRIORS:
         raise InputError(f"unknown prior {prior!r}; choose one of {', '.join(PRIORS)}")
     for name in PRIORS[prior]:
@@ -56,14 +62,17 @@ def check_prior(bundle: Bundle, prior: str) -> None:
 def encode_captions(
     clip: Network, captions: Mapping[str, jax.Array], empty: Mapping[str, jax.Array]
 ) -> Texts:
-    """Captions (B rows of `Sampler.captions`) and the empty caption (one row), encoded."""
+    """Encodes captions (B rows of `Sampler.captions`) and the empty caption (one row)."""
     return Texts(encode_text(clip, captions), encode_text(clip, empty))
 
 
 def draw_z_image(
     prior: str, networks: Mapping[str, Network], texts: Texts, keys: jax.Array, options: Mapping[str, Options]
 ) -> jax.Array | None:
-    """z_i (B, D) for captions, by one of PRIORS; None for the null embedding. keys: (B,), of the rows."""
+    """Draws z_i (B, D) for B captions with one of PRIORS; None stands for the null embedding.
+
+    keys: (B,), one per row.
+    """
     if prior == "none":
         return texts.captions.embed
     if prior == "null":
@@ -79,9 +88,17 @@ def enlarge(
     keys: jax.Array,
     options: Mapping[str, Options],
 ) -> list[jax.Array]:
-    """What the decoder drew (B, h, w, 3), and after it what each upsampler makes of the one before, in the order of their sizes.
+    """Runs the upsamplers one after another, in the order of their sizes.
 
-    keys: (B,), of the rows.
+    Args:
+      parts: the bundle's parts.
+      networks: their networks.
+      image: (B, h, w, 3), the decoder's output.
+      keys: (B,), one per row.
+      options: sampling options per part.
+
+    Returns:
+      The decoder's output, then the output of each upsampler, each (B, H, W, 3).
     """
     images = [image]
     for i, name in enumerate(upsamplers(parts)):
@@ -93,7 +110,7 @@ def enlarge(
 
 
 def _cascade(sampler: Sampler, options: dict[str, Options], prior: str | None) -> Callable:
-    # prior None: z_i is given.
+    # With prior None, the caller gives z_image.
     def run(params, scales, captions, empty, z_image, seed, positions):
         networks, chosen = sampler.with_params(params), with_scales(options, scales)
         keys = row_keys(seed, positions)
@@ -118,24 +135,26 @@ def sample_stages(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> Stages:
-    """Runs the cascade and keeps what every stage drew.
+    """Runs the cascade and returns the output of every stage.
 
     Args:
-      bundle: with parts clip, decoder, the prior chosen, and any number of upsamplers.
-      captions: any number of texts, of any length (cut to the tokenizer's slots).
+      bundle: with the parts clip and decoder, the chosen prior's parts, and any number of upsamplers.
+      captions: at least one text. The tokenizer truncates texts that are too long.
       seed: non-negative integer.
-      prior: `prior_diffusion` or `prior_ar`; or, as in the paper's ablation, `none`: the text embedding takes the place of z_i, or `null`:
-        the decoder's null embedding does, and the caption alone says what to draw.
-      z_image: (B, D) raw image embeddings, one per caption, to be drawn instead of the prior's.
+      prior: how to get z_i. `prior_diffusion` and `prior_ar` draw it with that prior. The other two are those
+        of the paper's ablation: `none` gives the decoder the text embedding in place of z_i; `null` gives it
+        the null embedding, so that only the caption conditions it.
+      z_image: (B, D) raw image embeddings, one per caption. If given, they replace the prior's.
       options: overrides of the bundle's sampling defaults per part.
-      progress: called with (images done, images in all) after each batch.
+      progress: called with (images done, total images) after each batch.
 
     Returns:
       The stages' arrays.
 
     Raises:
-      ValueError: when there are no captions, another number of embeddings, or options are out of range; KeyError when the bundle lacks a
-        part.
+      ValueError: if there are no captions, the number of embeddings differs from that of captions, the prior
+        is unknown, or an option is out of range.
+      KeyError: if the bundle lacks a part.
     """
     sampler, captions = as_sampler(bundle), list(captions)
     if not captions:

@@ -1,1 +1,1 @@
-"""What unCLIP does to images: inversion, variations, interpolation, text diffs, reconstructions, inpainting."""
+"""Image edits with unCLIP: inversion, variations, interpolation, text diffs, reconstructions, inpainting."""

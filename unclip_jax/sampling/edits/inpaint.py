@@ -1,8 +1,11 @@
-"""Inpainting: the part of an image that is not kept is drawn anew for a caption (GLIDE section 4, used by unCLIP's decoder).
+"""Inpainting: draws part of an image anew for a caption (GLIDE section 4, applied to unCLIP's decoder).
 
-The prior draws z_i for the caption; a decoder fills the unknown part around the known one; the kept pixels of the input are put back into
-the enlarged picture. Two ways to fill: `trained`, with the part `decoder_inpaint`, which sees what is known; and `resample`, with any
-decoder and without training, by RePaint (`samplers.repaint`).
+1. The prior draws z_i for the caption.
+2. A decoder fills the unknown part of the image.
+3. The upsamplers enlarge the result, and the kept pixels of the input replace theirs in the largest image.
+
+Two methods fill the unknown part. `trained` uses the part `decoder_inpaint`, which is conditioned on the
+known pixels. `resample` works with any decoder, without training, by RePaint (`samplers.repaint`).
 """
 
 from __future__ import annotations
@@ -43,29 +46,34 @@ def inpaint(
     """Draws the unknown part of an image.
 
     Args:
-      bundle: with clip, the method's decoder, the prior chosen, and any number of upsamplers.
+      bundle: with clip, the method's decoder, the chosen prior's parts, and any number of upsamplers.
       image: uint8 (H, W, 3).
       mask: bool (H, W), True where the image is kept.
-      caption: of the whole picture.
-      count: pictures to draw.
-      method: one of METHODS; None: `trained` where the bundle has its decoder, else `resample`.
-      resamples: passes per step of `resample`; more fit the drawn part better to the kept one, at their cost.
+      caption: describes the whole image.
+      count: number of images to draw.
+      method: one of METHODS. None means `trained` if the bundle has its decoder, else `resample`.
+      resamples: passes per step of the method `resample`. More passes match the drawn part better to the kept
+        part and take proportionally longer.
       seed: non-negative integer.
       prior: as in `text_to_image`.
-      options: overrides of the bundle's sampling defaults per part; the sampler of `resample` is ancestral whatever they say.
-      progress: called with (images done, images in all).
+      options: overrides of the bundle's sampling defaults per part. The method `resample` ignores the
+        decoder's `sampler` and always uses ancestral sampling.
+      progress: called with (images done, total images).
 
     Returns:
-      uint8 (count, S, S, 3), S the largest size; the centred square of the image, resized to it, stands unchanged where the mask keeps it.
+      uint8 (count, S, S, 3), S the largest size. Where the mask keeps the image, these are the pixels of the
+      image's centred square, resized to S.
 
     Raises:
-      ValueError: when the mask is not boolean or of another size than the image, the method is unknown, or options are out of range;
-        KeyError when the bundle lacks a part.
+      ValueError: if the mask is not boolean or its size is not the image's, the method is unknown, or an
+        option is out of range.
+      KeyError: if the bundle lacks a part.
     """
     image, mask = np.asarray(image), np.asarray(mask)
     if mask.dtype != np.bool_ or mask.shape != image.shape[:2]:
         raise InputError(
-            f"the mask must be boolean and of the image's size {image.shape[:2]}, got {mask.dtype} {mask.shape}"
+            "the mask must be boolean and of the image's size "
+            f"{image.shape[:2]}, got {mask.dtype} {mask.shape}"
         )
     if count < 1:
         raise InputError(f"the number of pictures must be at least 1, got {count}")
@@ -112,7 +120,10 @@ def inpaint(
 
 
 def _shrink(mask: np.ndarray, size: int) -> np.ndarray:
-    """bool (H, W) -> (size, size, 1) of its centred square: kept where all of what falls into the pixel is."""
+    """Resizes the centred square of a mask, bool (H, W) -> (size, size, 1).
+
+    A pixel is kept only if every input pixel that falls into it is kept.
+    """
     square = ops.center_crop_square(np.repeat(mask[..., None], 3, axis=2).astype(np.float32))
     method = "box" if size <= square.shape[0] else "bilinear"
     return ops.resize(square, size, method)[..., :1] > 1 - 1e-4

@@ -26,37 +26,37 @@ def interpolate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Draws the way from one image to another: z_i turns from the first's to the second's by slerp.
+    """Draws images between two images: slerp turns z_i from the first image's to the second image's.
 
     Args:
       bundle: with clip and decoder.
       first, second: uint8 (H, W, 3), any sizes.
-      count: images, the two ends included; at least 2.
-      noise: `slerp`: x_T turns as well, so that the ends are the two images; `fixed`: one random x_T throughout (the paper's second way).
-      steps, guidance_scale: of inversion and decoding.
-      seed: of the fixed noise and of the upsamplers.
-      progress: called with (images done, images in all).
+      count: number of images, including the two ends; at least 2.
+      noise: how to choose x_T. `slerp` turns it as well, so that the ends are the two images. `fixed` uses
+        one random x_T for all images (the paper's second method).
+      steps, guidance_scale: for both inversion and decoding.
+      seed: random seed of the fixed noise and of the upsamplers.
+      progress: called with (images done, total images).
 
     Returns:
       uint8 (count, H, W, 3).
 
     Raises:
-      ValueError: on what is not an image, or options out of range; KeyError when the bundle lacks a part.
+      ValueError: if an input is not an image, or an option is out of range.
+      KeyError: if the bundle lacks a part.
     """
     if count < 2:
         raise InputError(f"an interpolation needs at least 2 images, got {count}")
     if noise not in NOISES:
         raise InputError(f"unknown noise {noise!r}; choose one of {', '.join(NOISES)}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
-    found = inversion.encode(sampler, [first, second], **shared)
+    ends = inversion.encode(sampler, [first, second], **shared)
     theta = np.linspace(0, 1, count)
 
     def between(rows):
         return slerp(np.repeat(rows[:1], count, axis=0), np.repeat(rows[1:], count, axis=0), theta)
 
-    x_T = between(found.x_T) if noise == "slerp" else inversion.one_noise(found.x_T.shape[1:], count, seed)
-    latents, positions = Latents(between(found.z_image), x_T), np.zeros(count, int)
-    drawn = inversion.decode(sampler, latents, seed=seed, positions=positions, progress=progress, **shared)[
-        -1
-    ]
-    return ops.to_uint8(drawn)
+    x_T = between(ends.x_T) if noise == "slerp" else inversion.one_noise(ends.x_T.shape[1:], count, seed)
+    latents, positions = Latents(between(ends.z_image), x_T), np.zeros(count, int)
+    drawn = inversion.decode(sampler, latents, seed=seed, positions=positions, progress=progress, **shared)
+    return ops.to_uint8(drawn[-1])

@@ -1,10 +1,12 @@
-"""An image as the pair (z_i, x_T), and back (unCLIP section 3).
+"""Encodes an image as the pair (z_i, x_T), and decodes the pair (unCLIP section 3).
 
-z_i is CLIP's embedding: what the image shows. x_T is the noise that the decoder, conditioned on z_i, turns into this very image: the
-rest. It is found by running DDIM backwards. Everything the paper does to images changes one or both and decodes.
+z_i is CLIP's embedding: it holds what CLIP recognizes in the image. x_T is the noise from which the decoder,
+conditioned on z_i, reproduces the image: it holds the rest. DDIM run backwards gives x_T. All of the paper's
+image edits change one or both of them, and decode.
 
-The decoder is run at guidance scale 1 and without clipping unless asked otherwise, as inversion undoes neither well. Captions are empty
-unless given. Images are cut to their centred square and resized to the networks' sizes; the upsamplers enlarge what the decoder drew.
+The decoder runs without clipping and, by default, at guidance scale 1, because inversion cannot undo clipping
+or guidance well. Captions are empty by default. Images are cropped to their centred square and resized to the
+networks' sizes. The upsamplers enlarge the decoder's output.
 """
 
 from __future__ import annotations
@@ -29,24 +31,29 @@ STEPS = 50
 
 
 class Latents(NamedTuple):
-    """z_image (N, D) raw CLIP embeddings; x_T (N, h, w, 3), the decoder's noise, None to have it drawn. NumPy."""
+    """NumPy arrays: z_image (N, D), raw CLIP embeddings; x_T (N, h, w, 3), the decoder's noise.
+
+    With x_T None, `decode` draws the noise.
+    """
 
     z_image: np.ndarray
     x_T: np.ndarray | None = None
 
 
 def slerp(a: np.ndarray, b: np.ndarray, theta: np.ndarray | float) -> np.ndarray:
-    """Spherical interpolation of flattened rows: the direction turns evenly from a's to b's, the norm runs linearly.
+    """Spherical interpolation of flattened rows.
+
+    The direction turns at constant speed from a's to b's; the norm changes linearly.
 
     Args:
-      a, b: (N, ...) rows, none of them zero; opposite directions have no arc between them and are an error.
+      a, b: (N, ...) rows, none of them zero. Two opposite rows are an error: no unique arc joins them.
       theta: () or (N,) in [0, 1]; 0 gives a, 1 gives b.
 
     Returns:
       (N, ...) float32.
 
     Raises:
-      ValueError: on a zero row, or two opposite ones.
+      ValueError: if a row is zero, or two rows are opposite.
     """
     shape = np.broadcast_shapes(np.shape(a), np.shape(b))
     a, b = (np.broadcast_to(np.asarray(v, np.float64), shape).reshape(shape[0], -1) for v in (a, b))
@@ -58,7 +65,7 @@ def slerp(a: np.ndarray, b: np.ndarray, theta: np.ndarray | float) -> np.ndarray
     omega = np.arccos(np.clip(np.sum(a * b, axis=1, keepdims=True), -1, 1))
     if np.any(omega > np.pi - 1e-6):
         raise InputError("slerp between opposite vectors is not defined")
-    near = omega < 1e-6  # sin(omega) vanishes; the chord is the arc
+    near = omega < 1e-6  # sin(omega) vanishes here, and the chord equals the arc
     safe = np.where(near, 1.0, np.sin(omega))
     weight_a = np.where(near, 1 - theta, np.sin((1 - theta) * omega) / safe)
     weight_b = np.where(near, theta, np.sin(theta * omega) / safe)
@@ -67,10 +74,10 @@ def slerp(a: np.ndarray, b: np.ndarray, theta: np.ndarray | float) -> np.ndarray
 
 
 def square(images: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
-    """uint8 images (H, W, 3) of any sizes -> their centred squares at one size, uint8 (N, size, size, 3).
+    """Crops uint8 images (H, W, 3) to their centred squares and resizes them, uint8 (N, size, size, 3).
 
     Raises:
-      ValueError: when there are none, or one is not uint8 (H, W, 3).
+      ValueError: if there are no images, or one is not uint8 (H, W, 3).
     """
     if len(images) == 0:
         raise InputError("no images: give at least one")
@@ -90,17 +97,29 @@ def embed_images(
     max_batch: int | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """uint8 images (H, W, 3) -> raw CLIP embeddings (N, D); not projected: the image tower's features (N, W)."""
+    """Embeds images with CLIP.
+
+    Args:
+      bundle: with clip.
+      images: uint8 (H, W, 3), any sizes.
+      projected: False gives the image tower's features before the projection.
+      max_batch: largest number of images at a time on each device; None means `programs.MAX_BATCH`.
+      progress: called with (images done, total images).
+
+    Returns:
+      Raw embeddings (N, D); not projected: features (N, W), W the image tower's width.
+
+    Raises:
+      ValueError: if there are no images, or the CLIP has no image encoder.
+    """
     sampler = as_sampler(bundle)
     clip = sampler.network("clip")
     if clip.config["model"]["image"] is None:
         raise InputError(
-            f"the CLIP of {sampler.bundle.path or 'the bundle'} has no image encoder, so it cannot look at images"
+            f"the CLIP of {sampler.bundle.path or 'the bundle'} has no image encoder, so it cannot embed images"
         )
-    size, method = (
-        clip.config["model"]["image"]["image_size"],
-        "encode_image" if projected else "image_features",
-    )
+    size = clip.config["model"]["image"]["image_size"]
+    method = "encode_image" if projected else "image_features"
     encode = sampler.program(
         method, lambda: lambda params, x: clip.with_params(params).apply(x, method=method)
     )
@@ -117,7 +136,7 @@ def embed_images(
 def embed_captions(
     bundle: Sampler | Bundle, captions: Sequence[str], *, max_batch: int | None = None
 ) -> np.ndarray:
-    """Captions -> raw CLIP text embeddings (N, D)."""
+    """Embeds captions with CLIP: raw text embeddings (N, D)."""
     sampler = as_sampler(bundle)
     clip, (tokens, _) = sampler.network("clip"), sampler.tokenizer(list(captions))
     encode = sampler.program(
@@ -143,7 +162,7 @@ def _options(sampler: Sampler, steps: Any, guidance_scale: float, eta: float = 0
 def _texts(
     sampler: Sampler, captions: Sequence[str] | None, count: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The captions (empty ones when None) as the networks take them, and the empty caption."""
+    """Tokenizes the captions (empty ones if None) and the empty caption for all networks."""
     captions = [""] * count if captions is None else list(captions)
     if len(captions) != count:
         raise InputError(f"expected one caption per image, got {len(captions)} and {count}")
@@ -164,13 +183,15 @@ def encode(
     Args:
       bundle: with clip and decoder.
       images: uint8 (H, W, 3), any sizes.
-      steps: DDIM steps, see `schedule.time_steps`; the error of inverting and decoding halves as they double.
-      guidance_scale: of the decoder; decode with the same.
-      captions: one per image; empty ones when None.
-      progress: called with (images done, images in all).
+      steps: DDIM steps, see `schedule.time_steps`. Twice as many steps halve the error of inverting and
+        decoding.
+      guidance_scale: the decoder's. Use the same value in `decode`.
+      captions: one per image. None means empty captions.
+      progress: called with (images done, total images).
 
     Raises:
-      ValueError: on what is not an image, or options out of range; KeyError when the bundle lacks a part.
+      ValueError: if an input is not an image, or an option is out of range.
+      KeyError: if the bundle lacks a part.
     """
     sampler = as_sampler(bundle)
     size = image_size(sampler.network("decoder").config)
@@ -182,8 +203,8 @@ def encode(
     def make():
         def run(params, scale, texts, empty, image, z):
             networks, options = sampler.with_params(params), with_scale(static["decoder"], scale)
-            both = encode_captions(networks["clip"], texts, empty)
-            return invert_decoder(networks["decoder"], image, z, both, options)
+            encoded = encode_captions(networks["clip"], texts, empty)
+            return invert_decoder(networks["decoder"], image, z, encoded, options)
 
         return run
 
@@ -212,23 +233,24 @@ def decode(
 
     Args:
       bundle: with clip, decoder, and any number of upsamplers.
-      latents: z_image (N, D) raw embeddings; x_T (N, h, w, 3), drawn from the seed when None.
+      latents: z_image (N, D) raw embeddings; x_T (N, h, w, 3). If x_T is None, the seed determines the noise.
       steps, guidance_scale, captions: as in `encode`.
-      eta: 0 decodes, up to 1 lets everything vary that z_i does not hold.
-      seed, positions: row i draws from (seed, positions[i]); its number when None. Equal positions get equal noise.
-      progress: called with (images done, images in all).
+      eta: noise of DDIM, in [0, 1]. 0 is deterministic; 1 lets everything vary that z_i does not hold.
+      seed: random seed.
+      positions: (N,) integers; None means 0 to N - 1. Row i draws its noise for (seed, positions[i]), so rows
+        of equal positions get equal noise.
+      progress: called with (images done, total images).
 
     Returns:
       One float32 array (N, H, W, 3) in [-1, 1] per size, the decoder's first.
 
     Raises:
-      ValueError: on shapes that do not fit, or options out of range; KeyError when the bundle lacks a part.
+      ValueError: if a shape does not match, or an option is out of range.
+      KeyError: if the bundle lacks a part.
     """
     sampler = as_sampler(bundle)
-    size, dim = (
-        image_size(sampler.network("decoder").config),
-        sampler.network("clip").config["model"]["embed_dim"],
-    )
+    size = image_size(sampler.network("decoder").config)
+    dim = sampler.network("clip").config["model"]["embed_dim"]
     z_image, noise, count = np.asarray(latents.z_image, np.float32), latents.x_T, len(latents.z_image)
     if count == 0 or z_image.shape != (count, dim):
         raise InputError(f"z_image must be (N, {dim}) with N at least 1, got {z_image.shape}")
@@ -247,8 +269,8 @@ def decode(
         def run(params, scale, texts, empty, z, x_T, seed, positions):
             networks, options = sampler.with_params(params), with_scale(static["decoder"], scale)
             keys = row_keys(seed, positions)
-            both = encode_captions(networks["clip"], texts, empty)
-            drawn = sample_decoder(networks["decoder"], z, both, fold_in(keys, DECODER), options, x_T=x_T)
+            encoded = encode_captions(networks["clip"], texts, empty)
+            drawn = sample_decoder(networks["decoder"], z, encoded, fold_in(keys, DECODER), options, x_T=x_T)
             return enlarge(sampler.bundle.parts, networks, drawn, keys, static)
 
         return run
@@ -264,13 +286,13 @@ def decode(
 
 
 def one_noise(shape: tuple[int, ...], count: int, seed: int) -> np.ndarray:
-    """One random x_T of `shape` for all of `count` rows: (count, *shape) float32."""
+    """Draws one random x_T of `shape` and repeats it for `count` rows: (count, *shape) float32."""
     noise = standard_normal(jax.random.fold_in(jax.random.key(seed), 0), (1, *shape))
     return np.repeat(np.asarray(noise), count, axis=0)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1], (N, ...) -> (N,); infinite where they are equal."""
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], (N, ...) -> (N,); infinite for equal images."""
     error = np.mean(np.square(np.asarray(a, np.float64) - b).reshape(len(a), -1), axis=1)
     with np.errstate(divide="ignore"):
         return 10 * np.log10(4.0 / error)

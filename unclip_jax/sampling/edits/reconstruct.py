@@ -19,10 +19,19 @@ DIMS = (20, 30, 40, 80, 120, 160, 200, 320)  # the paper's, of 1,024
 
 
 def truncate(bundle: Bundle, z_image: np.ndarray, dims: int) -> np.ndarray:
-    """Raw embeddings (N, D) -> what their first `dims` principal components hold of them (N, D); all D components give them back.
+    """Reduces raw embeddings to their first `dims` principal components.
+
+    Args:
+      bundle: with the part codec.
+      z_image: (N, D) raw embeddings.
+      dims: number of components, in [1, D]. All D components reproduce the embeddings.
+
+    Returns:
+      (N, D) raw embeddings.
 
     Raises:
-      ValueError: when dims is not in [1, D]; KeyError when the bundle has no part `codec`.
+      ValueError: if dims is not in [1, D].
+      KeyError: if the bundle has no part `codec`.
     """
     codec = Codec(**bundle.part("codec").params)
     most = codec.mean.shape[0]
@@ -41,21 +50,22 @@ def reconstruct(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Draws an image from more and more of its z_i, always from the same noise.
+    """Draws an image from more and more principal components of its z_i, always from the same noise.
 
     Args:
       bundle: with clip, codec and decoder.
       image: uint8 (H, W, 3).
-      dims: numbers of components; the paper's up to D, and D, when None.
-      steps, guidance_scale: of the decoder.
-      seed: of the noise.
-      progress: called with (images done, images in all).
+      dims: numbers of components. None means those of the paper that are below D, and D.
+      steps, guidance_scale: options of the decoder.
+      seed: random seed of the noise and of the upsamplers.
+      progress: called with (images done, total images).
 
     Returns:
       uint8 (len(dims), H, W, 3), and the dims.
 
     Raises:
-      ValueError: on what is not an image, or options out of range; KeyError when the bundle lacks a part.
+      ValueError: if an input is not an image, or an option is out of range.
+      KeyError: if the bundle lacks a part.
     """
     sampler = as_sampler(bundle)
     most, size = sampler.network("codec").config["embed_dim"], image_size(sampler.network("decoder").config)

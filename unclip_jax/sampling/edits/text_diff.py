@@ -1,4 +1,4 @@
-"""Text diffs: an image changed in the direction from one caption to another (unCLIP section 3.3)."""
+"""Text diffs: change an image in the direction from one caption to another (unCLIP section 3.3)."""
 
 from __future__ import annotations
 
@@ -30,19 +30,22 @@ def text_diff(
     Args:
       bundle: with clip and decoder.
       image: uint8 (H, W, 3).
-      source, target: captions of the image as it is ("" or "a photo" work too) and as it shall be. Text embeddings are taken at unit
-        length, as CLIP compares them; the norm of z_i is kept.
-      count: images, theta evenly from 0 (the image itself) to `max_theta`; at least 2.
+      source: a caption of the image as it is; "" or "a photo" work too.
+      target: a caption of the image as it should become. Both text embeddings are scaled to unit length, as
+        CLIP compares them. The norm of z_i does not change.
+      count: number of images, at least 2. Their theta goes in equal steps from 0 (the image itself) to
+        `max_theta`.
       max_theta: in (0, 1]; the paper uses 0.25 to 0.5.
-      steps, guidance_scale: of inversion and decoding.
-      seed: of the upsamplers.
-      progress: called with (images done, images in all).
+      steps, guidance_scale: for both inversion and decoding.
+      seed: random seed of the upsamplers.
+      progress: called with (images done, total images).
 
     Returns:
       uint8 (count, H, W, 3).
 
     Raises:
-      ValueError: on what is not an image, equal captions, or options out of range; KeyError when the bundle lacks a part.
+      ValueError: if the input is not an image, the captions are equal, or an option is out of range.
+      KeyError: if the bundle lacks a part.
     """
     if count < 2:
         raise InputError(f"a text diff needs at least 2 images, got {count}")
@@ -53,9 +56,9 @@ def text_diff(
     direction = z_target / np.linalg.norm(z_target) - z_source / np.linalg.norm(z_source)
     if np.linalg.norm(direction) < 1e-6:
         raise InputError("the two captions are the same to CLIP: there is no direction between them")
-    found = inversion.encode(sampler, [image], **shared)
-    direction *= np.linalg.norm(found.z_image) / np.linalg.norm(direction)
-    z_image, x_T = (np.repeat(a, count, axis=0) for a in found)
+    latents = inversion.encode(sampler, [image], **shared)
+    direction *= np.linalg.norm(latents.z_image) / np.linalg.norm(direction)
+    z_image, x_T = (np.repeat(a, count, axis=0) for a in latents)
     z_image = slerp(z_image, np.repeat(direction[None], count, axis=0), np.linspace(0, max_theta, count))
     positions = np.zeros(count, int)
     drawn = inversion.decode(

@@ -1,4 +1,7 @@
-"""Variations of an image: the same z_i, decoded with DDIM noise (unCLIP section 3.1), or from noise of their own (Karlo)."""
+"""Variations of an image, which share its z_i.
+
+`variations` decodes with DDIM noise (unCLIP section 3.1). `fresh_variations` starts from fresh noise (Karlo).
+"""
 
 from __future__ import annotations
 
@@ -26,30 +29,31 @@ def variations(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Draws images that share what CLIP sees in the given ones.
+    """Draws images with the same CLIP embedding as the given ones.
 
     Args:
       bundle: with clip and decoder.
       images: uint8 (H, W, 3), any sizes.
       count: variations per image.
-      eta: 0 reconstructs the image; the larger, the more changes; at most 1.
-      steps, guidance_scale: of inversion and decoding.
+      eta: noise of DDIM, in [0, 1]. 0 reconstructs the image; larger values change it more.
+      steps, guidance_scale: for both inversion and decoding.
       seed: non-negative integer.
-      progress: called with (images done, images in all).
+      progress: called with (images done, total images).
 
     Returns:
       uint8 (N, count, H, W, 3).
 
     Raises:
-      ValueError: on what is not an image, or options out of range; KeyError when the bundle lacks a part.
+      ValueError: if an input is not an image, or an option is out of range.
+      KeyError: if the bundle lacks a part.
     """
     if count < 1:
         raise InputError(f"the number of variations must be at least 1, got {count}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
-    found = inversion.encode(sampler, images, **shared)
-    repeated = inversion.Latents(*(np.repeat(a, count, axis=0) for a in found))
+    latents = inversion.encode(sampler, images, **shared)
+    repeated = inversion.Latents(*(np.repeat(a, count, axis=0) for a in latents))
     drawn = inversion.decode(sampler, repeated, eta=eta, seed=seed, progress=progress, **shared)[-1]
-    return ops.to_uint8(drawn).reshape(len(found.z_image), count, *drawn.shape[1:])
+    return ops.to_uint8(drawn).reshape(len(latents.z_image), count, *drawn.shape[1:])
 
 
 def fresh_variations(
@@ -61,7 +65,9 @@ def fresh_variations(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Draws what CLIP sees in images from fresh noise, as the bundle samples: nothing else of them is kept.
+    """Draws images from z_i and fresh noise, with the bundle's own sampler.
+
+    The results keep only what CLIP's embedding holds of the images.
 
     Args:
       bundle, images, count, seed, progress: as in `variations`.
@@ -71,7 +77,7 @@ def fresh_variations(
       uint8 (N, count, H, W, 3).
 
     Raises:
-      ValueError, KeyError: as `variations`.
+      ValueError, KeyError: as in `variations`.
     """
     if count < 1:
         raise InputError(f"the number of variations must be at least 1, got {count}")
