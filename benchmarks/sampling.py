@@ -1,6 +1,8 @@
 """Sampling Karlo here and in diffusers: the same architecture, the same random weights, the same steps, part by part.
 
-    python benchmarks/sampling.py --part prior_diffusion --captions 1 --rounds 3        # needs torch and diffusers: pip install -e ".[test]"
+    python benchmarks/sampling.py --part prior_diffusion --captions 1 --rounds 3
+
+It needs torch and diffusers: pip install -e ".[test]"
 
 Each library runs in a process of its own, in turn, so that neither holds memory or threads while the other is timed. Told are: seconds to
 load, to the first sample, of a later one; peak memory (resident, and anonymous: without the pages of files); the ratio of the later ones,
@@ -126,7 +128,8 @@ def inputs(captions: int, sides: tuple[int, int]) -> dict[str, np.ndarray]:
     small, large = ((captions, side, side, 3) for side in sides)
     return {
         "states": normal(captions + 1, LENGTH, 768), "embed": normal(captions + 1, 768), "z_image": normal(captions, 768),
-        "prior_diffusion": normal(captions, 768), "decoder": normal(*small), "upsampler": normal(*large), "low_res": np.tanh(normal(*small)),
+        "prior_diffusion": normal(captions, 768), "decoder": normal(*small), "upsampler": normal(*large),
+        "low_res": np.tanh(normal(*small)),
     }  # fmt: skip
 
 

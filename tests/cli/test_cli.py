@@ -69,7 +69,10 @@ def test_sample_draws_a_grid(tiny_bundle, tmp_path, capsys):
 
 def test_measure(tiny_bundle, capsys):
     """A table per prior."""
-    assert main(["evaluate", "samples", "--bundle", str(tiny_bundle), "--rows", "2", "--prior", "null,none"]) == 0
+    assert (
+        main(["evaluate", "samples", "--bundle", str(tiny_bundle), "--rows", "2", "--prior", "null,none"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert (
         out.index("prior null") < out.index("prior none")
@@ -81,7 +84,10 @@ def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):
     """A row for each combination."""
     out = tmp_path / "grid.png"
     args = ["a red fox", "a blue heart", "--bundle", str(tiny_bundle), "--out", str(out), "--steps", "2"]
-    assert main(["sample", *args, "--prior", "prior_ar,null", "--guidance", "1.5,3", "--prior-guidance", "2"]) == 0
+    assert (
+        main(["sample", *args, "--prior", "prior_ar,null", "--guidance", "1.5,3", "--prior-guidance", "2"])
+        == 0
+    )
     height, width = np.asarray(Image.open(out)).shape[:2]
     assert (height, width) == (8 + 4 * 206, 8 + 2 * 168)
 
@@ -119,7 +125,10 @@ def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):
             ["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "data.train.split=tset"],
             "unknown split 'tset'",
         ),
-        (["bundle", "nowhere", "--out", "b"], "nowhere has no run; train clip, prior_diffusion and decoder first"),
+        (
+            ["bundle", "nowhere", "--out", "b"],
+            "nowhere has no run; train clip, prior_diffusion and decoder first",
+        ),
     ],
 )
 def test_bad_input_is_one_line(args, message, tmp_path, monkeypatch, capsys):
@@ -211,8 +220,8 @@ def test_a_missing_part_is_named(tiny_bundle, pictures, monkeypatch, capsys):
     bundle = unclip_jax.load_bundle(tiny_bundle)
     for missing, args in (
         ("decoder", ["vary", "a.png"]),
-        ("pca", ["sample", "x", "--prior", "prior_ar"]),
-        ("pca", ["reconstruct", "a.png"]),
+        ("codec", ["sample", "x", "--prior", "prior_ar"]),
+        ("codec", ["reconstruct", "a.png"]),
     ):
         parts = {name: part for name, part in bundle.parts.items() if name != missing}
         unclip_jax.save_bundle(dataclasses.replace(bundle, parts=parts), pictures / "less")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from unclip_jax.run.trackers import MLflow
 
 from tests.gcs import Gcs
+from unclip_jax.run.trackers import MLflow
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = ["ps", "-A", "-ww", "-o", "pid=,command="]

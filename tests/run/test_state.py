@@ -33,7 +33,10 @@ def init(key):
     return {"w": jax.random.normal(key, (6, 4))}, {}
 
 
-def stage_of(objective, init=init, players=(Player(),)):
+ALONE = (Player(),)
+
+
+def stage_of(objective, init=init, players=ALONE):
     """A stage that has no more than an update needs."""
     return Stage("test", None, {}, init, None, objective, players)
 
@@ -120,7 +123,7 @@ def test_what_is_projected_stays_in_bounds():
 
 
 def test_two_players_move_in_turn():
-    """Each trains its own parameters on its own objective, and the second one sees what the first one did; `extra` goes from step to step."""
+    """Each trains its own parameters on its own objective. The second sees what the first did. `extra` is kept."""
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
 
     def first(params, extra, rng, batch, step, *, frozen):

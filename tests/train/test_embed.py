@@ -241,7 +241,8 @@ def test_the_other_prior_trains_from_it(folder, tiny_run, tmp_path):
 
 
 def test_the_same_conditioning_as_from_pictures(folder, source, tiny_run):
-    """One batch, as pictures and as embeddings, in both priors' ways: CLIP's states, and a text encoder of the prior's own. The CLIP itself,
+    """One batch, as pictures and as embeddings, in both priors' ways: CLIP's states, and a text encoder of the prior's own. The CLIP
+    itself,
     and the folder in its place, say the same of it and of the empty caption."""
     embedded = sources.make_source({"name": "embeddings", "path": str(folder)})
     mesh = sharding.make_mesh(None, jax.devices()[:1])

@@ -94,7 +94,8 @@ class Logger:
     """Metrics of a run: `metrics.jsonl`, trackers, and a progress bar or plain lines on standard error.
 
     Args:
-      config: the run's: steps, batch_size, log_every, watchdog, profile ("10:20" traces these steps of this process, counted from its first,
+      config: the run's: steps, batch_size, log_every, watchdog, profile ("10:20" traces these steps of this
+        process, counted from its first,
         into `profile/`), track, keep_best.
       workdir: the run's folder.
       name: of the stage, on the progress bar.

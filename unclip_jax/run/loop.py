@@ -128,8 +128,8 @@ class Run:
         return call
 
     def _operations(self, *arguments: Any) -> float:
-        # Of a step's gradients on all devices, each counted once where remat computes some twice; 0 where the devices' peak is not known, as
-        # nothing is compared with it.
+        # The operations of a step's gradients on all devices, without those that remat repeats. 0 where the
+        # devices' peak is not known, because nothing is compared with it then.
         if jax.devices()[0].device_kind not in CHIPS:
             return 0.0
         state, frozen, batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)

@@ -90,7 +90,9 @@ def without_extra(loss_fn: Callable[..., tuple[jax.Array, dict]]) -> Objective:
     return objective
 
 
-def without_gradient(loss_fn: Callable[..., tuple[jax.Array, dict]], name: str) -> Callable[..., tuple[jax.Array, dict]]:
+def without_gradient(
+    loss_fn: Callable[..., tuple[jax.Array, dict]], name: str
+) -> Callable[..., tuple[jax.Array, dict]]:
     """The loss (params, rng, batch, *, frozen) with no gradient for the parameters below the top-level `name`."""
 
     def stopped(params, rng, batch, *, frozen):
