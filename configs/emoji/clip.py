@@ -3,9 +3,19 @@
     unclip train configs/emoji/clip.py --workdir runs/emoji/clip
 
 variant   what it is
-(none)    the one in the shipped bundle
+(none)    the one in the shipped folder `emoji_next`
 :quick    for `launch/quickstart --train`
 :tiny     runs in seconds on a CPU, for tests
+
+Patches of 8 px give the image tower 64 patches of an emoji, where the CLIP of the shipped bundle `emoji` has 16
+patches of 16 px. `balance` draws a concept of n drawings in proportion to the square root of n. The run saw
+358,400 images in 7,949 s on two shared CPU cores, with jax 0.11.2.
+
+figure                                              `emoji`, 153,600 images    `emoji_next`
+recall@1 among all 604 of compose, image to text    0.548                      0.619
+recall@1 among all 604 of compose, text to image    0.552                      0.648
+
+    unclip evaluate retrieval --bundle emoji_next --data name=emoji --data split=compose
 """
 
 from ml_collections import ConfigDict
