@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="unclip_jax",
     version="0.1.0",
-    description="unCLIP (DALL-E 2) in JAX/Flax: CLIP, priors, decoder, upsamplers; training and sampling on TPU, GPU and CPU",
+    description="unCLIP (DALL-E 2) in JAX/Flax: CLIP, priors, decoder, upsamplers, on TPU, GPU and CPU",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -34,7 +34,7 @@ STAGES = (
 
 
 def train(runs: Path) -> None:
-    """Trains all stages with their `:quick` configurations and bundles them; each goes on where it stopped."""
+    """Trains all stages with their `:quick` configurations and bundles them. A stopped stage resumes."""
     from unclip_jax.cli.main import main
 
     for config, name in STAGES:

@@ -5,12 +5,13 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# With the concurrent scheduler, independent collectives of one program wait for one another in different orders on different devices, and
-# the program may hang and be aborted after 40 seconds.
+# With the concurrent scheduler, independent collectives of one program wait for one another in different
+# orders on different devices. The program may then hang, and is aborted after 40 seconds.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
-# Compiling dominates the suite: cheap code generation, and each program compiled once, by whichever worker comes first.
+# Compilation dominates the suite's time. So code generation is cheap, and the workers share compiled
+# programs.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -24,7 +25,11 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="session")
 def tiny_run():
-    """name -> the folder of a tiny trained run of that stage, made when first asked for, after what it starts from, for all workers."""
+    """Returns a function, name -> the folder of a tiny trained run of that stage.
+
+    It trains the stage on the first call, after the runs that the stage starts from. All workers share the
+    runs.
+    """
     from filelock import FileLock
 
     from tests.runs import BESIDE, train_tiny
@@ -46,7 +51,7 @@ def tiny_run():
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory):
-    """A bundle folder of tiny networks at random, none of their layers zero."""
+    """The folder of a bundle of tiny random networks, none of whose layers is zero."""
     from tests.runs import random_bundle
     from unclip_jax.checkpoint.bundle import save_bundle
 

@@ -1,7 +1,9 @@
-"""A stand-in for Google Cloud Storage on loopback: buckets in memory, behind the JSON API that TensorFlow and TensorStore speak.
+"""A stand-in for Google Cloud Storage on loopback: buckets in memory.
 
-TensorStore is pointed at it by TENSORSTORE_GCS_HTTP_URL. TensorFlow has its hosts compiled in, so the server is also the HTTPS proxy that
-`https_proxy` names: it takes CONNECT, and answers in the place of the host with a certificate of its own authority (CURL_CA_BUNDLE).
+It serves the JSON API that TensorFlow and TensorStore use. The variable TENSORSTORE_GCS_HTTP_URL directs
+TensorStore to it. TensorFlow's hosts are compiled in, so the server is also the HTTPS proxy that
+`https_proxy` names: it accepts CONNECT, and answers in place of the host with a certificate of its own
+authority (CURL_CA_BUNDLE).
 """
 
 from __future__ import annotations
@@ -20,7 +22,11 @@ HOSTS = ("www.googleapis.com", "storage.googleapis.com")
 
 
 class Gcs:
-    """The server. `objects`: {(bucket, name): (bytes, generation)}; `log`: every request's method and path."""
+    """The server.
+
+    objects: {(bucket, name): (bytes, generation)}.
+    log: the method and path of every request.
+    """
 
     def __init__(self, folder, buckets=("bucket",)):
         self.buckets, self.objects, self.uploads, self.log = set(buckets), {}, {}, []
@@ -36,7 +42,7 @@ class Gcs:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def env(self):
-        """The environment of a process that shall take this for the cloud."""
+        """The environment variables that make a process use this server as the cloud."""
         return {
             "https_proxy": self.url,
             "CURL_CA_BUNDLE": self.authority,
@@ -154,10 +160,10 @@ class _Handler(BaseHTTPRequestHandler):
     def object(self, bucket, name, query, rest):
         gcs = self.gcs
         with gcs.lock:
-            found = gcs.objects.get((bucket, name))
-        if found is None:
+            stored = gcs.objects.get((bucket, name))
+        if stored is None:
             return self.reply(404, {"error": {"code": 404, "message": "no such object"}})
-        data, generation, _ = found
+        data, generation, _ = stored
         if self.command == "DELETE":
             if query.get("ifGenerationMatch", str(generation)) != str(generation):
                 return self.reply(412)

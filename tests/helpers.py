@@ -1,4 +1,4 @@
-"""Parameter trees for tests: counted and filled without compiling an initialiser."""
+"""Parameter trees for tests, counted and filled without compiling an initialiser."""
 
 import math
 
@@ -8,17 +8,17 @@ import numpy as np
 
 
 def fast_key(seed: int = 0):
-    """A random key whose generator compiles in a fraction of the default's time: for initialisers and dropout."""
+    """A random key whose generator compiles faster than the default's; for initialisers and dropout."""
     return jax.random.key(seed, impl="unsafe_rbg")
 
 
 def struct(*shape, dtype=jnp.float32):
-    """A shape in the place of an array."""
+    """A shape in place of an array."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def param_shapes(model, *args, **kwargs):
-    """The parameters of a model as shapes: nothing is computed, so the size does not matter."""
+    """The parameters of a model as shapes. It computes nothing, so models may be of any size."""
     return jax.eval_shape(lambda a, k: model.init(jax.random.key(0), *a, **k), args, kwargs)["params"]
 
 
@@ -28,14 +28,20 @@ def param_count(params) -> int:
 
 
 def randomize(params, seed: int = 0, scale: float = 0.1):
-    """The tree with normal noise in its all-zero leaves (zero-initialised outputs and biases), which would hide what they multiply."""
+    """Fills the all-zero leaves of a tree with normal noise.
+
+    Zero-initialised outputs and biases would hide what they multiply.
+    """
     rng = np.random.default_rng(seed)
     noise = lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(np.float32)
     return jax.tree.map(lambda leaf: noise(leaf) if not np.any(leaf) else leaf, jax.device_get(params))
 
 
 def random_params(model, *args, seed: int = 0, **kwargs):
-    """Parameters of the model's shapes with no leaf zero: kernels scaled by their inputs, gains about one, the rest small."""
+    """Random parameters of the model's shapes, with no zero leaf.
+
+    Kernels are scaled by their number of inputs, gains are about one, and the rest is small.
+    """
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):

@@ -60,12 +60,12 @@ def tiny_config(name, **changes):
 
 
 def train_tiny(name, workdir, init_from=None, **changes):
-    """Trains the stage in `workdir`; what it starts from are the runs beside it unless changed."""
+    """Trains the stage in `workdir`. By default it starts from the runs beside that folder."""
     return (STAGES | CODEC)[name][0].train_and_evaluate(tiny_config(name, **changes), str(workdir), init_from)
 
 
 def random_bundle():
-    """All parts of the tiny recipes with random parameters; the codec's directions are orthogonal."""
+    """A bundle of all parts of the tiny recipes, with random parameters and an orthogonal codec."""
     rng = np.random.default_rng(0)
     files = {name: name for name in ("clip", "prior_diffusion", "prior_ar", "decoder")} | {
         "upsampler_16": "upsampler"
@@ -149,13 +149,13 @@ def random_bundle():
 
 
 def losses(workdir):
-    """The loss of every step, as metrics.jsonl tells it."""
+    """The loss of every step, from metrics.jsonl."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 
 class Signalling:
-    """Training batches that send this process SIGTERM while the `at`-th one is handed out."""
+    """Training batches that send this process SIGTERM when it takes the `at`-th batch."""
 
     def __init__(self, inner, at):
         self.inner, self.at, self.count, self.stats = inner, at, 0, inner.stats
@@ -171,7 +171,7 @@ class Signalling:
 
 
 class Repeating:
-    """The first training batch, again and again."""
+    """Repeats the first training batch."""
 
     def __init__(self, inner):
         self.inner, self.first, self.stats = inner, None, inner.stats
@@ -186,7 +186,7 @@ class Repeating:
 
 
 def wrap_batches(monkeypatch, wrapper):
-    """Every stage's training batches go through `wrapper`."""
+    """Makes every stage's training batches go through `wrapper`."""
     original = batches.train_batches
 
     def wrapped(config, source, example, mesh, start, stop):

@@ -1,4 +1,7 @@
-"""Karlo's configurations: exact sizes by shape alone, and tiny variants that train, are exported, and draw the same in diffusers."""
+"""Karlo's configurations: exact sizes, computed from shapes alone.
+
+The tiny variants train, are exported, and draw the same pictures in diffusers.
+"""
 
 from pathlib import Path
 
@@ -33,7 +36,10 @@ def model_of(name):
 
 
 def test_sizes():
-    """Every network's parameters, to the last one, as published; the prior's statistics (2 x 768) belong to the embedding space here."""
+    """Every network has exactly the published number of parameters.
+
+    The prior's statistics (2 x 768) belong to the embedding space here.
+    """
     config, clip = model_of("clip")
     clip["text"] |= {"vocab_size": config.tokenizer.vocab_size, "length": config.tokenizer.length}
     shapes = param_shapes(CLIP(**clip), struct(1, 224, 224, 3), struct(1, L, dtype=jnp.int32))
@@ -66,7 +72,10 @@ def test_tiny_variants_have_a_step(name):
 
 @pytest.mark.slow
 def test_trained_exported_and_drawn_by_the_peer(tmp_path, monkeypatch):
-    """A few steps of every stage, a bundle, a folder; diffusers draws from it what we draw, to one level, from the same noise."""
+    """Trains a few steps of every stage, makes a bundle, and exports it.
+
+    From the same noise, diffusers draws the same pictures from the folder, to one level.
+    """
     runs = tmp_path / "runs"
     for name, run in (
         ("clip", "clip"),

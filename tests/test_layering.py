@@ -1,4 +1,7 @@
-"""Imports point downwards only: a room may use those of lower floors, and no other room of its own floor. There is no import circle."""
+"""Imports point downwards only, and there is no import circle.
+
+A room may import rooms of lower floors, but no other room of its own floor.
+"""
 
 import ast
 import subprocess
@@ -21,7 +24,10 @@ ROOMS = [room for floor in FLOORS for room in floor]
 
 
 def modules_of(path, package):
-    """Names of the package's modules and rooms that a file imports, wherever in the file: "models.clip" for unclip_jax.models.clip."""
+    """Names of the package's modules and rooms that a file imports anywhere.
+
+    The name of unclip_jax.models.clip is "models.clip".
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):
@@ -59,13 +65,13 @@ def circles(package):
         name = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
         graph[name] = path
     loaded = {name: set(top_level(path, graph)) & graph.keys() for name, path in graph.items()}
-    found, state = [], {}
+    circles, state = [], {}
 
     def visit(name, way):
         state[name] = "open"
         for other in sorted(loaded[name]):
             if state.get(other) == "open" and other != name:
-                found.append([*way[way.index(other) :], other] if other in way else [name, other])
+                circles.append([*way[way.index(other) :], other] if other in way else [name, other])
             elif other not in state:
                 visit(other, [*way, other])
         state[name] = "done"
@@ -73,7 +79,7 @@ def circles(package):
     for name in graph:
         if name not in state:
             visit(name, [name])
-    return found
+    return circles
 
 
 def top_level(path, graph):
@@ -147,7 +153,7 @@ def test_no_file_is_long():
 
 
 def test_import_is_light():
-    """`import unclip_jax` imports neither jax nor TensorFlow nor torch; no more does the command's help."""
+    """Neither `import unclip_jax` nor the command's help imports jax, TensorFlow or torch."""
     heavy = "{'jax', 'tensorflow', 'torch', 'flax', 'numpy'}"
     for first in ("import unclip_jax", "from unclip_jax.cli.main import build_parser; build_parser()"):
         code = f"import sys; {first}; print(sorted({heavy} & set(sys.modules)))"

@@ -1,4 +1,7 @@
-"""The paper's configurations: exact sizes by shape alone, and tiny variants that train, bundle and sample with their own text encoders."""
+"""The paper's configurations: exact sizes, computed from shapes alone.
+
+The tiny variants train, form a bundle, and sample with their own text encoders.
+"""
 
 from pathlib import Path
 
@@ -72,7 +75,10 @@ def decoder_count(vocab):
 
 
 def test_size_of_the_decoder():
-    """3,565,434,374 with GLIDE's vocabulary, plus our learned null embedding (D); the vocabulary of CLIP has 849 rows fewer."""
+    """The count is 3,565,434,374 with GLIDE's vocabulary, plus our learned null embedding (D).
+
+    CLIP's vocabulary has 849 rows fewer.
+    """
     assert decoder_count(GLIDE_VOCAB) == 3_565_434_374 + D
     config, _ = paper("decoder")
     assert config.text_tokenizer.vocab_size == CLIP_VOCAB
@@ -95,7 +101,10 @@ def test_size_of_the_diffusion_prior():
 
 
 def test_size_of_the_autoregressive_prior():
-    """A text encoder of the published shape and a latent decoder that also projects its states to keys and values in every layer."""
+    """A text encoder of the published shape, and a latent decoder.
+
+    Every layer of the decoder also projects the encoder's states to keys and values.
+    """
     config, model = paper("prior_ar")
     model["length"] = L
     model["text"] |= {"vocab_size": config.text_tokenizer.vocab_size, "length": L}
@@ -129,8 +138,11 @@ def train(name, workdir, **changes):
 
 
 def test_tiny_variants_train_and_sample(tiny_run, tmp_path, monkeypatch):
-    """Both priors and decoder with the paper's switches on: own text encoders, scaled embeddings, analytic variance, two candidates,
-    learned variance. They make one bundle, which samples with either prior, and what it draws hangs on the caption."""
+    """Both priors and the decoder train with the paper's options.
+
+    The options are: own text encoders, scaled embeddings, analytic variance, two candidates, learned
+    variance. The runs form one bundle, which samples with either prior. Its samples depend on the caption.
+    """
     runs = tmp_path / "runs"
     runs.mkdir()
     (runs / "clip").symlink_to(tiny_run("clip"))
@@ -152,7 +164,10 @@ def test_tiny_variants_train_and_sample(tiny_run, tmp_path, monkeypatch):
 
 
 def test_tiny_clip_trains_with_sam_on_any_mesh(tmp_path, monkeypatch):
-    """Groups of two rows: eight devices give the losses of one; without SAM the losses differ after the first step."""
+    """With groups of two rows, eight devices give the same losses as one device.
+
+    Without SAM the losses differ after the first step.
+    """
     curves = {}
     for name, changes in (("eight", {}), ("one", {}), ("off", {"sam.rho": 0.0})):
         with monkeypatch.context() as patch:
@@ -189,7 +204,7 @@ def test_what_freezes_a_text_encoder(tmp_path):
 
 
 def test_text_encoder_settings_belong_together():
-    """A tokenizer without an encoder, or the other way round, is refused before anything is made."""
+    """A tokenizer without an encoder, or an encoder without a tokenizer, is an error before training."""
     config = load_config(f"{PAPER / 'prior_ar'}.py:tiny")
     with config.unlocked():
         config.text_tokenizer = None

@@ -1,4 +1,7 @@
-"""Paths of this machine, and of a store: TensorFlow's, TensorStore's and Google's own clients against a stand-in on loopback."""
+"""Paths of this machine, and of a store.
+
+TensorFlow's, TensorStore's and Google's clients use a stand-in for the store, on loopback.
+"""
 
 import json
 import os
@@ -42,7 +45,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     ]
 
 
-# Runs in a process of its own, as the clients read their environment once. It says what it found in one JSON object.
+# This code runs in a process of its own, because the clients read their environment only once. It prints its
+# results as one JSON object.
 STORE = """
 import json, sys
 from pathlib import Path
@@ -55,50 +59,57 @@ from unclip_jax.cli.main import main
 from unclip_jax.data.sources import make_source
 from unclip_jax.grid import save_grid
 
-root, said = Path(sys.argv[1]), {}
+root, results = Path(sys.argv[1]), {}
 config = str(root / "configs" / "emoji")
-train = ["train", config + "/clip.py:tiny", "--workdir", "gs://bucket/runs/clip", "--set", "eval_every=0", "--set", "log_every=1"]
-said["train"] = [main([*train, "--set", "steps=2", "--set", "checkpoint_every=1"]) for _ in range(2)]
-said["run"] = load_run("gs://bucket/runs/clip")[2]
-said["metrics"] = [json.loads(line)["step"] for line in paths.user_path("gs://bucket/runs/clip/metrics.jsonl").read_text().splitlines()]
+train = ["train", config + "/clip.py:tiny", "--workdir", "gs://bucket/runs/clip"]
+train += ["--set", "eval_every=0", "--set", "log_every=1"]
+results["train"] = [main([*train, "--set", "steps=2", "--set", "checkpoint_every=1"]) for _ in range(2)]
+results["run"] = load_run("gs://bucket/runs/clip")[2]
+lines = paths.user_path("gs://bucket/runs/clip/metrics.jsonl").read_text().splitlines()
+results["metrics"] = [json.loads(line)["step"] for line in lines]
 
 few = ["--data", "name=emoji", "--data", "split=compose"]
 embed = ["embed", "--clip", "gs://bucket/runs/clip", *few, "--out", "gs://bucket/embedded", "--shard", "400"]
-said["embed"] = main(embed)
-pca = ["train", config + "/codec.py:tiny", "--workdir", "gs://bucket/runs/codec", "--embeddings", "gs://bucket/embedded"]
-said["pca"] = main([*pca, "--set", "steps=2"])
+results["embed"] = main(embed)
+codec = ["train", config + "/codec.py:tiny", "--workdir", "gs://bucket/runs/codec"]
+codec += ["--embeddings", "gs://bucket/embedded"]
+results["codec"] = main([*codec, "--set", "steps=2"])
 
 bundle = load_bundle("emoji")
 del bundle.parts["decoder"], bundle.parts["upsampler_64"]
 save_bundle(bundle, "gs://bucket/bundle")
-said["first"] = paths.total_bytes("gs://bucket/bundle")
+results["first"] = paths.total_bytes("gs://bucket/bundle")
 for _ in range(2):  # fetched, and found in the cache
     same = load_bundle("gs://bucket/bundle")
-said["parts"] = {name: part.hash == same.parts[name].hash for name, part in bundle.parts.items()}
+results["parts"] = {name: part.hash == same.parts[name].hash for name, part in bundle.parts.items()}
 
 shard = next((root / "unclip_jax/data/emoji").glob("compose-*.tfrecord"))
 paths.write_whole("gs://bucket/data/a.tfrecord", shard.read_bytes())
-here, there = (make_source({"name": "tfrecord", "pattern": pattern}) for pattern in (str(shard), "gs://bucket/data/*.tfrecord"))
-said["records"] = len(here) == len(there) and all(here.read(i).image == there.read(i).image for i in (0, 100))
+patterns = (str(shard), "gs://bucket/data/*.tfrecord")
+here, there = (make_source({"name": "tfrecord", "pattern": pattern}) for pattern in patterns)
+same_images = all(here.read(i).image == there.read(i).image for i in (0, 100))
+results["records"] = len(here) == len(there) and same_images
 for i in (0, 1):
     paths.write_whole(f"gs://bucket/pictures/{i}/x.png", here.read(i).image)
     paths.write_whole(f"gs://bucket/pictures/{i}/x.txt", f"number {i}")
 pictures = make_source({"name": "folder", "path": "gs://bucket/pictures"})
-said["pictures"] = [pictures.read(i).captions[0] for i in range(len(pictures))]
+results["pictures"] = [pictures.read(i).captions[0] for i in range(len(pictures))]
 save_grid("gs://bucket/grids/x.png", np.zeros((2, 8, 8, 3), np.uint8), ["a", "b"])
 
-said["errors"] = [
-    main(["train", config + "/clip.py:tiny", "--workdir", "gs://elsewhere/run"]),
-    main(["train", config + "/clip.py:tiny", "--workdir", "ftp://bucket/run"]),
-    main(["train", config + "/prior_diffusion.py:tiny", "--workdir", "gs://bucket/runs/prior", "--clip", "gs://bucket/nothing"]),
-    main(["train", config + "/clip.py:tiny", "--workdir", "gs://bucket/x", "--set", "data.train.name=tfrecord"]),
+prior = ["train", config + "/prior_diffusion.py:tiny", "--workdir", "gs://bucket/runs/prior"]
+clip = ["train", config + "/clip.py:tiny", "--workdir"]
+results["errors"] = [
+    main([*clip, "gs://elsewhere/run"]),
+    main([*clip, "ftp://bucket/run"]),
+    main([*prior, "--clip", "gs://bucket/nothing"]),
+    main([*clip, "gs://bucket/x", "--set", "data.train.name=tfrecord"]),
 ]
-print("SAID", json.dumps(said))
+print("RESULTS", json.dumps(results))
 """
 
 
 def test_a_store(tmp_path):
-    """Training, checkpoints and going on, embeddings, bundles, data and pictures under gs://."""
+    """Training, checkpoints, resuming, embeddings, bundles, data and pictures work under gs://."""
     gcs = Gcs(tmp_path)
     env = os.environ | gcs.env() | {"UNCLIP_CACHE": str(tmp_path / "cache")}
     try:
@@ -107,14 +118,14 @@ def test_a_store(tmp_path):
         )
     finally:
         gcs.close()
-    lines = [line for line in done.stdout.splitlines() if line.startswith("SAID ")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULTS ")]
     assert lines, done.stdout + done.stderr
-    said = json.loads(lines[0].removeprefix("SAID "))
-    assert said["train"] == [0, 0] and said["run"] == 2 and "resuming from step 2" in done.stderr
-    assert said["metrics"] == [1, 2]
-    assert said["embed"] == 0 and said["pca"] == 0
-    assert said["first"] > 1e6 and said["parts"] and all(said["parts"].values())
-    assert said["records"] and said["pictures"] == ["number 0", "number 1"]
+    results = json.loads(lines[0].removeprefix("RESULTS "))
+    assert results["train"] == [0, 0] and results["run"] == 2 and "resuming from step 2" in done.stderr
+    assert results["metrics"] == [1, 2]
+    assert results["embed"] == 0 and results["codec"] == 0
+    assert results["first"] > 1e6 and results["parts"] and all(results["parts"].values())
+    assert results["records"] and results["pictures"] == ["number 0", "number 1"]
     names = {name for _, name in gcs.objects}
     assert {
         "embedded/manifest.json",
@@ -126,14 +137,14 @@ def test_a_store(tmp_path):
         any(name.startswith("runs/clip/tb/events") for name in names)
         and "runs/clip/checkpoints/2/commit_success.txt" in names
     )
-    # Of every network's tensors one request: the second time they lie in the cache.
+    # Each load requests a network's tensors once; the second load finds them in the cache.
     fetched = [
         line
         for line in gcs.log
         if line.startswith("GET /bucket/bundle%2Fprior_diffusion%2Fmodel.safetensors")
     ]
     assert 0 < len(fetched) <= 2, fetched
-    assert said["errors"] == [1, 1, 1, 1]
+    assert results["errors"] == [1, 1, 1, 1]
     for message in ("gs://elsewhere/run", "paths may begin with gs://", "gs://bucket/nothing"):
         assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -24,7 +24,7 @@ from unclip_jax.sharding import (
 
 
 def test_mesh_shapes():
-    """data takes what is left; a -1 elsewhere does too; sizes may be partial."""
+    """data, or an axis of size -1, takes the remaining devices; sizes may be partial."""
     sizes = lambda shape=None, devices=None: tuple(make_mesh(shape, devices).shape.values())
     assert jax.device_count() == 8
     assert sizes() == (8, 1, 1)
@@ -52,7 +52,7 @@ def test_mesh_errors(shape, message):
 
 
 def test_generic_rule_takes_the_largest_dimension_that_divides():
-    """Small leaves are replicated, and so is a leaf that nothing divides."""
+    """Small leaves are replicated, as is a leaf that no axis divides."""
     mesh = make_mesh({"fsdp": 8})
     assert leaf_spec("a/kernel", (64, 512), mesh) == P(None, "fsdp")
     assert leaf_spec("a/kernel", (512, 64), mesh) == P("fsdp", None)
@@ -65,8 +65,11 @@ def test_generic_rule_takes_the_largest_dimension_that_divides():
 
 
 def test_tensor_rules():
-    """First projections by output, second ones by input, in the transformer's blocks and the U-Net's attention; what a rule does not
-    divide falls back to the generic one."""
+    """The rules shard first projections by output, and second projections by input.
+
+    This holds for the transformer's blocks and the U-Net's attention. A leaf that a rule does not divide
+    falls back to the generic rule.
+    """
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     assert leaf_spec("transformer/block_3/attn/query/kernel", (64, 4, 16), mesh) == P("fsdp", "tensor", None)
     assert leaf_spec("transformer/block_3/attn/key/bias", (4, 16), mesh) == P("tensor", None)
@@ -94,7 +97,10 @@ def test_path_names():
 
 
 def test_shard_batch():
-    """Rows in order over data and fsdp, one piece each; a batch that does not divide is an error with both numbers."""
+    """The devices of data and fsdp get one piece each, with the rows in order.
+
+    The error for a batch that does not divide names both numbers.
+    """
     mesh = make_mesh({"fsdp": 2})
     batch = {"image": np.arange(48.0).reshape(16, 3), "tokens": np.arange(16)}
     arrays = shard_batch(batch, mesh)
@@ -110,7 +116,7 @@ def test_shard_batch():
 
 
 class Device:
-    """A device that is not there."""
+    """A device that does not exist."""
 
     def __init__(self, number, host, slice_index=0, platform="tpu"):
         self.id, self.process_index, self.slice_index, self.platform = number, host, slice_index, platform
@@ -118,7 +124,10 @@ class Device:
 
 
 def test_rows_of_a_host():
-    """Those on its devices, wherever these stand in the mesh; hosts that share tensor axes read the same ones."""
+    """A host reads the rows of its devices, wherever these are in the mesh.
+
+    Hosts that share tensor axes read the same rows.
+    """
     grid = lambda hosts, shape: Mesh(
         np.array([Device(i, host) for i, host in enumerate(hosts)]).reshape(shape), AXES
     )
@@ -141,7 +150,7 @@ def test_slices_are_joined_by_data_alone():
 
 
 def test_gather_is_there_when_needed():
-    """Only for parameters sharded over fsdp alone; what it returns is whole on every device."""
+    """It acts only on parameters sharded over fsdp alone; its result is whole on every device."""
     assert make_gather(make_mesh()) is None
     assert make_gather(make_mesh({"fsdp": 4, "tensor": 2})) is None
     mesh = make_mesh({"fsdp": 8})

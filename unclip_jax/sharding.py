@@ -69,7 +69,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     if bad or (free and len(devices) % known) or (not free and known != len(devices)):
         wanted = " x ".join(f"{a}={sizes[a]}" for a in AXES)
         raise InputError(
-            f"a mesh of {wanted} does not fit {len(devices)} devices; the sizes must multiply to {len(devices)}"
+            f"a mesh of {wanted} does not fit {len(devices)} devices; "
+            f"the sizes must multiply to {len(devices)}"
         )
     if free:
         sizes[free[0]] = len(devices) // known
@@ -262,7 +263,8 @@ def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def _check_divides(rows: int, ways: int) -> None:
     if rows % ways:
         raise InputError(
-            f"a batch of {rows} does not divide over data x fsdp = {ways} devices; change batch_size or the mesh"
+            f"a batch of {rows} does not divide over data x fsdp = {ways} devices; "
+            "change batch_size or the mesh"
         )
 
 

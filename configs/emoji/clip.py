@@ -7,7 +7,7 @@ variant   what it is
 :quick    for `launch/quickstart --train`
 :tiny     runs in seconds on a CPU, for tests
 
-Patches of 8 px give the image tower 64 patches of an emoji, where the CLIP of the shipped bundle `emoji` has 16
+Patches of 8 px give the image tower 64 patches of an emoji. The CLIP of the shipped bundle `emoji` has 16
 patches of 16 px. `balance` draws a concept of n drawings in proportion to the square root of n. The run saw
 358,400 images in 7,949 s on two shared CPU cores, with jax 0.11.2.
 

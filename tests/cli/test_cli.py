@@ -1,4 +1,4 @@
-"""The `unclip` command: fast help, real work on tiny runs, and one line with a non-zero status on bad input."""
+"""The `unclip` command: fast help, verbs on tiny runs, and errors of one line with a non-zero status."""
 
 import dataclasses
 import os
@@ -29,9 +29,10 @@ def unclip(*args, **env):
 
 
 def test_help_is_fast_and_light():
-    """Under a second (the best of three), without TensorFlow, torch or jax."""
+    """The help takes less than a second (the best of three), and imports no TensorFlow, torch or JAX."""
     code = (
-        "import sys\nfrom unclip_jax.cli.main import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "import sys\nfrom unclip_jax.cli.main import main\n"
+        "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
         "print(sorted({'jax', 'tensorflow', 'torch', 'flax', 'numpy'} & set(sys.modules)))"
     )
     out = subprocess.run(
@@ -142,7 +143,7 @@ def test_bad_input_is_one_line(args, message, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Paths of two pictures, a mask of the first one's size, and a file that is no picture."""
+    """A folder with two pictures, a mask of the first one's size, and a file that is not a picture."""
     rng = np.random.default_rng(0)
     for name, size in (("a", 24), ("b", 30), ("mask", 24)):
         Image.fromarray(rng.integers(0, 255, (size, size, 3), np.uint8)).save(tmp_path / f"{name}.png")
@@ -213,7 +214,7 @@ def test_bad_pictures_are_one_line(args, message, tiny_bundle, pictures, monkeyp
 
 
 def test_a_missing_part_is_named(tiny_bundle, pictures, monkeypatch, capsys):
-    """A bundle without a decoder can vary nothing, one without a codec has no autoregressive prior."""
+    """`vary` needs a decoder; the autoregressive prior and `reconstruct` need a codec."""
     import unclip_jax
 
     monkeypatch.chdir(pictures)
@@ -248,7 +249,7 @@ def test_config_overrides():
     "path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT / "configs"))
 )
 def test_every_config_has_its_variants(path):
-    """Each configuration has a full and a :tiny variant of the same keys, and its docstring gives the command."""
+    """Full and :tiny variants of a configuration have the same keys; its docstring gives the command."""
     full, tiny = load_config(str(path)), load_config(f"{path}:tiny")
     assert full.stage == tiny.stage and set(full.to_dict()) == set(tiny.to_dict())
     assert tiny.steps < full.steps
@@ -256,7 +257,10 @@ def test_every_config_has_its_variants(path):
 
 
 def test_errors_of_a_program_are_not_another_hosts(monkeypatch, capsys):
-    """On several hosts what XLA says of a program ends the run; anything else of it is a lost host, and the command starts again."""
+    """On several hosts, XLA's errors about a program end the run with status 1.
+
+    Its other errors mean a lost host, and the status asks for a restart.
+    """
     from unclip_jax.cli import train
     from unclip_jax.run.hosts import RESTART
 
@@ -268,13 +272,15 @@ def test_errors_of_a_program_are_not_another_hosts(monkeypatch, capsys):
 
     monkeypatch.setattr("os._exit", leave)
     command = ["train", "configs/emoji/clip.py:tiny", "--workdir", "unused", "--distributed"]
-    for said, status in (
+    for message, status in (
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm", 1),
         ("UNAVAILABLE: socket closed", RESTART),
     ):
-        monkeypatch.setattr(train, "run", lambda args, said=said: (_ for _ in ()).throw(RuntimeError(said)))
+        monkeypatch.setattr(
+            train, "run", lambda args, text=message: (_ for _ in ()).throw(RuntimeError(text))
+        )
         try:
             left = main(command)
         except Left as end:
             (left,) = end.args
-        assert left == status and said in capsys.readouterr().err
+        assert left == status and message in capsys.readouterr().err

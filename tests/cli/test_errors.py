@@ -1,4 +1,4 @@
-"""How the `unclip` command shows errors: the user's in one line, a bug of the package with what to report."""
+"""How the `unclip` command shows errors: a user's in one line, a bug with what to report."""
 
 import pickle
 import platform
@@ -24,7 +24,7 @@ BUILTINS = {
 
 
 def store_error():
-    """What TensorFlow's file systems raise, without TensorFlow: the command looks at the class's module."""
+    """An error like those of TensorFlow's file systems: the command looks at the class's module."""
     return type("PermissionDeniedError", (Exception,), {"__module__": "tensorflow.python.framework"})(
         "gs://b"
     )
@@ -32,7 +32,7 @@ def store_error():
 
 @pytest.fixture
 def fails(monkeypatch):
-    """A function of an exception that makes `unclip sample` raise it."""
+    """Returns a function that makes `unclip sample` raise a given exception."""
 
     def with_error(error):
         def run(args):
@@ -108,7 +108,7 @@ def test_an_interrupt_is_no_bug(fails, capsys):
 
 @pytest.mark.parametrize("name", ["KeyError", "InputError", "FileNotFoundError", "TypeError"])
 def test_input_errors_turns_the_kinds_it_is_told(name):
-    """A UserError and an OSError pass unchanged, as any other kind does; the first error is the cause."""
+    """A UserError, an OSError and any other kind pass unchanged. The first error is the cause."""
     kind = getattr(errors, name, None) or getattr(__import__("builtins"), name)
     first = kind("no such\nname")
     with (

@@ -1,4 +1,4 @@
-"""`unclip inpaint IMAGE [MASK] CAPTION`: which words are what, and what of the picture is kept."""
+"""`unclip inpaint IMAGE [MASK] CAPTION`: how it reads the words, and what it keeps of the picture."""
 
 import types
 
@@ -15,7 +15,7 @@ LEFT = np.repeat([[True] * 8 + [False] * 16], 24, axis=0)  # what the masks belo
 
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
-    """The current folder, with pictures of 24x24: opaque, cut out, and masks of both conventions."""
+    """Fills the current folder with pictures of 24x24: opaque, cut out, and masks of both conventions."""
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 255, (24, 24, 3), np.uint8)
     layer = np.where(LEFT, 0, 255).astype(np.uint8)
@@ -74,7 +74,7 @@ def test_an_option_between_mask_and_caption_is_no_other_reading(capsys):
 
 @pytest.mark.parametrize("words", [["picture.png", "white.png"], ["picture.png", "clear.png"], ["cut.png"]])
 def test_what_is_kept_is_what_the_mask_does_not_draw_anew(words, pictures, monkeypatch):
-    """It gets the complement of the mask, and the picture as `decode_image` composites it, on white."""
+    """The verb keeps the mask's complement, of the picture that `decode_image` composites on white."""
     given = {}
 
     def draw(bundle, image, mask, caption, *, count, **_):

@@ -1,4 +1,4 @@
-"""What compiled programs move: programs written out by hand, with the TPU compiler's forms among them, and programs compiled here."""
+"""The data that compiled programs move: hand-written programs, some in TPU form, and compiled ones."""
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +17,25 @@ HloModule m
 }
 
 ENTRY %main (a: f32[8]) -> f32[8] {
-  %w = (f32[8]) while((f32[8]) %t), condition=%region_2.c, body=%wide.region_1.2, backend_config={"known_trip_count":{"n":"5"}}
+  %w = (f32[8]) while((f32[8]) %t), condition=%region_2.c, body=%wide.region_1.2, TURNS
   %r = f32[8,8]{1,0} reduce-scatter(f32[64,8]{1,0} %y), replica_groups=[2,4]<=[8], dimensions={0}
-  %s = (bf16[4]{0}, bf16[4]{0}) all-reduce(bf16[4]{0} %a, bf16[4]{0} %b), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %s = (bf16[4]{0}, bf16[4]{0}) all-reduce(bf16[4]{0} %a, bf16[4]{0} %b), PAIRS, to_apply=%add
   %p = f32[16]{0} collective-permute(f32[16]{0} %z), source_target_pairs={{0,1}}
 }
-"""
+""".replace("TURNS", 'backend_config={"known_trip_count":{"n":"5"}}').replace(
+    "PAIRS", "replica_groups={{0,1},{2,3},{4,5},{6,7}}"
+)
 
 
 def test_collectives_of_a_program():
-    """Counted through loops; bytes that arrive at a device of its group."""
-    found = Program(LOOP).collectives()
-    assert found["all-gather"] == (5, 5 * 64 * 8 * 4 * 7 // 8)
-    assert found["reduce-scatter"] == (1, 8 * 8 * 4 * 3)
-    assert found["all-reduce"] == (1, 2 * 8 * 2 // 2)
-    assert found["collective-permute"] == (1, 64)
+    """Collectives count as often as their loop runs; bytes are those that arrive at a device."""
+    moved = Program(LOOP).collectives()
+    assert moved["all-gather"] == (5, 5 * 64 * 8 * 4 * 7 // 8)
+    assert moved["reduce-scatter"] == (1, 8 * 8 * 4 * 3)
+    assert moved["all-reduce"] == (1, 2 * 8 * 2 // 2)
+    assert moved["collective-permute"] == (1, 64)
     assert Program("").collectives() == {}
-    # The TPU's compiler notes no count: the counter is compared with it.
+    # The TPU compiler writes down no count of turns. The condition compares the counter with it.
     condition = """
 %region_2.c (p: (s32[], f32[8])) -> pred[] {
   %n = s32[]{:T(128)} constant(7)
@@ -47,9 +49,12 @@ def test_collectives_of_a_program():
     assert Program(without).collectives()["all-gather"] == (7, 7 * 64 * 8 * 4 * 7 // 8)
 
 
-GROUPS = "channel_id=4, replica_groups=mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_0'}, dimensions={0}"
+GROUPS = (
+    "channel_id=4, replica_groups=mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], "
+    "device_ids=([2,8]T(1,0)) {'axis_0'}, dimensions={0}"
+)
 BEHIND = """
-%first (p.0: bf16[32,64], p.1: bf16[256,64], p.2: f32[128,64]) -> (f32[128,64], bf16[32,64], bf16[256,64], bf16[256,64]) {
+%first (p.0: bf16[32,64], p.1: bf16[256,64], p.2: f32[128,64]) -> (f32[128,64], RESULTS) {
   %p.2 = f32[128,64]{1,0:T(8,128)} parameter(2)
   %made = f32[128,64]{1,0:T(8,128)S(1)} negate(%p.2)
   %p.0 = bf16[32,64]{1,0:T(8,128)(2,1)S(1)} parameter(0)
@@ -60,7 +65,7 @@ BEHIND = """
 
 %all-reduce-scatter (input: bf16[64,16]) -> bf16[8,16] {
   %input = bf16[64,16]{1,0:T(8,128)(2,1)} parameter(0)
-  %sum = bf16[64,16]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %sum = bf16[64,16]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=9, ALL, to_apply=%add
   %which = u32[] partition-id()
   %none = u32[] constant(0)
   ROOT %own = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%sum, %which, %none), dynamic_slice_sizes={8,16}
@@ -75,17 +80,28 @@ ENTRY %main (a: bf16[32,64], b: bf16[256,64], c: f32[128,64], d: bf16[64,16]) ->
   %two = (f32[128,64]{1,0:T(8,128)S(1)}, OTHERS) fusion(%a, %b, %c), kind=kCustom, calls=%first
   ROOT %r = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} fusion(%d), kind=kCustom, calls=%all-reduce-scatter
 }
-""".replace("GROUPS", GROUPS).replace("OTHERS", "bf16[32,64]{1,0:S(1)}, bf16[256,64]{1,0}, bf16[256,64]{1,0}")
+"""
+for _word, _text in (
+    ("GROUPS", GROUPS),
+    ("RESULTS", "bf16[32,64], bf16[256,64], bf16[256,64]"),
+    ("OTHERS", "bf16[32,64]{1,0:S(1)}, bf16[256,64]{1,0}, bf16[256,64]{1,0}"),
+    ("ALL", "replica_groups={{0,1,2,3,4,5,6,7}}"),
+):
+    BEHIND = BEHIND.replace(_word, _text)
 
 
 def test_collectives_behind_fusions():
-    """One channel is one collective in however many fusions it stands; a sum of which a slice is kept is a reduce-scatter."""
+    """A channel is one collective, in however many fusions it appears.
+
+    An all-reduce of which only a slice is kept is a reduce-scatter.
+    """
     program = Program(BEHIND)
     assert program.collectives() == {
         "all-gather": (1, 256 * 64 * 2 * 7 // 8),
         "reduce-scatter": (1, 64 * 16 * 2 * 7 // 8),
     }
-    # Memory: c read by both, the gathered array written once; the sum's operand and its result; nothing of what stays on the chip.
+    # Memory traffic: both fusions read c, one writes the gathered array, and the sum reads its operand and
+    # writes its result. Arrays that stay on the chip do not count.
     assert program.traffic() == 2 * 128 * 64 * 4 + 256 * 64 * 2 + 2 * 64 * 16 * 2
 
 
@@ -93,17 +109,23 @@ CROSSING = """
 ENTRY %main (a: f32[16,8]) -> f32[16,8] {
   %a = f32[16,8]{1,0:T(8,128)} parameter(0)
   %after = token[] after-all()
-  %out = (f32[16,8]{1,0:T(8,128)}, u32[], token[]) send(%a, %after), channel_id=3, is_host_transfer=true, ATTRIBUTES
-  %in = (f32[16,8]{1,0:T(8,128)}, u32[], token[]) recv(%after), channel_id=2, is_host_transfer=true, ATTRIBUTES
-  %sent = token[] send-done(%out), channel_id=3, is_host_transfer=true, ATTRIBUTES
-  %received = (f32[16,8]{1,0:T(8,128)}, token[]) recv-done(%in), channel_id=2, is_host_transfer=true, ATTRIBUTES
+  %out = (f32[16,8]{1,0:T(8,128)}, u32[], token[]) send(%a, %after), channel_id=3, HOST
+  %in = (f32[16,8]{1,0:T(8,128)}, u32[], token[]) recv(%after), channel_id=2, HOST
+  %sent = token[] send-done(%out), channel_id=3, HOST
+  %received = (f32[16,8]{1,0:T(8,128)}, token[]) recv-done(%in), channel_id=2, HOST
   ROOT %other = f32[16,8]{1,0:T(8,128)} get-tuple-element(%received), index=0
 }
-""".replace("ATTRIBUTES", 'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}')
+""".replace(
+    "HOST",
+    'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}',
+)
 
 
 def test_what_crosses_from_slice_to_slice():
-    """What the hosts receive of other slices counts there, and not among the collectives; what is sent is read, what comes is written."""
+    """Data that hosts receive from other slices counts separately, not among the collectives.
+
+    Sent data is read from memory; received data is written to it.
+    """
     program = Program(CROSSING)
     assert program.between_slices() == (1, 16 * 8 * 4) and program.collectives() == {}
     assert program.traffic() == 16 * 8 * 4 + 16 * 8 * 4 + 4
@@ -127,7 +149,7 @@ ENTRY %main (a: f32[64,32], b: f32[1,32], i: s32[]) -> f32[64,32] {
 
 
 def test_traffic_of_copies_and_slices():
-    """To the chip: read once. A slice costs itself, and so does writing one in place."""
+    """A copy to the chip reads once. A slice costs its own size, and so does writing one in place."""
     row, whole = 32 * 4, 64 * 32 * 4
     indices = 2 * 2 * 4
     assert Program(COPIES).traffic() == whole + 4 * row + 2 * row + 2 * row + indices
@@ -138,7 +160,7 @@ def compiled(function, *shapes):
 
 
 def test_traffic_of_a_loop():
-    """A loop over stacked layers moves what the layers one after another do, where the compiler's own figure has it once."""
+    """A loop over layers moves as much as the unrolled layers. The compiler counts its body only once."""
 
     def layer(x, w):
         return jnp.tanh(x @ w), None
@@ -153,16 +175,16 @@ def test_traffic_of_a_loop():
 
     shapes = (256, 512), (12, 512, 512)
     loop, straight = compiled(looped, *shapes), compiled(unrolled, *shapes)
-    once = loop.cost_analysis()["bytes accessed"]
+    counted_by_compiler = loop.cost_analysis()["bytes accessed"]
     moved, flat = Program(loop.as_text()).traffic(), Program(straight.as_text()).traffic()
     least = 12 * 512 * 512 * 4 + 24 * 256 * 512 * 4
-    assert least <= moved <= 3 * least and moved > 4 * once
+    assert least <= moved <= 3 * least and moved > 4 * counted_by_compiler
     assert moved == pytest.approx(flat, rel=0.5)
     assert flat == pytest.approx(straight.cost_analysis()["bytes accessed"], rel=0.5)
 
 
 def test_collectives_of_a_loop():
-    """Weights in shards, gathered at every turn, forward and backward."""
+    """Sharded weights are gathered at every turn, forward and backward."""
     mesh = make_mesh({"data": 1, "fsdp": 8})
     place = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
     whole = NamedSharding(mesh, PartitionSpec())

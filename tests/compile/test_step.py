@@ -1,4 +1,4 @@
-"""The train step on paper: operations and collectives counted, and what a compiled step of the tiny networks does to a mesh."""
+"""The compiled train step: counts of operations and collectives, and what tiny networks move on a mesh."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ def count(function, *shapes):
 
 
 def test_operations():
-    """Products, convolutions (also strided, and their gradients), loops, and what remat computes twice."""
+    """Products, convolutions (also strided, and their gradients), loops, and the repeated work of remat."""
     product = 2 * 8 * 16 * 32
     matmul = lambda a, b: a @ b
     assert count(matmul, (8, 16), (16, 32)) == product
@@ -48,8 +48,8 @@ def test_operations():
     for stride in (1, 2):
         convolved = conv(stride)
         squares = lambda x, k, convolved=convolved: jnp.sum(convolved(x, k) ** 2)
-        both = count(jax.grad(squares, argnums=(0, 1)), (2, 8, 8, 4), (3, 3, 4, 6))
-        assert both == pytest.approx(3 * forward / stride**2, rel=0.05)
+        gradients = count(jax.grad(squares, argnums=(0, 1)), (2, 8, 8, 4), (3, 3, 4, 6))
+        assert gradients == pytest.approx(3 * forward / stride**2, rel=0.05)
     layer = lambda a, b: jnp.sum(jnp.tanh(a @ b) ** 2)
     plain, again = (
         count(jax.grad(f, argnums=(0, 1)), (8, 16), (16, 32)) for f in (layer, jax.checkpoint(layer))
@@ -70,12 +70,15 @@ def tiny(name, mesh, **changes):
     [("upsampler_256", {}), ("prior_diffusion", {}), ("prior_diffusion", {"scan_layers": True})],
 )
 def test_fsdp_moves_parameters_and_nothing_else(name, changes, monkeypatch):
-    """Parameters are gathered before use, gradients reduced; no activation changes its place. A U-Net, and a transformer over CLIP."""
+    """Parameters are gathered before use and gradients are reduced; no activation moves between devices.
+
+    The cases are a U-Net, and a transformer with CLIP.
+    """
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 256)
     report = tiny(name, {"data": 2, "fsdp": 4}, **changes)
     assert set(report.collectives) <= {"all-gather", "all-reduce", "reduce-scatter"}
     assert report.collectives["all-gather"][0] > 10
-    # What is reduced is the gradient, a share of it, and scalars; what is gathered no more than forward and backward need.
+    # Gradients, shares of them, and scalars are reduced. Only what forward and backward need is gathered.
     reduced = sum(report.collectives.get(kind, (0, 0))[1] for kind in ("all-reduce", "reduce-scatter"))
     whole = 4 * report.parameters
     assert reduced < 3 * whole and report.collectives["all-gather"][1] < 3 * (whole + 4 * report.frozen)
@@ -87,7 +90,10 @@ def test_fsdp_moves_parameters_and_nothing_else(name, changes, monkeypatch):
     "name", ["clip", "prior_diffusion", "prior_ar", "decoder", "upsampler_256", "upsampler_1024"]
 )
 def test_nothing_large_is_replicated(name):
-    """The paper's sizes on eight devices: of every parameter, average and moment of more than a million elements each holds an eighth."""
+    """At the paper's sizes, each of eight devices holds an eighth of every large array.
+
+    These are parameters, averages and moments with more than a million elements.
+    """
     config = load_config(str(ROOT / f"configs/dalle2/{name}.py"))
     with config.unlocked():
         config.batch_size = 8
@@ -104,7 +110,7 @@ def test_nothing_large_is_replicated(name):
 
 
 def test_the_command(capsys, tmp_path):
-    """Its figures, and one line for every mistake."""
+    """The command prints its figures, and one line for every mistake."""
     arguments = ["compile", str(ROOT / "configs/dalle2/upsampler_256.py:tiny"), "--topology", "cpu:8"]
     arguments += ["--set", "model.unet.channel_mult=(1,)"]
     assert main([*arguments, "--mesh", "data=8", "--batch", "16", "--save", str(tmp_path / "step")]) == 0
@@ -130,7 +136,7 @@ def test_the_command(capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ["prior_diffusion", "prior_ar"])
 def test_a_step_that_reads_embeddings(name, capsys):
-    """The priors' on `unclip embed`'s folders: CLIP is not among what stands frozen; every other stage needs pictures."""
+    """A prior's step on embeddings needs no frozen CLIP. Stages that need pictures refuse `--embeddings`."""
     arguments = [
         "compile",
         str(ROOT / f"configs/dalle2/{name}.py:tiny"),
@@ -154,7 +160,10 @@ def test_a_step_that_reads_embeddings(name, capsys):
 
 @pytest.mark.parametrize("name", ["prior_diffusion", "prior_ar", "decoder", "upsampler_256"])
 def test_samplers(name, capsys):
-    """Of every stage that draws, on a mesh that shards its parameters; a row a device is the batch, and nothing is held for training."""
+    """The samplers of all stages that draw compile on a mesh that shards their parameters.
+
+    The default batch has one row for each device. No training state is held.
+    """
     arguments = [
         "compile",
         str(ROOT / f"configs/dalle2/{name}.py:tiny"),
@@ -173,13 +182,13 @@ def test_samplers(name, capsys):
 
 def test_a_sampler_costs_its_steps():
     config = load_config(str(ROOT / "configs/dalle2/upsampler_256.py:tiny"))
-    found = []
+    operations = []
     for steps in (2, 6):
         with config.unlocked(), config.ignore_type():
             config.sampling.steps, config.batch_size = steps, 8
         draw, *arguments = step.sampler(config, None, sharding.make_mesh())
-        found.append(step.flops(jax.make_jaxpr(draw)(*arguments)))
-    assert found[1] == pytest.approx(3 * found[0], rel=0.05)
+        operations.append(step.flops(jax.make_jaxpr(draw)(*arguments)))
+    assert operations[1] == pytest.approx(3 * operations[0], rel=0.05)
 
 
 def test_clip_has_no_sampler(capsys):
@@ -197,7 +206,7 @@ def test_without_the_compiler(capsys, monkeypatch):
 
 
 def test_a_step_too_large(capsys):
-    """The verdict of a chip's memory, and what the compiler says where it gives up itself."""
+    """The command compares memory with the chip's, and reports the buffers when the compiler gives up."""
     from unclip_jax.cli.compile import describe, verdict
 
     chip = step.CHIPS["TPU v5 lite"]
@@ -218,11 +227,12 @@ def test_a_step_too_large(capsys):
         unknown, "2*v4:1x1x2"
     )
     message = (
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.10G of 15.75G hbm. Exceeded hbm capacity by 4.35G.\n"
-        'Largest program allocations in hbm:\n  1. Size: 8.00G\n     Operator: op_name="jit(update)/x/dot"\n     Shape: f32[1,2]{1,0}\n'
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.10G of 15.75G hbm. "
+        "Exceeded hbm capacity by 4.35G.\nLargest program allocations in hbm:\n"
+        '  1. Size: 8.00G\n     Operator: op_name="jit(update)/x/dot"\n     Shape: f32[1,2]{1,0}\n'
     )
-    said = step._buffers(message)
-    assert "needs 20.10G of 15.75G" in said and "8.00G f32[1,2]{1,0} jit(update)/x/dot" in said
+    summary = step._buffers(message)
+    assert "needs 20.10G of 15.75G" in summary and "8.00G f32[1,2]{1,0} jit(update)/x/dot" in summary
 
 
 TPU = """
@@ -234,13 +244,15 @@ sharding.FSDP_MIN_SIZE = 256
 mesh = step.make_abstract_mesh("v5e:4x4", {"data": 2, "fsdp": 8})
 for name, clip in (("upsampler_256", None), ("prior_diffusion", load_config("configs/dalle2/clip.py:tiny"))):
     report, _ = step.compile_step(load_config(f"configs/dalle2/{name}.py:tiny"), clip, mesh)
-    print("SAID", json.dumps([report.chip.name, sorted(report.collectives), report.collectives["all-gather"][0]]))
+    figures = [report.chip.name, sorted(report.collectives), report.collectives["all-gather"][0]]
+    print("REPORT", json.dumps(figures))
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_with_the_tpu_compiler():
-    """The real compiler, in processes of their own: two slices' report, and that under FSDP parameters and gradients alone move."""
+    """The real compiler, in separate processes: it reports on two slices, and FSDP moves only parameters and
+    gradients."""
     command = [
         sys.executable,
         "-m",
@@ -258,11 +270,11 @@ def test_with_the_tpu_compiler():
     for words in ("8 devices of 2*v5e:2x2", "between slices: ", "network", "it fits"):
         assert words in done.stdout
     done = subprocess.run([sys.executable, "-c", TPU], cwd=ROOT, env=env, capture_output=True, text=True)
-    said = [
-        json.loads(line.removeprefix("SAID "))
+    reports = [
+        json.loads(line.removeprefix("REPORT "))
         for line in done.stdout.splitlines()
-        if line.startswith("SAID ")
+        if line.startswith("REPORT ")
     ]
-    assert len(said) == 2, done.stderr
-    for chip, kinds, gathers in said:
+    assert len(reports) == 2, done.stderr
+    for chip, kinds, gathers in reports:
         assert chip == "v5e" and set(kinds) <= {"all-gather", "all-reduce", "reduce-scatter"} and gathers > 10

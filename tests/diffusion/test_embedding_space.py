@@ -10,7 +10,7 @@ D = 16
 
 @pytest.fixture(scope="module")
 def z():
-    """Raw embeddings (64, D): not centred, with another scale in each dimension."""
+    """Raw embeddings (64, D): not centred, with a different scale in each dimension."""
     rng = np.random.default_rng(0)
     return (rng.normal(size=(64, D)) * np.linspace(0.5, 2, D) + np.linspace(-1, 1, D)).astype(np.float32)
 
@@ -24,7 +24,10 @@ def space_of(kind, z):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip(kind, z):
-    """Back to what was put in, up to the norm where the space loses it; and the space's own points are fixed points."""
+    """The round trip restores embeddings, up to the norm where the space loses it.
+
+    Points of the space come back unchanged.
+    """
     space = space_of(kind, z)
     inside = normalize(space, z)
     expected = z / np.linalg.norm(z, axis=-1, keepdims=True) if kind in ("unit", "scaled") else z
@@ -33,7 +36,7 @@ def test_round_trip(kind, z):
 
 
 def test_what_the_spaces_look_like(z):
-    """unit has norm 1, scaled norm k, whitened mean 0 and deviation 1 in every dimension."""
+    """`unit` has norm 1, `scaled` norm k, `whitened` mean 0 and deviation 1 in every dimension."""
     np.testing.assert_allclose(np.linalg.norm(normalize(space_of("unit", z), z), axis=-1), 1, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(normalize(space_of("scaled", z), z), axis=-1), 17.2, rtol=1e-5)
     white = np.asarray(normalize(space_of("whitened", z), z))
@@ -49,6 +52,6 @@ def test_zero_embedding_stays_finite():
 
 @pytest.mark.parametrize("function", [normalize, denormalize])
 def test_unknown_space(function, z):
-    """Both ways name the choices."""
+    """Both directions name the choices."""
     with pytest.raises(ValueError, match="'spherical'.*raw, unit, scaled, whitened"):
         function(EmbeddingSpace("spherical"), z)

@@ -1,4 +1,4 @@
-"""Guidance limits, where the variance comes from, and the clip's consistency."""
+"""Guidance: limits of the scale, the source of the variance, and clipping."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,10 @@ T = 400
 
 
 def output(x, t, sign):
-    """A made-up network with learned variance; `sign` (N,) tells the conditional (+1) from the unconditional (-1) rows."""
+    """An artificial network with learned variance.
+
+    `sign` (N,) is +1 on conditional rows and -1 on unconditional ones.
+    """
     sign = sign[:, None]
     prediction = jnp.sin(x + 0.01 * t[:, None]) * (1 + 0.5 * sign)
     return jnp.concatenate([prediction, 0.3 * sign + 0.1 * x], axis=-1)
@@ -48,7 +51,10 @@ def x_t():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("scale, half", [(1.0, conditional), (0.0, unconditional)])
 def test_limits_of_the_scale(x_t, prediction, scale, half):
-    """Scale 1 is the conditional model, scale 0 the unconditional one; the variance is the conditional one's in both cases."""
+    """Scale 1 is the conditional model and scale 0 the unconditional one.
+
+    The variance is the conditional one's in both cases.
+    """
     guided = make_denoiser(both, SCHEDULE, prediction=prediction, guidance=Guidance(scale))(x_t, jnp.array(T))
     plain = make_denoiser(half, SCHEDULE, prediction=prediction)(x_t, jnp.array(T))
     np.testing.assert_allclose(guided.x0, plain.x0, rtol=1e-4, atol=1e-5)
@@ -72,7 +78,10 @@ def test_guidance_extrapolates_the_prediction(x_t):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_clip_recomputes_eps(x_t, prediction):
-    """After clipping, x0 is bounded, still leads to x_t with its eps, and entries that were inside are untouched."""
+    """Clipping bounds x0 and recomputes an eps that leads to x_t.
+
+    It leaves entries inside the bound unchanged.
+    """
     abar = SCHEDULE.alphas_cumprod[T]
     free = make_denoiser(conditional, SCHEDULE, prediction=prediction)(x_t, jnp.array(T))
     clipped = make_denoiser(conditional, SCHEDULE, prediction=prediction, clip=0.5)(x_t, jnp.array(T))
@@ -85,7 +94,7 @@ def test_clip_recomputes_eps(x_t, prediction):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_perfect_model_gives_back_x0_and_eps(prediction):
-    """The denoiser reads abar at the step it is asked about."""
+    """The denoiser reads abar at the requested step."""
     x0, eps = jax.random.normal(jax.random.key(1), (2, B, C))
     for t in (0, 37, 900):
         abar = SCHEDULE.alphas_cumprod[t]
@@ -109,7 +118,10 @@ def test_fraction_is_the_output_mapped_to_the_unit_range(x_t):
 
 @pytest.mark.parametrize("name", GUIDANCE_SCHEDULES)
 def test_scale_over_time(name):
-    """Every schedule keeps scale 1, lies between 1 and the scale, and reaches it at the clean end; all but the constant start at 1."""
+    """Every schedule leaves scale 1 unchanged and stays between 1 and the scale.
+
+    It reaches the scale at the clean end. All schedules except the constant one start at 1.
+    """
     u = jnp.linspace(0, 1, 11)
     scale = Guidance(4.0, name).at(u)
     assert (
@@ -123,7 +135,7 @@ def test_scale_over_time(name):
 
 
 def test_guidance_interval(x_t):
-    """Inside the interval the guided prediction, outside the conditional one."""
+    """Inside the interval the prediction is guided, outside it is the conditional one."""
     guidance = Guidance(3.0, interval=(0.3, 0.5))
     for t, other in ((400, Guidance(3.0)), (600, Guidance(1.0)), (200, Guidance(1.0))):
         ours, theirs = (
@@ -134,7 +146,10 @@ def test_guidance_interval(x_t):
 
 
 def test_rescale():
-    """phi 1 gives the conditional standard deviation, phi 0 changes nothing, and the direction of every row stays."""
+    """phi 1 gives the conditional standard deviation and phi 0 changes nothing.
+
+    The direction of every row stays the same.
+    """
     cond, guided = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2)) * jnp.array([1.0, 5.0]).reshape(
         2, 1, 1, 1, 1
     )
@@ -157,7 +172,10 @@ def test_rescale():
 
 
 def test_dynamic_threshold(x_t):
-    """A row inside the bound is untouched; another is divided by its percentile, what lies beyond that is cut."""
+    """A row inside the bound is unchanged.
+
+    Another row is clipped at its percentile and divided by it.
+    """
     x0 = jnp.stack([jnp.linspace(-0.9, 0.9, 101), jnp.linspace(-4.0, 4.0, 101)])
     out = dynamic_threshold(x0, 50.0, 1.0)
     np.testing.assert_array_equal(out[0], x0[0])
@@ -185,6 +203,6 @@ def test_dynamic_threshold(x_t):
     ],
 )
 def test_settings_out_of_range(settings, message):
-    """Said when the denoiser is made, not in the middle of sampling."""
+    """The error comes when the denoiser is made, not during sampling."""
     with pytest.raises(ValueError, match=message):
         make_denoiser(both, SCHEDULE, prediction="eps", **settings)

@@ -1,4 +1,4 @@
-"""Losses: zero at the truth, probabilities that sum to one, gradients where they belong and finite everywhere."""
+"""Losses: zero at the target, probabilities that sum to one, and finite gradients only where intended."""
 
 import math
 
@@ -31,7 +31,10 @@ nll_of = jax.jit(losses.discretised_nll)
 
 @pytest.fixture(scope="module")
 def bits():
-    """(value, gradients with respect to prediction and v_frac) of the summed bound, compiled once per kind."""
+    """(value, gradients with respect to prediction and v_frac) of the summed bound.
+
+    It is compiled once per kind.
+    """
 
     def value(prediction, v_frac, x0, x_t, t, kind):
         per_row = losses.variational_bits(prediction, v_frac, x0, x_t, t, TABLES, kind)
@@ -85,7 +88,10 @@ def test_normal_kl_against_numerical_integration():
     "mean, log_var", [(0.0, 0.0), (0.0, -9.0), (0.4, -11.0), (-1.0, -3.0), (3.0, -2.0), (0.1, 4.0)]
 )
 def test_discretised_probabilities_sum_to_one(mean, log_var):
-    """Over all 256 values, wherever the Gaussian is; and a wide bin has the probability that the normal CDF gives it."""
+    """The sum runs over all 256 values, wherever the Gaussian is.
+
+    A wide bin has the probability that the normal CDF gives it.
+    """
     values = jnp.arange(256) / 127.5 - 1
     nll = nll_of(values, mean, log_var)
     np.testing.assert_allclose(np.sum(np.exp(-nll)), 1, atol=2e-3)
@@ -97,7 +103,7 @@ def test_discretised_probabilities_sum_to_one(mean, log_var):
 
 
 def test_discretised_nll_is_finite_at_extreme_means():
-    """Value and gradients, with means hundreds of thousands of deviations away on either side."""
+    """Value and gradients are finite with means hundreds of thousands of deviations away."""
     x = jnp.array([-1.0, -0.5, 0.0, 0.5, 1.0])
     gradient = jax.jit(
         jax.vmap(jax.value_and_grad(losses.discretised_nll, argnums=(1, 2)), in_axes=(0, None, None))
@@ -113,7 +119,10 @@ def test_discretised_nll_is_finite_at_extreme_means():
 
 @pytest.mark.parametrize("kind", PREDICTIONS)
 def test_variational_bits_learns_the_variance_alone(batch, bits, kind):
-    """No gradient at all to the prediction; one to every element of the variance fraction; all finite at both ends of the schedule."""
+    """The prediction gets no gradient; every element of the variance fraction gets one.
+
+    All gradients are finite at both ends of the schedule.
+    """
     x0, eps, x_t, t = batch
     prediction = target(kind, x0, eps, t) + 0.3
     (_, per_row), (by_prediction, by_fraction) = bits(prediction, jnp.full(x0.shape, 0.4), x0, x_t, t, kind)
@@ -126,7 +135,7 @@ def test_variational_bits_learns_the_variance_alone(batch, bits, kind):
 
 
 def test_variational_bits_is_finite_at_every_step(bits):
-    """All 1000 steps, for a good, a useless and a wild prediction, in float32."""
+    """All 1000 steps, for a good, a useless and an extreme prediction, in float32."""
     t = jnp.arange(1000)
     x0 = jnp.tile(jnp.array([-1.0, 0.2, 1.0]), (1000, 1))
     eps = jax.random.normal(jax.random.key(0), x0.shape)
@@ -138,8 +147,11 @@ def test_variational_bits_is_finite_at_every_step(bits):
 
 
 def test_variational_bits_values(batch, bits):
-    """A perfect mean with the posterior's variance costs nothing for t > 0; a wider variance costs the KL of two normals; at t = 0 the
-    value is the likelihood of the 8-bit image."""
+    """For t > 0 a perfect mean with the posterior's variance costs nothing.
+
+    A wider variance costs the KL divergence of two normals. At t = 0 the value is the likelihood of the 8-bit
+    image.
+    """
     x0, eps, x_t, t = batch
     (_, exact), _ = bits(eps, jnp.zeros(x0.shape), x0, x_t, t, "eps")
     np.testing.assert_allclose(exact[1:6], 0, atol=2e-3)
@@ -152,7 +164,7 @@ def test_variational_bits_values(batch, bits):
 
 
 def test_split_variance():
-    """Half and half on the last axis, or nothing to split."""
+    """The last axis is split in half, or there is nothing to split."""
     output = jnp.arange(12.0).reshape(2, 6)
     prediction, fraction = losses.split_variance(output, 3)
     np.testing.assert_array_equal(prediction, output[:, :3])

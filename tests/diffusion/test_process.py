@@ -21,7 +21,7 @@ def sample():
 
 
 def as_kind(kind, x0, eps, abar):
-    """What a perfect model of this kind answers."""
+    """The prediction of a perfect model of this kind."""
     return {"x0": x0, "eps": eps, "v": process.velocity(x0, eps, abar)}[kind]
 
 
@@ -53,7 +53,7 @@ def test_forward_process_and_velocity_by_hand(sample):
 
 
 def test_scalar_abar_equals_one_per_row(sample):
-    """A scalar coefficient is the same one for every row."""
+    """A scalar coefficient equals the same coefficient given for every row."""
     x0, eps, _ = sample
     np.testing.assert_allclose(
         process.add_noise(x0, eps, 0.3), process.add_noise(x0, eps, jnp.full(5, 0.3)), rtol=1e-6
@@ -61,7 +61,7 @@ def test_scalar_abar_equals_one_per_row(sample):
 
 
 def test_unknown_prediction(sample):
-    """The message lists what there is."""
+    """The message lists the choices."""
     with pytest.raises(ValueError, match="'score'.*eps, x0, v"):
         process.to_x0_eps(sample[0], sample[1], 0.5, "score")
 
@@ -70,7 +70,10 @@ def test_unknown_prediction(sample):
     "t, r", [(1, 0), (999, 998), (999, 0), (500, 250), (832, 666), (40, 39), (0, -1), (500, -1), (999, -1)]
 )
 def test_posterior_is_bayes_rule(t, r):
-    """q(x_r | x_t, x0) is proportional to q(x_t | x_r) q(x_r | x0): integrated on a grid of x_r, not solved."""
+    """q(x_r | x_t, x0) is proportional to q(x_t | x_r) q(x_r | x0).
+
+    The test integrates on a grid of x_r instead of solving for it.
+    """
     abar_t, abar_r = SCHEDULE.alphas_cumprod[t], SCHEDULE.alphas_cumprod[r] if r >= 0 else 1.0
     x0, x_t = 0.3, -0.4
     post = process.posterior(SCHEDULE, np.array([t]), np.array([r]))
@@ -93,7 +96,7 @@ def test_posterior_is_bayes_rule(t, r):
 
 
 def test_single_steps_are_ddpm():
-    """Ho et al. 2020, eq. 7, from the betas themselves."""
+    """Ho et al. 2020, eq. 7, computed from the betas."""
     t = np.arange(1, 1000)
     betas, abar = SCHEDULE.betas[1:], SCHEDULE.alphas_cumprod
     post = process.posterior(SCHEDULE, t, t - 1)
@@ -107,7 +110,10 @@ def test_single_steps_are_ddpm():
 
 
 def test_posterior_is_elementwise_and_its_logarithm_finite():
-    """An entry does not depend on the others; the step to the clean sample borrows the log variance of 1 -> 0."""
+    """An entry does not depend on the others.
+
+    The step to the clean sample takes the log variance of the step 1 -> 0.
+    """
     t, r = np.array([0, 700, 400]), np.array([-1, 600, -1])
     together = process.posterior(SCHEDULE, t, r)
     for i in range(3):

@@ -1,6 +1,7 @@
-"""Samplers against a Gaussian, for which the perfect denoiser is known.
+"""Samplers on a Gaussian, whose perfect denoiser is known.
 
-With x0 ~ N(MEAN, STD^2) per dimension, E[x0 | x_t] = MEAN + a STD^2 / (a^2 STD^2 + 1 - a^2) (x_t - a MEAN), a = sqrt(abar_t).
+With x0 ~ N(MEAN, STD^2) per dimension and a = sqrt(abar_t), E[x0 | x_t] = MEAN + a STD^2 / (a^2 STD^2 + 1 -
+a^2) (x_t - a MEAN).
 """
 
 import jax
@@ -50,7 +51,10 @@ def noise(key, rows=N):
 
 
 def assert_gaussian(x):
-    """Mean and variance of x (N, 4) within four standard errors, and half a per cent for the finite number of steps."""
+    """Checks the mean and the variance of x (N, 4).
+
+    The tolerance is four standard errors, plus half a per cent for the finite number of steps.
+    """
     x = np.asarray(x)
     np.testing.assert_array_less(np.abs(x.mean(0) - MEAN), 4 * STD / np.sqrt(len(x)) + 0.005 * STD)
     np.testing.assert_array_less(np.abs(x.var(0) / STD**2 - 1), 4 * np.sqrt(2 / len(x)) + 0.005)
@@ -92,7 +96,7 @@ def test_ddim_samples_the_gaussian():
 
 
 def test_ddpm_samples_the_gaussian():
-    """With all steps either fixed variance is right."""
+    """With all steps, either fixed variance is right."""
     steps, key = strided_steps(1000, 1000), jax.random.key(1)
     sample = jax.jit(
         lambda x: [ddpm(perfect(LINEAR, "x0"), x, LINEAR, steps, key, variance=v) for v in ("small", "large")]
@@ -103,8 +107,11 @@ def test_ddpm_samples_the_gaussian():
 
 @pytest.mark.parametrize("count", [6, 40])
 def test_ddpm_with_the_exact_learned_variance_needs_few_steps(count):
-    """The true reverse step of a Gaussian is N(posterior mean at E[x0], posterior variance + c0^2 Var[x0 | x_t]), inside the learned
-    range as STD <= 1: with it the samples are exact at any number of steps."""
+    """With the exact variance, samples are exact at any number of steps.
+
+    The true reverse step of a Gaussian is N(posterior mean at E[x0], posterior variance + c0^2 Var[x0 |
+    x_t]). Its variance lies inside the learned range, since STD <= 1.
+    """
     steps = strided_steps(1000, count)
     t, r = transitions(steps)
     post, abar = posterior(COSINE, t, r), COSINE.abar(t)
@@ -121,7 +128,10 @@ def test_ddpm_with_the_exact_learned_variance_needs_few_steps(count):
 
 
 def stopped(denoise, step):
-    """The denoiser, but at `step` it answers with what it sees: a chain that ends there returns its state before the last move."""
+    """The denoiser, except that at `step` it returns its input.
+
+    A chain that ends there returns its state before the last move.
+    """
     return lambda x, t: denoise(x, t)._replace(x0=jnp.where(t == step, x, denoise(x, t).x0))
 
 
@@ -162,7 +172,10 @@ def test_no_noise_at_the_last_step():
 
 @pytest.mark.parametrize("sampler, options", [("ddpm", {}), ("ddim", {"eta": 0.7})])
 def test_a_row_with_its_own_key_does_not_see_the_batch(sampler, options):
-    """Row 3 of a batch of 5 is what it is alone; and the noise does differ from row to row and from key to key."""
+    """Row 3 of a batch of 5 equals the row sampled alone.
+
+    The noise differs between rows and between keys.
+    """
     denoise, steps = perfect(COSINE, "eps"), strided_steps(1000, 8)
     sample = jax.jit(lambda x, keys: SAMPLERS[sampler](denoise, x, COSINE, steps, keys, **options))
     x = jnp.broadcast_to(noise(7, 1), (5, 4))
@@ -173,7 +186,10 @@ def test_a_row_with_its_own_key_does_not_see_the_batch(sampler, options):
 
 
 def test_every_eta_keeps_the_variance_of_a_step():
-    """sigma^2 and the coefficient of eps share 1 - abar_r: with x0 = 0 and eps standard normal, every eta gives N(0, 1 - abar_r)."""
+    """sigma^2 and the squared coefficient of eps sum to 1 - abar_r.
+
+    With x0 = 0 and eps standard normal, every eta therefore gives N(0, 1 - abar_r).
+    """
     denoise, steps = stopped(lambda x, t: Denoised(jnp.zeros_like(x), x, None), 300), np.array([999, 300])
     run = jax.jit(
         lambda x: [ddim(denoise, x, COSINE, steps, jax.random.key(10), eta=eta) for eta in (0.0, 0.5, 1.0)]
@@ -213,8 +229,11 @@ def isotropic(schedule, std):
 
 @pytest.mark.parametrize("std", [0.5, 3.0])
 def test_analytic_variance_needs_few_steps(std):
-    """With the denoiser's true errors six steps sample a Gaussian exactly, also one wider than the learned range allows; the posterior's
-    variance falls short of it."""
+    """With the denoiser's true errors, six steps sample a Gaussian exactly.
+
+    This holds also for a Gaussian that is wider than the learned range allows. The posterior's variance is
+    too small for it.
+    """
     denoise, x0_error = isotropic(COSINE, std)
     steps = strided_steps(1000, 6)
     run = lambda x, **kw: ddpm(denoise, x, COSINE, steps, jax.random.key(1), **kw)
@@ -228,7 +247,7 @@ def test_analytic_variance_needs_few_steps(std):
 
 
 def mixture(schedule):
-    """The perfect denoiser of two Gaussians at +-1 of unequal weight, per dimension."""
+    """The perfect denoiser of two Gaussians at +-1 with unequal weights, per dimension."""
     centres, weights, std = jnp.array([-1.0, 1.0]), jnp.array([0.3, 0.7]), 0.5
     table = jnp.asarray(schedule.alphas_cumprod, jnp.float32)
 
@@ -244,7 +263,10 @@ def mixture(schedule):
 
 @pytest.mark.parametrize("schedule", [COSINE, LINEAR])
 def test_second_order_is_nearer_the_answer(schedule):
-    """On a mixture, at equal steps, DPM-Solver++(2M) is nearer the 1,000-step answer than DDIM, and its error falls faster."""
+    """DPM-Solver++(2M) is nearer than DDIM to the 1,000-step result on a mixture.
+
+    Both take the same number of steps, and the solver's error falls faster.
+    """
     denoise, x = mixture(schedule), noise(6, 512)
     run = jax.jit(
         lambda x: [
@@ -258,7 +280,10 @@ def test_second_order_is_nearer_the_answer(schedule):
 
 
 def test_one_and_two_steps_of_the_solver():
-    """A single step returns the denoiser's x0; the last of two is of first order, so it too returns the x0 at the last step."""
+    """A single step returns the denoiser's x0.
+
+    The last of two steps is of first order, so it also returns the x0 at the last step.
+    """
     denoise, x = mixture(COSINE), noise(7, 8)
     np.testing.assert_allclose(
         dpmpp_2m(denoise, x, COSINE, np.array([700])), denoise(x, jnp.array(700)).x0, rtol=1e-6
@@ -275,8 +300,11 @@ def test_one_and_two_steps_of_the_solver():
 
 
 def test_repaint_draws_from_the_conditional():
-    """Of two correlated Gaussian values one is known. It comes back exactly; repeating the steps brings mean and spread of the other near
-    those of the conditional distribution, where a single pass stays far from them."""
+    """One of two correlated Gaussian values is known.
+
+    It comes back exactly. Repeated steps bring the mean and the spread of the other value near those of the
+    conditional distribution. A single pass stays far from them.
+    """
     rho, value, steps = 0.9, 1.5, strided_steps(1000, 60)
     cov = np.array([[1.0, rho], [rho, 1.0]])
     table, eye = jnp.asarray(COSINE.alphas_cumprod, jnp.float32), jnp.eye(2)

@@ -1,4 +1,4 @@
-"""Published schedule values; the choice of steps."""
+"""Published schedule values, and the choice of steps."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,10 @@ def test_published_values(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_another_length_ends_in_noise_too(name):
-    """The noise only grows, and its end depends on T little: it is a rescaled schedule, not a truncated one."""
+    """The noise only grows, and its final level hardly depends on T.
+
+    So the schedule is rescaled, not truncated.
+    """
     full, short = make_schedule(name).alphas_cumprod, make_schedule(name, 250).alphas_cumprod
     assert np.all(np.diff(short) < 0)
     assert short[-1] < 1.2 * full[-1] + 1e-7
@@ -46,7 +49,7 @@ def test_abar_of_the_clean_sample_is_one():
 
 
 def test_unknown_and_impossible_schedules():
-    """The message names what is wrong."""
+    """The message names the cause."""
     with pytest.raises(ValueError, match="sqrt.*cosine, linear, scaled_linear"):
         make_schedule("sqrt")
     with pytest.raises(ValueError, match="no valid betas with 10 steps"):
@@ -71,13 +74,16 @@ def test_strided_steps_published():
 
 @pytest.mark.parametrize("count", [0, -1, 1001])
 def test_strided_steps_out_of_range(count):
-    """Neither none nor more than there are."""
+    """A count below 1 or above T is an error."""
     with pytest.raises(ValueError, match=f"between 1 and 1000, got {count}"):
         strided_steps(1000, count)
 
 
 def test_segments():
-    """One segment is the plain stride; uneven divisions cover everything; GLIDE's list differs from its segments by its end."""
+    """One segment is the plain stride, and uneven divisions cover everything.
+
+    GLIDE's list differs from its segments only in the noisiest step.
+    """
     np.testing.assert_array_equal(segment_steps(1000, [64]), strided_steps(1000, 64))
     np.testing.assert_array_equal(segment_steps(10, [4, 3, 3]), np.arange(10)[::-1])
     np.testing.assert_array_equal(segment_steps(12, [1, 2, 1]), [8, 7, 4, 0])
@@ -96,7 +102,10 @@ def test_every_way_to_say_steps(steps):
 
 
 def test_ways_to_say_steps():
-    """A number, in digits or not, is a fractional stride; ddimN is an integer one; a sequence is itself, in descending order."""
+    """A number, also as text, is a fractional stride; ddimN is an integer stride.
+
+    A sequence is itself, in descending order.
+    """
     np.testing.assert_array_equal(time_steps(1000, "50"), strided_steps(1000, 50))
     np.testing.assert_array_equal(time_steps(1000, 50), strided_steps(1000, 50))
     np.testing.assert_array_equal(time_steps(1000, "ddim50"), np.arange(0, 1000, 20)[::-1])

@@ -1,4 +1,4 @@
-"""CLIP measured on the embedded data: what the figures are made of, on a bundle at random and on the shipped one."""
+"""The evaluation of CLIP on the embedded data, with a random bundle and with the shipped one."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def compose():
 
 
 def test_features_before_the_projection(tiny_bundle, compose):
-    """The embedding is the features times the projection."""
+    """The embedding equals the features times the projection."""
     bundle = unclip_jax.load_bundle(tiny_bundle)
     images = [ops.decode_image(compose.read(i).image) for i in range(3)]
     features, z = embed_images(bundle, images, projected=False), embed_images(bundle, images)
@@ -41,7 +41,10 @@ def test_features_before_the_projection(tiny_bundle, compose):
 
 
 def test_the_shipped_clip_retrieves_and_classifies(shipped, compose):
-    """Far above chance on combinations it never saw, whichever way; all captions of an image count as its own."""
+    """Both directions are far above chance on unseen combinations.
+
+    Each of an image's captions counts as correct.
+    """
     recall = evaluation.retrieval(shipped, compose, rows=100, ks=(1, 10))
     assert min(recall[way][1] for way in recall) > 0.4 and min(recall[way][10] for way in recall) > 0.8
     accuracy, classes = evaluation.zeroshot(
@@ -55,13 +58,13 @@ def test_the_shipped_clip_retrieves_and_classifies(shipped, compose):
 
 
 def test_probe_of_the_shipped_clip(shipped, compose):
-    """Style is read out of its features with rows of another split."""
-    found = evaluation.probe(shipped, compose, sources.emoji_source("val"), label="style", rows=200)
-    assert found.accuracy > 0.4  # chance is under 0.42 x 0.42 + ... = 0.3
+    """A probe trained on another split reads the style from CLIP's features."""
+    probe = evaluation.probe(shipped, compose, sources.emoji_source("val"), label="style", rows=200)
+    assert probe.accuracy > 0.4  # chance is under 0.42 x 0.42 + ... = 0.3
 
 
 def test_labels():
-    """The first caption, the folder, or a field of the metadata; a record without one is named."""
+    """A label is the first caption, the folder, or a metadata field. The error names a record without one."""
     record = Record("a/big_cat/1.png", b"", ("a cat", "a pet"), {"style": "flat", "n": 3}, "shard-1")
     assert [evaluation.label_of(record, label) for label in ("caption", "folder", "style", "n")] == [
         "a cat",
@@ -77,7 +80,7 @@ def test_labels():
 
 @pytest.fixture
 def class_folders(tmp_path):
-    """Two classes that brightness tells apart, and a third folder for a probe to learn from."""
+    """Two classes that differ in brightness, and a separate folder to train a probe on."""
     rng = np.random.default_rng(0)
     for split in ("test", "train"):
         for name, low in (("dark_thing", 0), ("bright_thing", 200)):
@@ -90,7 +93,7 @@ def class_folders(tmp_path):
 
 
 def test_evaluate_verb(tiny_bundle, class_folders, capsys):
-    """Each task prints its figures; a probe reads brightness even out of random features."""
+    """Each task prints its figures. A probe reads brightness even from random features."""
     folder = [
         "--bundle",
         str(tiny_bundle),
@@ -138,7 +141,10 @@ def test_bad_evaluations_are_one_line(args, message, tiny_bundle, class_folders,
 
 @pytest.mark.slow
 def test_cifar10(tmp_path, capsys):
-    """Photographs, from a package registry: both figures are five standard errors above chance, for a CLIP that knows only emoji."""
+    """On photographs from a package registry, both figures are five standard errors above chance.
+
+    The CLIP was trained only on emoji.
+    """
     subprocess.run([sys.executable, ROOT / "benchmarks" / "cifar10.py", tmp_path / "cifar10"], check=True)
     test, train = (sources.folder_source(str(tmp_path / "cifar10" / split)) for split in ("test", "train"))
     assert (len(test), len(train)) == (10_000, 50_000)

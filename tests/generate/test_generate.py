@@ -1,4 +1,4 @@
-"""Sampling of one stage: shapes, ranges, determinism, guidance limits, options, and what the unconditional half may see."""
+"""Sampling of one stage: shapes, ranges, determinism, guidance limits and options."""
 
 import dataclasses
 import functools
@@ -59,7 +59,7 @@ T = jnp.zeros(B)
 
 @pytest.fixture(scope="module")
 def prior():
-    """sample(params, text, keys, scale, guided) compiled once per `guided`, and parameters."""
+    """sample(params, text, keys, scale, guided), compiled once per `guided`, and parameters."""
     model = build_model(PRIOR)
     params = random_params(model, Z, T, text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
 
@@ -76,7 +76,7 @@ def prior():
 
 @pytest.fixture(scope="module")
 def decoder():
-    """As `prior`, with z_image: the traced scale and the scale 1."""
+    """As `prior`, with z_image: one sampler with a traced scale and one with scale 1."""
     model = build_model(DECODER)
     x = jnp.zeros((B, SIZE, SIZE, 3))
     text = dict(text_embed=TEXT.embed, text_states=TEXT.states, text_mask=TEXT.mask)
@@ -101,7 +101,7 @@ def one(i, text=TEXT):
 
 
 def test_prior(prior):
-    """Raw embeddings of the caption batch's shape, in the range of the clipped, whitened space; the key decides, row by row."""
+    """Raw embeddings of the right shape, in the clipped range; each row's key decides its sample."""
     guided, _ = prior
     z = guided(TEXT, KEYS, 2.0)
     assert z.shape == (B, D) and z.dtype == jnp.float32
@@ -135,8 +135,8 @@ def test_decoder(decoder):
 
 
 def test_decoder_guidance_limits(decoder):
-    """Scale 1 equals the path without guidance; scale 0 sees neither caption nor z_image, except in the variance, which is the
-    conditional half's."""
+    """Scale 1 equals the path without guidance. Scale 0 depends on neither the caption nor z_image, except
+    through the variance, which is the conditional half's."""
     guided, plain = decoder
     np.testing.assert_allclose(plain(Z, TEXT, KEYS), guided(Z, TEXT, KEYS, 1.0), rtol=1e-3, atol=1e-3)
     model = build_model(DECODER)
@@ -167,7 +167,7 @@ def test_decoder_guidance_limits(decoder):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
 def test_decoder_that_inpaints(sampler):
-    """The known part comes back exactly, with and without guidance; the rest is drawn, hangs on the key, and on what is known."""
+    """The known part comes back exactly. The rest is drawn: it depends on the key and on the known part."""
     config = DECODER | {"model": DECODER["model"] | {"inpaint": True}}
     model = build_model(config)
     image, known = (
@@ -200,7 +200,7 @@ def test_decoder_that_inpaints(sampler):
 
 
 def test_upsampler():
-    """Twice the size, in [-1, 1], DDIM without noise: the starting noise is the key's, and the low-resolution image matters."""
+    """Twice the size, in [-1, 1]. The key decides DDIM's starting noise; the low-resolution image matters."""
     model = build_model(UPSAMPLER)
     params = random_params(model, jnp.zeros((B, SIZE, SIZE, 3)), T, low_res=LOW)
     network = Network(model, params, UPSAMPLER)
@@ -213,7 +213,10 @@ def test_upsampler():
 
 
 def test_options():
-    """Overrides win, None among them; lists become tuples (options are keys); a typo in either place is named; unknown samplers are too."""
+    """Overrides take precedence, also when None, and lists become tuples (options are keys).
+
+    The errors name a misspelt option in either place, and an unknown sampler.
+    """
     options = options_from(
         {"steps": 25, "guidance_scale": 4.0, "guidance_interval": [0.1, 0.9]}, clip=None, guidance_scale=2.0
     )
@@ -244,7 +247,7 @@ def test_options():
     ],
 )
 def test_options_out_of_range(settings, message):
-    """Found before anything is compiled."""
+    """The error comes before compilation."""
     config = {"diffusion": {"schedule": "cosine", "num_steps": 1000}}
     with pytest.raises(ValueError, match=message):
         check_options(SamplingOptions(**{"steps": 4, **settings}), config)
@@ -259,7 +262,7 @@ def test_guidance_costs_nothing_at_one():
 
 
 def test_parts():
-    """A part's configuration gives its model, schedule and space; an unknown kind or model option is an error."""
+    """A part's configuration gives its model, schedule and space; unknown kinds and options are errors."""
     assert part_schedule(PRIOR).num_steps == 100
     space = part_space(PRIOR)
     assert space.kind == "whitened" and space.mean.dtype == np.float32
@@ -279,7 +282,7 @@ def test_select_text():
 
 
 def test_encode_text_is_the_towers():
-    """The conditioning is the text tower's embedding and states, beside the mask it was given."""
+    """The conditioning is the text tower's embedding and states, with the given mask."""
     tower = dict(vocab_size=20, length=L, width=W, layers=1, heads=2)
     config = {
         "embed_dim": D,
@@ -298,10 +301,10 @@ def test_encode_text_is_the_towers():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------- codes
+# ------------------------------------------------------------------------------------------------------ codes
 @pytest.fixture(scope="module")
 def codes():
-    """Sampling of a small autoregressive prior at random parameters: (text, keys, options, scale) -> z_image; and its codec."""
+    """A sampler (text, keys, options, scale) -> z_image of a small autoregressive prior, and its codec."""
     config = {
         "kind": "prior_ar",
         "model": {"codes": 4, "buckets": 9, "dot_bins": 4, "length": L, "width": 16, "layers": 2, "heads": 2},
@@ -324,7 +327,7 @@ def codes():
 
 
 def test_codes_are_bucket_centres(codes):
-    """What is drawn lies on the codec's grid; a row's own key decides it, in any batch; the caption matters."""
+    """Samples lie on the codec's grid. A row's key decides its sample in any batch; the caption matters."""
     draw, codec, _ = codes
     options = CodeSamplingOptions()
     z = draw(TEXT, KEYS, options)
@@ -337,7 +340,7 @@ def test_codes_are_bucket_centres(codes):
 
 
 def test_code_guidance_limits(codes):
-    """Scale 1 is the conditional model, scale 0 does not see the caption."""
+    """Scale 1 is the conditional model, and scale 0 does not see the caption."""
     draw, _, _ = codes
     options, other = CodeSamplingOptions(guidance_scale=0.5), jax.tree.map(lambda a: a[::-1], TEXT)
     np.testing.assert_allclose(
@@ -350,7 +353,10 @@ def test_code_guidance_limits(codes):
 
 
 def test_code_temperature_and_top_k(codes):
-    """Temperature 0, top-k 1 and a vanishing temperature all take the likeliest code, so that only the dot product is left to chance."""
+    """Temperature 0, top-k 1 and a tiny temperature all take the most probable code.
+
+    Then only the dot product is random.
+    """
     draw, _, _ = codes
     last = 0.99  # only the highest bin
     greedy = draw(TEXT, KEYS, CodeSamplingOptions(temperature=0.0, dot_quantile=last))
@@ -371,7 +377,7 @@ def test_code_temperature_and_top_k(codes):
 
 
 def test_the_dot_product_comes_from_the_top(codes):
-    """At quantile 0.5 of four bins, bins 2 and 3 alone are drawn, each about half of the time."""
+    """At quantile 0.5 of four bins, only bins 2 and 3 are drawn, each about half of the time."""
     draw, _, config = codes
     seen = []
 
@@ -393,7 +399,7 @@ def test_the_dot_product_comes_from_the_top(codes):
 
 @pytest.mark.parametrize("kind", ["codes", "diffusion"])
 def test_candidates(kind, codes, request):
-    """Of several candidates per caption the one nearest to the caption is kept, with either prior."""
+    """Either prior keeps the candidate nearest to the caption."""
     if kind == "codes":
         draw = lambda text, keys, count: codes[0](text, keys, CodeSamplingOptions(candidates=count))
     else:

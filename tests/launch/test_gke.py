@@ -1,4 +1,4 @@
-"""`launch/gke`: what it prints is a JobSet that trains on every host, starts again when it should, and ends when it should."""
+"""`launch/gke` prints a JobSet that trains on every host, and restarts and ends when it should."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def gke(*arguments):
 
 
 def test_manifest():
-    """64 chips are 16 hosts of four; two slices are two jobs; the command is one that `unclip` takes."""
+    """64 chips are 16 hosts of four; two slices are two jobs; `unclip` accepts the command."""
     made = json.loads(gke(*SLICE, "--slices", "2", "--spot", *TRAIN).stdout)
     assert (made["apiVersion"], made["kind"], made["metadata"]["name"]) == (
         "jobset.x-k8s.io/v1alpha2",
@@ -69,7 +69,7 @@ def test_manifest():
 
 
 def test_what_starts_it_again():
-    """A run told to stop, or killed, does; an error of its own does not."""
+    """A run that was told to stop, or killed, restarts; a run that failed does not."""
     spec = json.loads(gke(*SLICE, *TRAIN).stdout)["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     (rule,) = job["podFailurePolicy"]["rules"]
@@ -89,7 +89,7 @@ def test_what_starts_it_again():
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (["Decoder", *SLICE[1:], *TRAIN], "is no name"),
         ([*SLICE[:3], "--topology", "8by8", *SLICE[5:], *TRAIN], "is no topology"),
@@ -103,6 +103,6 @@ def test_what_starts_it_again():
     ],
     ids=["name", "topology", "chips", "nothing", "workdir", "slices"],
 )
-def test_refusals(arguments, said):
+def test_refusals(arguments, message):
     done = gke(*arguments)
-    assert done.returncode == 2 and said in done.stderr and not done.stdout
+    assert done.returncode == 2 and message in done.stderr and not done.stdout

@@ -1,4 +1,4 @@
-"""`launch/tpu` against a stand-in gcloud that checks what it is given and does on this machine what it would do on hosts."""
+"""`launch/tpu` with a stand-in gcloud, which checks its arguments and acts as the hosts on this machine."""
 
 import os
 import shlex
@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TPU = [sys.executable, str(ROOT / "launch" / "tpu")]
 ZONE = ["--zone", "us-west4-a"]
 
-# Knows the commands and flags of the real one that are used; `ssh` runs the line in the host's home folder, `scp` copies there.
+# It knows the commands and flags of the real gcloud that `launch/tpu` uses. `ssh` runs the line in the host's
+# home folder, and `scp` copies into it.
 GCLOUD = """#!{python}
 import os, pathlib, shutil, subprocess, sys
 home, words = pathlib.Path(os.environ["HOSTS"]), sys.argv[1:]
@@ -22,8 +23,8 @@ with open(home / "calls", "a") as calls:
 flags = dict((w[2:].split("=", 1) + [""])[:2] for w in words if w.startswith("--"))
 plain = [w for w in words if not w.startswith("--")]
 KNOWN = {{
-    ("queued-resources", "create"): {{"node-id", "node-count", "node-prefix", "zone", "project", "accelerator-type", "spot"}}
-    | {{"runtime-version"}},
+    ("queued-resources", "create"): {{"node-id", "node-count", "node-prefix", "zone", "project"}}
+    | {{"accelerator-type", "spot", "runtime-version"}},
     ("queued-resources", "describe"): {{"zone", "project", "format"}},
     ("queued-resources", "delete"): {{"zone", "project", "force", "quiet"}},
     ("tpu-vm", "ssh"): {{"zone", "project", "worker", "command"}},
@@ -48,7 +49,7 @@ elif what == ("tpu-vm", "ssh"):
 
 @pytest.fixture
 def hosts(tmp_path, monkeypatch):
-    """A folder for every slice, and the stand-in on PATH."""
+    """Makes a folder for every slice, and puts the stand-in on PATH."""
     folder, bin_ = tmp_path / "hosts", tmp_path / "bin"
     folder.mkdir()
     bin_.mkdir()
@@ -86,13 +87,17 @@ def test_dry_run_prints_what_would_run(kind, image, hosts):
 
 
 def test_from_nothing_to_a_run_that_is_started_again(hosts, tmp_path):
-    """Two slices: created, set up with this commit, trained on both: started, and left, at once; a killed one is started again, one
-    that ends by a mistake is not, one that is told to stop saves and ends, and none is started twice."""
+    """Creates two slices, sets them up with this commit, and trains on both.
+
+    The command starts the runs and returns at once. A killed run restarts; a run that fails does not; a run
+    that is told to stop saves and ends. No run starts twice.
+    """
     two = ["--slices", "2", *ZONE]
     assert tpu("create", "pod", "--type", "v5litepod-16", *two).returncode == 0
     assert sorted(p.name for p in hosts.iterdir() if p.is_dir()) == ["pod-0", "pod-1"]
     assert tpu("status", "pod", *two).stdout.strip() == "ACTIVE"
-    # On the host: python3 makes an environment whose pip and unclip are stand-ins. The third time unclip works until it is told to stop.
+    # On the host, python3 makes an environment whose pip and unclip are stand-ins. In its third run, unclip
+    # works until it is told to stop.
     fake = tmp_path / "bin" / "python3"
     fake.write_text(
         """#!/bin/bash

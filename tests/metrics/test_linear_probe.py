@@ -1,4 +1,4 @@
-"""The linear probe: what a line separates and what it does not, that C is chosen on training rows, and what is refused."""
+"""The linear probe: what it separates, that it chooses C on training rows, and its errors."""
 
 import sys
 
@@ -16,7 +16,7 @@ def clusters(n, spread, seed, classes=3, width=6):
 
 
 def test_clusters_are_separated():
-    """Apart: no error, labels may be names. Noise alone: chance."""
+    """Distant clusters give no error, and labels may be names. Pure noise gives chance."""
     (train, labels), (test, truth) = clusters(150, 0.3, 0), clusters(90, 0.3, 1)
     names = np.array(["cat", "dog", "ox"])
     found = linear_probe(train, names[labels], test, names[truth])
@@ -29,7 +29,10 @@ def test_clusters_are_separated():
 
 
 def test_the_strength_is_chosen_on_training_rows():
-    """Labels that hang on a faint direction need a weak penalty, many noisy directions a strong one; the test rows have no say in it."""
+    """A faint but relevant direction needs a weak penalty, many noisy ones a strong penalty.
+
+    The test rows do not influence the choice.
+    """
     rng = np.random.default_rng(3)
     faint = rng.normal(size=(400, 4)) * [1e-2, 1, 1, 1]
     labels = (faint[:, 0] > 0).astype(int)
@@ -44,7 +47,7 @@ def test_the_strength_is_chosen_on_training_rows():
 
 
 def test_what_is_refused(monkeypatch):
-    """One class, or a class with one row; and the mend when the library is missing."""
+    """One class, or a class with one row. A missing library's error says how to install it."""
     x = np.ones((4, 2))
     with pytest.raises(ValueError, match="two classes with two training rows each, got 1, one with 4"):
         linear_probe(x, np.zeros(4), x, np.zeros(4))

@@ -1,4 +1,4 @@
-"""Retrieval at one and recall at k: their perfect scores, their chance levels, ties, groups, several captions for an image."""
+"""Retrieval at one and recall at k: perfect scores, chance, ties, groups, several captions per image."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,10 @@ def z():
 
 
 def test_own_candidates_are_found(z):
-    """Perfect with itself, whatever the lengths of the vectors and a little noise; nothing when every candidate is the opposite."""
+    """The score with itself is perfect, for vectors of any length and with a little noise.
+
+    It is zero when every candidate is the opposite.
+    """
     lengths = np.random.default_rng(1).uniform(0.1, 10, (2000, 1))
     assert retrieval_at_1(z, z * lengths) == 1.0
     assert retrieval_at_1(z + 0.05, z) == 1.0
@@ -28,7 +31,7 @@ def test_chance_is_one_in_a_group(z):
 
 
 def test_ties_are_misses(z):
-    """A constant answer wins nothing, and two equal candidates are not told apart."""
+    """A constant answer scores zero, and two equal candidates both count as misses."""
     assert retrieval_at_1(z, np.ones_like(z)) == 0.0
     assert retrieval_at_1(np.ones_like(z), np.ones_like(z)) == 0.0
     twice = z[:10].repeat(2, axis=0)
@@ -37,7 +40,7 @@ def test_ties_are_misses(z):
 
 
 def test_groups_are_consecutive_and_whole(z):
-    """A row competes only inside its group; the rest that fills none is left out."""
+    """A row competes only inside its group, and an incomplete last group is left out."""
     repeated = np.concatenate([z[:5], z[:5]])  # the same candidates in both groups: no ties inside either
     assert retrieval_at_1(repeated, repeated, group=5) == 1.0
     assert retrieval_at_1(repeated, repeated, group=10) == 0.0
@@ -53,7 +56,7 @@ def test_too_few_rows(z):
 
 
 def test_mean_cosine(z):
-    """Of rows with themselves, their opposites, and with one direction for all."""
+    """The cosine of rows with themselves, with their opposites, and with one direction for all rows."""
     np.testing.assert_allclose(mean_cosine(z, 3 * z), 1)
     np.testing.assert_allclose(mean_cosine(z, -z), -1)
     axis = np.eye(16)[0]
@@ -62,7 +65,10 @@ def test_mean_cosine(z):
 
 
 def test_recall_by_hand():
-    """Two images, three captions: the first image's second caption is nearest to it, its first one to nobody."""
+    """Two images and three captions.
+
+    The first image's second caption is nearest to it. Its first caption is nearest to no image.
+    """
     image = np.eye(3)[:2]
     text = np.array([[0.1, 0.5, 0.9], [1.0, 0.1, 0.0], [0.9, 0.8, 0.0]])
     recall = recall_at_k(image, text, [0, 0, 1], (1, 2, 3))
@@ -73,7 +79,10 @@ def test_recall_by_hand():
 
 
 def test_recall_limits(z):
-    """Perfect with itself in any order of captions; k / n for unrelated rows within four standard errors; ties win nothing."""
+    """The recall with itself is perfect in any order of captions.
+
+    It is k / n for unrelated rows, within four standard errors. Ties count as misses.
+    """
     order = np.random.default_rng(3).permutation(1500)
     perfect = recall_at_k(z[:1500], 3 * z[order], order, (1, 10))
     assert perfect == {"image_to_text": {1: 1.0, 10: 1.0}, "text_to_image": {1: 1.0, 10: 1.0}}

@@ -1,4 +1,4 @@
-"""Zero-shot classes: the ensemble is formed in embedding space; ties; the 80 prompts; what is refused."""
+"""Zero-shot classes: the ensemble in embedding space, ties, the 80 prompts, and errors."""
 
 import runpy
 import sysconfig
@@ -13,7 +13,10 @@ RNG = np.random.default_rng(0)
 
 
 def test_a_class_is_the_mean_of_its_unit_prompts():
-    """Each prompt counts the same, however long its vector; classes come in order, as unit vectors."""
+    """Every prompt has the same weight, however long its vector.
+
+    Classes come in order, as unit vectors.
+    """
     table = {f"{t} {c}": RNG.normal(size=8) * RNG.uniform(0.1, 10) for c in "abc" for t in ("x", "y", "z")}
     seen = []
 
@@ -29,7 +32,7 @@ def test_a_class_is_the_mean_of_its_unit_prompts():
 
 
 def test_accuracy():
-    """The right class first, second, or nowhere; a tie is a miss; lengths do not matter."""
+    """The right class is first, second, or nowhere. A tie is a miss, and vector lengths do not matter."""
     classes = np.eye(4) * [[1], [5], [0.1], [2]]
     images = np.array([[3, 1, 0, 0], [3, 1, 0, 0], [0.1, 0.2, 0.3, 0.4], [1, 1, 0, 0]], float)
     assert top_k_accuracy(images, classes, [0, 0, 3, 2], (1, 2)) == {1: 0.75, 2: 0.75}
@@ -40,7 +43,7 @@ def test_accuracy():
 
 
 def test_the_80_prompts_are_the_published_ones():
-    """Word for word, and in their order, those of the reference's package."""
+    """They are those of the reference's package, word for word and in the same order."""
     reference = runpy.run_path(
         str(Path(sysconfig.get_path("purelib")) / "open_clip" / "zero_shot_metadata.py")
     )
@@ -49,7 +52,7 @@ def test_the_80_prompts_are_the_published_ones():
 
 
 def test_templates_by_name_or_from_a_file(tmp_path):
-    """Every one has the place for the class, once."""
+    """Every template has exactly one place for the class."""
     assert all(t.count("{}") == 1 for name in TEMPLATES for t in templates_of(name))
     (tmp_path / "own.txt").write_text("a drawing of {}\n\n  a {} on paper \n")
     assert templates_of(str(tmp_path / "own.txt")) == ("a drawing of {}", "a {} on paper")

@@ -26,7 +26,10 @@ encode_image = jax.jit(lambda params, image: MODEL.apply({"params": params}, ima
 
 
 def test_text_states_are_causal(params):
-    """A later token does not change earlier states; tokens behind the end do not change the embedding."""
+    """A later token does not change earlier states.
+
+    Tokens after the end token do not change the embedding.
+    """
     base, changed = encode_text(params, TOKENS), encode_text(params, TOKENS.at[0, 3].set(20))
     np.testing.assert_array_equal(base.states[0, :3], changed.states[0, :3])
     assert not np.allclose(base.states[0, 3], changed.states[0, 3])
@@ -55,7 +58,7 @@ def test_logit_scale_starts_at_its_value_and_is_clamped(params):
 
 
 def test_wrong_sizes_are_named():
-    """Image size and caption length."""
+    """The errors name the image size and the caption length."""
     with pytest.raises(ValueError, match="takes 16x16 images, got 16x24"):
         jax.eval_shape(lambda: MODEL.init(jax.random.key(0), jnp.zeros((1, 16, 24, 3)), TOKENS))
     with pytest.raises(ValueError, match="takes 7 tokens, got 5"):
@@ -63,7 +66,7 @@ def test_wrong_sizes_are_named():
 
 
 def test_unit_of_zero_is_finite():
-    """The norm is floored."""
+    """The norm has a floor."""
     np.testing.assert_array_equal(unit(jnp.zeros((1, 3))), 0)
 
 
@@ -124,7 +127,10 @@ def from_public(state):
 
 
 def test_parity_with_a_public_implementation(params):
-    """transformers' CLIPModel at random weights, mapped onto ours: the same embeddings and logit scale to 1e-4."""
+    """transformers' CLIPModel at random weights, mapped onto ours.
+
+    Embeddings and logit scale are the same to 1e-4.
+    """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     names = lambda c: dict(
@@ -192,7 +198,7 @@ def full_size(
     ids=["B/32", "B/16", "L/14", "L/14@336"],
 )
 def test_published_sizes(arguments, count):
-    """Every parameter of OpenAI's released models, no more."""
+    """The exact parameter counts of OpenAI's released models."""
     assert param_count(full_size(*arguments)) == count
 
 

@@ -29,7 +29,7 @@ def test_attention_against_loops():
 
 
 def test_attention_in_half_precision_keeps_its_softmax():
-    """bfloat16 inputs, answer in bfloat16, near the float32 one even over many keys."""
+    """bfloat16 inputs give a bfloat16 output near the float32 one, even over many keys."""
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 512, 1, 8)) for i in range(3))
     half = attend(*(a.astype(jnp.bfloat16) for a in (q, k, v)))
     assert half.dtype == jnp.bfloat16
@@ -37,7 +37,10 @@ def test_attention_in_half_precision_keeps_its_softmax():
 
 
 def test_fused_attention_is_asked_for_on_gpus(monkeypatch):
-    """In half precision, with arguments that mean the same; where it refuses, and on other platforms, ours is used."""
+    """Half precision calls it, with equivalent arguments.
+
+    Our own attention runs where it rejects the shapes, and on other platforms.
+    """
     q, k, v = (
         jax.random.normal(jax.random.key(i), (2, n, 2, 8), jnp.bfloat16) for i, n in enumerate((4, 6, 6))
     )
@@ -79,7 +82,7 @@ def test_timestep_embedding_by_hand():
 
 
 def test_timestep_embedding_tells_all_steps_apart():
-    """Nearest neighbours among 1000 steps are the adjacent ones."""
+    """The nearest neighbours among 1000 steps are the adjacent ones."""
     out = np.asarray(timestep_embedding(jnp.arange(1000), 64))
     distance = np.linalg.norm(out[:, None] - out[None], axis=-1) + 1e3 * np.eye(1000)
     assert np.all(np.abs(distance.argmin(1) - np.arange(1000)) == 1)
@@ -87,7 +90,7 @@ def test_timestep_embedding_tells_all_steps_apart():
 
 
 def test_activations():
-    """The exact GELU and OpenAI's approximation of it differ, and neither is jax's tanh one."""
+    """The exact GELU and OpenAI's approximation differ, and neither is jax's tanh approximation."""
     x = jnp.linspace(-4, 4, 41)
     exact = np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in np.asarray(x)])
     np.testing.assert_allclose(ACTIVATIONS["gelu"](x), exact, atol=1e-6)
@@ -98,7 +101,10 @@ def test_activations():
 
 
 def test_layer_norm_of_a_large_offset():
-    """Statistics survive a mean that is a thousand times the deviation, in float32, and bfloat16 input keeps its type."""
+    """float32 statistics withstand a mean that is a thousand times the deviation.
+
+    bfloat16 input keeps its type.
+    """
     x = 1000 + jax.random.normal(jax.random.key(0), (4, 256))
     out = LayerNorm().apply({"params": {"norm": {"scale": jnp.ones(256), "bias": jnp.zeros(256)}}}, x)
     np.testing.assert_allclose(np.mean(out, -1), 0, atol=1e-3)
@@ -132,7 +138,10 @@ class Stack(nn.Module):
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots_saveable"])
 def test_hooks_keep_names_and_gather_every_block(remat):
-    """The gather hook sees each block's parameters once a call, and what it returns is what the block uses."""
+    """The gather hook sees each block's parameters once per call.
+
+    The block uses the hook's result.
+    """
     x = jnp.arange(6.0).reshape(2, 3)
     params = Stack().init(jax.random.key(0), x)["params"]
     seen = []

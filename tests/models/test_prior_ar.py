@@ -1,4 +1,4 @@
-"""The autoregressive prior: its codec's bounds, causality, and that sampling with a cache is the model itself."""
+"""The autoregressive prior: its codec's bounds, causality, and cached sampling."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def params():
 apply = jax.jit(lambda params, codes, dot, text: MODEL.apply({"params": params}, codes, dot, **text))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- codec
+# ------------------------------------------------------------------------------------------------------ codec
 @pytest.fixture(scope="module")
 def fitted():
     """Correlated embeddings (400, D) and their codec."""
@@ -56,7 +56,7 @@ def test_principal_components(fitted):
 
 
 def test_all_components_return_the_embedding(fitted):
-    """And the squared error of the first k is the variance in the rest."""
+    """The squared error of the first k components is the variance in the rest."""
     z, codec = fitted
     np.testing.assert_allclose(unproject(codec, project(codec, z, D)), z, rtol=1e-3, atol=1e-3)
     for k in (1, 4, 7):
@@ -68,7 +68,10 @@ def test_all_components_return_the_embedding(fitted):
 
 @pytest.mark.parametrize("buckets", [2, 128, 1024])
 def test_codec_round_trip_is_within_half_a_bucket(fitted, buckets):
-    """For everything inside the extremes, which all of the fitted rows are; what lies outside goes to the nearest bucket."""
+    """The bound holds for everything inside the extremes, and so for all fitted rows.
+
+    Values outside go to the nearest bucket.
+    """
     z, codec = fitted
     y = np.asarray(project(codec, z, 6))
     codes = quantize(codec, y, buckets)
@@ -90,9 +93,12 @@ def test_dot_token():
     np.testing.assert_allclose(cosine(a, 2 * a), 1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------------------------ model
 def test_a_code_sees_only_what_stands_before_it(params):
-    """Changing code n changes the logits of the codes after it alone; z_t, dot product and caption reach all."""
+    """Changing code n changes only the logits of later codes.
+
+    z_t, the dot product and the caption affect all logits.
+    """
     base = apply(params, CODES, DOT, TEXT)
     assert base.shape == (B, N, BUCKETS) and base.dtype == jnp.float32
     for n in range(N):
@@ -109,7 +115,7 @@ def test_a_code_sees_only_what_stands_before_it(params):
 
 
 def test_masked_text_is_not_seen(params):
-    """What stands under the mask does not matter; what does not, does."""
+    """Masked states do not matter; other states do."""
     states = TEXT["text_states"] + 5.0 * ~TEXT["text_mask"][..., None]
     np.testing.assert_allclose(
         apply(params, CODES, DOT, {**TEXT, "text_states": np.float32(states)}),
@@ -119,7 +125,7 @@ def test_masked_text_is_not_seen(params):
 
 
 def test_cached_logits_are_the_models(params):
-    """Code by code with cached keys and values, the logits are those of the whole sequence at once."""
+    """Code by code with cached keys and values, the logits equal those of one full pass."""
     conditioning = {k: v for k, v in TEXT.items()}
     logits, caches = MODEL.apply({"params": params}, DOT, **conditioning, method="prefill")
     steps = [logits]

@@ -41,7 +41,10 @@ def apply(**options):
 
 
 def test_padding_does_not_matter_and_captions_do(params):
-    """The state of a masked token changes nothing, to the bit; that of a kept token, z_t, z and t all do."""
+    """The state of a masked token changes nothing, to the bit.
+
+    The state of any other token, z_t, z and t all change the output.
+    """
     z, t, text = inputs()
     base = apply()(params, z, t, text)
     changed = lambda name, index: text | {name: text[name].at[index].multiply(-1.0)}
@@ -58,7 +61,10 @@ def test_padding_does_not_matter_and_captions_do(params):
 
 
 def test_first_tokens_do_not_depend_on_the_noised_embedding(params):
-    """After every block the text tokens and z_t are the same for all t and z, so that they could be computed once; the rest is not."""
+    """After every block the text tokens and z_t are the same for all t and z.
+
+    They can therefore be computed once. The other tokens change.
+    """
     z, t, text = inputs()
 
     @jax.jit
@@ -82,7 +88,7 @@ def test_first_tokens_do_not_depend_on_the_noised_embedding(params):
 
 
 def test_hooks_change_nothing(params):
-    """remat and an identity gather: the same parameter names, the same answer."""
+    """remat and an identity gather keep the parameter names and the output."""
     z, t, text = inputs()
     plain = apply()(params, z, t, text)
     gather = lambda tree: jax.tree.map(lambda leaf: leaf * 1.0, tree)
@@ -95,7 +101,10 @@ def test_hooks_change_nothing(params):
 
 @pytest.mark.parametrize("own_text", [False, True])
 def test_kept_keys_and_values_change_nothing(own_text):
-    """One prefix serves any z and t: the prediction is that of the whole sequence, padding masked in both."""
+    """One prefix serves any z and t, with padding masked.
+
+    The prediction equals that of the full sequence.
+    """
     z, t, text = inputs()
     options = TINY | ({"text": {"num_embeddings": 20}} if own_text else {})
     if own_text:
@@ -114,7 +123,7 @@ def test_kept_keys_and_values_change_nothing(own_text):
 
 
 def test_dropout_only_when_not_deterministic(params):
-    """Deterministic calls ignore the rate; others differ from key to key."""
+    """Deterministic calls ignore the rate; other calls differ between keys."""
     z, t, text = inputs()
     model = DiffusionPrior(**TINY, dropout=0.5)
     np.testing.assert_allclose(apply(dropout=0.5)(params, z, t, text), apply()(params, z, t, text), rtol=1e-6)
@@ -140,8 +149,10 @@ def test_another_length_is_an_error():
 
 
 def test_size_of_the_public_prior():
-    """Karlo's prior, 1,022,030,080 with its clip_mean and clip_std (768 each), which here belong to the embedding space. Its query and
-    position embeddings are parameters in both."""
+    """Karlo's prior has 1,022,030,080 parameters with its clip_mean and clip_std (768 each).
+
+    Here those two belong to the embedding space. The query and position embeddings are parameters in both.
+    """
     model = DiffusionPrior(embed_dim=768, length=77, width=2048, layers=20, heads=32)
     text = dict(
         text_embed=struct(1, 768), text_states=struct(1, 77, 768), text_mask=struct(1, 77, dtype=bool)

@@ -1,4 +1,4 @@
-"""The stages' own text encoder, and that the networks which have one listen to it."""
+"""The stages' own text encoder, and the networks that use one."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,10 @@ def params():
 
 
 def test_every_token_reaches_every_state(params):
-    """No causal mask: the first token changes the last state and the last the first; what stands under the mask changes nothing."""
+    """Without a causal mask the first token changes the last state, and the last the first.
+
+    Masked tokens change nothing.
+    """
     apply = jax.jit(lambda tokens: MODEL.apply({"params": params}, tokens, MASK))
     states, last = apply(TOKENS)
     assert states.shape == (B, L, 8)
@@ -39,7 +42,7 @@ def test_every_token_reaches_every_state(params):
 
 
 def test_padding_is_learned(params):
-    """The padding embedding matters to a short caption and to no full one."""
+    """The padding embedding matters to a short caption but not to a full one."""
     changed = {**params, "padding_embedding": params["padding_embedding"][:, ::-1]}
     before, after = (
         jax.jit(lambda p: MODEL.apply({"params": p}, TOKENS, MASK)[0])(p) for p in (params, changed)
@@ -54,7 +57,10 @@ def test_another_length_is_refused():
 
 
 def test_size_of_glides():
-    """GLIDE's: 1,316,249,600 parameters at context 128, its projection to the time embedding (2048 to 2048) included."""
+    """GLIDE's encoder has 1,316,249,600 parameters at context 128.
+
+    This includes its projection to the time embedding (2048 to 2048).
+    """
     glide = TextEncoder(vocab_size=50_257, length=128, width=2048, layers=24, heads=32)
     tokens = struct(1, 128, dtype=jnp.int32), struct(1, 128, dtype=bool)
     assert param_count(param_shapes(glide, *tokens)) + 2048 * 2048 + 2048 == 3_554_414_086 - 2_238_164_486
@@ -72,7 +78,8 @@ X, T, Z = (
 NETWORKS = {
     "decoder": (Decoder(UNET, CONDITIONING, TINY), (X, T), dict(image_embed=Z, drop_image=np.zeros(B, bool))),
     "prior_diffusion": (
-        DiffusionPrior(embed_dim=D, length=L, width=8, layers=2, heads=2, text={"num_embeddings": V}), (Z, T), dict(text_embed=Z),
+        DiffusionPrior(embed_dim=D, length=L, width=8, layers=2, heads=2, text={"num_embeddings": V}),
+        (Z, T), dict(text_embed=Z),
     ),
     "prior_ar": (
         ARPrior(codes=3, buckets=4, dot_bins=2, length=L, width=8, layers=2, heads=2, text=TINY),
@@ -84,7 +91,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_read_their_own_tokens(name):
-    """Another caption gives another answer, row by row; what stands under the mask does not matter."""
+    """Another caption gives another output, row by row. Masked tokens do not matter."""
     model, args, kwargs = NETWORKS[name]
     params = random_params(model, *args, **kwargs, tokens=TOKENS, token_mask=MASK)
     apply = jax.jit(

@@ -29,7 +29,7 @@ def apply(**options):
 
 
 def test_causality(setup):
-    """A change at position 3 leaves positions 0..2 as they were, to the bit, and changes 3..5."""
+    """A change at position 3 leaves positions 0..2 unchanged, to the bit, and changes 3..5."""
     x, params = setup
     before, after = apply()(params, x), apply()(params, x.at[:, 3].multiply(-1.0))
     np.testing.assert_array_equal(before[:, :3], after[:, :3])
@@ -42,7 +42,7 @@ def test_causal_mask():
 
 
 def test_hooks_change_nothing(setup):
-    """remat, by any policy, and an identity gather give the same answer from the same parameter names."""
+    """remat by any policy and an identity gather keep the parameter names and the output."""
     x, params = setup
     plain = apply()(params, x)
     gather = lambda tree: jax.tree.map(lambda leaf: leaf * 1.0, tree)
@@ -55,7 +55,7 @@ def test_hooks_change_nothing(setup):
 
 
 def test_dropout_only_when_not_deterministic(setup):
-    """Deterministic calls need no key and ignore the rate; others differ from key to key."""
+    """Deterministic calls need no key and ignore the rate; other calls differ between keys."""
     x, params = setup
     model = Transformer(**TINY, dropout=0.5)
     np.testing.assert_array_equal(apply(dropout=0.5)(params, x), apply()(params, x))
@@ -64,7 +64,10 @@ def test_dropout_only_when_not_deterministic(setup):
 
 
 def test_initialisation_is_clips():
-    """Standard deviations of Radford et al. 2021: W^-1/2, residual projections further by (2 layers)^-1/2, first MLP (2 W)^-1/2."""
+    """The standard deviations are those of Radford et al. 2021.
+
+    W^-1/2, for residual projections further times (2 layers)^-1/2, and (2 W)^-1/2 for the first MLP layer.
+    """
     width, layers = 128, 2
     block = Transformer(layers=layers, heads=2).init(fast_key(), jnp.zeros((1, 2, width)))["params"][
         "block_1"
@@ -78,7 +81,7 @@ def test_initialisation_is_clips():
 
 
 def test_heads_must_divide_the_width():
-    """The message gives both."""
+    """The message names the width and the heads."""
     with pytest.raises(ValueError, match="16 is not a multiple of heads 3"):
         jax.eval_shape(lambda: Attention(3, 1.0).init(jax.random.key(0), jnp.zeros((1, 2, 16)), None))
 
@@ -93,7 +96,10 @@ SAME = {"gather": lambda params: jax.tree.map(lambda p: p * 1.0, params)}
 
 @pytest.mark.parametrize("options", [{}, {"remat": "full"}, SAME], ids=["plain", "remat", "gather"])
 def test_blocks_in_one_loop(setup, options):
-    """Scanned, the same parameters by the same names give the same output and gradient; masks and contexts too."""
+    """A scanned stack gives the same output and gradient, also with masks and contexts.
+
+    The parameters and their names are the same.
+    """
     x, params = setup
     loss = lambda scan: jax.jit(
         jax.value_and_grad(
@@ -110,7 +116,10 @@ def test_blocks_in_one_loop(setup, options):
 
 
 def test_a_loop_does_not_grow_with_depth(setup):
-    """The traced program of a scanned stack has as many equations whatever the depth but for the stacking; dropout differs by layer."""
+    """A scanned stack has as many equations at any depth, apart from the stacking.
+
+    Dropout differs between layers.
+    """
     x, _ = setup
 
     def equations(layers, scan):
@@ -135,7 +144,7 @@ def test_a_loop_does_not_grow_with_depth(setup):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_what_is_computed_again(setup, scan):
-    """In the backward pass: everything, attention alone, nothing, by the name of the policy."""
+    """By the policy's name, the backward pass recomputes everything, attention only, or nothing."""
     x, params = setup
 
     def operations(remat):

@@ -1,4 +1,4 @@
-"""The U-Net, the decoder's conditioning and the upsampler: blocks against their formulas, what may matter, hooks, published sizes."""
+"""The U-Net, the decoder's conditioning and the upsampler: formulas, inputs, hooks, published sizes."""
 
 import math
 
@@ -54,9 +54,9 @@ def params():
 decode = jax.jit(lambda params, x, t, cond: DECODER.apply({"params": params}, x, t, **cond))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- blocks
+# ----------------------------------------------------------------------------------------------------- blocks
 def group_norm(x, params, groups):
-    """By definition, over positions and the channels of a group."""
+    """Group normalisation by its definition, over positions and the channels of a group."""
     shape = x.shape
     x = np.asarray(x, np.float64).reshape(shape[0], -1, groups, shape[-1] // groups)
     x = (x - x.mean((1, 3), keepdims=True)) / np.sqrt(x.var((1, 3), keepdims=True) + 1e-5)
@@ -87,7 +87,7 @@ RESAMPLED = {
 
 @pytest.mark.parametrize("resample, scale_shift", [(None, True), ("down", True), ("up", True), (None, False)])
 def test_res_block_is_the_formula(resample, scale_shift):
-    """Both ways of the time embedding, all three resamplings, with a change of channels."""
+    """Both uses of the time embedding and all three resamplings, with a change of channels."""
     x, emb = np.asarray(normal(0, B, 4, 4, 8)), np.asarray(normal(1, B, 5))
     block = ResBlock(12, groups=4, resample=resample, scale_shift=scale_shift)
     p = random_params(block, x, emb)
@@ -104,7 +104,10 @@ def test_res_block_is_the_formula(resample, scale_shift):
 
 
 def test_attention_block_is_the_formula():
-    """Per head: context keys and values from the plain context, before those of the normalised image; masked tokens left out."""
+    """Per head, keys and values of the plain context precede those of the normalised image.
+
+    Masked tokens are left out.
+    """
     x, context = np.asarray(normal(0, B, 2, 2, 8)), np.asarray(normal(1, B, 3, 5))
     mask = np.array([[True, False, True], [True, True, False]])
     block = AttentionBlock(head_channels=4, groups=4)
@@ -159,19 +162,23 @@ def test_fresh_network_is_zero_and_its_blocks_are_identities():
 
 
 def test_attention_sits_where_the_configuration_says(params):
-    """After every residual block of the named resolution, and in the middle; one skip is left over by nobody."""
+    """After every residual block of the named resolution, and in the middle."""
     names = set(params["unet"])
     assert {n for n in names if "attn" in n} == {"down_1_attn_0", "middle_attn", "up_1_attn_0", "up_1_attn_1"}
     assert {n for n in names if "res" in n} == {
-        "down_0_res_0", "down_1_res_0", "middle_res_0", "middle_res_1", "up_1_res_0", "up_1_res_1", "up_0_res_0", "up_0_res_1",
+        "down_0_res_0", "down_1_res_0", "middle_res_0", "middle_res_1",
+        "up_1_res_0", "up_1_res_1", "up_0_res_0", "up_0_res_1",
     }  # fmt: skip
     without = param_shapes(UNet(**UNET | {"attention_resolutions": (), "middle_attention": False}), X, TIME)
     assert not any("attn" in n for n in without)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- conditioning
+# ----------------------------------------------------------------------------------------------- conditioning
 def test_masked_text_does_not_matter_and_the_rest_does(params):
-    """To the bit for a masked state; noticeably for a kept state, z_t, z_i, t and the mask itself; and rows do not mix."""
+    """A masked state changes nothing, to the bit.
+
+    A kept state, z_t, z_i, t and the mask itself change the output noticeably. Rows are independent.
+    """
     cond = conditioning()
     base = decode(params, X, TIME, cond)
     changed = lambda name, index: cond | {name: cond[name].at[index].multiply(-1.0)}
@@ -189,7 +196,10 @@ def test_masked_text_does_not_matter_and_the_rest_does(params):
 
 
 def test_a_dropped_embedding_is_the_learned_null(params):
-    """A dropped row is what the null embedding itself gives, whatever z_i; the other row is as before."""
+    """A dropped row gives the output of the null embedding, whatever z_i is.
+
+    The other row does not change.
+    """
     cond = conditioning()
     drop = jnp.array([True, False])
     dropped = decode(params, X, TIME, cond | {"drop_image": drop})
@@ -205,7 +215,10 @@ def test_a_dropped_embedding_is_the_learned_null(params):
 
 
 def test_what_steps_have_in_common_is_kept(params):
-    """The collection `fixed`, filled at one step, gives another step's output; that step does not look at captions or embeddings again."""
+    """The collection `fixed`, filled at one step, gives another step's output.
+
+    That step does not read captions or embeddings again.
+    """
     fill = jax.jit(
         lambda params, cond: DECODER.apply({"params": params}, X * 0, TIME * 0, **cond, mutable=["fixed"])[1]
     )
@@ -222,7 +235,10 @@ def test_what_steps_have_in_common_is_kept(params):
 
 
 def test_token_layout_and_the_text_norm():
-    """CLIP tokens first, laid out (B, Dc, tokens) and transposed, always allowed; then normalised text, as its mask says."""
+    """CLIP tokens come first, laid out (B, Dc, tokens) and transposed, and are always allowed.
+
+    The normalised text follows, under its mask.
+    """
     model, cond = ClipConditioning(cond_dim=7, context_dim=12, clip_tokens=4), conditioning()
     arguments = [cond[k] for k in ("image_embed", "drop_image", "text_embed", "text_states", "text_mask")]
     p = random_params(model, *arguments)
@@ -242,15 +258,15 @@ def test_token_layout_and_the_text_norm():
 
 
 def test_conditioning_on_the_image_embedding_alone():
-    """Without text the decoder needs none of its inputs and has none of its parameters."""
+    """Without text the decoder needs no text inputs and has no text parameters."""
     model = Decoder(unet=UNET, conditioning=dict(context_dim=12, use_text_embed=False, use_text_states=False))
     shapes = param_shapes(model, X, TIME, image_embed=normal(1, B, D), drop_image=jnp.zeros(B, bool))
     assert set(shapes["conditioning"]) == {"null_image_embed", "image_embed_cond", "image_embed_tokens"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- execution
+# -------------------------------------------------------------------------------------------------- execution
 def test_hooks_change_nothing():
-    """remat and a gather that is called on every block: the same parameter names, the same answer."""
+    """remat and a gather on every block keep the parameter names and the output."""
     p, calls = random_params(UNet(**UNET), X, TIME), []
 
     def gather(tree):
@@ -266,7 +282,7 @@ def test_hooks_change_nothing():
 
 
 def test_dropout_only_when_not_deterministic():
-    """With a rate, calls differ from key to key, unless deterministic, when no key is needed."""
+    """With a rate, calls differ between keys. Deterministic calls need no key."""
     small = UNET | {"channel_mult": (1,), "attention_resolutions": (), "middle_attention": False}
     p = random_params(UNet(**small), X, TIME)
     dropping = UNet(**small, dropout=0.5)
@@ -281,7 +297,7 @@ def test_dropout_only_when_not_deterministic():
 
 
 def test_a_decoder_that_inpaints_sees_what_is_known_and_no_more():
-    """What the mask hides of the image does not matter; what it shows, and the mask itself, do."""
+    """Hidden pixels do not matter. Known pixels and the mask do."""
     model = DECODER.clone(inpaint=True)
     known = jnp.arange(SIZE)[None, :, None, None] * jnp.ones((B, 1, SIZE, 1)) < 3
     image = normal(7, B, SIZE, SIZE, 3)
@@ -300,7 +316,10 @@ def test_a_decoder_that_inpaints_sees_what_is_known_and_no_more():
 
 
 def test_upsampler_at_other_sizes():
-    """The same parameters enlarge other sizes and shapes; the low-resolution image matters; sides that do not halve are an error."""
+    """The same parameters enlarge images of other sizes and shapes.
+
+    The low-resolution image matters. Sides that do not halve evenly are an error.
+    """
     model = Upsampler(
         unet=UNET
         | {"out_channels": 3, "attention_resolutions": (), "middle_attention": False, "scale_shift": False}
@@ -318,12 +337,12 @@ def test_upsampler_at_other_sizes():
 
 
 def test_heads_must_divide_the_channels():
-    """The message gives both."""
+    """The message names both numbers."""
     with pytest.raises(ValueError, match="16 channels are not a multiple of head_channels 5"):
         param_shapes(UNet(**UNET | {"head_channels": 5}), X, TIME)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- published sizes
+# -------------------------------------------------------------------------------------------- published sizes
 def full_size(size, out, channels, mult, res_blocks, attention=(), context=None, inputs=3, **options):
     side = 2 ** (len(mult) - 1)  # parameters do not depend on it
     model = UNet(
@@ -350,20 +369,33 @@ ATTENTION = (32, 16, 8)
         (729_710_726, dict(size=64, out=6, channels=320, mult=(1, 2, 3, 4), res_blocks=3, inputs=6)),
         (282_059_139, dict(size=256, out=3, channels=192, mult=(1, 1, 2, 2, 4, 4), res_blocks=2, inputs=6)),
         (282_064_326, dict(size=256, out=6, channels=192, mult=(1, 1, 2, 2, 4, 4), res_blocks=2, inputs=6)),
-        (691_579_523, dict(size=256, out=3, channels=320, mult=(1, 2, 3, 4), res_blocks=3, inputs=6, scale_shift=False)),
-        (885_439_686, dict(size=64, out=6, channels=320, mult=(1, 2, 3, 4), res_blocks=3, attention=ATTENTION, context=1536)),
-        (308_334_918, dict(size=64, out=6, channels=192, mult=(1, 2, 3, 4), res_blocks=3, attention=ATTENTION, context=512)),
-        (2_238_164_486, dict(size=64, out=6, channels=512, mult=(1, 2, 3, 4), res_blocks=3, attention=ATTENTION, context=2048)),
-        (295_904_454 - 1000 * 768, dict(size=64, out=6, channels=192, mult=(1, 2, 3, 4), res_blocks=3, attention=ATTENTION)),
-        (553_838_086 - 1000 * 1024, dict(size=256, out=6, channels=256, mult=(1, 1, 2, 2, 4, 4), res_blocks=2, attention=ATTENTION)),
+        (691_579_523, dict(
+            size=256, out=3, channels=320, mult=(1, 2, 3, 4), res_blocks=3, inputs=6, scale_shift=False)),
+        (885_439_686, dict(
+            size=64, out=6, channels=320, mult=(1, 2, 3, 4), res_blocks=3,
+            attention=ATTENTION, context=1536)),
+        (308_334_918, dict(
+            size=64, out=6, channels=192, mult=(1, 2, 3, 4), res_blocks=3, attention=ATTENTION, context=512)),
+        (2_238_164_486, dict(
+            size=64, out=6, channels=512, mult=(1, 2, 3, 4), res_blocks=3,
+            attention=ATTENTION, context=2048)),
+        (295_904_454 - 1000 * 768, dict(
+            size=64, out=6, channels=192, mult=(1, 2, 3, 4), res_blocks=3, attention=ATTENTION)),
+        (553_838_086 - 1000 * 1024, dict(
+            size=256, out=6, channels=256, mult=(1, 1, 2, 2, 4, 4), res_blocks=2, attention=ATTENTION)),
     ],
     ids=[
-        "unCLIP 64-256", "unCLIP 64-256 learned variance", "unCLIP 256-1024", "unCLIP 256-1024 learned variance", "Karlo upsampler",
-        "Karlo decoder", "GLIDE filtered", "GLIDE 3.5B", "ADM 64 less classes", "ADM 256 less classes",
+        "unCLIP 64-256", "unCLIP 64-256 learned variance",
+        "unCLIP 256-1024", "unCLIP 256-1024 learned variance",
+        "Karlo upsampler", "Karlo decoder", "GLIDE filtered", "GLIDE 3.5B",
+        "ADM 64 less classes", "ADM 256 less classes",
     ],
 )  # fmt: skip
 def test_published_sizes(count, arguments):
-    """Exact parameter counts of the U-Nets alone; ADM's table of 1000 class embeddings has no counterpart here."""
+    """Exact parameter counts of the U-Nets alone.
+
+    ADM's table of 1000 class embeddings has no counterpart here.
+    """
     assert full_size(**arguments) == count
 
 

@@ -1,4 +1,4 @@
-"""Convolutions with fewer products are the convolutions."""
+"""Convolutions with fewer products equal the ordinary convolutions."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_it_is_the_correlation(name):
 
 
 def test_small_blocks(monkeypatch):
-    """Groups and bands at once, of every size."""
+    """Groups and bands together, of every size."""
     for tiles in (16, 64, 600):
         monkeypatch.setattr(winograd, "MAX_TILES", tiles)
         x, kernel = inputs(4, 16, 32, 192, 192)

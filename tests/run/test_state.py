@@ -1,4 +1,4 @@
-"""The update step: parts of a batch, the first moment's type, what is kept where it belongs."""
+"""The update step: accumulation over parts of a batch, the first moment's dtype, projection, players."""
 
 from types import SimpleNamespace
 
@@ -17,6 +17,7 @@ from unclip_jax.run.state import abstract_state, accumulated, create_state, make
 from unclip_jax.sharding import BATCH, make_mesh
 
 OPTIMIZER = {"learning_rate": 0.1, "steps": 100, "schedule": "constant"}
+ONE_PLAYER = (Player(),)
 RNG = np.random.default_rng(0)
 BATCHES = [
     {"x": np.float32(RNG.normal(size=(16, 6))), "y": np.float32(RNG.normal(size=(16, 4)))} for _ in range(3)
@@ -42,12 +43,12 @@ def stage_of(objective, init=init, players=ALONE):
 
 
 def settings(count=1):
-    """What an update reads of a configuration."""
+    """The settings that an update reads."""
     return SimpleNamespace(seed=0, ema_decay=0.5, grad_accumulation=count)
 
 
 def train(mesh, count, **changes):
-    """Three updates; the parameters after, and the metrics."""
+    """Applies three updates; returns the state and the metrics."""
     stage, optimizers = stage_of(without_extra(loss_of)), (make_optimizer(**OPTIMIZER | changes),)
     _, shardings = abstract_state(stage, optimizers, mesh)
     state = create_state(stage, optimizers, 0, shardings)
@@ -65,7 +66,7 @@ def train(mesh, count, **changes):
     "shape, count", [({"data": 1}, 2), ({"data": 1}, 4), ({"data": 2, "fsdp": 4}, 2)], ids=str
 )
 def test_parts_of_a_batch_are_the_batch(shape, count, monkeypatch):
-    """Losses, metrics and parameters, on one device and on eight; the parameters stay in their shards."""
+    """Accumulation gives the same losses and (sharded) parameters, on one device and on eight."""
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 8)
     devices = jax.devices()[: 1 if shape == {"data": 1} else 8]
     whole, expected = train(make_mesh({"data": 1}, jax.devices()[:1]), 1)
@@ -97,7 +98,7 @@ def test_what_accumulation_refuses():
 
 
 def test_first_moment_in_half_the_memory():
-    """bfloat16 moments train to nearly the same parameters; another type is refused."""
+    """bfloat16 moments give nearly the same parameters. Other dtypes are refused."""
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     half, full = train(mesh, 1, mu_dtype="bfloat16")[0], train(mesh, 1)[0]
     mu, nu = half.opt_state[1][0].mu["w"], half.opt_state[1][0].nu["w"]
@@ -108,7 +109,7 @@ def test_first_moment_in_half_the_memory():
 
 
 def test_what_is_projected_stays_in_bounds():
-    """Parameters and their average, after every update."""
+    """The projection applies to the parameters and their average, after every update."""
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     clamp = lambda params: jax.tree.map(lambda w: jnp.minimum(w, 0.5), params)
     up = without_extra(lambda params, rng, batch, *, frozen: (-jnp.sum(params["w"]), {}))
@@ -123,7 +124,10 @@ def test_what_is_projected_stays_in_bounds():
 
 
 def test_two_players_move_in_turn():
-    """Each trains its own parameters on its own objective. The second sees what the first did. `extra` is kept."""
+    """Each player trains its own parameters on its own objective.
+
+    The second player sees the update of the first. `extra` is kept.
+    """
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
 
     def first(params, extra, rng, batch, step, *, frozen):
@@ -156,7 +160,7 @@ def test_two_players_move_in_turn():
 
 
 def test_a_player_whose_gradient_is_not_finite_stands_still():
-    """Parameters, average and optimizer of before; the step count goes on."""
+    """Parameters, average and optimizer stay the same; only the step count advances."""
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     stage, optimizers = stage_of(without_extra(loss_of)), (make_optimizer(**OPTIMIZER),)
     _, shardings = abstract_state(stage, optimizers, mesh)

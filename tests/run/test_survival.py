@@ -1,4 +1,4 @@
-"""What a run survives: other hosts, kills at any moment, damaged checkpoints, devices that hang, numbers that are not finite."""
+"""What a run survives: lost hosts, kills at any moment, damaged checkpoints, hanging devices, NaN."""
 
 import json
 import os
@@ -42,23 +42,24 @@ if count > 1:
     jax.distributed.initialize(address, count, index)
 from tests.runs import train_tiny
 from unclip_jax.train import upsampler
-if count > 1:  # on a pod, too, a host's devices need not be neighbours on the mesh
+if count > 1:  # on a pod, a host's devices need not be neighbours on the mesh either
     make_mesh, devices = upsampler.make_mesh, jax.devices()
     upsampler.make_mesh = lambda shape: make_mesh(shape, devices[::2] + devices[1::2])
-train_tiny("upsampler_16", workdir, track__tensorboard=False, **eval(sys.argv[5]))  # it would wait for TensorFlow
+# TensorBoard would wait for the import of TensorFlow.
+train_tiny("upsampler_16", workdir, track__tensorboard=False, **eval(sys.argv[5]))
 """
 
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    """A run that was left alone."""
+    """A run without interruptions."""
     run = tmp_path_factory.mktemp("small") / "run"
     train_tiny("upsampler_16", run, eval_every=0, **SMALL)
     return run
 
 
 def start(workdir, index=0, count=1, port=0, devices=4, log=subprocess.PIPE, **changes):
-    """A training process; on several hosts each holds `devices` devices."""
+    """Starts a training process. With several hosts, each one has `devices` devices."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FLAGS}",
@@ -77,9 +78,9 @@ def start(workdir, index=0, count=1, port=0, devices=4, log=subprocess.PIPE, **c
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def steps_done(workdir):
@@ -96,8 +97,11 @@ def wait_for_step(workdir, step, processes, timeout=240):
 
 
 def test_two_hosts_are_one(small_run, tmp_path):
-    """Two processes of four devices, each reading its own rows, draw the curve of one with eight; SIGTERM to one of them stops both after
-    the same step; one process with eight devices goes on from what the two wrote."""
+    """Two processes of four devices have the losses of one process with eight devices.
+
+    Each process reads its own rows. SIGTERM to one of them stops both after the same step. One process with
+    eight devices then resumes from the checkpoint that the two wrote.
+    """
     port, run = free_port(), tmp_path / "run"
     hosts = [start(run, i, 2, port, checkpoint_every=100, eval_every=0) for i in range(2)]
     try:
@@ -121,8 +125,11 @@ def test_two_hosts_are_one(small_run, tmp_path):
     "lost", [pytest.param(1, id="other"), pytest.param(0, id="coordinator", marks=pytest.mark.slow)]
 )
 def test_a_lost_host_ends_the_others(tmp_path, lost):
-    """With a status that starts the job again: at once, when the watchdog sees no step end, or jax's own when its service of the hosts
-    notices first."""
+    """The other host ends with a status on which a launcher starts the job again.
+
+    It ends at once, or when the watchdog sees that no step finishes. If jax's coordination service notices
+    the loss first, jax aborts the process.
+    """
     run, port = tmp_path / "run", free_port()
     command = [
         sys.executable,
@@ -138,11 +145,12 @@ def test_a_lost_host_ends_the_others(tmp_path, lost):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {FLAGS}",
     }
-    # As a SLURM job of two tasks, which jax finds by itself; its port is made of the job's number.
+    # A SLURM job of two tasks, which jax detects by itself. The port depends on the job's number.
     env |= {"SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
-    about = lambda i: env | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+    env_of = lambda i: env | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
     hosts = [
-        subprocess.Popen(command, cwd=ROOT, env=about(i), stderr=subprocess.PIPE, text=True) for i in range(2)
+        subprocess.Popen(command, cwd=ROOT, env=env_of(i), stderr=subprocess.PIPE, text=True)
+        for i in range(2)
     ]
     try:
         wait_for_step(run, 2, hosts)
@@ -160,7 +168,7 @@ def test_a_lost_host_ends_the_others(tmp_path, lost):
 
 
 def kill_and_resume(workdir, reference, kills, seed):
-    """SIGKILL after a random time, again and again; each start goes on, and the end is that of a run that was left alone."""
+    """Kills a run at random times and resumes it. The result must be that of an uninterrupted run."""
     chance = random.Random(seed)
     for _ in range(kills):
         before = steps_done(workdir)
@@ -178,7 +186,7 @@ def kill_and_resume(workdir, reference, kills, seed):
 
 
 def test_killed_at_any_moment(small_run, tmp_path):
-    """SIGKILL, also while a checkpoint is being written: bit for bit the parameters and the losses of a run left alone."""
+    """SIGKILLs, also while a checkpoint is written, do not change a bit of parameters and losses."""
     kill_and_resume(tmp_path / "run", small_run, kills=2, seed=0)
 
 
@@ -189,7 +197,7 @@ def test_killed_many_times(small_run, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, small_run, caplog):
-    """A flipped byte in the newest one's data: the one before is used, said, and the run ends as if nothing had happened."""
+    """If the newest checkpoint has a flipped byte, the run warns and resumes from the one before."""
     run = tmp_path / "run"
     train_tiny("upsampler_16", run, eval_every=0, checkpoint_every=4, **SMALL)
     steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
@@ -211,7 +219,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, small_run, caplog):
 
 
 def test_changed_settings_are_printed(tmp_path, small_run, capsys):
-    """A resumed run says what its configuration has and the checkpoint's had not."""
+    """A resumed run prints the settings that differ from those in the checkpoint."""
     shutil.copytree(small_run, tmp_path / "run")
     train_tiny("upsampler_16", tmp_path / "run", eval_every=0, ema_decay=0.5, **SMALL)
     error = capsys.readouterr().err
@@ -220,7 +228,7 @@ def test_changed_settings_are_printed(tmp_path, small_run, capsys):
 
 
 def test_too_many_skipped_updates_stop_the_run(tmp_path, monkeypatch):
-    """They name what was not finite; parameters are finite, and the checkpoint of before is there."""
+    """The error names the metrics that were not finite. The last checkpoint has finite parameters."""
     monkeypatch.setattr("unclip_jax.run.logger.MAX_SKIPPED", 4)
 
     class Poisoned(Repeating):
@@ -257,12 +265,15 @@ class Hanging:
     def close(self): self.inner.close()
 
 batches.train_batches = lambda *args: Hanging(original(*args))
-train_tiny("upsampler_16", sys.argv[1], eval_every=0, checkpoint_every=2, watchdog=3.0, track__tensorboard=False, **eval(sys.argv[2]))
+train_tiny(
+    "upsampler_16", sys.argv[1], eval_every=0, checkpoint_every=2, watchdog=3.0, track__tensorboard=False,
+    **eval(sys.argv[2]),
+)
 """
 
 
 def test_a_run_that_hangs_ends(tmp_path):
-    """With the stack of where it hangs, and the status to start it again; the last checkpoint is whole."""
+    """It prints the stack where it hangs and ends with RESTART. The last checkpoint is intact."""
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", HANGING, str(tmp_path / "run"), repr(SMALL)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
@@ -272,7 +283,7 @@ def test_a_run_that_hangs_ends(tmp_path):
 
 
 def test_steps_are_heard_between_records(tmp_path):
-    """The watchdog wakes, and hears, when a step is done, however far the next record is; of one that is not done it hears nothing."""
+    """The watchdog learns that a step has finished, even between records. It ignores unfinished steps."""
     config = tiny_config("upsampler_16", steps=100, log_every=100, watchdog=60.0, track__tensorboard=False)
     logger = Logger(config, tmp_path, "upsampler_16", 0)
     try:
@@ -286,7 +297,7 @@ def test_steps_are_heard_between_records(tmp_path):
 
 
 def test_traced_steps(tmp_path, monkeypatch):
-    """A trace of the steps asked for, also when the run ends before the last of them; anything but two numbers is refused."""
+    """The run traces the requested steps, even if it ends before the last. Wrong settings are refused."""
     train_tiny("upsampler_16", tmp_path / "run", eval_every=0, profile="10:20", **SMALL)
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000

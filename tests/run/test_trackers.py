@@ -1,4 +1,4 @@
-"""Figures and pictures of a run, where the configuration sends them; MLflow's is a real server with a database."""
+"""Figures and pictures of a run reach the trackers. MLflow's is a real server with a database."""
 
 import json
 import os
@@ -33,11 +33,11 @@ def figures(run):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """MLflow's own server on loopback, SQLite behind it, artifacts through it."""
+    """MLflow's own server on loopback, with SQLite, which also serves the artifacts."""
     folder = tmp_path_factory.mktemp("mlflow")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     command = [
         sys.executable,
         "-m",
@@ -74,7 +74,7 @@ def server(tmp_path_factory):
 
 
 def test_mlflow(server, tmp_path, monkeypatch):
-    """One run on the server, however often the training was stopped: settings, every figure, sample grids, how it ended."""
+    """A training that stops and resumes is one run on the server, with all settings, figures and samples."""
     import mlflow
 
     client, run = mlflow.MlflowClient(tracking_uri=server), tmp_path / "run"
@@ -85,16 +85,17 @@ def test_mlflow(server, tmp_path, monkeypatch):
     number = (run / "mlflow_run").read_text().strip()
     assert client.get_run(number).info.status == "KILLED"
     train(run, track__mlflow=server, track__experiment="small")
-    found = client.get_run(number)
-    assert found.info.status == "FINISHED" and (run / "mlflow_run").read_text().strip() == number
-    assert found.info.experiment_id == client.get_experiment_by_name("small").experiment_id
+    recorded = client.get_run(number)
+    assert recorded.info.status == "FINISHED" and (run / "mlflow_run").read_text().strip() == number
+    assert recorded.info.experiment_id == client.get_experiment_by_name("small").experiment_id
     assert (
-        found.data.params["optimizer.learning_rate"] == "0.003" and found.data.params["stage"] == "upsampler"
+        recorded.data.params["optimizer.learning_rate"] == "0.003"
+        and recorded.data.params["stage"] == "upsampler"
     )
     expected = figures(run)
     for key in ("loss", "grad_norm", "examples_per_second", "input_wait", "eval_loss"):
-        told = {metric.step: metric.value for metric in client.get_metric_history(number, key)}
-        assert told == {row["step"]: pytest.approx(row[key], rel=1e-6) for row in expected if key in row}
+        history = {metric.step: metric.value for metric in client.get_metric_history(number, key)}
+        assert history == {row["step"]: pytest.approx(row[key], rel=1e-6) for row in expected if key in row}
     (picture,) = client.list_artifacts(number, "samples")
     local = client.download_artifacts(number, picture.path, str(tmp_path))
     assert open(local, "rb").read() == (run / "samples" / f"{STEPS:07d}.png").read_bytes()
@@ -103,7 +104,7 @@ def test_mlflow(server, tmp_path, monkeypatch):
 
 
 def test_a_server_that_does_not_answer(tmp_path, capsys):
-    """Before the first step: one line that names it."""
+    """The command fails before the first step, with one line that names the server."""
     command = [
         "train",
         "configs/emoji/upsampler.py:tiny",
@@ -113,12 +114,12 @@ def test_a_server_that_does_not_answer(tmp_path, capsys):
         "track.mlflow=http://127.0.0.1:9",
     ]
     assert main([*command, "--set", "data.backend=numpy"]) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "MLflow at http://127.0.0.1:9 does not answer" in said and "track.mlflow=None" in said
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "MLflow at http://127.0.0.1:9 does not answer" in message and "track.mlflow=None" in message
 
 
 def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path, monkeypatch, caplog):
-    """It is told, and the tracker is left alone after the third time; what it missed is in the run's own file."""
+    """The run logs failures and disables the tracker after the third. metrics.jsonl has all figures."""
     calls = []
 
     class Failing(trackers.TensorBoard):
@@ -132,13 +133,13 @@ def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path, monkeypatch, caplog)
         range(1, STEPS + 1)
     )
     assert (
-        "tensorboard failed (gone); metrics.jsonl has what it missed; it is left alone from here on"
-        in caplog.text
+        "tensorboard failed (gone); the figures that it missed are in metrics.jsonl; "
+        "it is disabled from here on" in caplog.text
     )
 
 
 def test_wandb(tmp_path, monkeypatch):
-    """Its calls, against a stand-in: the same run is gone on with."""
+    """The calls to wandb, against a stand-in. A resumed training continues the same run."""
     made = []
 
     class Run:
@@ -183,7 +184,7 @@ def test_wandb(tmp_path, monkeypatch):
 
 
 def test_what_a_record_tells_of_the_machine(tmp_path, monkeypatch):
-    """Waiting for input, stalls for checkpoints and evaluations, memory; MFU where the chip's peak is known."""
+    """A record has input wait, checkpoint and evaluation time, memory, and MFU if the peak is known."""
     kind = jax.devices()[0].device_kind
     monkeypatch.setitem(hardware.CHIPS, kind, hardware.Chip("here", 1e12, 1e9, 1e9, 1e9))
     train(tmp_path / "run", checkpoint_every=6, eval_every=6)
@@ -199,23 +200,23 @@ def test_what_a_record_tells_of_the_machine(tmp_path, monkeypatch):
 
 
 def test_remat_is_not_counted(monkeypatch):
-    """What is computed twice to save memory is not work of the model."""
+    """Operations that remat computes twice do not count as the model's."""
     monkeypatch.setitem(
         hardware.CHIPS, jax.devices()[0].device_kind, hardware.Chip("here", 1e12, 1e9, 1e9, 1e9)
     )
-    mesh, found = make_mesh(), []
+    mesh, counts = make_mesh(), []
     for remat in ("none", "full"):
         config = tiny_config(NAME, remat=remat)
         step = compiled.train_step(config, None, mesh)
         arguments = step.state, step.frozen, step.batch
         again = hardware.flops(jax.make_jaxpr(step.update)(*arguments))
-        found.append((again, loop.count_operations(step.stage, 1, mesh, *arguments)))
-    (plain, model), (twice, counted) = found
+        counts.append((again, loop.count_operations(step.stage, 1, mesh, *arguments)))
+    (plain, model), (twice, counted) = counts
     assert plain == model == counted < twice
 
 
 def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
-    """By a figure of the evaluation, the lower the better; a name that is none is refused with those that are."""
+    """The lowest `eval_loss` decides. An unknown figure is refused with the names of the known ones."""
     given = iter([3.0, 1.0, 2.0])
     original = resume.keep_best
     monkeypatch.setattr(loop, "keep_best", lambda *args: original(*args[:-1], {"eval_loss": next(given)}))

@@ -1,4 +1,4 @@
-"""(z_i, x_T) and what is done with it: an invariant for each manipulation, on a tiny bundle at random parameters."""
+"""Image edits with (z_i, x_T): an invariant for each edit, on a tiny bundle with random parameters."""
 
 import dataclasses
 
@@ -28,7 +28,10 @@ def whole(tiny_bundle):
 
 @pytest.fixture(scope="module")
 def bundle(whole):
-    """No upsampler, and a decoder whose answers are small, so that its samples stay in range, and hang on z_i more than random ones do."""
+    """A bundle without upsampler, with a decoder whose output is small.
+
+    Its samples stay in range, and depend on z_i more than those of a random decoder.
+    """
     decoder = whole.parts["decoder"]
     factors = {("unet", "conv_out"): 0.8, ("conditioning", "image_embed_cond"): 8.0}
     flat = traverse_util.flatten_dict(decoder.params)
@@ -49,9 +52,9 @@ def images():
     return [first, 255 - second, np.tile(second, (1, 2, 1))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- slerp
+# ---------------------------------------------------------------------------------------- slerp
 def test_slerp_ends_norms_and_angles():
-    """Ends are exact; the norm runs linearly; the angle from the start grows evenly; the way back is the same way."""
+    """The ends are exact. Norm and angle change linearly. Swapped ends give the same arc in reverse."""
     a, b = np.random.default_rng(0).normal(size=(2, 5, 3, 4)) * [[[[1.0]]], [[[7.0]]]]
     np.testing.assert_allclose(slerp(a, b, 0.0), a, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(slerp(a, b, 1.0), b, rtol=1e-5, atol=1e-6)
@@ -76,9 +79,12 @@ def test_slerp_of_nearly_equal_and_of_opposite_rows():
         slerp(a, 0 * a, 0.5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- latents
+# ---------------------------------------------------------------------------------------- latents
 def test_decoding_at_eta_zero_reconstructs(bundle, images):
-    """(z_i, x_T) decoded is the image, the nearer the more steps; another x_T or another z_i gives another image."""
+    """Decoding (z_i, x_T) gives the image; more steps bring it nearer.
+
+    Another x_T or another z_i gives another image.
+    """
     target = ops.to_float(inversion.square(images, 8))
     errors = []
     for steps in (15, 60):
@@ -93,7 +99,7 @@ def test_decoding_at_eta_zero_reconstructs(bundle, images):
 
 
 def test_embeddings_do_not_depend_on_the_batch(bundle, images):
-    """A row alone and among others; a picture and its centred square are the same picture."""
+    """A row's result does not depend on the batch. A picture and its centred square give the same result."""
     z = inversion.embed_images(bundle, images)
     np.testing.assert_allclose(inversion.embed_images(bundle, images[:1]), z[:1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
@@ -146,9 +152,12 @@ def test_bad_input_is_one_line(bundle, images, call, message):
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- manipulations
+# ---------------------------------------------------------------------------------------- edits
 def test_variations(bundle, images):
-    """At eta 0 all are the image decoded; at eta 1 all differ from it and from one another, and the seed decides."""
+    """At eta 0 all variations equal the decoded image.
+
+    At eta 1 they differ from it and from one another, and depend on the seed.
+    """
     plain = ops.to_uint8(
         inversion.decode(bundle, inversion.encode(bundle, images[:2], steps=STEPS), steps=STEPS)[0]
     )
@@ -178,7 +187,10 @@ def test_upsamplers_enlarge_what_the_decoder_drew(whole, images):
 
 @pytest.mark.parametrize("noise", ["slerp", "fixed"])
 def test_interpolation(bundle, images, noise):
-    """Its ends are the two images decoded (with the fixed noise: decoded from it), the middle is neither."""
+    """The ends equal the two decoded images; the middle equals neither.
+
+    With fixed noise, the ends are decoded from that noise.
+    """
     drawn = interpolate(bundle, images[0], images[1], count=3, noise=noise, steps=STEPS, seed=2)
     assert drawn.shape == (3, 8, 8, 3) and drawn.dtype == np.uint8
     code = inversion.encode(bundle, images[:2], steps=STEPS)
@@ -191,7 +203,10 @@ def test_interpolation(bundle, images, noise):
 
 
 def test_text_diff(bundle, images):
-    """theta 0 is the image decoded; the rest moves away from it, the further the larger theta; swapping the captions goes elsewhere."""
+    """Theta 0 gives the decoded image, and larger theta gives images further from it.
+
+    Swapped captions give other images.
+    """
     drawn = text_diff(bundle, images[0], "a red fox", "a blue heart", count=3, max_theta=0.5, steps=STEPS)
     code = inversion.encode(bundle, images[:1], steps=STEPS)
     start = ops.to_uint8(inversion.decode(bundle, code, steps=STEPS)[-1])[0]
@@ -203,7 +218,10 @@ def test_text_diff(bundle, images):
 
 
 def test_reconstruction(bundle, images):
-    """All components give the image's own z_i decoded from the noise; fewer come nearer the more there are."""
+    """All components give the same picture as the image's own z_i, decoded from the noise.
+
+    With fewer components, each further one brings the result nearer to it.
+    """
     drawn, dims = reconstruct(bundle, images[0], steps=STEPS, seed=1)
     assert dims == (16,) and drawn.shape == (1, 8, 8, 3)
     z = inversion.embed_images(bundle, images[:1])
@@ -217,7 +235,10 @@ def test_reconstruction(bundle, images):
 
 @pytest.mark.parametrize("method", ["trained", "resample"])
 def test_inpainting(method, bundle, images):
-    """An all-true mask returns the input; half a mask keeps its half exactly and draws the other, differently for other seeds."""
+    """An all-true mask returns the input.
+
+    Half a mask keeps its half exactly and draws the other half, differently for other seeds.
+    """
     size = ops.resize(images[0], 8)
     everything = np.ones(size.shape[:2], bool)
     options = {"decoder": {"steps": 3}, "decoder_inpaint": {"steps": 3}, "prior_diffusion": {"steps": 2}}

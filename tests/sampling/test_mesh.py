@@ -1,4 +1,7 @@
-"""Bundles on a mesh: the same pictures however batch and weights are split, and weights that go straight there."""
+"""Bundles on a mesh: any split of batch and weights gives the same pictures.
+
+Weights load directly onto the mesh.
+"""
 
 import subprocess
 import sys
@@ -26,7 +29,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_every_mesh_draws_the_same(shape, tiny_bundle, monkeypatch):
-    """A number of captions that does not divide over the devices; parameters lie as the rules say, none of them whole where it need not."""
+    """The number of captions does not divide by the number of devices.
+
+    Parameters are sharded as the rules say; only those that the rules replicate are whole on a device.
+    """
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 256)
     captions = ["a red fox", "a 3d emoji of a pizza", "x"]
     expected = unclip_jax.text_to_image(unclip_jax.load_bundle(tiny_bundle), captions)
@@ -50,7 +56,7 @@ def test_every_mesh_draws_the_same(shape, tiny_bundle, monkeypatch):
 
 
 def test_where_sampling_runs_by_default(monkeypatch):
-    """One CPU device; all accelerators, with the weights split where one cannot hold them."""
+    """The default is one CPU device, or all accelerators; it splits weights that one device cannot hold."""
 
     class Chip:
         platform, limit = "gpu", {"bytes_limit": 16 * 2**30}
@@ -65,7 +71,7 @@ def test_where_sampling_runs_by_default(monkeypatch):
 
 
 def test_the_mesh_of_the_command(tiny_bundle, tmp_path, capsys):
-    """`--mesh` reaches the sampler; a wrong one is one line."""
+    """`--mesh` sets the sampler's mesh; a wrong value gives an error of one line."""
     out = tmp_path / "a.png"
     arguments = ["sample", "a fox", "--bundle", str(tiny_bundle), "--out", str(out)]
     assert main([*arguments, "--mesh", "data=8"]) == 0 and out.exists()
@@ -111,7 +117,8 @@ watcher.start()
 placed = jax.block_until_ready(convert(files.open_weights(folder), karlo.PRIOR, shapes, "prior", place))
 done.set()
 watcher.join()
-print((peak[0] - before) / (4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))), np.asarray(placed["z_out"]["bias"])[0])
+size = 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+print((peak[0] - before) / size, np.asarray(placed["z_out"]["bias"])[0])
 """
 MODEL = DiffusionPrior(embed_dim=768, length=77, width=1024, layers=4, heads=16)
 INPUTS = {
@@ -126,7 +133,10 @@ def prior_shapes():
 
 
 def test_memory_of_loading(tmp_path):
-    """Public weights of 220 MB reach the device with no second copy of them on the host: the peak is less than 1.2 times their size."""
+    """Public weights of 220 MB reach the device without a second copy on the host.
+
+    The peak of memory is less than 1.2 times their size.
+    """
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), prior_shapes())
     save_file(
         {k: np.ascontiguousarray(v) for k, v in export(params, karlo.PRIOR, "prior").items()},
@@ -141,7 +151,7 @@ def test_memory_of_loading(tmp_path):
 
 
 def test_on_cpu_the_hosts_weights_are_the_devices(tiny_bundle):
-    """Nothing is copied to sample a bundle that was loaded to the host."""
+    """Sampling a bundle that was loaded onto the host copies nothing."""
     bundle = unclip_jax.load_bundle(tiny_bundle)
     host, device = (
         bundle.parts["prior_diffusion"].params["z_in"]["kernel"],

@@ -28,7 +28,7 @@ def test_pictures(bundle):
 
 
 def test_same_seed_same_picture_whatever_the_batch(bundle):
-    """Position and seed decide the noise; the rest of the batch does not."""
+    """The noise depends on position and seed, not on the rest of the batch."""
     alone = unclip_jax.text_to_image(bundle, "a red fox", seed=5)
     among = unclip_jax.text_to_image(bundle, ["a red fox", "a 3d emoji of a pizza", "x" * 10_000], seed=5)
     assert np.abs(alone[0].astype(int) - among[0]).max() <= 1
@@ -37,7 +37,10 @@ def test_same_seed_same_picture_whatever_the_batch(bundle):
 
 
 def test_a_fixed_number_of_compilations(bundle, monkeypatch):
-    """Calls of 1 to 16 captions, other captions, seeds and guidance scales use at most one program per power of two."""
+    """A sampler compiles at most one program per power of two.
+
+    The calls have 1 to 16 captions, and vary the captions, seeds and guidance scales.
+    """
     monkeypatch.setattr(programs, "MAX_BATCH", 4)
     traced = []
     original = unclip.encode_text
@@ -65,7 +68,10 @@ def test_guidance_scale_one_is_the_conditional_model(bundle):
 
 
 def test_every_way_to_z_image(bundle):
-    """Both priors, the text embedding and the null embedding give different pictures; the stages say what z_i was."""
+    """Both priors, the text embedding and the null embedding give different pictures.
+
+    The stages hold the z_i of each.
+    """
     stages = {prior: sample_stages(bundle, ["a fox", "a heart"], prior=prior) for prior in PRIORS}
     np.testing.assert_array_equal(stages["none"].z_image, stages["none"].z_text)
     assert not stages["null"].z_image.any()
@@ -98,7 +104,10 @@ def test_bad_input_is_one_line(bundle, captions, options, message):
 
 
 def test_figures(bundle):
-    """Counted again from the embeddings, for both splits; with z_i the text embedding, the prior's cosine is the text embedding's."""
+    """The figures of both splits equal those computed again from the embeddings.
+
+    With the text embedding in place of z_i, the prior's cosine equals the text embedding's.
+    """
     figures = measure(bundle, rows=8, prior="none")
     assert figures["chance"] == 0.125
     for split in ("val", "compose"):
@@ -119,7 +128,7 @@ def test_figures(bundle):
 
 
 def test_a_sampler_of_a_bundle_on_a_mesh(tiny_bundle):
-    """It keeps the mesh that the bundle was loaded onto, and refuses another one."""
+    """A sampler keeps the mesh that the bundle was loaded onto, and rejects another one."""
     mesh = make_mesh({"data": 2}, jax.devices()[:2])
     placed = unclip_jax.load_bundle(tiny_bundle, mesh=mesh)
     assert Sampler(placed).mesh == mesh
@@ -128,7 +137,7 @@ def test_a_sampler_of_a_bundle_on_a_mesh(tiny_bundle):
 
 
 def test_shipped_bundle_is_sound():
-    """Its parts belong together, it is at most 32 MB, and it says how it was made and what it reaches."""
+    """Its parts belong together. It has at most 32 MB, and records how it was made and its figures."""
     from unclip_jax.checkpoint.load import bundle_path
 
     path = bundle_path("emoji")

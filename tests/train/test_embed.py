@@ -1,4 +1,4 @@
-"""`unclip embed`: what lies in the folder is what CLIP says of the source, whatever happened on the way; and the priors train from it."""
+"""`unclip embed`: the folder holds CLIP's output for the source, and priors train from it."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ from unclip_jax.run.frozen import (
 from unclip_jax.train import embed as stage
 from unclip_jax.train import prior_diffusion
 
-COUNT, SHARD = 70, 32  # records, of which a shard holds so many
+COUNT, SHARD = 70, 32  # number of records, in all and in a shard
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,12 @@ def hashes(out):
 
 
 def test_what_is_read_is_what_clip_says(folder, source, clip):
-    """Every image and every caption, in the source's order, across shards; states to half precision."""
+    """Every image and caption has CLIP's embedding, in the source's order; states have half precision."""
     embedded = sources.make_source({"name": "embeddings", "path": str(folder)})
     assert len(embedded) == COUNT and embedded.embedded.clip == clip.hash
-    about = {"tokenizer": clip_tokenizer(clip), "size": clip_image_size(clip), "training": False}
+    settings = {"tokenizer": clip_tokenizer(clip), "size": clip_image_size(clip), "training": False}
     example, mesh = (
-        lambda record: clip_example(record, None, **about),
+        lambda record: clip_example(record, None, **settings),
         sharding.make_mesh(None, jax.devices()[:1]),
     )
     image, text = (
@@ -90,13 +90,15 @@ def test_what_is_read_is_what_clip_says(folder, source, clip):
         for n, caption in enumerate(picture.captions):
             row = {k: v[None] for k, v in example(dataclasses.replace(picture, captions=(caption,))).items()}
             np.testing.assert_allclose(record.embeds["image_embed"], image(clip.params, row)[0], atol=1e-4)
-            said = text(clip.params, row)
-            np.testing.assert_allclose(record.embeds["text_embed"][n], said.embed[0], atol=1e-4)
-            np.testing.assert_allclose(record.embeds["text_states"][n], said.states[0], atol=1e-2, rtol=1e-3)
+            encoded = text(clip.params, row)
+            np.testing.assert_allclose(record.embeds["text_embed"][n], encoded.embed[0], atol=1e-4)
+            np.testing.assert_allclose(
+                record.embeds["text_states"][n], encoded.states[0], atol=1e-2, rtol=1e-3
+            )
 
 
 def test_manifest_and_codec(folder, source, clip):
-    """Counts; mean, deviation and principal components of the embeddings that lie there; extremes hold all of them."""
+    """The manifest has counts, mean and deviation; the codec has components and extremes."""
     manifest = json.loads((folder / "manifest.json").read_text())
     embedded = sources.make_source({"name": "embeddings", "path": str(folder)})
     z = np.stack([embedded.read(i).embeds["image_embed"] for i in range(COUNT)]).astype(np.float64)
@@ -116,7 +118,7 @@ def test_manifest_and_codec(folder, source, clip):
 
 
 def test_cut_off_and_gone_on_with(copy, folder, tiny_run, source, monkeypatch, caplog):
-    """Missing and damaged shards alone are made again, and come out the same; half-written ones do not count."""
+    """A resumed command makes only missing and damaged shards again, and they are the same as before."""
     made, original = [], stage._embed_shard
     monkeypatch.setattr(stage, "_embed_shard", lambda *args: made.append(args[2].start) or original(*args))
     (copy / "manifest.json").unlink()
@@ -133,18 +135,17 @@ def test_cut_off_and_gone_on_with(copy, folder, tiny_run, source, monkeypatch, c
 
 
 def test_two_hosts_share_the_shards(folder, tiny_run, source, tmp_path, monkeypatch):
-    """The second host makes the odd shards, the first one the rest and the manifest; together they are one host's."""
+    """The second host makes the odd shards, the first one the others. The result is as with one host."""
     towers = stage._towers(str(tiny_run("clip")), sharding.make_mesh(), "float32", 16, True)
     monkeypatch.setattr(stage, "_towers", lambda *args: towers)  # Orbax would ask the other host
     turn = {"host": 0}
 
     def wait(key):
-        if (
-            key == "embedded" and turn["host"] == 0
-        ):  # the first host is done with its shards: now the second one
+        # The first host has made its shards; now it is the second one's turn.
+        if key == "embedded" and turn["host"] == 0:
             assert not (tmp_path / "out" / "00001").exists() and (tmp_path / "out" / "00002").is_dir()
             turn["host"] = 1
-            with pytest.raises(FileNotFoundError, match="manifest.json is missing"):  # it would wait for it
+            with pytest.raises(FileNotFoundError, match="manifest.json is missing"):  # a real one would wait
                 run(tiny_run("clip"), source, tmp_path / "out")
             turn["host"] = 0
 
@@ -156,7 +157,7 @@ def test_two_hosts_share_the_shards(folder, tiny_run, source, tmp_path, monkeypa
 
 
 def test_bad_records(tiny_run, source, tmp_path, caplog):
-    """A record that cannot be read is left out, counted and named; too many stop it."""
+    """The command leaves out, counts and names unreadable records. Too many of them stop it."""
     spoil = lambda record: dataclasses.replace(record, image=b"no picture")
     broken = dataclasses.replace(
         source, fetch=lambda i: spoil(source.fetch(i)) if i in (3, 40) else source.fetch(i)
@@ -170,7 +171,7 @@ def test_bad_records(tiny_run, source, tmp_path, caplog):
 
 
 def test_refusals(copy, tiny_run, source, tmp_path, capsys):
-    """Another plan, a folder of something else, embeddings of embeddings, rows that were exchanged: one line each."""
+    """Another plan, a folder of other files, embeddings as the source, and exchanged rows are errors."""
     with pytest.raises(ValueError, match="holds other embeddings .*shard_records was 32, is 16"):
         run(tiny_run("clip"), source, copy, shard_records=16)
     (tmp_path / "full").mkdir()
@@ -203,7 +204,7 @@ def config_of(name, folder, keep_clip=False, **changes):
 
 
 def test_a_prior_trains_from_it(folder, tiny_run, tmp_path):
-    """Without the CLIP, which is not looked for; it says whose space it works in, and takes the mean of all embeddings."""
+    """It trains without the CLIP, records the CLIP's hash, and takes the mean of all embeddings."""
     prior_diffusion.train_and_evaluate(
         config_of("prior_diffusion", folder, eval__rows=16), str(tmp_path / "prior")
     )
@@ -215,7 +216,7 @@ def test_a_prior_trains_from_it(folder, tiny_run, tmp_path):
 
 
 def test_the_other_prior_trains_from_it(folder, tiny_run, tmp_path):
-    """By the command, with the codec that lies in the folder; the evaluation still embeds pictures, with the CLIP named."""
+    """The command uses the codec in the folder. Its evaluation still embeds pictures, with the CLIP given."""
     settings = {
         "frozen.codec": folder / "codec",
         "steps": 2,
@@ -241,41 +242,46 @@ def test_the_other_prior_trains_from_it(folder, tiny_run, tmp_path):
 
 
 def test_the_same_conditioning_as_from_pictures(folder, source, tiny_run):
-    """One batch, as pictures and as embeddings, in both priors' ways: CLIP's states, and a text encoder of the prior's own. The CLIP
-    itself,
-    and the folder in its place, say the same of it and of the empty caption."""
+    """A batch of pictures and the same batch of embeddings give a stage the same conditioning.
+
+    So does the empty caption. This holds with CLIP's text states and with a text encoder of the stage's own,
+    and with the folder of embeddings in place of the CLIP.
+    """
     embedded = sources.make_source({"name": "embeddings", "path": str(folder)})
     mesh = sharding.make_mesh(None, jax.devices()[:1])
     clip_run, tokenizer = str(tiny_run("clip")), {"length": 12, "vocab_size": 8192}
-    for own in (None, tokenizer):
+    for own_settings in (None, tokenizer):
         config = tiny_config("prior_diffusion")
-        if own is not None:
+        if own_settings is not None:
             with config.unlocked():
-                config.text_tokenizer, config.model.text = own, {}
-        found = []
+                config.text_tokenizer, config.model.text = own_settings, {}
+        outputs = []
         for place, data in ((clip_run, source), (clip_run, embedded), (str(folder), embedded)):
             config.frozen.clip = place
             networks = load_frozen(config, ".", mesh, {"clip": "clip"}, Data(data, {}))
-            clip, mine = networks["clip"], None if own is None else ClipTokenizer(**own)
-            about = {
+            clip, own_tokenizer = (
+                networks["clip"],
+                None if own_settings is None else ClipTokenizer(**own_settings),
+            )
+            settings = {
                 "tokenizer": clip_tokenizer(clip),
                 "size": clip_image_size(clip),
                 "training": False,
-                "text_tokenizer": mine,
+                "text_tokenizer": own_tokenizer,
             }
-            rows = [clip_example(data.read(i), None, **about) for i in range(4)]
+            rows = [clip_example(data.read(i), None, **settings) for i in range(4)]
             batch = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-            text = captions_of(clip, mesh, own is None, clip.params, batch)
-            found.append((images_of(clip, mesh, clip.params, batch), *text, *networks[EMPTY].params))
-        for others in found[1:]:
-            for a, b in zip(found[0], others, strict=True):
+            text = captions_of(clip, mesh, own_settings is None, clip.params, batch)
+            outputs.append((images_of(clip, mesh, clip.params, batch), *text, *networks[EMPTY].params))
+        for others in outputs[1:]:
+            for a, b in zip(outputs[0], others, strict=True):
                 assert (a is None) == (b is None)
                 if a is not None:
                     np.testing.assert_allclose(np.float32(a), np.float32(b), atol=1e-2, rtol=1e-3)
 
 
 def test_what_does_not_fit_is_refused(folder, clip, tmp_path):
-    """Another CLIP, a stage that needs pictures, pictures without a CLIP, states that were not kept."""
+    """Another CLIP, a stage that needs pictures, pictures without a CLIP, and missing states are errors."""
     with pytest.raises(ValueError, match="was made with CLIP .* but the CLIP given is"):
         prior_diffusion.train_and_evaluate(
             config_of("prior_diffusion", folder, True, frozen__clip="emoji"), str(tmp_path / "a")

@@ -1,4 +1,4 @@
-"""SAM on a small contrastive model: its limits, its definition group by group, and that neither lanes nor mesh matter."""
+"""SAM on a small contrastive model: its limits, its definition by groups, and independence of lanes."""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def test_without_a_perturbation_it_is_the_plain_gradient(group_size):
 
 
 def test_one_group_is_the_published_algorithm():
-    """The gradient at w + rho g / |g|; the loss told is that at w."""
+    """The gradient is that at w + rho g / |g|; the loss is that at w."""
     (value, _), gradient = sam(0.3, B)
     assert_trees_close(gradient, plain(moved(plain(PARAMS), 0.3)))
     np.testing.assert_allclose(value, loss(PARAMS, embed(PARAMS, BATCH))[0], rtol=1e-5)
@@ -67,19 +67,19 @@ def test_one_group_is_the_published_algorithm():
 
 
 def test_groups_are_perturbed_on_their_own():
-    """By definition, one group after the other in Python: own gradient, own weights, the others' features constant."""
+    """Compares with the definition, computed group by group, with the other groups' features constant."""
     rho, size = 0.3, 4
     parts = [jax.tree.map(lambda a, r=r: a[r : r + size], BATCH) for r in range(0, B, size)]
     join = lambda features: jax.tree.map(lambda *f: jnp.concatenate(f), *features)
 
     def through(r, features, weights):
-        def own(p):
+        def loss_through_group(p):
             scale = p["scale"] / 3 + jax.lax.stop_gradient(p["scale"] * 2 / 3)
             return loss(
                 {"scale": scale}, join([embed(p, parts[r]) if i == r else f for i, f in enumerate(features)])
             )[0]
 
-        return jax.grad(own)(weights)
+        return jax.grad(loss_through_group)(weights)
 
     features = [embed(PARAMS, part) for part in parts]
     weights = [moved(through(r, features, PARAMS), rho) for r in range(3)]

@@ -31,14 +31,14 @@ def name(request):
 
 @pytest.fixture
 def beside(tiny_run, name, tmp_path):
-    """A fresh run folder with the shared runs where the configuration looks for them."""
+    """A fresh run folder, with the shared runs beside it, where the configuration looks for them."""
     for other in BESIDE.get(name, ()):
         (tmp_path / other).symlink_to(tiny_run(other))
     return tmp_path / name
 
 
 def test_run_writes_what_it_promises(name, tiny_run):
-    """Metrics of every step, TensorBoard events, checkpoints, and sample grids where the stage draws."""
+    """It writes the metrics of every step, TensorBoard events, checkpoints, and sample grids."""
     workdir = tiny_run(name)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
@@ -65,7 +65,7 @@ def test_loss_on_a_fixed_batch_falls(name, beside, monkeypatch):
 
 
 def test_eight_devices_equal_one(name, tiny_run, beside, monkeypatch):
-    """The first ten losses, dropout on, Adam epsilon 1e-6."""
+    """Compares the first ten losses, with dropout and Adam epsilon 1e-6."""
     assert jax.device_count() == 8
     eight = losses(tiny_run(name))[:10]
     monkeypatch.setattr(
@@ -91,8 +91,10 @@ def test_stopped_and_resumed_equals_running_through(name, tiny_run, beside, monk
 
 
 def test_codec_is_the_pca_of_the_training_embeddings(tiny_run, tmp_path):
-    """The components diagonalise the covariance of the very rows that were read, and the extremes hold all of them; a finished run is
-    left alone; the mesh does not matter."""
+    """The components diagonalise the covariance of the rows that the run read.
+
+    The extremes bound the projections of all these rows. A finished run stays as it is.
+    """
     from unclip_jax.data import pipeline, sources
     from unclip_jax.data.examples import clip_example
     from unclip_jax.models.codec import Codec, project
@@ -133,7 +135,7 @@ def test_codec_is_the_pca_of_the_training_embeddings(tiny_run, tmp_path):
 
 
 def test_what_the_codec_refuses(tiny_run, tmp_path):
-    """Too few rows for a covariance, more components than there are, a start from weights; and a prior whose CLIP is another."""
+    """Too few rows for a covariance, too many components, initial weights; and a prior with another CLIP."""
     (tmp_path / "clip").symlink_to(tiny_run("clip"))
     with pytest.raises(ValueError, match="16 rows .* too few for the covariance of 16"):
         train_tiny("codec", tmp_path / "codec", steps=1)
@@ -149,7 +151,7 @@ def test_what_the_codec_refuses(tiny_run, tmp_path):
 
 
 def test_init_from_a_run(tiny_run, tmp_path):
-    """A new run may start from trained weights: its first loss is not a fresh network's."""
+    """A new run may start from trained weights: its first loss is lower than a fresh network's."""
     source = tiny_run("upsampler_16")
     train_tiny("upsampler_16", tmp_path / "run", init_from=str(source))
     assert losses(tmp_path / "run")[0] < 0.95 * losses(source)[0]
@@ -157,7 +159,10 @@ def test_init_from_a_run(tiny_run, tmp_path):
 
 
 def test_a_decoder_is_fine_tuned_to_inpaint(tiny_run, tmp_path):
-    """It starts as the ordinary decoder, blind to what is known; training opens its eyes. Its own weights are preferred to start from."""
+    """The decoder that inpaints starts as the ordinary decoder, which ignores the known part.
+
+    Training makes it use the known part. A new run prefers to start from weights of its own kind.
+    """
     from unclip_jax.run.resume import load_widened
 
     source = tiny_run("decoder")
@@ -167,7 +172,7 @@ def test_a_decoder_is_fine_tuned_to_inpaint(tiny_run, tmp_path):
     np.testing.assert_array_equal(kernel[:, :, :3], ordinary["unet"]["conv_in"]["kernel"])
     assert kernel.shape[2] == 7 and not kernel[:, :, 3:].any()
     run = tmp_path / "decoder_inpaint"
-    # On eight devices: sizes that do not divide over them are rounded up.
+    # Evaluation sizes that do not divide over the eight devices are rounded up.
     train_tiny(
         "decoder",
         run,
@@ -188,7 +193,7 @@ def test_a_decoder_is_fine_tuned_to_inpaint(tiny_run, tmp_path):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("inpaint", [False, True])
 def test_what_the_decoder_loss_teaches(inpaint, frozen):
-    """The network's answer, but where the image is known nothing; its text encoder, unless that is frozen."""
+    """Gradients exist at unknown pixels only, and for the text encoder unless it is frozen."""
     known = np.broadcast_to(np.arange(8) < 5, (2, 8, 8))[..., None]
     image, noise = np.random.default_rng(0).normal(size=(2, 2, 8, 8, 3)).astype(np.float32)
     caption = TextConditioning(jnp.ones((2, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 3), bool))
@@ -218,7 +223,7 @@ def test_what_the_decoder_loss_teaches(inpaint, frozen):
 
 
 def test_bundle_of_runs(tiny_run, tmp_path, capsys):
-    """`unclip bundle` collects the runs' averaged weights, measures them, and they sample."""
+    """`unclip bundle` collects the runs' averaged weights and measures the bundle."""
     runs = {name: tiny_run(name) for name in STAGES}
     assert (
         main(
@@ -251,7 +256,7 @@ def test_bundle_of_runs(tiny_run, tmp_path, capsys):
 
 
 def test_bundle_of_one_run_and_a_base(tiny_run, tiny_bundle, tmp_path, capsys):
-    """What has a run comes from it, the rest from the base, settings and provenance alike; without a base it is missing."""
+    """Parts, settings and provenance come from the runs, and otherwise from the base, if there is one."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "upsampler_16").symlink_to(tiny_run("upsampler_16"))
     args = ["bundle", str(tmp_path / "runs"), "--out", str(tmp_path / "b"), "--rows", "0"]
@@ -284,7 +289,7 @@ def test_missing_clip_is_one_line(tmp_path):
 
 
 def test_not_finite_gradient_skips_the_update(tmp_path, monkeypatch):
-    """A batch of NaN leaves parameters and optimizer alone; the data goes on."""
+    """A batch of NaN does not change the parameters. Training continues with the next batch."""
 
     class Poisoned(Repeating):
         def __next__(self):

@@ -11,6 +11,7 @@ A run's folder holds `checkpoints/<step>/` with three items:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -87,11 +88,9 @@ class CheckpointStore:
         except Exception as error:
             if not (isinstance(error, (ValueError, OSError)) or is_store_error(error)):
                 raise
-            found, whole = (
-                re.search(r"OS error \d+: \w+ ([^\]]*)", str(error)),
-                self.manager.all_steps(read=True),
-            )
-            why = found[1] if found else _line(error)
+            cause = re.search(r"OS error \d+: \w+ ([^\]]*)", str(error))
+            whole = self.manager.all_steps(read=True)
+            why = cause[1] if cause else _line(error)
             newest = "there is none yet"
             if whole:
                 newest = f"{max(whole)} is the newest whole one, and the same command continues from it"
@@ -135,7 +134,8 @@ class CheckpointStore:
         failed: dict[int, Exception] = {}
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                items = self.manager.restore(step, args=wanted)
+                with _reads_finished():
+                    items = self.manager.restore(step, args=wanted)
                 _check(self.meta(step), {name: items[name] for name in ("state", "ema_params")})
             except (ValueError, KeyError, OSError) as error:
                 if _out_of_reach(error):
@@ -144,10 +144,8 @@ class CheckpointStore:
                     ) from error
                 failed[step] = error
                 continue
-            for (
-                damaged,
-                error,
-            ) in failed.items():  # an older one has the same shapes, so the file must be at fault
+            # An older checkpoint has the same shapes, so the newer files must be at fault.
+            for damaged, error in failed.items():
                 message = "checkpoint %d in %s is damaged (%s); going back to %d"
                 log.warning(message, damaged, self.manager.directory, _line(error), step)
                 self.manager.delete(damaged)
@@ -163,6 +161,32 @@ class CheckpointStore:
         with self._writing():
             self.manager.wait_until_finished()
         self.manager.close()
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that finishes its tasks before it closes."""
+
+    def close(self) -> None:
+        """Closes the loop. Tasks that still run finish first; their exceptions are dropped."""
+        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
+
+
+class _LoopPolicy(asyncio.DefaultEventLoopPolicy):
+    _loop_factory = _Loop
+
+
+@contextlib.contextmanager
+def _reads_finished() -> Iterator[None]:
+    # When one read of a checkpoint fails, Orbax closes its event loop while other reads still run. They then
+    # print "Event loop is closed". Inside this context the loop waits for them.
+    policy = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_LoopPolicy())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(policy)
 
 
 def _stored(state: Any) -> dict:
@@ -243,7 +267,8 @@ def load_run(workdir: str | os.PathLike) -> tuple[dict, Any, int]:
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         shapes = getattr(shapes, "item_metadata", shapes)
         target = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=host), shapes)
-        params = reader.restore(path, getattr(target, "tree", target))
+        with _reads_finished():
+            params = reader.restore(path, getattr(target, "tree", target))
     _check(meta, {"ema_params": params})
     return meta, jax.tree.map(np.asarray, params), step
 

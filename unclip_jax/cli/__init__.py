@@ -1,1 +1,1 @@
-"""The `unclip` command: one thin file per verb. Nothing heavy is imported before a verb runs."""
+"""The `unclip` command, with one thin file per verb. It imports nothing heavy before a verb runs."""

@@ -1,4 +1,4 @@
-"""`unclip bundle RUNS --out DIR`: collects the stages' averaged weights into a release bundle and measures it."""
+"""`unclip bundle RUNS --out DIR`: collects averaged weights of the stages in a bundle, and measures it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from unclip_jax.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument(
         "runs",
         metavar="RUNS",
         help="the folder with the runs: clip, prior_diffusion, decoder, upsampler_64, ...",
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="the bundle's folder; a bundle found there is replaced"
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="the bundle's folder; replaces a bundle that is already there",
     )
     parser.add_argument(
-        "--base", metavar="BUNDLE", help="a bundle that gives the parts which have no run in RUNS"
+        "--base", metavar="BUNDLE", help="a bundle to take the parts from that have no run in RUNS"
     )
     parser.add_argument(
         "--sampling",
@@ -33,19 +36,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=100,
         metavar="N",
-        help="held-out rows per split to measure on; 0: none (100)",
+        help="number of held-out rows of each split to measure on; 0 measures nothing (100)",
     )
 
 
 def collect(runs: Any, base: str | None = None):
-    """The bundle of all runs below a folder; each folder there that holds checkpoints is a part, under the name that its run gives it.
+    """Collects the runs in a folder into a bundle.
+
+    Each subfolder with checkpoints is a run and gives one part. The run's metadata name the part.
 
     Args:
-      runs: the folder, with pathlib's methods.
-      base: a bundle that gives the parts that have no run there.
+      runs: the folder, a path with pathlib's methods.
+      base: a bundle to take the parts from that have no run in the folder.
+
+    Returns:
+      The `Bundle`.
 
     Raises:
-      FileNotFoundError, ValueError: when a part of the system is missing, two runs trained the same part, or parts do not belong together.
+      FileNotFoundError: if the folder has no run, or a part of the system is missing.
+      ValueError: if two runs trained the same part, or a part was trained with other frozen parts.
     """
     from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen
     from unclip_jax.checkpoint.load import load_bundle
@@ -55,12 +64,8 @@ def collect(runs: Any, base: str | None = None):
     if not folders:
         raise FileNotFoundError(f"{runs} has no run; train clip, prior_diffusion and decoder first")
     start = load_bundle(base) if base else Bundle({})
-    parts, training, sampling, origin = (
-        dict(start.parts),
-        dict(start.provenance.get("training", {})),
-        dict(start.sampling),
-        {},
-    )
+    parts, sampling = dict(start.parts), dict(start.sampling)
+    training, origin = dict(start.provenance.get("training", {})), {}
     for folder in folders:
         meta, params, step = load_run(folder)
         name = meta["name"]
@@ -99,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     path = save_bundle(bundle, args.out)
     print(f"{path}: {', '.join(bundle.parts)}; {total_bytes(path) / 2**20:.1f} MiB")
     if args.rows:
-        # Measured on what was written: half precision.
+        # Measures the bundle as it was written, in half precision.
         measured = samples.measure(load_bundle(path), rows=args.rows, progress=progress_bar("measuring"))
         update_provenance(path, figures=measured)
         print("\n".join(samples.describe(measured)))

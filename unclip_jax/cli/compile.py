@@ -1,4 +1,7 @@
-"""`unclip compile CONFIG --topology v5e:4x4`: compiles a stage's train step for devices that need not be there, and says what it needs."""
+"""`unclip compile CONFIG --topology v5e:4x4`: compiles a train step for devices that are not here.
+
+The command prints the memory and the time that the step needs.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,18 @@ from pathlib import Path
 
 from unclip_jax.errors import InputError, MemoryNeededError
 
-ADVICE = "raise mesh.fsdp or (not clip's) grad_accumulation, lower --batch, set remat=full, optimizer.mu_dtype=bfloat16, or take more chips"
+ADVICE = (
+    "raise mesh.fsdp or (except for clip) grad_accumulation, lower --batch, set remat=full or "
+    "optimizer.mu_dtype=bfloat16, or use more chips"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="a configuration file, with :VARIANT if wanted, as for `unclip train`",
+        help="a configuration file, optionally with :VARIANT, as for `unclip train`",
     )
     parser.add_argument(
         "--topology",
@@ -26,21 +32,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2 (needs libtpu), or cpu:8",
     )
     parser.add_argument(
-        "--mesh", metavar="AXIS=N,...", help="data=2,fsdp=8 (the configuration's); one number may be -1"
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="e.g. data=2,fsdp=8; one size may be -1, for all other devices (the configuration's)",
     )
-    parser.add_argument("--batch", type=int, metavar="N", help="the global batch (the configuration's)")
+    parser.add_argument("--batch", type=int, metavar="N", help="the global batch size (the configuration's)")
     parser.add_argument(
         "--sample",
         action="store_true",
-        help="the stage's sampler in place of its train step (--batch: one row a device)",
+        help="compile the stage's sampler, not its train step; --batch is then one row per device by default",
     )
     parser.add_argument(
         "--embeddings",
         action="store_true",
-        help="a prior's step that reads what `unclip embed` wrote, without the CLIP",
+        help="compile the step of a prior that reads the output of `unclip embed` and needs no CLIP",
     )
     parser.add_argument(
-        "--clip", metavar="CONFIG", help="the frozen CLIP's configuration (clip.py beside the stage's)"
+        "--clip", metavar="CONFIG", help="the frozen CLIP's configuration (clip.py in the folder of CONFIG)"
     )
     parser.add_argument(
         "--set",
@@ -48,19 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="assignments",
-        help="as for `unclip train`",
+        help="override a setting, as for `unclip train`",
     )
     parser.add_argument(
         "--save",
         metavar="FILE",
-        help="write the compiled program, for `jax.experimental.serialize_executable`",
+        help="save the compiled program in the format of `jax.experimental.serialize_executable`",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     kind, _, count = args.topology.partition(":")
-    if "jax" not in sys.modules:  # it reads these once
+    if "jax" not in sys.modules:  # JAX reads these variables only once
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         if kind == "cpu" and count.isdigit():
             os.environ["XLA_FLAGS"] = (
@@ -96,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(report, topology: str) -> str:
-    """The report as lines of text."""
+    """Formats the report as lines of text."""
     from unclip_jax.compile.step import HELD
 
     gib, lines = 2**30, []
@@ -110,7 +118,8 @@ def describe(report, topology: str) -> str:
     extra = report.flops / report.model_flops - 1
     each = report.flops / report.devices
     lines.append(
-        f"operations a step: {report.flops:.3e}, {each:.3e} a device; {100 * extra:.0f}% of the model's are done twice"
+        f"operations a step: {report.flops:.3e}, {each:.3e} a device; "
+        f"{100 * extra:.0f}% of the model's are done twice"
     )
     lines.append(f"bytes moved a device: {report.traffic / gib:.1f} GiB")
     for kind, (times, size) in sorted(report.collectives.items()):
@@ -128,10 +137,10 @@ def describe(report, topology: str) -> str:
 
 
 def verdict(report) -> str:
-    """Whether the chip holds it; nothing where its memory is not known.
+    """Says that the program fits into the chip's memory; "" if the chip is unknown.
 
     Raises:
-      MemoryError: when it does not, saying what helps.
+      MemoryError: if it does not fit; the message says what helps.
     """
     if report.chip is None:
         return ""
@@ -141,7 +150,7 @@ def verdict(report) -> str:
 
 
 def save(compiled, path: str) -> None:
-    """Writes the program and the trees of its arguments and results; it appears whole or not at all."""
+    """Writes the program and the trees of its arguments and results. The file appears whole or not at all."""
     import pickle
 
     from jax.experimental import serialize_executable

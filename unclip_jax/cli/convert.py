@@ -1,4 +1,4 @@
-"""`unclip convert FOLDER --out DIR`: writes public weights, or a bundle, as a bundle of the newest format."""
+"""`unclip convert FOLDER --out DIR`: converts public weights, or an older bundle, to a bundle."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ DTYPES = ("float16", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument(
         "folder",
         metavar="FOLDER",
-        help="diffusers' folder of Karlo, CLIP of transformers or of OpenAI, or a bundle of any format",
+        help="a diffusers folder of Karlo, a CLIP of transformers or OpenAI, or a bundle of any format",
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="the bundle's folder; a bundle found there is replaced"
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="the bundle's folder; replaces a bundle that is already there",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights on disk (float16)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float16", help="type of the weights on disk (float16)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

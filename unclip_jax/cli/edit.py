@@ -1,4 +1,4 @@
-"""`unclip edit IMAGE --from "..." --to "..."`: a text diff."""
+"""`unclip edit IMAGE --from "..." --to "..."`: changes an image by a text diff."""
 
 from __future__ import annotations
 
@@ -8,14 +8,28 @@ from unclip_jax.cli.options import add_image_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument("image", metavar="IMAGE", help="the picture to change")
     parser.add_argument(
-        "--from", dest="source", default="", metavar="CAPTION", help='what it shows (""; "a photo" works too)'
+        "--from",
+        dest="source",
+        default="",
+        metavar="CAPTION",
+        help='a caption of the picture as it is; "a photo" works too ("")',
     )
-    parser.add_argument("--to", dest="target", required=True, metavar="CAPTION", help="what it shall show")
     parser.add_argument(
-        "--theta", type=float, default=0.5, metavar="T", help="how far to turn at most, in (0, 1] (0.5)"
+        "--to",
+        dest="target",
+        required=True,
+        metavar="CAPTION",
+        help="a caption of the picture as it should become",
+    )
+    parser.add_argument(
+        "--theta",
+        type=float,
+        default=0.5,
+        metavar="T",
+        help="how far to turn the embedding in the last picture, in (0, 1] (0.5)",
     )
     add_image_arguments(parser, count=7)
 
@@ -31,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
     task = image_task(args)
     image = read_image(args.image)
     drawn = text_diff(
-        task.sampler, image, args.source, args.target, count=args.count, max_theta=args.theta, steps=task.steps,
-        guidance_scale=args.guidance, seed=args.seed, progress=task.progress,
+        task.sampler, image, args.source, args.target, count=args.count, max_theta=args.theta,
+        steps=task.steps, guidance_scale=args.guidance, seed=args.seed, progress=task.progress,
     )  # fmt: skip
     labels = ["input", *[f"theta {theta:.2f}" for theta in np.linspace(0, args.theta, args.count)]]
     task.save(np.concatenate([square([image], drawn.shape[1]), drawn]), labels)

@@ -1,4 +1,4 @@
-"""`unclip embed --clip BUNDLE --data K=V --out DIR`: CLIP embeddings of a dataset, for the priors to train from."""
+"""`unclip embed --clip BUNDLE --data K=V --out DIR`: embeds a dataset with CLIP, for the priors."""
 
 from __future__ import annotations
 
@@ -8,47 +8,50 @@ from unclip_jax.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument(
-        "--clip", required=True, metavar="DIR", help="a bundle, public weights, or a run that trained CLIP"
+        "--clip", required=True, metavar="DIR", help="the CLIP: a bundle, public weights, or a training run"
     )
     parser.add_argument(
         "--data",
         action="append",
         default=[],
         metavar="K=V",
-        help="the source: name=tfrecord, pattern='DIR/*.tfrecord'",
+        help="an argument of the source, e.g. name=tfrecord, pattern='DIR/*.tfrecord'",
     )
     parser.add_argument(
         "--out",
         required=True,
         metavar="DIR",
-        help="the folder; one begun with the same arguments is gone on with",
+        help="the folder to write; continues an unfinished one with the same arguments",
     )
     parser.add_argument(
         "--states",
         action="store_true",
-        help="keep CLIP's text states too (for priors that see them: Karlo's, emoji's)",
+        help="store CLIP's text states too, for priors that read them (those of Karlo and of the emoji)",
     )
     parser.add_argument(
-        "--batch", type=int, default=256, metavar="N", help="images at a time on each host (256)"
+        "--batch", type=int, default=256, metavar="N", help="images per batch on each host (256)"
     )
     parser.add_argument(
         "--shard",
         type=int,
         default=8192,
         metavar="N",
-        help="records in a shard: what a kill loses, memory holds (8192)",
+        help="records per shard; a host keeps a whole shard in memory, and loses it if it is killed (8192)",
     )
     parser.add_argument(
-        "--dtype", default="auto", metavar="T", help="that CLIP computes in: float32, bfloat16 or auto (auto)"
+        "--dtype",
+        default="auto",
+        metavar="T",
+        help="type that CLIP computes in: float32, bfloat16 or auto (auto)",
     )
     parser.add_argument(
         "--max-bad",
         type=float,
         default=0.01,
         metavar="F",
-        help="fraction of records that may be unreadable (0.01)",
+        help="largest allowed fraction of unreadable records (0.01)",
     )
     parser.add_argument(
         "--distributed", action="store_true", help="join the other hosts first (cloud TPU pods, SLURM)"
@@ -86,7 +89,8 @@ def run(args: argparse.Namespace) -> None:
         progress=progress_bar("shards"),
     )
     print(
-        f"{manifest['images']} images and {manifest['captions']} captions in {args.out}; {manifest['bad']} records could not be read"
+        f"{manifest['images']} images and {manifest['captions']} captions in {args.out}; "
+        f"{manifest['bad']} records could not be read"
     )
     print(
         "alignment: "

@@ -1,4 +1,7 @@
-"""`unclip evaluate samples|retrieval|zeroshot|probe`: measures a bundle's samples, or its CLIP on a dataset."""
+"""`unclip evaluate TASK`: measures a bundle's samples, or its CLIP on a dataset.
+
+TASK is one of `samples`, `retrieval`, `zeroshot` and `probe`.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ SAMPLE_ROWS = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument(
         "task",
         choices=TASKS,
-        help="samples: the whole bundle on held-out rows of the embedded emoji; of its CLIP: retrieval (recall of captions and images), "
-        "zeroshot (classification), probe (a linear classifier)",
+        help="samples: measure CLIP, the prior and the samples on held-out rows of the embedded emoji. "
+        "The others measure only CLIP, on --data: retrieval (recall of captions and images), "
+        "zeroshot (classification by captions), probe (a linear classifier of image features)",
     )
     add_bundle_arguments(parser)
     parser.add_argument(
@@ -25,41 +29,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="K=V",
-        help="the source, e.g. name=folder, path=DIR (name=emoji)",
+        help="an argument of the source, e.g. name=folder, path=DIR (the held-out emoji); not for samples",
     )
     parser.add_argument(
         "--train",
         action="append",
         default=[],
         metavar="K=V",
-        help="probe: what differs in its training source",
+        help="probe: an argument in which the training source differs from --data, e.g. split=train",
     )
     parser.add_argument(
         "--label",
         default="caption",
         metavar="L",
-        help="an image's class: caption, folder, or a field (caption)",
+        help="zeroshot, probe: source of an image's class: caption, folder, or a metadata field (caption)",
     )
     parser.add_argument(
         "--templates",
         default="photo",
         metavar="T",
-        help="zeroshot: name, photo, emoji, emoji_style, imagenet, or a file",
+        help="zeroshot: the prompts: name, photo, emoji, emoji_style, imagenet, or a file (photo)",
     )
     parser.add_argument(
         "--rows",
         type=int,
         metavar="N",
-        help="at most so many records, chosen at random (all); samples: of each split (100)",
+        help="largest number of records, chosen at random (all); samples: first N rows of each split (100)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of that choice, or of the samples (0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="random seed of the choice of records, or of the samples (0)",
     )
     parser.add_argument(
         "--prior",
         default="prior_diffusion",
         metavar="P",
-        help="samples: as for `unclip sample`; several with commas (prior_diffusion)",
+        help="samples: where z_i comes from: prior_diffusion, prior_ar, none or null, see `unclip sample`. "
+        "Separate several with commas: the command prints a table for each (prior_diffusion)",
     )
 
 
@@ -104,18 +113,19 @@ def _evaluate_clip(args: argparse.Namespace) -> None:
     from unclip_jax.sampling.programs import Sampler
 
     templates = templates_of(args.templates)
-    described = {"name": "emoji", **({} if args.data else {"split": "val"}), **parse_assignments(args.data)}
-    source = make_source(described)
+    source_args = {"name": "emoji", **({} if args.data else {"split": "val"}), **parse_assignments(args.data)}
+    source = make_source(source_args)
     train = None
     if args.task == "probe":
         differs = parse_assignments(args.train) or (
-            {"split": "train"} if described["name"] == "emoji" else {}
+            {"split": "train"} if source_args["name"] == "emoji" else {}
         )
         if not differs:
             raise InputError(
-                "a probe learns from other records than it is tested on: say where they are with --train KEY=VALUE"
+                "a probe must not train on the records that it is tested on: "
+                "name a training source with --train KEY=VALUE"
             )
-        train = make_source(described | differs)
+        train = make_source(source_args | differs)
     sampler = Sampler(open_bundle(args))
     shared = {"rows": args.rows, "seed": args.seed, "progress": progress_bar("embedding")}
     count = min(args.rows or len(source), len(source))
@@ -133,7 +143,8 @@ def _evaluate_clip(args: argparse.Namespace) -> None:
             + f"of {classes} classes, {len(templates)} prompts each"
         )
     else:
-        found = clip.probe(sampler, train, source, label=args.label, **shared)
+        probe = clip.probe(sampler, train, source, label=args.label, **shared)
         print(
-            f"accuracy {found.accuracy:.4f}  (C {found.c:g}, chosen at {found.validation_accuracy:.4f} on held-out training rows)"
+            f"accuracy {probe.accuracy:.4f}  "
+            f"(C {probe.c:g}, chosen at {probe.validation_accuracy:.4f} on held-out training rows)"
         )

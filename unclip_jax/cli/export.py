@@ -9,15 +9,20 @@ DTYPES = ("float32", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument(
         "bundle", metavar="BUNDLE", help="a bundle's folder, or the name of a shipped one (emoji)"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument(
-        "--format", choices=FORMATS, default="diffusers", help="diffusers: the layout of its UnCLIPPipeline"
+        "--format",
+        choices=FORMATS,
+        default="diffusers",
+        help="diffusers: the folder layout of its UnCLIPPipeline (diffusers)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights on disk (float32)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="type of the weights on disk (float32)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`unclip inpaint IMAGE [MASK] CAPTION`: draws part of an image anew."""
+"""`unclip inpaint IMAGE [MASK] CAPTION`: draws part of a picture anew."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from unclip_jax.errors import InputError
 from unclip_jax.paths import store_errors, user_path
 
 WORDS = (
-    "MASK: a picture of the image's size. If any of its pixels is transparent, only its alpha counts: alpha "
-    "below 128 is drawn anew. Otherwise white (128 or more) is drawn anew, and black is kept. "
-    "Without a mask, the image's own alpha says what is drawn anew. "
-    "CAPTION: of the whole picture. No option may stand between the two"
+    "MASK (optional): a picture of the same size as IMAGE. If any of its pixels is transparent, only its "
+    "alpha counts: the command draws pixels with alpha below 128 anew. Otherwise it draws white pixels "
+    "(128 or more) anew and keeps black ones. Without MASK, the alpha of IMAGE decides. "
+    "CAPTION: describes the whole picture. Do not put an option between MASK and CAPTION"
 )
 
 
 class MaskAndCaption(argparse.Action):
-    """Puts the words after the image into `mask` (None where there is none) and `caption`."""
+    """Assigns the words after the image to `mask` (None if there is only one word) and `caption`."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if len(values) > 2:
@@ -28,28 +28,38 @@ class MaskAndCaption(argparse.Action):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    # argparse cannot tell which word is missing where an optional argument stands between two others.
+    """Adds the verb's arguments to its parser."""
+    # argparse cannot say which word is missing if an optional argument stands between two required ones.
     parser.usage = f"{parser.prog} [options] IMAGE [MASK] CAPTION"
-    parser.add_argument("image", metavar="IMAGE", help="the picture")
+    parser.add_argument("image", metavar="IMAGE", help="the picture to change")
     parser.add_argument("words", metavar="[MASK] CAPTION", nargs="+", action=MaskAndCaption, help=WORDS)
     parser.add_argument(
-        "--method", metavar="M", help="trained: the decoder that inpaints (default, if any); resample: any"
+        "--method",
+        metavar="M",
+        help="trained: use decoder_inpaint; resample: use the decoder (trained, if the bundle has it)",
     )
     parser.add_argument(
-        "--resamples", type=int, default=5, metavar="N", help="passes per step of --method resample (5)"
+        "--resamples",
+        type=int,
+        default=5,
+        metavar="N",
+        help="passes per sampling step of --method resample (5)",
     )
     add_image_arguments(parser, count=6, guidance=None, steps=None)
 
 
 def read_redrawn(image: str, mask: str | None):
-    """What is drawn anew of the picture in the file `image`, by the file `mask`, or by its own alpha.
+    """Reads which pixels to draw anew.
+
+    Args:
+      image: the picture's file. Its alpha channel decides if there is no mask.
+      mask: the mask's file, or None.
 
     Returns:
-      bool (H, W), True where it is drawn anew.
+      bool (H, W), True where the picture is drawn anew.
 
     Raises:
-      InputError, OSError: one line naming the file.
+      InputError, OSError: one line that names the file.
     """
     from unclip_jax.data import masks
 

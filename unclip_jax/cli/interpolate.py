@@ -1,4 +1,4 @@
-"""`unclip interpolate A B --out grid.png`: the way from one image to another."""
+"""`unclip interpolate A B --out grid.png`: draws pictures between two pictures."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from unclip_jax.cli.options import add_image_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument("first", metavar="A", help="the picture at the start")
-    parser.add_argument("second", metavar="B", help="the picture at the end")
+    """Adds the verb's arguments to its parser."""
+    parser.add_argument("first", metavar="A", help="the first picture")
+    parser.add_argument("second", metavar="B", help="the last picture")
     parser.add_argument(
         "--noise",
         default="slerp",
         choices=("slerp", "fixed"),
-        help="x_T: turned from A's to B's, or one random draw throughout (slerp)",
+        help="the decoder's noise: slerp turns it from A's to B's; fixed draws one for all pictures (slerp)",
     )
     add_image_arguments(parser, count=8)
 
@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
     task = image_task(args)
     ends = [read_image(args.first), read_image(args.second)]
     drawn = interpolate(
-        task.sampler, *ends, count=args.count, noise=args.noise, steps=task.steps, guidance_scale=args.guidance, seed=args.seed,
-        progress=task.progress,
+        task.sampler, *ends, count=args.count, noise=args.noise, steps=task.steps,
+        guidance_scale=args.guidance, seed=args.seed, progress=task.progress,
     )  # fmt: skip
     shown = square(ends, drawn.shape[1])
     labels = ["A", *[f"theta {theta:.2f}" for theta in np.linspace(0, 1, args.count)], "B"]

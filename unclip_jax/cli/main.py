@@ -1,8 +1,8 @@
-"""`unclip VERB ...`: parses the command line, runs the verb, and decides how an error is shown.
+"""`unclip VERB ...`: parses the command line, runs the verb, and decides how to show an error.
 
-An error that the user can mend (`UserError`, `OSError`, what a store or XLA says of a program) is one line
-and exit status 1. Any other exception is a bug of this package: the command shows the traceback and what to
-put into an issue, and exits with status 70.
+For an error that the user can fix, the command prints one line and exits with status 1. Such errors are
+`UserError`, `OSError`, the errors of a store, and XLA's errors about a program. Any other exception is a bug
+of this package: the command shows the traceback and what to put into an issue, and exits with status 70.
 """
 
 from __future__ import annotations
@@ -20,60 +20,64 @@ import unclip_jax
 from unclip_jax.errors import UserError, one_line
 from unclip_jax.paths import is_store_error
 
-# What XLA says of a program, and not of another host.
+# XLA's errors about a program (its others are about another host) start with one of these.
 PROGRAM_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
-NO_DEVICES = "Unable to initialize backend"  # what JAX says of devices that are asked for and are not there
+NO_DEVICES = "Unable to initialize backend"  # JAX's error if a requested kind of device is missing
 SOFTWARE = 70  # EX_SOFTWARE of sysexits.h
 
 # verb -> (module, what it does)
 VERBS = {
     "train": ("unclip_jax.cli.train", "train one stage of the cascade"),
-    "embed": ("unclip_jax.cli.embed", "embed a dataset with CLIP, once, for the priors to train from"),
+    "embed": ("unclip_jax.cli.embed", "embed a dataset once with CLIP, for the priors to train on"),
     "compile": (
         "unclip_jax.cli.compile",
-        "compile a stage's train step for a pod that is not there, and say what it needs",
+        "compile a stage's train step for a pod, without the pod, and say what it needs",
     ),
     "bundle": ("unclip_jax.cli.bundle", "collect trained stages into a release bundle"),
-    "convert": ("unclip_jax.cli.convert", "make a bundle of public weights: Karlo, CLIP"),
-    "export": ("unclip_jax.cli.export", "write a bundle of Karlo's topology as diffusers' folder"),
+    "convert": (
+        "unclip_jax.cli.convert",
+        "convert public weights (Karlo, CLIP) or an older bundle to a bundle",
+    ),
+    "export": ("unclip_jax.cli.export", "write a bundle of Karlo's topology as a diffusers folder"),
     "evaluate": (
         "unclip_jax.cli.evaluate",
-        "measure a bundle: its samples, or its CLIP by retrieval, zero-shot classes, a linear probe",
+        "measure a bundle: its samples, or its CLIP by retrieval, zero-shot classification or a linear probe",
     ),
     "sample": ("unclip_jax.cli.sample", "draw pictures from captions"),
     "vary": ("unclip_jax.cli.vary", "draw variations of a picture"),
-    "interpolate": ("unclip_jax.cli.interpolate", "draw the way from one picture to another"),
+    "interpolate": ("unclip_jax.cli.interpolate", "draw pictures between two pictures"),
     "edit": ("unclip_jax.cli.edit", "change a picture in the direction from one caption to another"),
     "reconstruct": (
         "unclip_jax.cli.reconstruct",
-        "draw a picture from more and more principal components of its embedding",
+        "draw a picture again from more and more principal components of its embedding",
     ),
     "inpaint": ("unclip_jax.cli.inpaint", "draw part of a picture anew"),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs; each verb's module adds its own arguments."""
+    """Builds the parser of all verbs. Each verb's module adds its arguments."""
     parser = argparse.ArgumentParser(prog="unclip", description="unCLIP (DALL-E 2) in JAX.")
     parser.add_argument("--version", action="version", version=f"unclip_jax {unclip_jax.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, (module, words) in VERBS.items():
-        verb = verbs.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+    for name, (module, summary) in VERBS.items():
+        verb = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         importlib.import_module(module).add_arguments(verb)
     return parser
 
 
 def is_expected(error: Exception, distributed: bool) -> bool:
-    """Whether the user can mend what an exception is about, so that one line tells all.
+    """Whether the user can fix the cause of an exception, so that one line of message is enough.
 
-    Devices that are not there count only on one host: of several, a host may still hold them for a moment.
+    Missing devices count only if there is one host. With several hosts, an earlier process may hold a host's
+    devices for a moment longer.
     """
     program = PROGRAM_ERRORS if distributed else (*PROGRAM_ERRORS, NO_DEVICES)
     return isinstance(error, (UserError, OSError)) or is_store_error(error) or str(error).startswith(program)
 
 
 def bug_report(argv: list[str]) -> str:
-    """The line under the traceback of a bug: what to report, with the command and the versions."""
+    """The line under the traceback of a bug: what to report, including the command and the versions."""
     from importlib import metadata
 
     try:
@@ -92,15 +96,15 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
       The exit status: 0; 1 for an error shown in one line; 70 for a bug of this package; 130 if interrupted.
-      The parser itself exits with 2 on a wrong command line. A training run exits with 75 when it is told to
-      stop (SIGTERM) or hangs: it has saved what was done, and the same command continues it.
+      On a wrong command line the parser itself exits with status 2. A training run exits with status 75 if it
+      gets SIGTERM or hangs. It has then saved its state, and the same command resumes it.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     debug = bool(os.environ.get("UNCLIP_DEBUG"))
     for noisy in ("absl", "asyncio", "jax", "orbax", "tensorflow"):
-        # The errors of Orbax's threads reach this function as well, and are told there in one line.
+        # Errors in Orbax's threads also reach this function, which prints them in one line.
         silent = noisy in ("absl", "asyncio") and not debug
         logging.getLogger(noisy).setLevel(logging.CRITICAL if silent else logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -126,10 +130,10 @@ def main(argv: list[str] | None = None) -> int:
         from unclip_jax.run.hosts import RESTART
 
         end = "another host is gone or does not answer; start the same command again"
-        line = one_line(error, 500)  # jax's, of a collective or of the hosts' service
+        line = one_line(error, 500)  # JAX's message about a collective or the hosts' service
         print(f"unclip {args.verb}: error: {end} ({line})", file=sys.stderr)
         sys.stderr.flush()
-        os._exit(RESTART)  # jax would wait for the others
+        os._exit(RESTART)  # a normal exit would make JAX wait for the other hosts
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the verbs share: overrides of the form key=value, progress, and the compilation cache."""
+"""What several verbs use: arguments, overrides of the form key=value, progress, and the compilation cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unclip_jax.paths import cache_folder, store_errors, user_path
 
 
 def parse_value(text: str) -> Any:
-    """A Python literal ("3e-4", "(1, 2)", "None", "true"), else the text itself."""
+    """Parses a Python literal ("3e-4", "(1, 2)", "None", "true"); returns any other text unchanged."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -25,10 +25,10 @@ def parse_value(text: str) -> Any:
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """["a.b=1", ...] -> {"a.b": 1}.
+    """Parses assignments: ["a.b=1", ...] -> {"a.b": 1}.
 
     Raises:
-      ValueError: on an item without "=".
+      ValueError: if an item has no "=".
     """
     pairs = {}
     for item in assignments:
@@ -40,10 +40,12 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def part_options(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """["decoder.steps=50"] -> {"decoder": {"steps": 50}}. Steps such as 10,10,3,2,2 stay text; a list has brackets.
+    """Parses options of parts: ["decoder.steps=50"] -> {"decoder": {"steps": 50}}.
+
+    Steps such as 10,10,3,2,2 stay text; only a list in brackets becomes a list.
 
     Raises:
-      ValueError: on an item that is not PART.OPTION=VALUE.
+      ValueError: if an item is not PART.OPTION=VALUE.
     """
     options: dict[str, dict[str, Any]] = {}
     for key, value in parse_assignments(assignments).items():
@@ -57,7 +59,7 @@ def part_options(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def use_compilation_cache() -> None:
-    """Compiled programs are kept in UNCLIP_CACHE or ~/.cache/unclip_jax, so that a second process starts warm."""
+    """Makes JAX keep compiled programs in UNCLIP_CACHE or ~/.cache/unclip_jax, for later processes."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
@@ -66,27 +68,31 @@ def use_compilation_cache() -> None:
 
 
 def join_hosts() -> None:
-    """Joins the other hosts of the job, which may come half an hour later."""
+    """Joins the other hosts of the job. Waits for them for at most half an hour."""
     import jax
 
     jax.distributed.initialize(initialization_timeout=1800)
 
 
 def save_memory_on_cpu() -> None:
-    """XLA's CPU backend orders a program for threads that run many operations at once, and so keeps what they need at once. Where two
-    cores share one large convolution this only costs memory (docs/performance.md). To be called before JAX first looks for devices."""
+    """Turns off a scheduler of XLA's CPU backend that costs memory. Call it before JAX looks for devices.
+
+    That scheduler orders a program for many operations that run at the same time, and so keeps the buffers
+    of all of them. Where a few cores share one large convolution, it gains nothing (docs/performance.md).
+    """
     import jax
 
     flags, option = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_enable_concurrency_optimized_scheduler"
-    if option not in flags and jax.__version_info__ < (
-        0,
-        11,
-    ):  # a flag that a later version does not know would end the process
+    # A flag that a later version does not know would end the process.
+    if option not in flags and jax.__version_info__ < (0, 11):
         os.environ["XLA_FLAGS"] = f"{flags} {option}=false".strip()
 
 
 def progress_bar(words: str) -> Callable[[int, int], None]:
-    """A function of (done, total): a bar with rate and remaining time when a person watches, plain lines when not."""
+    """Makes a function of (done, total) that shows progress on stderr.
+
+    On a terminal it shows a bar with the rate and the remaining time; elsewhere it prints lines.
+    """
     if not sys.stderr.isatty():
         return lambda done, total: print(f"{words}: {done}/{total}", file=sys.stderr, flush=True)
     from tqdm import tqdm
@@ -94,7 +100,7 @@ def progress_bar(words: str) -> Callable[[int, int], None]:
     bar = tqdm(desc=words, unit="image", dynamic_ncols=True)
 
     def show(done: int, total: int) -> None:
-        if bar.n >= done:  # a new pass
+        if bar.n >= done:  # a new pass begins
             bar.reset()
         bar.total = total
         bar.update(done - bar.n)
@@ -105,24 +111,25 @@ def progress_bar(words: str) -> Callable[[int, int], None]:
 
 
 def parse_numbers(name: str, text: str | None) -> list[float]:
-    """ "1,2.5" -> [1.0, 2.5]; None -> []. Raises ValueError naming the argument."""
+    """Parses numbers: "1,2.5" -> [1.0, 2.5]; None -> []. Raises a ValueError that names the argument."""
     try:
         return [] if text is None else [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(
-            f"{name} must be a number, or several with commas between them, got {text!r}"
-        ) from None
+        raise InputError(f"{name} must be a number, or several separated by commas, got {text!r}") from None
 
 
 def parse_steps(text: str | None) -> int | str | tuple[int, ...] | None:
-    """What `--steps` says: "50" -> 50, "10,10,3,2,2" and names stay text, "[999, 500, 0]" -> (999, 500, 0); None stays None."""
+    """Parses `--steps`: "50" -> 50; "[999, 500, 0]" -> a sequence of times; None -> None.
+
+    Segments ("10,10,3,2,2") and names ("fast27") stay text.
+    """
     if text is None:
         return None
     return part_options([f"decoder.steps={text}"])["decoder"]["steps"]
 
 
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--bundle` and `--mesh`, for `open_bundle`."""
+    """Adds `--bundle` and `--mesh`, which `open_bundle` reads."""
     parser.add_argument(
         "--bundle",
         default="emoji",
@@ -132,16 +139,17 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        help="devices to sample on: data=8 splits the batch, fsdp=8 the weights too, tensor=2 the layers; one number may be -1 "
-        "(all devices; weights are split where one device cannot hold them)",
+        help="devices to sample on: data=8 splits the batch, fsdp=8 the batch and the weights, tensor=2 the "
+        "layers. One size may be -1, for all other devices (all devices; splits the weights only if one "
+        "device cannot hold them)",
     )
 
 
 def open_bundle(args: argparse.Namespace) -> Any:
-    """The bundle of `--bundle`, straight onto the mesh of `--mesh`.
+    """Loads the bundle of `--bundle` directly onto the mesh of `--mesh`.
 
     Raises:
-      ValueError, OSError: one line each.
+      ValueError, OSError: with a message of one line.
     """
     from unclip_jax.checkpoint.load import load_bundle, stored_bytes
     from unclip_jax.sharding import sampling_mesh
@@ -149,29 +157,29 @@ def open_bundle(args: argparse.Namespace) -> Any:
     save_memory_on_cpu()
     shape = None if args.mesh is None else parse_assignments(args.mesh.split(","))
     if shape and not all(isinstance(size, int) for size in shape.values()):
-        raise InputError(f"--mesh {args.mesh}: sizes are whole numbers, as in data=4,fsdp=2")
+        raise InputError(f"--mesh {args.mesh}: sizes must be whole numbers, as in data=4,fsdp=2")
     return load_bundle(args.bundle, mesh=sampling_mesh(shape, stored_bytes(args.bundle)))
 
 
 def check_seed(seed: int) -> int:
-    """The seed. Raises ValueError unless it fits 32 bits."""
+    """Returns the seed. Raises a ValueError unless it fits into 32 bits."""
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
     return seed
 
 
 def check_out(path: str) -> str:
-    """The name of a picture to write. Raises ValueError when it is a folder."""
+    """Returns the path of a picture to write. Raises a ValueError if it is a folder."""
     if user_path(path).is_dir():
         raise InputError(f"--out {path} is a folder; name a file")
     return path
 
 
 def read_image(path: str):
-    """A picture from a file, uint8 (H, W, 3).
+    """Reads a picture from a file, uint8 (H, W, 3).
 
     Raises:
-      ValueError, OSError: one line naming the file.
+      ValueError, OSError: with a message of one line that names the file.
     """
     from unclip_jax.data import ops
 
@@ -192,35 +200,48 @@ def add_image_arguments(
     steps: str | None = "50",
     otherwise: str = "the bundle's",
 ) -> None:
-    """The arguments shared by the verbs that start from a picture.
+    """Adds the arguments that all verbs with an input picture have.
 
     Args:
-      count: the default of `--count`; None: there is no such argument.
-      guidance, steps: defaults; None: what the verb takes then, which is `otherwise` in words.
+      parser: the verb's parser.
+      count: the default of `--count`. With None, the verb has no such argument.
+      guidance, steps: the defaults. With None, the verb chooses, and the help text shows `otherwise`.
+      otherwise: what the verb chooses then, in words.
     """
-    said = lambda value: otherwise if value is None else f"{value:g}" if isinstance(value, float) else value
+
+    def shown(default: float | str | None) -> str:
+        if default is None:
+            return otherwise
+        return f"{default:g}" if isinstance(default, float) else default
+
     add_bundle_arguments(parser)
-    parser.add_argument("--out", default="grid.png", metavar="FILE", help="the picture (grid.png)")
+    parser.add_argument("--out", default="grid.png", metavar="FILE", help="the file to write (grid.png)")
     if count is not None:
         parser.add_argument(
-            "--count", type=int, default=count, metavar="N", help=f"how many to draw ({count})"
+            "--count", type=int, default=count, metavar="N", help=f"number of pictures to draw ({count})"
         )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     parser.add_argument(
-        "--steps", default=steps, metavar="N", help=f"the decoder's sampling steps ({said(steps)})"
+        "--steps", default=steps, metavar="N", help=f"the decoder's sampling steps ({shown(steps)})"
     )
     parser.add_argument(
         "--guidance",
         type=float,
         default=guidance,
         metavar="S",
-        help=f"the decoder's guidance scale ({said(guidance)})",
+        help=f"the decoder's guidance scale ({shown(guidance)})",
     )
 
 
 @dataclass(frozen=True)
 class ImageTask:
-    """What a verb that starts from a picture works with: `sampler`, parsed `steps`, `progress`, and `save(images, labels)`."""
+    """What a verb with an input picture needs.
+
+    sampler: the bundle's `Sampler`.
+    steps: the parsed `--steps`.
+    progress: a function of (images done, total images).
+    out: the file to write.
+    """
 
     sampler: Any
     steps: int | str | tuple[int, ...] | None
@@ -235,10 +256,10 @@ class ImageTask:
 
 
 def image_task(args: argparse.Namespace) -> ImageTask:
-    """Checks the shared arguments and loads the bundle.
+    """Checks the arguments of `add_image_arguments` and loads the bundle.
 
     Raises:
-      ValueError, KeyError, OSError: one line each.
+      ValueError, KeyError, OSError: with a message of one line.
     """
     check_seed(args.seed)
     out = check_out(args.out)

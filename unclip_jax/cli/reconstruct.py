@@ -1,4 +1,4 @@
-"""`unclip reconstruct IMAGE --out grid.png`: an image from more and more principal components of its embedding."""
+"""`unclip reconstruct IMAGE --out grid.png`: draws a picture from principal components of its embedding."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from unclip_jax.cli.options import add_image_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument("image", metavar="IMAGE", help="the picture")
     parser.add_argument(
-        "--dims", type=int, nargs="+", metavar="N", help="numbers of components (the paper's, and all)"
+        "--dims",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="numbers of components, a picture for each (the paper's, and all)",
     )
     add_image_arguments(parser, count=None)
 

@@ -1,4 +1,4 @@
-"""`unclip sample "caption" ... --out grid.png`: draws a labelled grid."""
+"""`unclip sample "caption" ... --out grid.png`: draws pictures from captions, in a labelled grid."""
 
 from __future__ import annotations
 
@@ -9,25 +9,32 @@ from unclip_jax.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
-    parser.add_argument("captions", nargs="+", metavar="CAPTION", help="what to draw, one picture each")
+    """Adds the verb's arguments to its parser."""
+    parser.add_argument("captions", nargs="+", metavar="CAPTION", help="what to draw")
     add_bundle_arguments(parser)
-    parser.add_argument("--out", default="grid.png", metavar="FILE", help="the picture (grid.png)")
+    parser.add_argument("--out", default="grid.png", metavar="FILE", help="the file to write (grid.png)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="pictures per caption (1)")
     parser.add_argument(
         "--prior",
         default="prior_diffusion",
         metavar="P",
-        help="where z_i comes from: prior_diffusion or prior_ar; none: the text embedding takes its place; null: the caption alone. "
-        "Several with commas: a row of the grid for each (prior_diffusion)",
+        help="where the image embedding z_i comes from. prior_diffusion, prior_ar: draw it with that prior; "
+        "none: use the text embedding in its place; null: use no embedding, only the caption. "
+        "Separate several with commas to get a row of the grid for each (prior_diffusion)",
     )
     parser.add_argument(
-        "--guidance", metavar="S", help="the decoder's guidance scale. 1,2,4: a row of the grid for each"
+        "--guidance",
+        metavar="S",
+        help="the decoder's guidance scale; several (1,2,4) give a row of the grid each (the bundle's)",
     )
-    parser.add_argument("--prior-guidance", type=float, metavar="S", help="the prior's guidance scale")
     parser.add_argument(
-        "--steps", metavar="N", help="the decoder's sampling steps: 50, or segments 10,10,3,2,2, or fast27"
+        "--prior-guidance", type=float, metavar="S", help="the prior's guidance scale (the bundle's)"
+    )
+    parser.add_argument(
+        "--steps",
+        metavar="N",
+        help="the decoder's sampling steps: a number, segments such as 10,10,3,2,2, or fast27 (the bundle's)",
     )
     parser.add_argument(
         "--set",
@@ -35,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PART.OPTION=VALUE",
         dest="assignments",
-        help="any sampling option, e.g. prior_diffusion.steps=64",
+        help="set any sampling option, e.g. prior_diffusion.steps=64",
     )
 
 

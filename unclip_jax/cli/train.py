@@ -1,4 +1,4 @@
-"""`unclip train CONFIG --workdir DIR`: trains one stage, or goes on where it stopped."""
+"""`unclip train CONFIG --workdir DIR`: trains one stage, or resumes its training."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from unclip_jax.paths import absolute, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="a configuration file, with :VARIANT if wanted, e.g. configs/emoji/clip.py:quick",
+        help="a configuration file, optionally with :VARIANT, e.g. configs/emoji/clip.py:quick",
     )
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="the run's folder; a run found there is resumed"
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="the run's folder; resumes a run that is already there",
     )
     parser.add_argument(
         "--init-from",
         metavar="BUNDLE",
-        help="start from the weights of a bundle (or run) instead of fresh ones",
+        help="start from the weights of a bundle or a run instead of random ones",
     )
     parser.add_argument(
-        "--clip", metavar="DIR", help="the frozen CLIP: a bundle or a run (default: the config's, ../clip)"
+        "--clip", metavar="DIR", help="the frozen CLIP: a bundle or a run (the configuration's, ../clip)"
     )
     parser.add_argument(
         "--set",
@@ -44,10 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help="train on what `unclip embed` wrote, not on pictures; with a name, evaluate on it; where all is embedded no CLIP is needed",
+        help="train on the output of `unclip embed`, not on pictures; with NAME, use it for that evaluation. "
+        "No CLIP is needed if all sources are embeddings",
     )
     parser.add_argument(
-        "--profile", metavar="A:B", help="trace the steps from A to B of this process into WORKDIR/profile"
+        "--profile", metavar="A:B", help="profile the steps from A to B of this process, into WORKDIR/profile"
     )
     parser.add_argument(
         "--distributed", action="store_true", help="join the other hosts first (cloud TPU pods, SLURM)"
@@ -55,10 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(spec: str):
-    """Runs `get_config(variant)` of "path.py:variant".
+    """Runs `get_config(variant)` of "path.py:variant" and returns its ConfigDict.
 
     Raises:
-      FileNotFoundError, ValueError: one line each.
+      FileNotFoundError, ValueError: with a message of one line.
     """
     from ml_collections import ConfigDict
 
@@ -81,10 +85,10 @@ def load_config(spec: str):
 
 
 def override(config, key: str, value: Any) -> None:
-    """Sets a dotted key that exists to a value of its type (int to float or text is fine).
+    """Sets an existing dotted key to a value of its type. A float or text setting also accepts an int.
 
     Raises:
-      ValueError: on an unknown key (with the nearest known one) or another type.
+      ValueError: if the key is unknown (the message names the nearest known one), or the type is wrong.
     """
     *parents, last = key.split(".")
     node = config
@@ -110,11 +114,17 @@ def override(config, key: str, value: Any) -> None:
 
 
 def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
-    """Puts folders of embeddings, "DIR" or "NAME=DIR", in place of the training source or of the evaluation source NAME; where no picture
-    is left, the training source's in place of the CLIP too, unless `keep_clip`.
+    """Replaces sources of pictures by folders of embeddings.
+
+    If no source of pictures remains, the training source's folder also replaces the CLIP.
+
+    Args:
+      config: the configuration to change.
+      folders: "DIR" replaces the training source; "NAME=DIR" replaces the evaluation source NAME.
+      keep_clip: never replace the CLIP.
 
     Raises:
-      ValueError: for a stage that needs pictures, or an evaluation that the configuration does not have.
+      ValueError: if the stage needs pictures, or the configuration has no evaluation NAME.
     """
     from unclip_jax.run.frozen import EMBEDDABLE
 
@@ -128,12 +138,13 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
             name, equals, folder = item.rpartition("=")
             if equals and name not in evaluations:
                 raise InputError(
-                    f"--embeddings {item}: there is no evaluation {name!r}; there are {', '.join(evaluations) or 'none'}"
+                    f"--embeddings {item}: there is no evaluation {name!r}; "
+                    f"there are {', '.join(evaluations) or 'none'}"
                 )
-            # A ConfigDict keeps old keys where it is given a dict: the source is another one as a whole.
-            where, key = (evaluations, name) if equals else (config.data, "train")
-            del where[key]
-            where[key] = {"name": "embeddings", "path": absolute(folder)}
+            # A ConfigDict merges an assigned dict into the old value; delete that to replace all of it.
+            group, key = (evaluations, name) if equals else (config.data, "train")
+            del group[key]
+            group[key] = {"name": "embeddings", "path": absolute(folder)}
         if not keep_clip and all(
             source.name == "embeddings" for source in (config.data.train, *evaluations.values())
         ):
@@ -149,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
     if args.clip is not None:
         if "clip" not in config.frozen:
             raise InputError(f"the {config.stage} stage has no frozen CLIP; leave out --clip")
-        # As typed on the command line, a relative path is relative to the current folder.
+        # A relative path on the command line is relative to the current folder.
         assignments["frozen.clip"] = absolute(args.clip) if user_path(args.clip).exists() else args.clip
     if args.embeddings:
         use_embeddings(config, args.embeddings, keep_clip="frozen.clip" in assignments)

@@ -1,4 +1,4 @@
-"""`unclip vary IMAGE --out grid.png`: variations of an image."""
+"""`unclip vary IMAGE --out grid.png`: draws variations of a picture."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from unclip_jax.cli.options import add_image_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the verb."""
+    """Adds the verb's arguments to its parser."""
     parser.add_argument("image", metavar="IMAGE", help="the picture to vary")
     parser.add_argument(
-        "--eta", type=float, default=1.0, metavar="E", help="0 reconstructs the picture, 1 changes most (1)"
+        "--eta",
+        type=float,
+        default=1.0,
+        metavar="E",
+        help="0 reconstructs the picture; 1 changes it most (1)",
     )
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="draw what CLIP sees from fresh noise, as the bundle samples; no --eta",
+        help="decode the picture's embedding from fresh noise, with the bundle's own sampler; ignores --eta",
     )
     add_image_arguments(
         parser, count=7, guidance=None, steps=None, otherwise="50 steps at scale 1; with --fresh the bundle's"
@@ -39,12 +43,13 @@ def run(args: argparse.Namespace) -> None:
     }
     if args.fresh:
         drawn, label = (
-            fresh_variations(task.sampler, [image], options={"decoder": settings}, **shared)[0],
+            fresh_variations(task.sampler, [image], options={"decoder": settings}, **shared),
             "fresh",
         )
     else:
         drawn, label = (
-            variations(task.sampler, [image], eta=args.eta, **settings, **shared)[0],
+            variations(task.sampler, [image], eta=args.eta, **settings, **shared),
             f"eta {args.eta:g}",
         )
+    drawn = drawn[0]
     task.save(np.concatenate([square([image], drawn.shape[1]), drawn]), ["input", *[label] * args.count])

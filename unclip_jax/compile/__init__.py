@@ -1,1 +1,1 @@
-"""A stage's programs compiled for devices that need not be there."""
+"""Compiles a stage's programs for devices that this machine need not have."""

@@ -1,9 +1,14 @@
-"""What a compiled program moves, read in its text: the collectives between devices, and the bytes between a chip and its memory.
+"""Reads in a compiled program's text which data it moves between devices, and between a chip and its memory.
 
-The compiler's own cost analysis counts a loop's body once and takes arrays that never leave the chip for memory traffic; here loops count
-as often as they turn, and only arrays in main memory count. Some collectives XLA for TPU writes in other words, and they are read so:
-one that runs behind several fusions stands in each of them, with one channel, and counts once; a fusion of an all-reduce and of a device's
-slice of the sum ("all-reduce-scatter") is a reduce-scatter; what crosses from slice to slice is sent and received by the hosts.
+The compiler's own cost analysis counts a loop's body once, and counts arrays that never leave the chip as
+memory traffic. This module counts a loop's body as often as the loop runs, and only arrays in main memory.
+
+XLA for TPU writes some collectives in other forms, which this module reads as follows:
+
+- A collective that runs in the background of several fusions appears in each of them, with the same channel.
+  It counts once.
+- A fusion of an all-reduce and of a device's slice of the sum ("all-reduce-scatter") is a reduce-scatter.
+- Hosts send and receive the data that moves from slice to slice.
 """
 
 from __future__ import annotations
@@ -17,7 +22,8 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*|token)\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
 _CALLED = re.compile(
-    r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
+    r"(?:to_apply|calls|body|condition|branch_computations|true_computation|false_computation)="
+    r"(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
 _RECEIVED = "recv"
 _FREE = {
@@ -52,19 +58,18 @@ class _Op:
         ]
 
     @functools.cached_property
-    def collective(self) -> str:  # its kind, "" if it is none
+    def collective(self) -> str:  # its kind; "" if it is not a collective
         kind = self.kind.removesuffix("-start")
         return kind if kind in COLLECTIVES else ""
 
     @functools.cached_property
-    def channel(self) -> str:  # the same in all places of one collective
+    def channel(self) -> str:  # the same wherever one collective appears
         channel = re.search(r"channel_id=(\d+)", self.line)
         return channel[1] if channel else self.name
 
     @functools.cached_property
-    def sizes(
-        self,
-    ) -> list[tuple[float, bool]]:  # of every array: its bytes, and whether it lies in main memory
+    def sizes(self) -> list[tuple[float, bool]]:
+        # Of every array: its size in bytes, and whether it is in main memory.
         def size(dtype: str, dims: str) -> float:
             bits = re.search(r"\d+", {"pred": "8", "token": "0"}.get(dtype, dtype))[0]
             return math.prod(int(n) for n in dims.split(",") if n) * int(bits) / 8
@@ -72,13 +77,15 @@ class _Op:
         return [(size(dtype, dims), space in ("", "0")) for dtype, dims, space in _ARRAY.findall(self.shape)]
 
     @property
-    def made(self) -> list[tuple[float, bool]]:  # of a collective: its results, of all `sizes`
+    def made(
+        self,
+    ) -> list[tuple[float, bool]]:  # of a collective: its results among `sizes`
         count = len(self.operands)
         if (
             self.kind in ("all-gather-start", "collective-permute-start", "reduce-scatter-start")
             and len(self.sizes) > count
         ):
-            return self.sizes[count : 2 * count]  # of (operands, results, flags)
+            return self.sizes[count : 2 * count]  # the results among (operands, results, flags)
         return self.sizes
 
     @functools.cached_property
@@ -91,10 +98,10 @@ class _Op:
 
 
 class Program:
-    """A compiled program, taken apart.
+    """A compiled program, parsed into its operations.
 
     Args:
-      text: as `compiled.as_text()` gives it.
+      text: the program's text, from `compiled.as_text()`.
     """
 
     def __init__(self, text: str):
@@ -105,27 +112,30 @@ class Program:
             if head and not line.startswith(" "):
                 body = self._bodies.setdefault(head[2], {})
                 self._entry = head[2] if head[1] else self._entry
-            elif found := _LINE.match(line):
-                root, name, shape, kind, rest = found.groups()
-                given = (
+            elif operation := _LINE.match(line):
+                root, name, shape, kind, rest = operation.groups()
+                operands = (
                     (rest.partition(")")[0],)
                     if kind == "parameter"
                     else tuple(re.findall(r"%([\w.\-]+)", rest[: _closing(rest)]))
                 )
-                body[name] = _Op(name, shape, kind, given, line, bool(root))
+                body[name] = _Op(name, shape, kind, operands, line, bool(root))
 
     def collectives(self) -> dict[str, tuple[int, int]]:
-        """Kind -> (how often a device takes part in a step, bytes that arrive there)."""
-        found: dict[str, tuple[int, int]] = {}
+        """Kind -> (how often a device takes part in it in a step, bytes that arrive at the device)."""
+        totals: dict[str, tuple[int, int]] = {}
         for (kind, _), (times, size) in self._links(self._entry).items():
             if kind != _RECEIVED:
-                before = found.get(kind, (0, 0))
-                found[kind] = before[0] + times, before[1] + times * size
-        return found
+                before = totals.get(kind, (0, 0))
+                totals[kind] = before[0] + times, before[1] + times * size
+        return totals
 
     def between_slices(self) -> tuple[int, int]:
-        """How often a device receives from other slices in a step, and the bytes that arrive there, which `collectives` leaves out."""
-        received = [found for (kind, _), found in self._links(self._entry).items() if kind == _RECEIVED]
+        """How often a device receives data from other slices in a step, and how many bytes arrive at it.
+
+        `collectives` does not include this data.
+        """
+        received = [link for (kind, _), link in self._links(self._entry).items() if kind == _RECEIVED]
         return sum(times for times, _ in received), sum(times * size for times, size in received)
 
     def traffic(self) -> float:
@@ -134,8 +144,8 @@ class Program:
 
     # -------------------------------------------------------------------------------------- collectives
     def _links(self, name: str) -> dict[tuple[str, str], tuple[int, int]]:
-        # (kind, channel) -> (times, bytes of one).
-        found: dict[tuple[str, str], tuple[int, int]] = {}
+        # (kind, channel) -> (number of times, bytes each time).
+        links: dict[tuple[str, str], tuple[int, int]] = {}
         body = self._bodies.get(name, {})
         for op in body.values():
             if op.collective:
@@ -144,17 +154,17 @@ class Program:
                     if op.collective == "all-reduce" and self._scattered(body, op)
                     else op.collective
                 )
-                found[kind, op.channel] = 1, int(_arriving(op, kind))
+                links[kind, op.channel] = 1, int(_arriving(op, kind))
             elif op.kind == _RECEIVED and "megascale" in op.line:  # (array, flags, token)
-                found[op.kind, op.channel] = 1, int(op.sizes[0][0])
+                links[op.kind, op.channel] = 1, int(op.sizes[0][0])
             turns = self._turns(op) if op.kind == "while" else 1
             for inner in op.called:
                 for key, (times, size) in self._links(inner).items():
-                    found[key] = max(found.get(key, (0, 0))[0], turns * times), size
-        return found
+                    links[key] = max(links.get(key, (0, 0))[0], turns * times), size
+        return links
 
     def _scattered(self, body: dict[str, _Op], op: _Op) -> bool:
-        # Whether only a slice of it leaves the fusion.
+        # Whether only a slice of the operation's result leaves the fusion.
         users = [user for user in body.values() if op.name in user.operands]
         return bool(users) and all(
             user.kind == "dynamic-slice"
@@ -163,10 +173,11 @@ class Program:
         )
 
     def _turns(self, loop: _Op) -> int:
-        # How often a loop goes round: as the compiler notes it, or the constant that its counter, which starts at 0, is compared with.
-        noted = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.line)
-        if noted:
-            return int(noted[1])
+        # How often a loop runs. The compiler may have written this down. Otherwise it is the constant with
+        # which the loop's condition compares its counter, which starts at 0.
+        trip_count = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.line)
+        if trip_count:
+            return int(trip_count[1])
         condition = self._bodies.get(re.search(r"condition=%?([\w.\-]+)", loop.line)[1], {})
         for op in condition.values():
             if op.root and op.kind == "compare" and "direction=LT" in op.line:
@@ -192,7 +203,8 @@ class Program:
         return total
 
     def _exchanged(self, body: dict[str, _Op], op: _Op, seen: set[str]) -> float:
-        # What a collective, in a fusion or by itself, reads and writes: once however many fusions it stands in.
+        # Bytes that a collective, in a fusion or by itself, reads and writes. It counts once, in however many
+        # fusions it appears.
         if op.kind == "fusion":
             inside = self._bodies.get(op.called[0], {})
             return sum(self._exchanged(inside, inner, seen) for inner in inside.values())
@@ -204,25 +216,25 @@ class Program:
         )
 
     def _read(self, body: dict[str, _Op], op: _Op, i: int) -> float:
-        # Bytes of main memory that an operation reads of its operand i.
-        given = body.get(op.operands[i])
+        # Bytes that an operation reads from main memory for its operand i.
+        operand = body.get(op.operands[i])
         if (
-            given is None
-            or not given.main
+            operand is None
+            or not operand.main
             or op.kind in _FREE
             or op.kind.endswith(("-done", "-update"))
             or op.collective
         ):
             return 0.0
         if op.kind in _SLICES and i == 0:
-            return min(given.main, op.sizes[1][0] if op.kind == "slice-start" else op.size)
+            return min(operand.main, op.sizes[1][0] if op.kind == "slice-start" else op.size)
         if op.kind == "dynamic-update-slice" and i == 0:
             return 0.0  # in place
         if op.kind != "fusion":
-            return given.main
+            return operand.main
         inside = self._bodies.get(op.called[0], {})
         inner = next((p for p in inside.values() if p.kind == "parameter" and p.operands[0] == str(i)), None)
-        return 0.0 if inner is None else min(given.main, self._used(inside, inner))
+        return 0.0 if inner is None else min(operand.main, self._used(inside, inner))
 
     def _used(self, body: dict[str, _Op], value: _Op) -> float:
         total = 0.0
@@ -234,7 +246,7 @@ class Program:
         return total
 
     def _written(self, body: dict[str, _Op], op: _Op) -> float:
-        # Bytes of main memory that an operation writes.
+        # Bytes that an operation writes to main memory.
         if op.kind in _FREE or op.kind == "send" or op.kind.endswith(("-done", "-update")) or op.collective:
             return 0.0
         if op.kind in ("copy-start", "slice-start"):  # (result, operand, flags); (operand, result, flags)
@@ -260,7 +272,7 @@ class Program:
 
 
 def _closing(text: str) -> int:
-    # Where the parenthesis that is open at the beginning closes.
+    # The position at which the parenthesis that is open at the beginning closes.
     depth = 1
     for i, c in enumerate(text):
         depth += (c == "(") - (c == ")")
@@ -272,10 +284,8 @@ def _closing(text: str) -> int:
 def _arriving(op: _Op, kind: str) -> float:
     ways = _ways(op.line)
     share = (ways - 1) / ways if ways > 1 else 1.0
-    if (
-        kind == "reduce-scatter" and op.collective == "reduce-scatter"
-    ):  # it makes one way's share of what is reduced
-        share *= ways
+    if kind == "reduce-scatter" and op.collective == "reduce-scatter":
+        share *= ways  # its result is only one device's share of the reduced array
     factor = {"all-gather": share, "reduce-scatter": share, "all-reduce": 2 * share, "all-to-all": share}.get(
         kind, 1.0
     )
@@ -283,7 +293,8 @@ def _arriving(op: _Op, kind: str) -> float:
 
 
 def _ways(line: str) -> int:
-    # How many devices exchange: groups are written {{0,1},{2,3}}, [2,8]<=[16] or mesh['a'=8,'b'=2], ... {'a'}.
+    # How many devices exchange data. Groups are written {{0,1},{2,3}}, [2,8]<=[16] or mesh['a'=8,'b'=2], ...
+    # {'a'}.
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return listed[1].count(",") + 1
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", line):

@@ -1,8 +1,12 @@
-"""The train step compiled ahead of time for devices that need not be there: what it needs of them, known before they are rented.
+"""Compiles a train step ahead of time for devices that this machine need not have, and reports its needs.
 
-The step is the stage's own (`stage`, `run.state.make_update`), on abstract arrays. Memory, buffers and collectives
-are the compiler's; operations are counted in the traced program, where loops are known to the last turn, and the time is a roofline: the
-largest of what arithmetic, memory and links take when each runs at its peak. It is a bound, not a forecast.
+Users learn how much memory and time a step needs before they rent devices. The step is the stage's own
+(`stage`, `run.state.make_update`), applied to abstract arrays:
+
+- Memory, buffers and collectives come from the compiler.
+- Operations are counted in the traced program, where the number of turns of every loop is known.
+- The time is a roofline: the longest of the times for arithmetic, memory and links, each at its peak. It is a
+  lower bound, not a forecast.
 """
 
 from __future__ import annotations
@@ -41,17 +45,28 @@ from unclip_jax.run.state import TrainState, abstract_state, make_update
 from unclip_jax.sharding import BATCH, compute_dtype, infer_shardings, make_mesh
 from unclip_jax.train import STAGES
 
-HELD = ("parameters", "averages", "optimizer", "frozen", "batch")  # what lies on a device before a step
+HELD = ("parameters", "averages", "optimizer", "frozen", "batch")  # what a device holds before a step
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiled train step needs. Bytes and counts are per device unless said otherwise.
+    """What a compiled train step needs. Bytes and counts are per device unless stated otherwise.
 
-    chip: None where the device's peaks are not known (CPU); parameters, averages, optimizer, frozen: bytes of the state's parts and of the
-    frozen networks; batch: of the input; temporary: of everything computed on the way; flops, model_flops: of a whole step on all devices,
-    with and without what remat computes twice; traffic: bytes of main memory read and written; collectives: kind -> (times, bytes that
-    arrive) within a slice; between_slices: the same from other slices. Of a sampler, a step is one call of it.
+    For a sampler, a step is one call of it.
+
+    devices: number of devices.
+    chip: peak performance of a device; None if it is not known (CPU).
+    mesh: axis -> number of devices along it.
+    batch_size: rows of the global batch.
+    parameters, averages, optimizer: bytes of the state's parts.
+    frozen: bytes of the frozen networks.
+    batch: bytes of the input.
+    temporary: bytes of all intermediate results.
+    flops: operations in a step, on all devices together.
+    model_flops: the same without those that remat computes twice.
+    traffic: bytes read from and written to main memory.
+    collectives: kind -> (number of times, bytes that arrive), within a slice.
+    between_slices: (number of times, bytes that arrive) from other slices.
     """
 
     devices: int
@@ -72,50 +87,55 @@ class Report:
 
     @property
     def memory(self) -> int:
-        """All of it."""
+        """Bytes of memory in all."""
         return self.parameters + self.averages + self.optimizer + self.frozen + self.batch + self.temporary
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What a step takes of each resource at its peak; nothing where the peaks are not known."""
+        """Resource -> seconds that a step needs of it at its peak; {} if the chip's peaks are not known."""
         if self.chip is None:
             return {}
-        links, crossing = sum(size for _, size in self.collectives.values()), self.between_slices[1]
+        links, from_slices = sum(size for _, size in self.collectives.values()), self.between_slices[1]
         return {
             "arithmetic": self.flops / self.devices / self.chip.flops,
             "memory": self.traffic / self.chip.bandwidth,
             "links": links / self.chip.links,
-            **({"network": crossing / self.chip.network} if crossing and self.chip.network else {}),
+            **({"network": from_slices / self.chip.network} if from_slices and self.chip.network else {}),
         }
 
     @property
     def limit(self) -> str:
-        """The resource that takes longest."""
+        """The resource that needs the most time."""
         return max(self.seconds, key=self.seconds.get)
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over what the chips could do in the roofline's time."""
+        """The model's operations, as a share of what the chips could compute in the roofline's time."""
         return self.model_flops / self.devices / self.chip.flops / self.seconds[self.limit]
 
 
 # ------------------------------------------------------------------------------------------ devices
 def topology(name: str) -> list[Any]:
-    """Devices of "v5e:4x4" and the like, "2*v5e:4x4" for two slices of it, or "cpu:8"; but for the last they need not be there.
+    """The devices of a topology. This machine need not have them, except for "cpu:8".
+
+    Args:
+      name: "v5e:4x4" and the like; "2*v5e:4x4" for two such slices; or "cpu:8" for CPU devices.
 
     Raises:
-      ValueError: on another name, or more CPU devices than there are; ImportError without libtpu.
+      ValueError: on an unknown name, or more CPU devices than this process has.
+      ImportError: when libtpu is not installed.
     """
     kind, _, shape = name.partition(":")
     if kind == "cpu" and shape.isdigit():
         devices = jax.devices("cpu")
         if int(shape) > len(devices):
             raise InputError(
-                f"{name}: {len(devices)} CPU devices are there; set XLA_FLAGS=--xla_force_host_platform_device_count={shape}"
+                f"{name}: {len(devices)} CPU devices are there; "
+                f"set XLA_FLAGS=--xla_force_host_platform_device_count={shape}"
             )
         return devices[: int(shape)]
-    written = re.fullmatch(r"(?:([1-9]\d*)\*)?(v\d+[a-z]*:\d+(?:x\d+)+)", name)
-    if written is None:
+    parsed = re.fullmatch(r"(?:([1-9]\d*)\*)?(v\d+[a-z]*:\d+(?:x\d+)+)", name)
+    if parsed is None:
         raise InputError(
             f"unknown topology {name!r}; write v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2, 2*v5e:4x4 or cpu:8"
         )
@@ -126,13 +146,12 @@ def topology(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    os.environ.setdefault(
-        "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
-    )  # no chip is held, so several may compile at once
+    # No process holds a chip, so several may compile at once.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        slices = {"num_slices": int(written[1])} if written[1] else {}
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=written[2], **slices).devices)
-    except Exception as error:  # the compiler's own
+        slices = {"num_slices": int(parsed[1])} if parsed[1] else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=parsed[2], **slices).devices)
+    except Exception as error:  # libtpu raises its own types
         raise InputError(
             f"libtpu knows no topology {name!r} ({' '.join(str(error).split())[:200]})"
         ) from None
@@ -140,8 +159,10 @@ def topology(name: str) -> list[Any]:
 
 # ------------------------------------------------------------------------------------------ the step
 def abstract_clip(config: Any, mesh: Mesh, dtype: str, scan: bool, embedded: bool) -> Network:
-    """The frozen CLIP of a `clip` configuration, its parameters shapes on the mesh; without module and parameters where a stage reads its
-    embeddings (`embedded`)."""
+    """The frozen CLIP of a `clip` configuration. Its parameters are shapes on the mesh.
+
+    If a stage reads CLIP's embeddings (`embedded`), the CLIP has no module and no parameters.
+    """
     clip = STAGES["clip"].stage(config, mesh, {})
     if embedded:
         return Network(None, {}, clip.part)
@@ -150,7 +171,7 @@ def abstract_clip(config: Any, mesh: Mesh, dtype: str, scan: bool, embedded: boo
 
 
 def abstract_codec(dim: int, mesh: Mesh) -> Network:
-    """The codec of embeddings (D,), its arrays shapes on the mesh."""
+    """The codec of embeddings (D,). Its arrays are shapes on the mesh."""
     shapes = Codec(mean=(dim,), components=(dim, dim), eigenvalues=(dim,), low=(dim,), high=(dim,))
     replicated = NamedSharding(mesh, P())
     params = Codec(*(jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated) for shape in shapes))
@@ -158,7 +179,10 @@ def abstract_codec(dim: int, mesh: Mesh) -> Network:
 
 
 def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> dict[str, Network]:
-    """The networks under a stage, by role, as `run.frozen.load_frozen` loads them; their parameters are shapes on the mesh."""
+    """The frozen networks of a stage by role, like those of `run.frozen.load_frozen`.
+
+    Their parameters are shapes on the mesh.
+    """
     frozen: dict[str, Network] = {}
     for role, kind in STAGES[config.stage].FROZEN.items():
         if kind == "clip":
@@ -166,7 +190,7 @@ def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = 
         else:
             frozen[role] = abstract_codec(clip_config.model.embed_dim, mesh)
     if "clip" in frozen:
-        # The empty caption has the shapes of the text tower, also where embeddings stand for it.
+        # The empty caption has the shapes of the text tower, even if embeddings replace the CLIP.
         tower, tokenizer = (
             abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, False),
             text_tokenizer(config),
@@ -185,7 +209,7 @@ def _placed(shapes: Any, mesh: Mesh, shardings: Any = None) -> Any:
 
 
 def _spread(tree: Any, count: int, mesh: Mesh, spec: P) -> Any:
-    # The tree with `count` rows in every array.
+    # The tree as shapes with `count` rows in every array.
     place = NamedSharding(mesh, spec)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=place), tree)
 
@@ -193,8 +217,10 @@ def _spread(tree: Any, count: int, mesh: Mesh, spec: P) -> Any:
 def abstract_batch(
     stage: Stage, frozen: dict[str, Network], batch_size: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of what the stage's `example` makes of one blank picture, or of one record of embeddings, where there is no CLIP to make
-    them."""
+    """A batch as shapes, with the rows that the stage's `example` makes.
+
+    The row comes from a blank picture, or from a record of embeddings if there is no CLIP to embed a picture.
+    """
     from PIL import Image
 
     file, embeds = io.BytesIO(), None
@@ -215,7 +241,7 @@ def abstract_batch(
 
 @dataclass(frozen=True)
 class TrainStep:
-    """A stage, its jitted update and the abstract arguments of it: state, frozen networks, batch."""
+    """A stage, its jitted update, and the update's abstract arguments: state, frozen networks, batch."""
 
     stage: Stage
     update: Any
@@ -233,7 +259,8 @@ def _check(config: Any, mesh: Mesh) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch_size % ways:
         raise InputError(
-            f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; change --batch or --mesh"
+            f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; "
+            "change --batch or --mesh"
         )
 
 
@@ -241,11 +268,14 @@ def train_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False
     """The update step of a stage's configuration, as its `train_and_evaluate` makes it.
 
     Args:
-      config: of the stage; clip_config: of the CLIP under it, None for the stages without one.
-      embedded: whether a prior reads CLIP's embeddings (`unclip embed`).
+      config: the stage's configuration.
+      clip_config: the configuration of its frozen CLIP; None for stages without one.
+      mesh: the devices.
+      embedded: whether the stage reads CLIP's embeddings (`unclip embed`).
 
     Raises:
-      ValueError: on a stage that has no update step, one that needs pictures, or a batch that does not divide over the mesh.
+      ValueError: when the stage has no update step or needs pictures, or the batch does not divide over the
+        mesh.
     """
     _check(config, mesh)
     if embedded and config.stage not in EMBEDDABLE:
@@ -265,13 +295,16 @@ def train_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False
 
 
 def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
-    """The sampler of a stage as `sampling` runs it on a mesh, of `config.batch_size` rows that CLIP has embedded already.
+    """The sampler of a stage, as `sampling` runs it on a mesh.
+
+    It draws `config.batch_size` rows from inputs that CLIP has embedded already.
 
     Returns:
-      The jitted function, and its abstract arguments: parameters in the compute dtype, and what it is given.
+      The jitted function, and its abstract arguments: the parameters in the compute dtype, and the inputs by
+      name.
 
     Raises:
-      ValueError: on a stage that draws nothing, as `train_step`.
+      ValueError: when the stage draws nothing, or for the reasons of `train_step`.
     """
     if config.stage == "clip":
         raise InputError("the clip stage draws nothing; --sample is for priors, decoder and upsamplers")
@@ -321,7 +354,8 @@ def compile_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = Fal
       The report, and the compiled program.
 
     Raises:
-      ValueError, as `train_step`; MemoryError, naming the largest buffers, when the compiler finds that it does not fit.
+      ValueError: as `train_step`.
+      MemoryError: when the step does not fit the devices' memory. The message names the largest buffers.
     """
     step = train_step(config, clip_config, mesh, embedded)
     arguments = step.state, step.frozen, step.batch
@@ -336,7 +370,7 @@ def compile_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = Fal
 
 
 def compile_sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Report, Any]:
-    """Compiles the `sampler` for the mesh's devices; all else as `compile_step`."""
+    """Compiles the `sampler` for the mesh's devices. Results and errors are those of `compile_step`."""
     draw, params, given = sampler(config, clip_config, mesh)
     return _compile(
         draw, (params, given), {"parameters": params, "batch": given}, config.batch_size, mesh, None
@@ -376,18 +410,18 @@ def _compile(
 
 
 def make_abstract_mesh(name: str, shape: dict[str, int] | None) -> Mesh:
-    """The mesh over a `topology`; the error of a shape that does not fit is `make_mesh`'s."""
+    """The mesh over a `topology`. `make_mesh` raises the error for a shape that does not fit."""
     return make_mesh(shape, topology(name))
 
 
 def _held(tree: Any) -> int:
-    # Bytes on one device.
+    # The tree's bytes on one device.
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _buffers(message: str) -> str:
     used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
-    said = (
+    summary = (
         f"the step needs {used[1]} of {used[2]} memory on a device"
         if used
         else "the step does not fit the devices' memory"
@@ -397,4 +431,4 @@ def _buffers(message: str) -> str:
     listed = "; ".join(
         " ".join([size, shape] + ([where[1]] if where else [])) for size, shape, where in named
     )
-    return said + (f"; largest: {listed}" if listed else "")
+    return summary + (f"; largest: {listed}" if listed else "")

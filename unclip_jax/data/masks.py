@@ -33,10 +33,10 @@ def alpha(data: bytes) -> np.ndarray | None:
     Raises:
       InputError: in one line, when the data cannot be decoded.
     """
-    opened = ops._open(data)
+    opened = ops.open_image(data)
     try:
         opened.load()
-        opened = ops._upright(opened)
+        opened = ops.upright(opened)
         if opened.mode.startswith("I"):  # 16-bit grey, of which at most one value is transparent
             key = opened.info.get("transparency")
             channel = np.where(np.asarray(opened) == (-1 if key is None else key), 0, 255).astype(np.uint8)
@@ -44,9 +44,8 @@ def alpha(data: bytes) -> np.ndarray | None:
             channel = np.asarray(opened.convert("RGBA").getchannel("A"), np.uint8)
         else:
             return None
-    except (
-        Exception
-    ) as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ... for a damaged file
+    # PIL's decoders raise OSError, SyntaxError, struct.error and others for a damaged file.
+    except Exception as error:
         raise InputError(f"cannot decode image: {one_line(error)}") from error
     return channel if (channel < 255).any() else None
 

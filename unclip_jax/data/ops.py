@@ -51,7 +51,7 @@ def image_size(image: bytes | np.ndarray) -> tuple[int, int]:
     """(width, height) in pixels, read from the header alone. Raises `ValueError` for an unknown format."""
     if isinstance(image, np.ndarray):
         return int(image.shape[1]), int(image.shape[0])
-    return _open(image).size
+    return open_image(image).size
 
 
 def decode_image(image: bytes | np.ndarray) -> np.ndarray:
@@ -69,14 +69,13 @@ def decode_image(image: bytes | np.ndarray) -> np.ndarray:
     """
     if isinstance(image, np.ndarray):
         return _decode_array(image)
-    opened = _open(image)
+    opened = open_image(image)
     try:
         opened.load()
-        opened = _upright(opened)
+        opened = upright(opened)
         return np.asarray(_to_rgb(opened), np.uint8)
-    except (
-        Exception
-    ) as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ... for a damaged file
+    # PIL's decoders raise OSError, SyntaxError, struct.error and others for a damaged file.
+    except Exception as error:
         raise InputError(f"cannot decode image: {_reason(error)}") from error
 
 
@@ -86,7 +85,11 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)  # some builds of PIL lack AVIF and others
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
+    """Opens an encoded picture without decoding its pixels.
+
+    Raises `InputError` for empty data, an unknown format, or more than `MAX_PIXELS` pixels.
+    """
     if not data:
         raise InputError("cannot decode image: it is empty (0 bytes)")
     try:
@@ -111,7 +114,8 @@ def _reason(error: Exception) -> str:
     return text[:200] or type(error).__name__
 
 
-def _upright(opened: Image.Image) -> Image.Image:
+def upright(opened: Image.Image) -> Image.Image:
+    """Turns a picture as its EXIF orientation says."""
     try:
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1  # if not, PIL would only copy it
         return ImageOps.exif_transpose(opened) if turned else opened

@@ -163,7 +163,8 @@ def split_variance(output: jax.Array, channels: int) -> tuple[jax.Array, jax.Arr
         return output, None
     if output.shape[-1] != 2 * channels:
         raise InputError(
-            f"the output has {output.shape[-1]} channels; expected {channels}, or {2 * channels} with learned variance"
+            f"the output has {output.shape[-1]} channels; expected {channels}, "
+            f"or {2 * channels} with learned variance"
         )
     prediction, raw = jnp.split(output, 2, axis=-1)
     return prediction, (raw + 1) / 2

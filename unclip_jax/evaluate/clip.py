@@ -2,8 +2,7 @@
 
 These are the tasks of Radford et al. 2021 (sections 3.1 and 3.2); see also unCLIP appendix C.
 
-Any source of `unclip_jax.data` works. Where a task needs classes, `label` says where a record's class comes
-from:
+Any source of `unclip_jax.data` works. For tasks with classes, `label` says where a record's class comes from:
 
 | `label`        | class                                                      |
 |----------------|------------------------------------------------------------|
@@ -88,8 +87,7 @@ def retrieval(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, dict[int, float]]:
-    """Recall at k, from images to captions and back (`retrieval.recall_at_k`); every caption of an image
-    counts.
+    """Recall at k of all captions from images, and of images from captions (`retrieval.recall_at_k`).
 
     Args:
       bundle: with clip.
@@ -156,8 +154,7 @@ def probe(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Probe:
-    """A linear probe on the image tower's features before the projection, as in CLIP's paper
-    (`linear_probe`).
+    """A linear probe, as in CLIP's paper: on the image tower's features before the projection.
 
     Args:
       train, test: sources with the same classes.

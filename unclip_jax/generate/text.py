@@ -62,7 +62,7 @@ def encode_text(clip: Network, batch: Mapping[str, jax.Array]) -> TextConditioni
 
 
 def text_inputs(model: DiffusionPrior | ARPrior | Decoder, text: TextConditioning) -> dict[str, Any]:
-    """Captions as the arguments of a network: z_t, and tokens if it has its own text encoder, else CLIP's states."""
+    """A network's text arguments: z_t, and tokens if it has its own text encoder, or else CLIP's states."""
     if model.text is None:
         return {"text_embed": text.embed, "text_states": text.states, "text_mask": text.mask}
     return {"text_embed": text.embed, "tokens": text.tokens, "token_mask": text.token_mask}
@@ -78,5 +78,5 @@ def select_text(keep: jax.Array, text: TextConditioning, empty: TextConditioning
 
 
 def twice(tree: Any, guided: bool) -> Any:
-    """Repeats the rows of every array for the two halves of guidance. Without guidance, returns the tree itself."""
+    """Repeats the rows of every array for the two halves of guidance; without guidance, the tree itself."""
     return jax.tree.map(lambda a: jnp.concatenate([a, a]), tree) if guided else tree

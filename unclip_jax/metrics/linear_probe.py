@@ -21,7 +21,7 @@ _SMALL = 10**7  # entries of a matrix; below, one thread is faster than several
 
 
 class Probe(NamedTuple):
-    """accuracy: on the test rows. c: the chosen C. validation_accuracy: on the held-out training rows, with c."""
+    """accuracy: on the test rows. c: the chosen C. validation_accuracy: on the held-out rows, with c."""
 
     accuracy: float
     c: float

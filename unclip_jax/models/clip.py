@@ -1,7 +1,8 @@
-"""CLIP: a ViT image tower and a causal text tower (Radford et al. 2021; unCLIP appendix C for the paper's ViT-H/16).
+"""CLIP: a ViT image tower and a causal text tower (Radford et al. 2021; unCLIP appendix C for the paper's
+ViT-H/16).
 
-The towers are OpenAI's: class token, learned positions, ln_pre and ln_post, QuickGELU; the text tower is causal and pooled at the
-end-of-text token. The logit scale starts at ln(1/0.07) and is clamped to ln 100.
+The towers are OpenAI's: class token, learned positions, ln_pre and ln_post, QuickGELU. The text tower is
+causal and pooled at the end-of-text token. The logit scale starts at ln(1/0.07) and is clamped to ln 100.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MAX_LOGIT_SCALE = math.log(100.0)
 
 
 class TextFeatures(NamedTuple):
-    """What the text tower says of a caption: `embed` (B, D) raw projection, `states` (B, L, W) after the final norm."""
+    """The text tower's output: `embed` (B, D) raw projection, `states` (B, L, W) after the final norm."""
 
     embed: jax.Array
     states: jax.Array
@@ -47,7 +48,8 @@ class ImageTower(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, project: bool = True) -> jax.Array:
-        """(B, H, W, 3) in [-1, 1], H = W = image_size -> (B, D), not normalised; without the projection (B, width).
+        """(B, H, W, 3) in [-1, 1], H = W = image_size -> (B, D), not normalised; (B, width) without
+        projection.
 
         Raises:
           ValueError: when the image is not of the tower's size.
@@ -92,7 +94,7 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Causal transformer over byte-pair tokens, pooled at the end-of-text token, the highest id of the vocabulary."""
+    """Causal transformer over byte-pair tokens, pooled at the end-of-text token: the highest token id."""
 
     embed_dim: int
     vocab_size: int
@@ -109,7 +111,7 @@ class TextTower(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> TextFeatures:
-        """(B, L) int32 ids in [0, vocab_size), L = length -> embed (B, D) not normalised, states (B, L, W)."""
+        """(B, L) int32 in [0, vocab_size), L = length -> embed (B, D) not normalised, states (B, L, W)."""
         b, length = tokens.shape
         if length != self.length:
             raise InputError(f"CLIP's text tower takes {self.length} tokens, got {length}")
@@ -137,8 +139,11 @@ class CLIP(nn.Module):
 
     Attributes:
       embed_dim: D, the joint embedding's size.
-      image: keyword arguments of `ImageTower` (image_size, patch_size, width, layers, heads), None where there is no image tower.
-      text: keyword arguments of `TextTower` (vocab_size, length, width, layers, heads), None where there is no text tower.
+      image: keyword arguments of `ImageTower` (image_size, patch_size, width, layers, heads); None for no
+      image
+        tower.
+      text: keyword arguments of `TextTower` (vocab_size, length, width, layers, heads); None for no text
+        tower.
       activation: `quick_gelu` (OpenAI) or `gelu`.
     """
 
@@ -166,7 +171,7 @@ class CLIP(nn.Module):
         return self.image_tower(image)
 
     def image_features(self, image: jax.Array) -> jax.Array:
-        """As `encode_image`, before the projection: (B, W) float32, what a linear probe reads."""
+        """As `encode_image`, before the projection: (B, W) float32, the features for a linear probe."""
         return self.image_tower(image, project=False)
 
     def encode_text(self, tokens: jax.Array) -> TextFeatures:

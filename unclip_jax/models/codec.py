@@ -1,7 +1,9 @@
-"""The codec of the autoregressive prior: principal components of CLIP image embeddings, cut into buckets (unCLIP section 2.2).
+"""The codec of the autoregressive prior: quantised principal components of CLIP image embeddings (unCLIP
+section 2.2).
 
-The components are ordered by their eigenvalues. The first N projections are cut into `buckets` equal buckets each, between the extremes
-seen in fitting. A code stands for the centre of its bucket, so a projection inside the extremes comes back within half a bucket.
+The components are ordered by their eigenvalues. Each of the first N projections is divided into `buckets`
+equal buckets between the extremes of the fitting data. A code stands for the centre of its bucket, so a
+projection inside the extremes is restored to within half a bucket.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import jax.numpy as jnp
 class Codec(NamedTuple):
     """PCA of embeddings and the range of every projection.
 
-    mean: (D,); components: (D, D), row k the k-th principal direction; eigenvalues: (D,) variances, falling; low, high: (D,) extremes
-    of the projections.
+    mean: (D,). components: (D, D), row k is the k-th principal direction. eigenvalues: (D,) variances,
+    descending. low, high: (D,) extremes of the projections.
     """
 
     mean: jax.Array
@@ -32,12 +34,12 @@ def project(codec: Codec, z: jax.Array, dims: int) -> jax.Array:
 
 
 def unproject(codec: Codec, y: jax.Array) -> jax.Array:
-    """Projections (..., k) -> raw embeddings (..., D): exact at k = D."""
+    """Projections (..., k) -> raw embeddings (..., D). Exact at k = D."""
     return codec.mean + jnp.einsum("...k,kd->...d", y, codec.components[: y.shape[-1]], precision="highest")
 
 
 def quantize(codec: Codec, y: jax.Array, buckets: int) -> jax.Array:
-    """Projections (..., k) -> codes (..., k) int32 in [0, buckets); beyond the extremes, the nearest bucket."""
+    """Projections (..., k) -> codes (..., k) int32 in [0, buckets): beyond the extremes, the nearest."""
     k = y.shape[-1]
     unit = (y - codec.low[:k]) / jnp.maximum(codec.high[:k] - codec.low[:k], 1e-12)
     return jnp.clip(jnp.floor(unit * buckets), 0, buckets - 1).astype(jnp.int32)
@@ -50,6 +52,6 @@ def dequantize(codec: Codec, codes: jax.Array, buckets: int) -> jax.Array:
 
 
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Cosine of corresponding rows (..., D) -> (...): z_i.z_t of CLIP's normalised embeddings."""
+    """Cosine of corresponding rows (..., D) -> (...): for CLIP embeddings, z_i.z_t after normalisation."""
     norm = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     return jnp.sum(a * b, axis=-1) / jnp.maximum(norm, 1e-8)

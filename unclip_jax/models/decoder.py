@@ -12,11 +12,13 @@ from unclip_jax.models.unet import UNet
 
 
 class ClipConditioning(nn.Module):
-    """What CLIP says, made into a vector for the time embedding and tokens for the attention (unCLIP section 2.1).
+    """Turns CLIP's outputs into a vector for the time embedding and tokens for attention (unCLIP section
+    2.1).
 
-    z_i is projected and added to the time embedding, and projected to `clip_tokens` extra tokens that stand before the text
-    states; where `use_text_embed`, z_t is projected and added to the time embedding too (Karlo). A dropped z_i is a learned
-    null embedding. The token projection is laid out as (B, Dc, tokens), then transposed, as in the public weights.
+    One projection of z_i is added to the time embedding. Another makes `clip_tokens` extra tokens, which
+    precede the text states. With `use_text_embed`, a projection of z_t is added to the time embedding too
+    (Karlo). A learned null embedding replaces a dropped z_i. The token projection has the layout (B, Dc,
+    tokens) and is then transposed, as in the public weights.
     """
 
     cond_dim: int
@@ -35,8 +37,9 @@ class ClipConditioning(nn.Module):
         text_states: jax.Array | None,
         text_mask: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """image_embed (B, D), drop_image (B,) bool, text_embed (B, D), text_states (B, L, W), text_mask (B, L) bool
-        -> cond (B, cond_dim), context (B, N, context_dim), context_mask (B, N) bool."""
+        """image_embed (B, D), drop_image (B,) bool, text_embed (B, D), text_states (B, L, W), text_mask (B,
+        L) bool -> cond (B, cond_dim), context (B, N, context_dim), context_mask (B, N) bool.
+        """
         b, d = image_embed.shape
         null = self.param("null_image_embed", nn.initializers.zeros_init(), (d,))
         z = jnp.where(drop_image[:, None], null, image_embed).astype(self.dtype)
@@ -63,13 +66,15 @@ class Decoder(nn.Module):
 
     Attributes:
       unet: keyword arguments of `UNet`.
-      conditioning: keyword arguments of `ClipConditioning` but for cond_dim (context_dim, clip_tokens, ...).
-      text: keyword arguments of the decoder's own `TextEncoder` (the paper), of width context_dim; None: CLIP's states (Karlo), or none.
-      inpaint: it also sees the known part of the image: four more input channels, RGB and mask (GLIDE, on inpainting).
-      scan: the text encoder's blocks in one loop (`Transformer`).
+      conditioning: keyword arguments of `ClipConditioning` except cond_dim (context_dim, clip_tokens, ...).
+      text: keyword arguments of the decoder's own `TextEncoder` (the paper), of width context_dim. None for
+        CLIP's states (Karlo), or no text states.
+      inpaint: the decoder also sees the known part of the image, in four more input channels: RGB and mask
+        (GLIDE, on inpainting).
+      scan: runs the text encoder's blocks as one loop (`Transformer`).
 
-    What image and caption say is the same at every step of a sampler: the conditioning, and the keys and values of its tokens in every
-    attention, are kept in the collection `fixed` (`layers.computed_once`).
+    The image and the caption are the same at every step of a sampler. The collection `fixed` therefore keeps
+    the conditioning, and the keys and values of its tokens in every attention layer (`layers.computed_once`).
     """
 
     unet: dict
@@ -105,12 +110,12 @@ class Decoder(nn.Module):
           x: (B, H, W, 3) noised image.
           t: (B,) time steps in [0, T).
           image_embed: (B, D) raw CLIP image embedding.
-          drop_image: (B,) bool, True where the learned null embedding takes its place.
+          drop_image: (B,) bool, True where the learned null embedding replaces the image embedding.
           text_embed: (B, D) raw CLIP text embedding, when the conditioning uses it.
           text_states: (B, L, W), text_mask: (B, L) bool, when the conditioning uses them.
           tokens: (B, L) int32, token_mask: (B, L) bool, when the decoder has its own text encoder.
-          known_image: (B, H, W, 3) in [-1, 1], known: (B, H, W, 1) bool, True where it is known, when the decoder inpaints; what is
-            not known of the image is not looked at.
+          known_image: (B, H, W, 3) in [-1, 1], known: (B, H, W, 1) bool, True where the image is known, when
+            the decoder inpaints. Unknown pixels are ignored.
           deterministic: False switches dropout on.
 
         Returns:
@@ -141,7 +146,8 @@ class Decoder(nn.Module):
         token_mask: jax.Array | None,
         deterministic: bool,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # What the U-Net is told of image and caption: cond (B, 4 channels), context (B, N, Dc), its mask (B, N).
+        # The U-Net's conditioning on image and caption: cond (B, 4 channels), context (B, N, Dc), its mask
+        # (B, N).
         cond_dim = 4 * self.unet["channels"]
         cond, context, mask = ClipConditioning(
             cond_dim=cond_dim, dtype=self.dtype, name="conditioning", **self.conditioning

@@ -1,7 +1,8 @@
-"""Layers shared by the transformers and the U-Net: attention, time embedding, normalisation, activations, the gather hook.
+"""Layers that the transformers and the U-Net share: attention, time embedding, normalisation, activations,
+hooks.
 
-Shape letters: B batch, L tokens, W width, K heads, C channels. Softmax and normalisation statistics are float32 whatever the
-compute dtype.
+Shape letters: B batch, L tokens, W width, K heads, C channels. Softmax and normalisation statistics are
+float32 in every compute dtype.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Scaled dot-product attention. On NVIDIA GPUs, in half precision and at even lengths, cuDNN's fused one.
+    """Scaled dot-product attention. It uses cuDNN's fused kernel on NVIDIA GPUs, in half precision at even
+    lengths.
 
     Args:
       q: (B, Lq, K, D) queries.
       k: (B, Lk, K, D) keys.
       v: (B, Lk, K, D) values.
-      mask: bool, broadcastable to (B, K, Lq, Lk); True where attention is allowed. Every row must allow something: a row with
-        nothing allowed becomes the plain mean of the values.
+      mask: bool, broadcastable to (B, K, Lq, Lk); True where attention is allowed. Every row must allow at
+        least one key: a row that allows none becomes the mean of the values.
 
     Returns:
       (B, Lq, K, D) in the dtype of `v`.
@@ -61,19 +63,16 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
         return jnp.einsum("bkqp,bpkd->bqkd", weights, v)
 
     def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        every = None if mask is None else jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
-        return jax.nn.dot_product_attention(q, k, v, mask=every, implementation="cudnn")
+        full = None if mask is None else jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
+        return jax.nn.dot_product_attention(q, k, v, mask=full, implementation="cudnn")
 
-    # Its gradient refuses masks of odd lengths, and says so when it is too late to do without.
+    # The gradient of cuDNN's kernel rejects masks of odd lengths. That error comes too late to fall back on
+    # `plain`.
     if v.dtype.itemsize == 2 and jax.default_backend() == "gpu" and q.shape[1] % 2 == k.shape[1] % 2 == 0:
         try:
             jax.eval_shape(fused, q, k, v)
             return jax.lax.platform_dependent(q, k, v, cuda=fused, default=plain)
-        except (
-            ValueError,
-            NotImplementedError,
-            RuntimeError,
-        ):  # other shapes that it does not take, or no cuDNN
+        except (ValueError, NotImplementedError, RuntimeError):  # no cuDNN, or other unsupported shapes
             pass
     return plain(q, k, v)
 
@@ -128,11 +127,16 @@ class LayerNorm(nn.Module):
 
 
 def computed_once(module: nn.Module, name: str, compute: Callable[[], Any]) -> Any:
-    """What a sampler's steps have in common: taken from the variable collection `fixed` where there is one, else computed, and kept there
-    where the caller made the collection mutable. `apply(..., mutable=["fixed"])` fills it; later calls are given it.
+    """A value that all steps of a sampler share.
+
+    It is read from the variable collection `fixed` if it is there, and computed otherwise. If the caller made
+    the collection mutable, the computed value is stored in it: `apply(..., mutable=["fixed"])` fills the
+    collection, and the caller passes it to later calls.
 
     Args:
-      module: whose value it is; name: of the value in the module; compute: without arguments.
+      module: the module that owns the value.
+      name: name of the value in the module.
+      compute: computes the value, without arguments.
     """
     if module.has_variable("fixed", name):
         return module.get_variable("fixed", name)
@@ -147,7 +151,10 @@ _COUNTING = contextvars.ContextVar("counting", default=False)
 
 @contextlib.contextmanager
 def without_remat() -> Iterator[None]:
-    """Inside, models are traced as if `remat` were "none": for counting the operations that a model itself needs."""
+    """A context in which models are traced as if `remat` were "none".
+
+    It serves to count the operations that a model itself needs.
+    """
     token = _COUNTING.set(True)
     try:
         yield
@@ -156,8 +163,15 @@ def without_remat() -> Iterator[None]:
 
 
 def checkpoint(function: Any, wrap: Callable[..., Any], remat: str) -> Any:
-    """What `remat` makes of a function (or a module's class): "none", itself; "full", `wrap()`, of which nothing but the arguments is kept
-    for the backward pass; or, by the name of one of jax's policies (`REMAT_POLICIES`), `wrap(policy=...)`, which keeps more.
+    """Applies `remat` to a function (or a module's class).
+
+    Args:
+      function: the function.
+      wrap: makes the rematerialised function, with an optional `policy`.
+      remat: "none" returns the function itself. "full" returns `wrap()`, which keeps only the arguments for
+      the
+        backward pass. The name of one of jax's policies (`REMAT_POLICIES`) returns `wrap(policy=...)`, which
+        keeps more.
 
     Raises:
       ValueError: on another name.
@@ -181,19 +195,21 @@ def with_hooks(
     """Wraps a block class in the two hooks that act at block boundaries.
 
     Args:
-      module: the one that uses the block.
+      module: the module that uses the block.
       block: the linen class.
-      gather: called on the block's parameter tree just before use (identity when None). It lets the caller gather sharded
-        parameters block by block while the model itself knows no mesh.
-      remat: what of the block's activations is computed again in the backward pass instead of kept (`checkpoint`). The gathered
-        parameters are inside the recomputed region, so they are gathered again rather than kept.
+      gather: called on the block's parameter tree just before use (identity when None). It lets the caller
+      gather
+        sharded parameters block by block, while the model itself knows no mesh.
+      remat: which of the block's activations the backward pass recomputes (`checkpoint`). The gathered
+      parameters
+        are inside the recomputed region, so the backward pass gathers them again.
       static_argnums: positions (self is 0) of `__call__` arguments that are Python values.
 
     Returns:
       A class with the same attributes, call signature and parameter names.
     """
     if gather is not None:
-        fresh = module.is_initializing()
-        block = nn.map_variables(block, "params", trans_in_fn=gather, init=fresh, mutable=fresh)
+        init = module.is_initializing()
+        block = nn.map_variables(block, "params", trans_in_fn=gather, init=init, mutable=init)
     wrap = functools.partial(nn.remat, block, static_argnums=static_argnums, prevent_cse=True)
     return checkpoint(block, wrap, remat)

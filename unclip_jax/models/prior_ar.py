@@ -1,10 +1,10 @@
 """The autoregressive prior: CLIP image embeddings as a sequence of codes (unCLIP section 2.2).
 
-The codes are those of `models.codec`. The model is a causal transformer over [z_t, d, c_1, ..., c_N], where d is the quantised
-dot product z_i.z_t. The token before c_n predicts c_n. The caption reaches the transformer as keys and values that stand before
-the keys and values of each layer. (The paper does not say how the caption enters. Its transformer has a context of 384, which
-319 codes and 256 text tokens exceed.) The model never predicts d: training uses the true one, and sampling draws it from the
-upper part of its distribution over the training data.
+The codes are those of `models.codec`. The model is a causal transformer over [z_t, d, c_1, ..., c_N], where d
+is the quantised dot product z_i.z_t. The token before c_n predicts c_n. Each layer prepends the caption's
+keys and values to those of the sequence. (The paper does not say how the caption enters. Its transformer has
+a context of 384, which 319 codes and 256 text tokens exceed.) The model never predicts d: training uses the
+true one, and sampling draws it from the upper part of its distribution over the training data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EXTRA_TOKENS = 2  # z_t and the dot product
 
 
 def dot_token(edges: jax.Array, z_image: jax.Array, z_text: jax.Array) -> jax.Array:
-    """The bin of z_i.z_t: raw embeddings (B, D) twice, edges (bins - 1,) rising -> (B,) int32 in [0, bins)."""
+    """The bin of z_i.z_t: edges (bins - 1,) ascending, raw embeddings (B, D) -> (B,) int32 in [0, bins)."""
     return jnp.searchsorted(edges, cosine(z_image, z_text)).astype(jnp.int32)
 
 
@@ -36,7 +36,7 @@ class ARPrior(nn.Module):
       dot_bins: values of the dot-product token.
       length: L, the number of text states.
       width, layers, heads: of the transformer.
-      text: keyword arguments of its own `TextEncoder` (the paper), None: CLIP's text states.
+      text: keyword arguments of the prior's own `TextEncoder` (the paper); None for CLIP's text states.
     """
 
     codes: int
@@ -69,8 +69,8 @@ class ARPrior(nn.Module):
             "position_embedding", nn.initializers.normal(0.01), (self.codes + 1, self.width)
         )
         self.transformer = Transformer(
-            self.layers, self.heads, mlp_ratio=self.mlp_ratio, activation=self.activation, dropout=self.dropout,
-            remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather,
+            self.layers, self.heads, mlp_ratio=self.mlp_ratio, activation=self.activation,
+            dropout=self.dropout, remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather,
         )  # fmt: skip
         self.ln_out = LayerNorm(dtype=self.dtype)
         self.logits_out = nn.Dense(self.buckets, dtype=self.dtype)
@@ -90,7 +90,10 @@ class ARPrior(nn.Module):
         token_mask: jax.Array | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, jax.Array]:
-        """What the layers see of the caption: states (B, L, Wt) and mask (B, L). CLIP's pass through; tokens (B, L) int32 are encoded."""
+        """The caption as the layers see it: states (B, L, Wt) and mask (B, L).
+
+        CLIP's states pass through. The prior's own text encoder encodes tokens (B, L) int32.
+        """
         if self.text is None:
             return text_states, text_mask
         return self.text_encoder(tokens, token_mask, deterministic)[0], jnp.ones(tokens.shape, bool)
@@ -107,21 +110,23 @@ class ARPrior(nn.Module):
         token_mask: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """Logits of every code given those before it.
+        """Logits of every code, given the codes before it.
 
         Args:
           codes: (B, N) int32 in [0, buckets).
           dot: (B,) int32 in [0, dot_bins).
           text_embed: (B, D) raw z_t.
           text_states: (B, L, Wt) text tower states, or tokens: (B, L) int32.
-          text_mask, token_mask: (B, L) bool, of the one given: True on the caption's own tokens.
+          text_mask, token_mask: (B, L) bool, the mask of the states or of the tokens: True on the caption's
+          own
+            tokens.
           deterministic: False switches dropout on (needs the `dropout` RNG).
 
         Returns:
           (B, N, buckets) float32.
 
         Raises:
-          ValueError: when codes or text have another length than the model.
+          ValueError: when the length of the codes or of the text is not the model's.
         """
         b, n = codes.shape
         text_states, text_mask = self.encode_text(
@@ -133,7 +138,8 @@ class ARPrior(nn.Module):
         )
         if n != self.codes or text_states.shape[1] != self.length:
             raise InputError(
-                f"this prior has {self.codes} codes and {self.length} text states, got {n} and {text_states.shape[1]}"
+                f"this prior has {self.codes} codes and {self.length} text states, "
+                f"got {n} and {text_states.shape[1]}"
             )
         x = jnp.concatenate([self._start(dot, text_embed), self.code_embedding(codes[:, :-1])], axis=1)
         x = x + self.position_embedding.astype(self.dtype)
@@ -144,21 +150,28 @@ class ARPrior(nn.Module):
     def prefill(
         self, dot: jax.Array, *, text_embed: jax.Array, text_states: jax.Array, text_mask: jax.Array
     ) -> tuple[jax.Array, list[KeysValues]]:
-        """The first code's logits (B, buckets), and caches with room for all codes; the caption as `encode_text` returns it."""
+        """The first code's logits (B, buckets), and caches with room for all codes.
+
+        The caption is given as `encode_text` returns it.
+        """
         b = dot.shape[0]
         x = self._start(dot, text_embed) + self.position_embedding[:EXTRA_TOKENS].astype(self.dtype)
         text = jnp.broadcast_to(text_mask.astype(bool)[:, None, None], (b, 1, EXTRA_TOKENS, self.length))
         mask = jnp.concatenate(
             [text, jnp.broadcast_to(causal_mask(EXTRA_TOKENS), (b, 1, EXTRA_TOKENS, EXTRA_TOKENS))], axis=-1
         )
-        x, kept = self.transformer.run(x, mask, True, text_states)
-        room = lambda a: jnp.pad(a, ((0, 0), (0, self.codes + 1 - EXTRA_TOKENS), (0, 0), (0, 0)))
-        return self._logits(x[:, -1]), [KeysValues(*map(room, layer)) for layer in kept]
+        x, layers = self.transformer.run(x, mask, True, text_states)
+        pad = lambda a: jnp.pad(a, ((0, 0), (0, self.codes + 1 - EXTRA_TOKENS), (0, 0), (0, 0)))
+        return self._logits(x[:, -1]), [KeysValues(*map(pad, layer)) for layer in layers]
 
     def extend(
         self, code: jax.Array, n: jax.Array, caches: list[KeysValues], *, text_mask: jax.Array
     ) -> tuple[jax.Array, list[KeysValues]]:
-        """Given the n-th code (B,) (n from 0), the next one's logits (B, buckets) and the caches with it added."""
+        """Adds the n-th code (B,) (n from 0) to the caches.
+
+        Returns:
+          The next code's logits (B, buckets), and the caches.
+        """
         position = n + EXTRA_TOKENS
         x = self.code_embedding(code)[:, None] + jnp.take(self.position_embedding, position, axis=0).astype(
             self.dtype

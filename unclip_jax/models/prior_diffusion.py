@@ -1,12 +1,13 @@
 """The diffusion prior: a causal transformer that denoises CLIP image embeddings (unCLIP section 2.2).
 
-The sequence is [text (L), z_t, time step, noised z_i, query]; the prediction of the clean z_i is read at the query. As the mask is
-causal and the text comes first, the first L + 1 tokens never depend on t or on the noised embedding: sampling keeps their keys and values
-(`prefill`) and runs three tokens a step (`predict`). The text is either the states of the
-frozen CLIP (Karlo), or embedded tokens, so that this one transformer encodes the caption too (our reading of the paper).
+The sequence is [text (L), z_t, time step, noised z_i, query]. The output at the query is the prediction of
+the clean z_i. The mask is causal and the text comes first, so the first L + 1 tokens do not depend on t or on
+the noised embedding. Sampling therefore keeps their keys and values (`prefill`) and runs three tokens per
+step (`predict`). The text is either the states of the frozen CLIP (Karlo) or embedded tokens. With tokens,
+this one transformer encodes the caption too (our reading of the paper).
 
-Same topology as the public Karlo prior: pre-norm blocks, exact GELU, one learned position per token, separate input projections
-for the text states, z_t and the noised embedding.
+The topology is that of the public Karlo prior: pre-norm blocks, exact GELU, one learned position per token,
+separate input projections for the text states, z_t and the noised embedding.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class DiffusionPrior(nn.Module):
       embed_dim: D, the size of CLIP's embeddings.
       length: L, the number of text states or tokens.
       width, layers, heads: of the transformer.
-      text: {"num_embeddings": number of token ids} when it takes tokens, None when it takes CLIP's text states.
+      text: {"num_embeddings": number of token ids} for a prior on tokens, None for one on CLIP's text states.
     """
 
     embed_dim: int
@@ -62,8 +63,8 @@ class DiffusionPrior(nn.Module):
             "position_embedding", nn.initializers.normal(0.01), (slots, self.width)
         )
         self.transformer = Transformer(
-            self.layers, self.heads, mlp_ratio=self.mlp_ratio, activation=self.activation, dropout=self.dropout,
-            remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather,
+            self.layers, self.heads, mlp_ratio=self.mlp_ratio, activation=self.activation,
+            dropout=self.dropout, remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather,
         )  # fmt: skip
         self.ln_out = LayerNorm(dtype=self.dtype)
         self.z_out = nn.Dense(self.embed_dim, dtype=self.dtype)
@@ -76,14 +77,15 @@ class DiffusionPrior(nn.Module):
         tokens: jax.Array | None,
         token_mask: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
-        # The tokens that depend on the caption alone (B, L + 1, W), and what may be seen of all slots (B, L + 4).
-        given, mask = (text_states, text_mask) if self.text is None else (tokens, token_mask)
-        if given.shape[1] != self.length:
-            raise InputError(f"the prior was built for {self.length} text states, got {given.shape[1]}")
+        # The tokens that depend on the caption alone (B, L + 1, W), and the slots that may be attended to (B,
+        # L + 4).
+        text, mask = (text_states, text_mask) if self.text is None else (tokens, token_mask)
+        if text.shape[1] != self.length:
+            raise InputError(f"the prior was built for {self.length} text states, got {text.shape[1]}")
         if self.text is None:
-            states = self.text_states_in(given.astype(self.dtype))
+            states = self.text_states_in(text.astype(self.dtype))
         else:
-            states = self.token_embedding(given).astype(self.dtype)
+            states = self.token_embedding(text).astype(self.dtype)
         x = jnp.concatenate([states, self.text_embed_in(text_embed.astype(self.dtype))[:, None]], axis=1)
         return x, jnp.pad(mask.astype(bool), ((0, 0), (0, EXTRA_TOKENS)), constant_values=True)
 
@@ -114,14 +116,15 @@ class DiffusionPrior(nn.Module):
           t: (B,) time steps in [0, T).
           text_embed: (B, D) raw z_t.
           text_states: (B, L, Wt) text tower states, or tokens: (B, L) int32.
-          text_mask, token_mask: (B, L) bool, of the one given: True on the caption's own tokens; every row keeps its start token.
+          text_mask, token_mask: (B, L) bool, the mask of the states or of the tokens: True on the caption's
+            own tokens. Every row keeps its start token.
           deterministic: False switches dropout on (needs the `dropout` RNG).
 
         Returns:
           (B, D) float32, the predicted clean embedding in the normalised space.
 
         Raises:
-          ValueError: when the text has another length than the model.
+          ValueError: when the length of the text is not the model's.
         """
         caption, allowed = self._caption(text_embed, text_states, text_mask, tokens, token_mask)
         x = jnp.concatenate([caption, self._noised(z, t)], axis=1) + self.position_embedding.astype(
@@ -140,17 +143,24 @@ class DiffusionPrior(nn.Module):
         tokens: jax.Array | None = None,
         token_mask: jax.Array | None = None,
     ) -> tuple[list[KeysValues], jax.Array]:
-        """Keys and values of the captions, which no step changes, with room for the three tokens that follow; and what may be seen of all
-        slots, (B, L + 4) bool. Arguments as those of `__call__`."""
+        """Caches for `predict`; the arguments are those of `__call__`.
+
+        Returns:
+          The keys and values of the captions, which are the same at every step, with room for the three
+          tokens that follow; and the slots that may be attended to, (B, L + 4) bool.
+        """
         caption, allowed = self._caption(text_embed, text_states, text_mask, tokens, token_mask)
         n = caption.shape[1]
         mask = causal_mask(n) & allowed[:, None, None, :n]
-        _, kept = self.transformer.run(caption + self.position_embedding[:n].astype(self.dtype), mask)
-        room = lambda a: jnp.pad(a, ((0, 0), (0, EXTRA_TOKENS - 1), (0, 0), (0, 0)))
-        return [KeysValues(*map(room, layer)) for layer in kept], allowed
+        _, layers = self.transformer.run(caption + self.position_embedding[:n].astype(self.dtype), mask)
+        pad = lambda a: jnp.pad(a, ((0, 0), (0, EXTRA_TOKENS - 1), (0, 0), (0, 0)))
+        return [KeysValues(*map(pad, layer)) for layer in layers], allowed
 
     def predict(self, z: jax.Array, t: jax.Array, caches: list[KeysValues], allowed: jax.Array) -> jax.Array:
-        """As `__call__`, from what `prefill` returns for the same rows: one pass over three tokens a step instead of L + 4."""
+        """As `__call__`, with the caches that `prefill` returns for the same rows.
+
+        A step is one pass over three tokens instead of L + 4.
+        """
         n = self.length + 1
         x = self._noised(z, t) + self.position_embedding[n:].astype(self.dtype)
         mask = causal_mask(n + EXTRA_TOKENS - 1)[:, :, n:] & allowed[:, None, None, :]

@@ -1,7 +1,8 @@
-"""A stage's own text encoder, trained with it: GLIDE's (Nichol et al. 2021, section 3.2), in unCLIP's decoder and autoregressive prior.
+"""A stage's own text encoder, trained with the stage: GLIDE's (Nichol et al. 2021, section 3.2).
 
-Token embeddings and learned positions go through a transformer without a causal mask. Padding is not masked: a learned embedding per
-position takes its place. The whole output feeds the attention of the stage, the last position its time embedding.
+unCLIP uses it in the decoder and in the autoregressive prior. Token embeddings plus learned positions pass
+through a transformer without a causal mask. Padding is not masked: a learned embedding per position replaces
+it. All states feed the stage's attention, and the last one feeds its time embedding.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from unclip_jax.models.transformer import Transformer
 
 
 class TextEncoder(nn.Module):
-    """Captions to states.
+    """Encodes captions as states.
 
     Attributes:
       vocab_size: number of token ids.
@@ -50,7 +51,7 @@ class TextEncoder(nn.Module):
           states (B, L, W), and the last of them (B, W).
 
         Raises:
-          ValueError: when the captions have another length than the encoder.
+          ValueError: when the length of the captions is not the encoder's.
         """
         if tokens.shape[1] != self.length:
             raise InputError(f"the text encoder was built for {self.length} tokens, got {tokens.shape[1]}")
@@ -62,8 +63,8 @@ class TextEncoder(nn.Module):
             mask[..., None], x + table("position_embedding", 0.01), table("padding_embedding", 0.01)
         ).astype(self.dtype)
         x = Transformer(
-            self.layers, self.heads, dropout=self.dropout, remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather,
-            name="transformer",
+            self.layers, self.heads, dropout=self.dropout, remat=self.remat, scan=self.scan,
+            dtype=self.dtype, gather=self.gather, name="transformer",
         )(x, None, deterministic)  # fmt: skip
         x = LayerNorm(dtype=self.dtype, name="ln_out")(x)
         return x, x[:, -1]

@@ -1,8 +1,10 @@
 """The pre-norm transformer shared by CLIP's towers and by both priors.
 
-x <- x + Attention(LN(x)); x <- x + MLP(LN(x)). Keys and values of a context may stand before a block's own, as in GLIDE's attention, and
-those of earlier tokens may be kept in a cache, for sampling token by token. Initialisation is CLIP's (Radford et al. 2021, section 2.4
-and released code): attention W^-1/2, both residual projections W^-1/2 (2 layers)^-1/2, the MLP's first layer (2 W)^-1/2; biases zero.
+x <- x + Attention(LN(x)); x <- x + MLP(LN(x)). A block may prepend the keys and values of a context to its
+own, as in GLIDE's attention. A cache may hold the keys and values of earlier tokens, for sampling token by
+token. Initialisation is CLIP's (Radford et al. 2021, section 2.4 and released code). The standard deviations
+are W^-1/2 for attention, W^-1/2 (2 layers)^-1/2 for both residual projections and (2 W)^-1/2 for the MLP's
+first layer. Biases are zero.
 """
 
 from __future__ import annotations
@@ -50,10 +52,12 @@ class Attention(nn.Module):
         """(B, L, W) -> (B, L, W), and the keys and values it attended to.
 
         Args:
+          x: (B, L, W) the sequence.
           mask: bool, broadcastable to (B, K, L, P) for P keys, or None.
-          context: (B, Lc, Wc) tokens whose keys and values stand before the sequence's own (P = Lc + L).
-          cache: keys and values of P slots, the context's and earlier tokens' among them: the sequence's own are written at slot `index`.
-            The context is then in it already and is not given again.
+          context: (B, Lc, Wc) tokens whose keys and values precede those of the sequence (P = Lc + L).
+          cache: keys and values of P slots, which already hold those of the context and of earlier tokens.
+            `context` is then not used.
+          index: the slot of the cache from which the sequence's keys and values are written.
         """
         width = x.shape[-1]
         if width % self.heads:
@@ -104,12 +108,13 @@ class Block(nn.Module):
         cache: KeysValues | None = None,
         index: jax.Array | int = 0,
     ) -> tuple[jax.Array, KeysValues]:
-        """(B, L, W) -> (B, L, W), and the layer's keys and values; arguments as those of `Attention`."""
+        """(B, L, W) -> (B, L, W), and the layer's keys and values. The arguments are those of `Attention`."""
         width = x.shape[-1]
         out_std = width**-0.5 * (2 * self.layers) ** -0.5
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         h = LayerNorm(dtype=self.dtype, name="ln1")(x)
-        h, kept = Attention(self.heads, out_std, self.dtype, name="attn")(h, mask, context, cache, index)
+        attention = Attention(self.heads, out_std, self.dtype, name="attn")
+        h, keys_values = attention(h, mask, context, cache, index)
         x = x + drop(h)
         h = LayerNorm(dtype=self.dtype, name="ln2")(x)
         hidden = round(width * self.mlp_ratio)
@@ -118,7 +123,7 @@ class Block(nn.Module):
         )(h)
         h = ACTIVATIONS[self.activation](h)
         h = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.normal(out_std), name="fc2")(h)
-        return x + drop(h), kept
+        return x + drop(h), keys_values
 
 
 class Transformer(nn.Module):
@@ -130,9 +135,11 @@ class Transformer(nn.Module):
       mlp_ratio: hidden width of the MLP over the width.
       activation: `gelu` (exact) or `quick_gelu`.
       dropout: on both residual branches, in [0, 1).
-      remat: what each block computes again in the backward pass (`layers.checkpoint`).
-      scan: run the blocks as one loop over their parameters, stacked as it begins: compiling does not take longer with depth. Names and
-        results are the same, but for the noise of dropout. Slower on CPU; where keys and values are kept the blocks run one by one.
+      remat: what each block recomputes in the backward pass (`layers.checkpoint`).
+      scan: runs the blocks as one loop over their parameters, which are stacked before the loop. The compile
+      time
+        then does not grow with depth. Names and results are the same, except the noise of dropout. The loop
+        is slower on CPU. Where keys and values are kept, the blocks run one by one.
       gather: hook on each block's parameters (see `layers.with_hooks`).
     """
 
@@ -153,7 +160,14 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         context: jax.Array | None = None,
     ) -> jax.Array:
-        """(B, L, W), bool mask broadcastable to (B, K, L, P) or None, context (B, Lc, Wc) or None -> (B, L, W); P = Lc + L keys."""
+        """(B, L, W) -> (B, L, W).
+
+        Args:
+          x: (B, L, W) the sequence.
+          mask: bool, broadcastable to (B, K, L, P) for P = Lc + L keys, or None.
+          deterministic: False switches dropout on.
+          context: (B, Lc, Wc) or None.
+        """
         return self.run(x, mask, deterministic, context, keep=False)[0]
 
     @nn.compact
@@ -167,8 +181,10 @@ class Transformer(nn.Module):
         index: jax.Array | int = 0,
         keep: bool = True,
     ) -> tuple[jax.Array, list[KeysValues]]:
-        """As `__call__`, also returning every layer's keys and values, to be given as `caches` for the tokens that follow (`Attention`);
-        none of them unless `keep`."""
+        """As `__call__`; also returns every layer's keys and values, or an empty list unless `keep`.
+
+        The caller passes them as `caches` for the tokens that follow (`Attention`).
+        """
         if self.scan and not keep and not self.is_initializing():
             return self._scanned(x, mask, deterministic, context), []
         block = with_hooks(self, Block, self.gather, self.remat, static_argnums=(3,))
@@ -203,10 +219,10 @@ class Transformer(nn.Module):
         )
 
         def body(x, layer):
-            own, key = layer
-            own = own if self.gather is None else self.gather(own)
+            params, key = layer
+            params = params if self.gather is None else self.gather(params)
             rngs = {} if key is None else {"dropout": key}
-            return block.apply({"params": own}, x, mask, deterministic, context, rngs=rngs)[0], None
+            return block.apply({"params": params}, x, mask, deterministic, context, rngs=rngs)[0], None
 
         body = checkpoint(body, functools.partial(jax.checkpoint, body, prevent_cse=False), self.remat)
         return jax.lax.scan(body, x, (stacked, keys))[0]

@@ -1,15 +1,19 @@
 """The ADM / GLIDE U-Net, shared by the decoder and the upsamplers (unCLIP section 2.1).
 
-Each level has `res_blocks` residual blocks, followed by one that halves the resolution; the way up mirrors it with one block more
-per level, every block taking a skip connection. Residual blocks are ADM's (Dhariwal and Nichol 2021, appendix; papers' "scale-shift"):
+Each level has `res_blocks` residual blocks, followed by one that halves the resolution. The way up mirrors it
+with one more block per level, and every block takes a skip connection. Residual blocks are ADM's (Dhariwal
+and Nichol 2021, appendix; "scale-shift" in the papers):
 
-    h = conv(resample(silu(norm(x))));  h = norm(h) * (1 + scale(t)) + shift(t);  out = resample(x) + zero_conv(dropout(silu(h)))
+    h = conv(resample(silu(norm(x))));  h = norm(h) * (1 + scale(t)) + shift(t);  out = resample(x) +
+    zero_conv(dropout(silu(h)))
 
-Without `scale_shift` the time embedding is added before the norm instead: h = norm(h + shift(t)) (the older form; Karlo's upsamplers).
+Without `scale_shift` the time embedding is added before the norm instead: h = norm(h + shift(t)) (the older
+form; Karlo's upsamplers).
 
-Attention concatenates projected context tokens (text states and CLIP tokens) to the keys and values of self-attention, as GLIDE
-does. Output layers start at zero: a fresh U-Net returns exactly zero, and its equal-channel blocks are identities. Resampling is
-average pooling on the way down and nearest neighbour on the way up, applied to both branches.
+Attention concatenates projected context tokens (text states and CLIP tokens) to the keys and values of
+self-attention, as GLIDE does. Output layers start at zero: a new U-Net returns exactly zero, and its blocks
+with equal channels are identities. Resampling is average pooling on the way down and nearest neighbour on the
+way up, applied to both branches.
 
 The topology is that of the public Karlo decoder and super-resolution networks.
 """
@@ -42,10 +46,11 @@ RESAMPLE = {None: lambda x: x, "down": downsample, "up": upsample}
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation, epsilon 1e-5, statistics in float32, the groups counted by the U-Net (32 in the papers).
+    """Group normalisation: epsilon 1e-5, statistics in float32; `groups` groups (32 in the papers).
 
-    The statistics are those of flax's; here they are reduced per channel first and per group after. Channels stay the minor axis,
-    which vectorises, where a (..., groups, channels / groups) view of the image does not.
+    The statistics equal those of flax's GroupNorm. Here they are reduced per channel first and then per
+    group, so that channels stay the minor axis. This vectorises; a (..., groups, channels / groups) view of
+    the image does not.
     """
 
     groups: int
@@ -72,7 +77,10 @@ class GroupNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """ADM's residual block. `resample` is None, "down" or "up"; `scale_shift` is how the time embedding enters (module docstring)."""
+    """ADM's residual block.
+
+    `resample` is None, "down" or "up". `scale_shift` says how the time embedding enters (module docstring).
+    """
 
     channels: int
     groups: int = 32
@@ -116,7 +124,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over positions, with context tokens put before the keys and values."""
+    """Self-attention over positions. Keys and values of the context tokens precede those of the positions."""
 
     head_channels: int
     groups: int = 32
@@ -134,10 +142,11 @@ class AttentionBlock(nn.Module):
         q, k, v = dense("query")(y), dense("key")(y), dense("value")(y)
         mask = None
         if context is not None:
-            fixed = computed_once(
+            context_k, context_v = computed_once(
                 self, "context", lambda: (dense("context_key")(context), dense("context_value")(context))
             )
-            k, v = (jnp.concatenate([before, own], axis=1) for before, own in zip(fixed, (k, v)))
+            k = jnp.concatenate([context_k, k], axis=1)
+            v = jnp.concatenate([context_v, v], axis=1)
             if context_mask is not None:
                 mask = jnp.pad(context_mask.astype(bool), ((0, 0), (0, h * w)), constant_values=True)[
                     :, None, None, :
@@ -152,8 +161,8 @@ class UNet(nn.Module):
     """The network shared by decoder and upsamplers.
 
     Attributes:
-      image_size: side of the images it is trained on; `attention_resolutions` are counted from it. Networks without attention
-        may be applied at any size that halves evenly.
+      image_size: side of the training images. `attention_resolutions` refer to images of this size. A network
+        without attention may be applied at any size that halves evenly.
       out_channels: 3, or 6 with learned variance.
       channels: base width; level i has channels * channel_mult[i].
       channel_mult: one factor per level.
@@ -161,11 +170,13 @@ class UNet(nn.Module):
       attention_resolutions: sides at which every block is followed by attention, e.g. (32, 16, 8).
       middle_attention: attention between the two middle blocks.
       head_channels: channels per attention head.
-      groups: groups of the group normalisation; every level's width must be a multiple.
+      groups: groups of the group normalisation; every level's width must be a multiple of it.
       dropout: inside the residual blocks, in [0, 1).
-      scale_shift: the time embedding scales and shifts after the norm; False adds it before (Karlo's upsamplers).
-      remat: what each block computes again in the backward pass (`layers.checkpoint`).
-      winograd: convolutions of the residual blocks with fewer products (`winograd.conv3x3`): for sampling in float32 on CPU.
+      scale_shift: the time embedding scales and shifts after the norm; False adds it before (Karlo's
+        upsamplers).
+      remat: what each block recomputes in the backward pass (`layers.checkpoint`).
+      winograd: the residual blocks use convolutions with fewer products (`winograd.conv3x3`), for sampling in
+        float32 on CPU.
       gather: hook on each block's parameters.
     """
 
@@ -215,7 +226,8 @@ class UNet(nn.Module):
         levels = len(self.channel_mult)
         if x.shape[1] % 2 ** (levels - 1) or x.shape[2] % 2 ** (levels - 1):
             raise InputError(
-                f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, got {x.shape[1:3]}"
+                f"a U-Net of {levels} levels needs sides that are multiples of {2 ** (levels - 1)}, "
+                f"got {x.shape[1:3]}"
             )
         res_class = with_hooks(self, ResBlock, self.gather, self.remat, static_argnums=(3,))
         attention_class = with_hooks(self, AttentionBlock, self.gather, self.remat)

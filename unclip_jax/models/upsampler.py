@@ -11,7 +11,9 @@ from unclip_jax.models.unet import UNet
 
 
 class Upsampler(nn.Module):
-    """P(x | low_res): the U-Net on the noised image and the enlarged low-resolution image, concatenated (unCLIP section 2.1).
+    """P(x | low_res): the U-Net on the noised image, concatenated with the enlarged low-resolution image.
+
+    See unCLIP section 2.1.
 
     Attributes:
       unet: keyword arguments of `UNet`; the papers' upsamplers have no attention.
@@ -26,7 +28,7 @@ class Upsampler(nn.Module):
     gather: Gather | None = None
 
     def enlarge(self, low_res: jax.Array, size: tuple[int, int]) -> jax.Array:
-        """(B, h, w, 3) -> (B, *size, 3) as the U-Net sees it; an image of that size is returned as it is."""
+        """(B, h, w, 3) -> (B, *size, 3), the U-Net's input. An image of that size is returned unchanged."""
         return jax.image.resize(low_res, (low_res.shape[0], *size, low_res.shape[-1]), self.resize)
 
     @nn.compact

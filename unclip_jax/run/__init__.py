@@ -1,1 +1,1 @@
-"""What a training run is and the method is not: its state, its loop, its checkpoints and figures."""
+"""The machinery of a training run, apart from the method: its state, loop, checkpoints and figures."""

@@ -18,20 +18,20 @@ from unclip_jax.sharding import Mesh, own_rows, shard_batch
 
 
 class Data(NamedTuple):
-    """The training source, and the evaluation sources by name (`eval` where a stage has a single one)."""
+    """The training source, and the evaluation sources by name. The name of a single source is `eval`."""
 
     train: Source
     held_out: dict[str, Source]
 
 
 def open_data(config: ConfigDict) -> Data:
-    """The sources of `config.data`.
+    """Opens the sources of `config.data`.
 
     Raises:
       ValueError, FileNotFoundError: as `data.sources.make_source`.
     """
     evaluation = config.data.get("eval", {})
-    if isinstance(evaluation.get("name"), str):  # a single source, and not sources by name
+    if isinstance(evaluation.get("name"), str):  # a single source, not several by name
         evaluation = {"eval": evaluation}
     return Data(
         make_source(config.data.train), {name: make_source(source) for name, source in evaluation.items()}
@@ -41,7 +41,7 @@ def open_data(config: ConfigDict) -> Data:
 def train_batches(
     config: ConfigDict, source: Source, make_example: pipeline.MakeExample, mesh: Mesh, start: int, stop: int
 ) -> pipeline.TrainBatches:
-    """This host's training batches of the steps from `start` to `stop`, as `config.data` says."""
+    """This host's training batches for the steps from `start` to `stop`, as `config.data` describes them."""
     backend = config.data.backend
     if backend == "auto":
         backend = "tf" if importlib.util.find_spec("tensorflow") else "numpy"
@@ -61,10 +61,17 @@ def train_batches(
 def eval_batches(
     source: Source, make_example: Callable, mesh: Mesh, batch_size: int, limit: int
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """`pipeline.eval_batches` of the first `limit` records, on the mesh: (batch, n_valid).
+    """Evaluation batches of the first `limit` records (`pipeline.eval_batches`), on the mesh.
 
-    `make_example` is a stage's; it is called with training=False. A batch size that does not divide over the devices is rounded up to one
-    that does.
+    Args:
+      source: the records.
+      make_example: the stage's function; it is called with training=False.
+      mesh: the devices.
+      batch_size: rows of a batch; rounded up to a number that divides over the devices.
+      limit: largest number of records.
+
+    Yields:
+      (batch, number of its rows that count).
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -76,6 +83,13 @@ def eval_batches(
 
 
 def joined_rows(outputs: Iterable[tuple[Any, int]]) -> Any:
-    """Trees of arrays (B, ...) with the number of their rows that count -> one tree of NumPy arrays, on every host."""
+    """Joins the rows of several batches' outputs.
+
+    Args:
+      outputs: pairs of a tree of arrays (B, ...) and the number of its rows that count.
+
+    Returns:
+      One tree of NumPy arrays, on every host.
+    """
     rows = [jax.tree.map(lambda a, n=valid: on_every_host(a)[:n], tree) for tree, valid in outputs]
     return jax.tree.map(lambda *pieces: np.concatenate(pieces), *rows)

@@ -1,7 +1,8 @@
-"""The networks that stand frozen under a stage: loaded onto the mesh, and what they say of a batch.
+"""The frozen networks under a stage: loads them onto the mesh and computes their outputs for a batch.
 
-Their parameters are arguments of the update step, never closed over; a checkpoint holds their hashes. `load_frozen` returns them by role.
-Under the role `EMPTY` it adds the empty caption as the stage sees it, embedded once, so that no step embeds it again.
+The update step takes their parameters as arguments and never closes over them. A checkpoint holds their
+hashes. `load_frozen` returns the networks by role. Under the role `EMPTY` it adds the empty caption as the
+stage sees it. That caption is embedded once, so that no step embeds it again.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ EMBEDDABLE = ("prior_diffusion", "prior_ar", "codec")  # stages that can train f
 
 
 def text_tokenizer(config: ConfigDict) -> ClipTokenizer | None:
-    """The tokenizer of the stage's own text encoder, None when the stage takes CLIP's text states.
+    """The tokenizer of the stage's own text encoder; None if the stage takes CLIP's text states.
 
     Raises:
-      ValueError: when the configuration has one of `text_tokenizer` and `model.text`, but not the other.
+      ValueError: when the configuration has only one of `text_tokenizer` and `model.text`.
     """
     settings, text = config.get("text_tokenizer"), config.get("model", {}).get("text")
     if config.stage == "clip":
         return None
     if (settings is None) != (text is None):
         raise InputError(
-            "text_tokenizer and model.text belong together: give both for a text encoder of the stage's own, or neither"
+            "text_tokenizer and model.text belong together: "
+            "set both to give the stage its own text encoder, or neither"
         )
     return None if settings is None else ClipTokenizer(**settings)
 
@@ -52,20 +54,21 @@ def text_tokenizer(config: ConfigDict) -> ClipTokenizer | None:
 def load_frozen(
     config: ConfigDict, workdir: str | os.PathLike, mesh: Mesh, roles: Mapping[str, str], data: Data | None
 ) -> dict[str, Network]:
-    """Loads the networks under a stage from the places that `config.frozen` names.
+    """Loads the frozen networks of a stage from the places that `config.frozen` names.
 
     Args:
-      config: of the run.
-      workdir: the run's folder, which relative paths ("../clip") start from.
-      mesh: where they go.
-      roles: role -> kind, the stage file's `FROZEN`.
-      data: the sources, which must fit the networks; None: not checked, and the stage looks at no captions.
+      config: the run's configuration.
+      workdir: the run's folder; relative paths ("../clip") start there.
+      mesh: the devices that hold the parameters.
+      roles: role -> kind; the stage file's `FROZEN`.
+      data: the sources, which must fit the networks; None if the stage reads no captions: then the sources
+        are not checked.
 
     Returns:
-      role -> Network, and with captions also `EMPTY`.
+      role -> Network. If `data` is given, the role `EMPTY` holds the empty caption.
 
     Raises:
-      FileNotFoundError, ValueError, KeyError: one line naming what is missing or does not fit.
+      FileNotFoundError, ValueError, KeyError: one line that names what is missing or does not fit.
     """
     frozen: dict[str, Network] = {}
     for role, kind in roles.items():
@@ -75,8 +78,8 @@ def load_frozen(
         for other, needed in network.config.get("frozen", {}).items():
             if other in frozen and frozen[other].hash != needed:
                 raise InputError(
-                    f"the {role} was fitted in the embedding space of {_word(other)} {needed}, "
-                    f"but the {_word(other)} given is {frozen[other].hash}"
+                    f"the {role} was fitted in the embedding space of {_display_name(other)} {needed}, "
+                    f"but the {_display_name(other)} given is {frozen[other].hash}"
                 )
     if "clip" in frozen and data is not None:
         clip, tokenizer = frozen["clip"], text_tokenizer(config)
@@ -86,22 +89,22 @@ def load_frozen(
 
 
 def arrays(frozen: Mapping[str, Network]) -> dict[str, Any]:
-    """The parameters by role: the update step's argument."""
+    """The parameters by role, as the update step takes them."""
     return {role: network.params for role, network in frozen.items()}
 
 
 def hashes(frozen: Mapping[str, Network]) -> dict[str, str]:
-    """The hashes by role, for the part's configuration."""
+    """The hashes of the networks by role, for the part's configuration."""
     return {role: network.hash for role, network in frozen.items() if network.hash}
 
 
-def _word(role: str) -> str:
+def _display_name(role: str) -> str:
     return "CLIP" if role == "clip" else role
 
 
 # ------------------------------------------------------------------------------------------ loading
 def _load_clip(path: str, config: ConfigDict, mesh: Mesh) -> Network:
-    # A folder of embeddings stands for the CLIP that made them, where nothing is left to embed.
+    # A folder of embeddings replaces the CLIP that made them: there is nothing left to embed.
     if is_embedded(path):
         embedded = open_embedded(path)
         model = {"embed_dim": embedded.embed_dim, "image": None, "text": None}
@@ -112,11 +115,11 @@ def _load_clip(path: str, config: ConfigDict, mesh: Mesh) -> Network:
 
 
 def clip_network(path: str, mesh: Mesh, dtype: str, scan: bool = False) -> Network:
-    """The CLIP of a run, a bundle or public weights on a mesh.
+    """Loads the CLIP of a run, a bundle or public weights onto a mesh.
 
     Args:
-      dtype: what it computes in (`sharding.compute_dtype`).
-      scan: run its layers in one loop (`Transformer`).
+      dtype: dtype of the computation (`sharding.compute_dtype`).
+      scan: whether its layers run in one loop (`Transformer`).
     """
     part, _ = load_part(path, "clip")
     module = build_model(part.config, compute_dtype(dtype, mesh), scan=scan, gather=make_gather(mesh))
@@ -130,17 +133,26 @@ def _load_codec(path: str, mesh: Mesh) -> Network:
 
 
 def check_sources(clip: Network, data: Data, pictures: bool) -> None:
-    """Raises ValueError when a source does not fit the CLIP: it holds embeddings of another one or, where `pictures` are needed, any; or
-    it holds pictures and CLIP is not there to embed them."""
+    """Checks that every source fits the CLIP.
+
+    Args:
+      pictures: whether the stage needs pictures and cannot train from embeddings.
+
+    Raises:
+      ValueError: when a source holds embeddings of another CLIP, holds embeddings although the stage needs
+        pictures, or holds pictures although only a folder of embeddings was given as the CLIP.
+    """
     for source in (data.train, *data.held_out.values()):
         embedded = source.embedded
         if embedded is None and clip.module is None:
             raise InputError(
-                f"{source.name} holds pictures, and the CLIP given is a folder of embeddings: give the CLIP itself"
+                f"{source.name} holds pictures, and the CLIP given is a folder of embeddings: "
+                "give the CLIP itself"
             )
         if embedded is not None and pictures:
             raise InputError(
-                f"{source.name} holds no pictures, which this stage needs: give it the source that was embedded"
+                f"{source.name} holds no pictures, which this stage needs: "
+                "give the source from which the embeddings were made"
             )
         if embedded is not None and embedded.clip != clip.hash:
             raise InputError(
@@ -153,27 +165,28 @@ def check_sources(clip: Network, data: Data, pictures: bool) -> None:
 def _empty_caption(
     clip: Network, data: Data, tokenizer: ClipTokenizer | None, mesh: Mesh
 ) -> TextConditioning:
-    # Where the stage trains on embeddings, what those hold of the empty caption is used.
+    # A stage that trains on embeddings takes the empty caption that they hold.
     embedded = data.train.embedded
     if embedded is not None and (tokenizer is not None or embedded.states):
         return _embedded_empty(embedded, clip_tokenizer(clip), tokenizer)
     if clip.module is None:
         raise InputError(
-            f"{embedded.path} holds no text states, which this stage needs: embed with --states, or give the CLIP itself"
+            f"{embedded.path} holds no text states, which this stage needs: "
+            "embed with --states, or give the CLIP itself"
         )
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     tokens = caption_arrays([""], clip_tokenizer(clip), tokenizer)
-    encode = jax.jit(functools.partial(captions_of, clip, mesh, tokenizer is None), out_shardings=whole)
+    encode = jax.jit(functools.partial(captions_of, clip, mesh, tokenizer is None), out_shardings=replicated)
     text = encode(clip.params, tokens)
     return jax.tree.map(lambda value: np.asarray(value.addressable_data(0)), text)
 
 
 def _embedded_empty(
-    embedded: Embedded, tokenizer: ClipTokenizer, own: ClipTokenizer | None
+    embedded: Embedded, tokenizer: ClipTokenizer, own_tokenizer: ClipTokenizer | None
 ) -> TextConditioning:
     embed = embedded.empty["text_embed"]
-    if own is not None:
-        tokens = caption_arrays([""], tokenizer, own)
+    if own_tokenizer is not None:
+        tokens = caption_arrays([""], tokenizer, own_tokenizer)
         return TextConditioning(embed, None, None, tokens["tokens"], tokens["token_mask"])
     return TextConditioning(
         embed, np.float32(embedded.empty["text_states"]), embedded.empty["clip_token_mask"]
@@ -187,7 +200,7 @@ def clip_tokenizer(clip: Network) -> ClipTokenizer:
 
 
 def clip_image_size(clip: Network) -> int:
-    """The side of the pictures that a CLIP looks at, 0 where embeddings stand for it."""
+    """The side in pixels of the pictures that a CLIP takes; 0 if a folder of embeddings replaces the CLIP."""
     image = clip.config["model"]["image"]
     return 0 if image is None else image["image_size"]
 
@@ -195,11 +208,13 @@ def clip_image_size(clip: Network) -> int:
 def captions_of(
     clip: Network, mesh: Mesh, keep_states: bool, params: Any, batch: Mapping[str, jax.Array]
 ) -> TextConditioning:
-    """A batch's captions as conditioning, without a gradient; embeddings in the batch are taken as they are.
+    """Embeds a batch's captions, without a gradient. A batch that holds embeddings keeps them as they are.
 
     Args:
-      clip: the frozen CLIP; params: its parameters, as the step gets them.
-      keep_states: False for a stage with a text encoder of its own, which needs CLIP's embedding alone.
+      clip: the frozen CLIP.
+      keep_states: False for a stage with its own text encoder, which needs only CLIP's embedding.
+      params: the CLIP's parameters, as the update step receives them.
+      batch: the batch on the mesh.
     """
     if "text_embed" in batch:
         names = ("text_embed", "text_states", "clip_token_mask", "tokens", "token_mask")
@@ -210,7 +225,11 @@ def captions_of(
 
 
 def images_of(clip: Network, mesh: Mesh, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """A batch's `clip_image` (B, Hc, Wc, 3) in [-1, 1] as raw z_i (B, D), without a gradient; embeddings are taken as they are."""
+    """Embeds a batch's `clip_image` (B, Hc, Wc, 3), in [-1, 1], without a gradient.
+
+    Returns:
+      Raw z_i (B, D). A batch that holds embeddings keeps them as they are.
+    """
     if "image_embed" in batch:
         return batch["image_embed"]
     params = gather_rest(params, mesh)

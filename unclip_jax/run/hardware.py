@@ -1,4 +1,4 @@
-"""What chips can do at their peaks, and what a program asks of them."""
+"""The peak performance of chips, and the number of operations in a program."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
-    """One chip's peaks: flops (bfloat16) and bytes per second of memory, of all its links one way, and of its share of the network between
-    slices (None where the vendor does not say); memory in bytes."""
+    """The peak performance of one chip.
+
+    name: short name.
+    flops: bfloat16 operations per second.
+    memory: size of its memory in bytes.
+    bandwidth: bytes per second to and from its memory.
+    links: bytes per second over all its links, in one direction.
+    network: bytes per second of its share of the network between slices; None if the vendor states none.
+    """
 
     name: str
     flops: float
@@ -19,7 +26,7 @@ class Chip(NamedTuple):
     network: float | None = None
 
 
-# The vendors' specifications, by the platform's name of the device.
+# The vendors' specifications, by JAX's name of the device (`device_kind`).
 CHIPS = {
     "TPU v4": Chip("v4", 275e12, 32e9, 1228e9, 300e9),
     "TPU v5 lite": Chip("v5e", 197e12, 16e9, 819e9, 200e9, 3.125e9),
@@ -32,7 +39,10 @@ CHIPS = {
 
 
 def flops(jaxpr: Any) -> float:
-    """Operations of the products and convolutions of a traced program, two for each multiply-add, loops counted out."""
+    """The number of operations in the matrix products and convolutions of a traced program.
+
+    A multiply-add counts as two operations. A loop's body counts as often as it runs.
+    """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         kind, parameters = equation.primitive.name, equation.params
@@ -47,7 +57,7 @@ def flops(jaxpr: Any) -> float:
         elif kind == "conv_general_dilated":
             kernel, numbers = equation.invars[1].aval.shape, parameters["dimension_numbers"]
             each = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
-            # Where zeros were put between inputs (the gradient of strides) only one product in so many is.
+            # Zeros between the inputs (the gradient of a strided convolution) need no products.
             total += 2 * math.prod(out.shape) * each / math.prod(parameters["lhs_dilation"])
         times = parameters.get("length", 1) if kind == "scan" else 1
         inner = [flops(part) for value in parameters.values() for part in _programs(value)]

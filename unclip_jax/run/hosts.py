@@ -1,4 +1,4 @@
-"""Several hosts as one run: signals that stop all of them after the same step, compiling together, gathering values."""
+"""Several hosts as one run: they stop after the same step, compile together and gather values."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 log = logging.getLogger("unclip_jax")
 
-RESTART = 75  # exit status (EX_TEMPFAIL): the run itself is sound; start the same command again
-COMPILE_TIMEOUT = 3600  # seconds that hosts wait for one another's compilers
+RESTART = 75  # exit status (EX_TEMPFAIL): the run itself is intact; start the same command again
+COMPILE_TIMEOUT = 3600  # seconds that a host waits until all the others have compiled
 
 
 class Stop:
-    """True when the run shall save and leave; `received` holds the signals."""
+    """True when the run must save and exit; `received` holds the signals."""
 
     def __init__(self):
         self.received: list[int] = []
@@ -29,7 +29,10 @@ class Stop:
         return bool(self.received)
 
     def after(self, step: int) -> bool:
-        """Whether to leave after this step; every host calls it at every step, and all of them leave after the same one."""
+        """Whether to stop after this step.
+
+        Every host calls it after every step. All hosts stop after the same step.
+        """
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -40,31 +43,37 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals(alone: bool = False) -> Iterator[Stop]:
-    """Notes SIGTERM (a maintenance notice too) and SIGINT: the loop then saves and leaves. A second one acts at once. With several hosts
-    jax itself listens for SIGTERM, as all must leave after the same step, unless this one works `alone`."""
-    stop, before = Stop(), {}
+    """Catches SIGTERM, which also announces maintenance, and SIGINT, so that the loop can save and exit.
 
-    def note(number, frame):
+    A second signal acts at once. With several hosts, jax itself listens for SIGTERM, because all of them must
+    stop after the same step.
+
+    Args:
+      alone: whether this host stops independently of the others, and so catches the signals itself.
+    """
+    stop, previous = Stop(), {}
+
+    def handle(number, frame):
         stop.received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, previous[number])
         log.info("stopping after this step")
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT) if alone or jax.process_count() == 1 else ():
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: signals stay with whoever runs us
+            previous[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread: the caller handles signals
         pass
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def compiled_together(update: Callable) -> Callable:
-    """A jitted function that every host compiles before any of them runs it, at its first call.
+    """Wraps a jitted function: at its first call, every host compiles it before any host runs it.
 
-    Hosts that compile longer than a collective waits would otherwise break it.
+    Otherwise a host that takes long to compile could exceed the time that the others wait in a collective.
     """
     compiled = None
 
@@ -81,7 +90,12 @@ def compiled_together(update: Callable) -> Callable:
 
 
 def wait_for_hosts(key: str, seconds: int = 24 * 3600) -> None:
-    """Returns when every host has come to this call; `key` names it. An error after so many seconds."""
+    """Returns when every host has reached this call.
+
+    Args:
+      key: name of the call, the same on all hosts.
+      seconds: time to wait; after it the call raises an error.
+    """
     if jax.process_count() > 1:
         import orbax.checkpoint as ocp
 
@@ -90,15 +104,15 @@ def wait_for_hosts(key: str, seconds: int = 24 * 3600) -> None:
 
 
 def print_once(text: str) -> None:
-    """Prints a line on standard error, from the first host alone; it does not tear a progress bar."""
+    """Prints a line to standard error, on the first host only. It leaves a progress bar intact."""
     if jax.process_index() == 0:
         tqdm.write(text, file=sys.stderr)
 
 
 def leave_if_stopped(stop: Stop) -> None:
-    """Leaves with SystemExit if a signal stopped the run; its work is saved.
+    """Raises SystemExit if a signal stopped the run. The run has saved its work by then.
 
-    The status is 130 after SIGINT, and RESTART after SIGTERM, on which a launcher starts the command again.
+    The status is 130 after SIGINT and RESTART after SIGTERM. On RESTART, a launcher starts the command again.
     """
     if stop:
         print_once("stopped; rerun the same command to resume")
@@ -106,7 +120,7 @@ def leave_if_stopped(stop: Stop) -> None:
 
 
 def on_every_host(array: jax.Array) -> np.ndarray:
-    """The whole value of a global array, as NumPy, on every host. Every host must call it."""
+    """The complete value of a global array as a NumPy array, on every host. Every host must call it."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

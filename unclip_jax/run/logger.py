@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, trackers, the progress line; and the watchdog that ends a run which hangs."""
+"""The output of a run: metrics.jsonl, trackers and progress line. The watchdog that ends a run that hangs."""
 
 from __future__ import annotations
 
@@ -32,31 +32,36 @@ from unclip_jax.run.trackers import Trackers
 
 log = logging.getLogger("unclip_jax")
 
-MAX_SKIPPED = 50  # updates skipped in a row that stop a run
+MAX_SKIPPED = 50  # a run stops after so many skipped updates in a row
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something done `every` steps (0: never) is done after `step` steps; always at the end."""
+    """Whether an action that is due `every` steps (0: never) is due after `step` steps; always at `last`."""
     return every > 0 and (step % every == 0 or step == last)
 
 
 def parse_profile(text: str | None) -> tuple[int, ...]:
-    """ "10:20" -> (10, 20), None -> (). Raises ValueError on anything else."""
+    """Parses the setting `profile`: "10:20" -> (10, 20); None -> ().
+
+    Raises:
+      ValueError: on any other text.
+    """
     if text is None:
         return ()
     first, colon, last = str(text).partition(":")
     if not (colon and first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
         raise InputError(
-            f"profile must be FIRST:LAST, steps from 1, the first less than the last; got {text!r}"
+            f"profile must be FIRST:LAST, steps counted from 1, and FIRST less than LAST; got {text!r}"
         )
     return int(first), int(last)
 
 
 class Watchdog:
-    """Ends the process with every thread's stack and the status RESTART when no step has finished for `patience` seconds.
+    """Ends the process when no step has finished for `patience` seconds.
 
-    JAX does not notice a device or another host that is alive but stuck. The watchdog sleeps until the first step has finished. With a
-    patience of 0 it never wakes.
+    It prints every thread's stack and exits with the status RESTART. It is needed because JAX does not notice
+    a device or another host that is alive but stuck. It starts to watch when the first step has finished.
+    With a patience of 0 it never watches.
     """
 
     def __init__(self, patience: float):
@@ -66,15 +71,15 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def step_finished(self) -> None:
-        """Notes that the run makes progress."""
+        """Records that a step has finished."""
         self.last_progress, self.asleep = time.monotonic(), False
 
     def sleep(self) -> None:
-        """Stops watching: what comes next may take any time."""
+        """Stops watching until the next step has finished, because the next operation may take any time."""
         self.asleep = True
 
     def close(self) -> None:
-        """Ends the watch."""
+        """Ends the watchdog."""
         self.closed.set()
 
     def _watch(self) -> None:
@@ -83,32 +88,43 @@ class Watchdog:
             if not self.asleep and silent > self.patience:
                 faulthandler.dump_traceback(all_threads=True)
                 print(
-                    f"host {jax.process_index()}: no step finished for {silent:.0f} s (config.watchdog {self.patience:g}): a device or "
-                    "another host hangs. The newest checkpoint is whole; the same command goes on from it",
+                    f"host {jax.process_index()}: no step finished for {silent:.0f} s "
+                    f"(config.watchdog {self.patience:g}): a device or another host hangs. "
+                    "The newest checkpoint is intact; run the same command again to resume from it",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
                 os._exit(RESTART)
 
 
 class Logger:
-    """Metrics of a run: `metrics.jsonl`, trackers, and a progress bar or plain lines on standard error.
+    """Writes a run's metrics to `metrics.jsonl`, to trackers, and to standard error (progress bar or lines).
 
     Args:
       config: the run's: steps, batch_size, log_every, watchdog, profile ("10:20" traces these steps of this
         process, counted from its first,
         into `profile/`), track, keep_best.
       workdir: the run's folder.
-      name: of the stage, on the progress bar.
+      name: the stage's name, for the progress bar.
       start: the number of steps already done.
-      stats: of the training batches.
+      stats: statistics of the training batches.
 
-    Besides what a step returns, a record holds: `step_time`, and of it `input_wait`, in which the host waited for the next batch (s/step);
-    `examples_per_second`, also `_per_device`; `checkpoint_seconds` and `evaluation_seconds` since the last record; `host_memory_gib`, and
-    `device_memory_gib` where devices tell, at their peaks; `bad_records` so far on this host; and `mfu`, the share of the chips' peak
-    arithmetic that the model itself needs, where `operations` was set and the chip is known.
+    Besides the metrics of a step, a record holds:
+
+    value                           what it is
+    step_time                       seconds per step
+    input_wait                      seconds per step in which the host waited for the next batch
+    examples_per_second             examples of the global batch; `_per_device`: the same per device
+    checkpoint_seconds              time spent on checkpoints since the last record
+    evaluation_seconds              time spent on evaluations since the last record
+    host_memory_gib                 peak memory of the host's process
+    device_memory_gib               peak memory of a device, if the device reports it
+    bad_records                     records that this host could not read so far
+    mfu                             share of the chips' peak arithmetic that the model needs; only if
+                                    `operations` is set and the chip is known
 
     Raises:
-      ValueError: when `profile` is not two numbers, the first less than the second, or `keep_best` is set and there are no evaluations.
+      ValueError: when `profile` is not FIRST:LAST with FIRST less than LAST, or `keep_best` is set and the
+        run has no evaluations.
     """
 
     def __init__(
@@ -131,9 +147,9 @@ class Logger:
         self.workdir, self.last = user_path(workdir), start
         self.stats, self.waited = stats, 0.0
         self.spent: dict[str, float] = {}
-        self.operations = 0.0  # of a step, without what is computed twice
+        self.operations = 0.0  # in a step's gradients, without what remat computes twice
         self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
-        self.finished = 0  # of them that are known to have finished
+        self.finished = 0  # number of pending steps known to have finished
         self.made = self.clock = time.perf_counter()
         self.clock_step = start
         self.profiled = parse_profile(config.profile)
@@ -151,9 +167,8 @@ class Logger:
         lines: list[str] = []
         with store_errors(self.metrics):
             self.workdir.mkdir(parents=True, exist_ok=True)
-            if (
-                self.metrics.exists()
-            ):  # a run that was cut off after its last checkpoint did these steps in vain: they come again
+            # The steps after the last checkpoint will run again, so their records are dropped.
+            if self.metrics.exists():
                 lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         write_whole(
             self.metrics,
@@ -163,10 +178,15 @@ class Logger:
             self.bar = tqdm(total=self.total, initial=start, desc=name, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of the step just dispatched (`step` counts from 1); fetches them only when a record is due.
+        """Takes the metrics of the step just dispatched, and fetches them only when a record is due.
+
+        Args:
+          step: the step, counted from 1.
+          metrics: its metrics, on the devices.
 
         Raises:
-          FloatingPointError: when too many updates in a row were skipped; it names what was not finite.
+          FloatingPointError: when too many updates in a row were skipped. The message names the metrics that
+            were not finite.
         """
         self.pending.append((step, metrics))
         self.last = step
@@ -199,14 +219,14 @@ class Logger:
         record["examples_per_second_per_device"] = record["examples_per_second"] / jax.device_count()
         record |= self._resources(seconds, len(values))
         self.record(step, record)
-        words = (
+        progress = (
             f"loss {record['loss']:.4f}  " if "loss" in record else ""
         ) + f"{record['examples_per_second']:.1f} examples/s"
         if self.bar is not None:
-            self.bar.set_postfix_str(words)
+            self.bar.set_postfix_str(progress)
         elif self.main:
             left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.total - step)))
-            log.info("%s step %d/%d  %s  left %s", self.name, step, self.total, words, left)
+            log.info("%s step %d/%d  %s  left %s", self.name, step, self.total, progress, left)
 
     def _end_trace(self) -> None:
         jax.profiler.stop_trace()
@@ -216,24 +236,24 @@ class Logger:
             shutil.rmtree(self.traces)
 
     def _resources(self, seconds: float, steps: int) -> dict[str, float]:
-        # What the machine did since the last record.
-        found, chip = (
+        # Time, input and memory figures since the last record.
+        record, chip = (
             {f"{key}_seconds": value for key, value in self.spent.items()},
             CHIPS.get(jax.devices()[0].device_kind),
         )
         self.spent = {}
         if self.stats is not None:
-            found |= {"input_wait": (self.stats.waited - self.waited) / steps, "bad_records": self.stats.bad}
+            record |= {"input_wait": (self.stats.waited - self.waited) / steps, "bad_records": self.stats.bad}
             self.waited = self.stats.waited
-        found["host_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        record["host_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
             2**30 if sys.platform == "darwin" else 2**20
         )
         memory = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in memory:
-            found["device_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
+            record["device_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
         if self.operations and chip is not None:
-            found["mfu"] = self.operations / seconds / jax.device_count() / chip.flops
-        return found
+            record["mfu"] = self.operations / seconds / jax.device_count() / chip.flops
+        return record
 
     def _count_skipped(self, step: int, values: list[dict[str, np.ndarray]]) -> None:
         for value in values:
@@ -241,13 +261,14 @@ class Logger:
             if self.skipped >= MAX_SKIPPED:
                 bad = ", ".join(key for key, number in value.items() if not np.isfinite(number))
                 raise NumericalError(
-                    f"{self.name} step {step}: {self.skipped} updates in a row were skipped, their {bad} not finite; parameters are those "
-                    "of before, and the last checkpoint is whole: lower the learning rate or look at the data, and run the command again"
+                    f"{self.name} step {step}: {self.skipped} updates in a row were skipped, "
+                    f"their {bad} not finite. The parameters are unchanged, the last checkpoint is intact. "
+                    "Lower the learning rate or check the data, and run the command again"
                 )
 
     @contextlib.contextmanager
     def paused(self, what: str) -> Iterator[None]:
-        """Leaves what is done inside out of the step time; the next record tells it as `<what>_seconds`."""
+        """Keeps the time spent inside out of the step time. The next record has it as `<what>_seconds`."""
         started, asleep = time.perf_counter(), self.watchdog.asleep
         self.watchdog.sleep()
         yield
@@ -258,24 +279,32 @@ class Logger:
         self.spent[what] = self.spent.get(what, 0.0) + took
 
     def seconds(self) -> float:
-        """Wall time since the logger was made."""
+        """Wall time in seconds since the logger was made."""
         return time.perf_counter() - self.made
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes values (floats) under their names, once to each file."""
+        """Writes values by name to `metrics.jsonl` and to the trackers, on the first host."""
         if not self.main:
             return
         with (
             store_errors(self.metrics),
             self.metrics.open("a", encoding="utf-8") as file,
-        ):  # a store writes it anew
+        ):  # an object store rewrites the file
             file.write(json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in values.items()}}) + "\n")
         if self.trackers is not None:
             self.trackers.scalars(step, values)
 
     def samples(self, step: int, images: jax.Array, captions: list[str], valid: int) -> None:
-        """Writes `samples/<step>.png`, a labelled grid of the first `valid` of float images in [-1, 1], on the first host, and gives it to
-        the trackers; every host must call it."""
+        """Writes a labelled grid of images to `samples/<step>.png` and passes it to the trackers.
+
+        The first host writes the grid, but every host must call this method.
+
+        Args:
+          step: the step.
+          images: (B, H, W, 3) floats in [-1, 1].
+          captions: their labels.
+          valid: the number of images to show; the rest are padding.
+        """
         images = on_every_host(images)[:valid]
         if self.main:
             path = save_grid(
@@ -285,7 +314,7 @@ class Logger:
                 self.trackers.picture(step, local_copy(path))
 
     def close(self) -> None:
-        """Flushes and closes everything."""
+        """Ends the trace if one is running, and closes the watchdog, the progress bar and the trackers."""
         if self.tracing:  # the run ended before the last step to trace
             self._end_trace()
         for thing in (self.watchdog, self.bar):

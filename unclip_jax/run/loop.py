@@ -1,4 +1,4 @@
-"""`Run`: signals, checkpoints, figures and data of a training run. The loop itself stays in the stage's file:
+"""`Run`: the signals, checkpoints, figures and data of a training run. The stage's file has the loop itself:
 
 with Run(config, workdir, stage, mesh, data, init_from) as run:
     update = run.update()
@@ -37,20 +37,23 @@ from unclip_jax.sharding import Mesh, replicate, shard_batch
 
 
 class Run:
-    """A training run in a folder. Entering it restores or initialises the state; iterating over it yields (step, batch on the mesh).
+    """A training run in a folder. Making it restores or initialises the state.
+
+    Enter it as a context manager. Iterating over it yields (step, batch on the mesh).
 
     Args:
       config: the run's configuration.
-      workdir: its folder; a run found there is resumed.
-      stage: what is trained.
-      mesh: where.
-      data: its sources.
+      workdir: the run's folder; a run in it is resumed.
+      stage: the stage to train.
+      mesh: the devices to train on.
+      data: the run's sources.
       init_from: a bundle or run whose weights a new run starts from.
-      load: reads them (`checkpoint.load.load_part`).
+      load: function that reads those weights (`checkpoint.load.load_part`).
 
     Attributes:
-      state: the `TrainState`, which the loop replaces. part: the part's configuration, with what `stage.fit` measured. figures: of the last
-      evaluation.
+      state: the `TrainState`; the loop replaces it after each step.
+      part: the part's configuration, with the values that `stage.fit` measured.
+      figures: the figures of the last evaluation.
     """
 
     def __init__(
@@ -87,7 +90,9 @@ class Run:
         return self.meta["part"]
 
     def fit(self) -> Any:
-        """Makes the stage's fit, or takes over what came with the weights if they stand on the same frozen networks.
+        """Measures the stage's fit, or keeps the fit that came with the weights.
+
+        It keeps that fit if the weights were trained on the same frozen networks.
 
         Returns:
           The arrays that the objective finds in `frozen[stage.FITTED]`, on the mesh.
@@ -106,14 +111,14 @@ class Run:
         return replicate(fit.arrays(self.part), self.mesh)
 
     def measuring_batches(self, count: int) -> Iterator[dict[str, jax.Array]]:
-        """The first `count` training batches on the mesh, for what is measured on them."""
-        found = batches.train_batches(self.config, self.data.train, self.stage.example, self.mesh, 0, count)
-        with contextlib.closing(found):
-            for batch in found:
+        """Yields the first `count` training batches on the mesh, for measurements."""
+        first = batches.train_batches(self.config, self.data.train, self.stage.example, self.mesh, 0, count)
+        with contextlib.closing(first):
+            for batch in first:
                 yield shard_batch(batch, self.mesh)
 
     def update(self) -> Callable:
-        """The stage's update step (`state.make_update`), compiled on every host before any of them runs it."""
+        """The stage's update step (`state.make_update`). Every host compiles it before any host runs it."""
         update = compiled_together(
             make_update(self.stage, self.optimizers, self.shardings, self.mesh, self.config)
         )
@@ -159,36 +164,39 @@ class Run:
                 return
 
     def log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of the step just dispatched. Every host calls it once a step; it also asks whether the run shall stop."""
+        """Takes the metrics of the step just dispatched, and checks whether the run must stop.
+
+        Every host calls it once after each step.
+        """
         self.logger.step(step, metrics)
         self.stopping = self.stop.after(step)
 
     def saves(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step, or the run stops here."""
+        """Whether a checkpoint is due after this step. One is also due when the run stops here."""
         return self.stopping or due(step, self.config.checkpoint_every, self.config.steps)
 
     def save(self, step: int, **measured: Any) -> None:
-        """Writes a checkpoint in the background. `measured` joins the part's configuration first."""
+        """Writes a checkpoint in the background, after adding `measured` to the part's configuration."""
         with self.logger.paused("checkpoint"):
             self.part.update(measured)
             self.store.save(step, self.state, with_time(self.meta, self.logger.seconds()))
 
     def replace_parameters(self, params: Any, step: int) -> None:
-        """Puts parameters (host arrays) that were computed otherwise than by updates into the state, as those of `step`."""
+        """Replaces the state's parameters and averages by `params` (host arrays), and its step by `step`."""
         placed = jax.tree.map(jax.device_put, params, self.shardings.params)
         averages = jax.tree.map(lambda a: a + 0.0, placed)
         step_array = jax.device_put(self.state.step * 0 + step, self.shardings.step)
         self.state = self.state.replace(step=step_array, params=placed, ema_params=averages)
 
     def evaluates(self, step: int) -> bool:
-        """Whether an evaluation is due after this step. If so, the clock of the steps stands still until `record`."""
+        """Whether an evaluation is due after this step. If so, the step clock pauses until `record`."""
         if self.stopping or not due(step, self.config.eval_every, self.config.steps):
             return False
         self._evaluation.enter_context(self.logger.paused("evaluation"))
         return True
 
     def record(self, step: int, figures: dict[str, float]) -> None:
-        """Records the figures of an evaluation, prints them, and keeps the checkpoint if it is the best so far."""
+        """Records and prints an evaluation's figures, and keeps the checkpoint if it is the best so far."""
         self.figures = figures
         self.logger.record(step, figures)
         meta = with_time(self.meta, self.logger.seconds())
@@ -200,16 +208,19 @@ class Run:
 def count_operations(
     stage: Stage, grad_accumulation: int, mesh: Mesh, state: Any, frozen: Any, batch: Any
 ) -> float:
-    """The operations of a step's gradients, on all devices, each counted once where remat computes some twice; arguments are shapes."""
+    """The number of operations in a step's gradients, on all devices together.
+
+    Operations that remat computes twice count once. `state`, `frozen` and `batch` may be shapes.
+    """
 
     def gradients(params, extra, frozen, batch):
         key, step = jax.random.key(0), state.step
-        found = []
+        gradients_of_players = []
         for player, gradient in zip(stage.players, gradients_of(stage, grad_accumulation, mesh), strict=True):
             chosen = {name: params[name] for name in player.parameters} if player.parameters else params
             fixed = {"fixed": params} if player.parameters else {}
-            found.append(gradient(chosen, extra, key, batch, step, frozen=frozen, **fixed))
-        return found
+            gradients_of_players.append(gradient(chosen, extra, key, batch, step, frozen=frozen, **fixed))
+        return gradients_of_players
 
     with without_remat():
         return flops(jax.make_jaxpr(gradients)(state.params, state.extra, frozen, batch))

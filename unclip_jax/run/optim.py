@@ -1,4 +1,4 @@
-"""AdamW with the masks of the field, warmup then cosine, gradient clipping by global norm."""
+"""AdamW with the usual weight-decay mask, learning-rate schedules with a warmup, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ class Optimizer(NamedTuple):
 
 
 def decay_mask(params: Any) -> Any:
-    """True for matrices and kernels; False for biases, gains, single vectors and scalars (Radford et al. 2021, section 2.5)."""
+    """Which parameters weight decay shrinks (Radford et al. 2021, section 2.5).
+
+    Returns:
+      A tree of the parameters' structure: True for matrices and kernels; False for biases, gains, vectors and
+      scalars.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x.ndim >= 2 and path_name(path).split("/")[-1] != "bias", params
     )
@@ -44,12 +49,12 @@ def make_optimizer(
     """AdamW and its learning-rate schedule.
 
     Args:
-      learning_rate: the peak.
-      steps: where the cosine reaches zero.
-      warmup_steps: linear from zero to the peak.
-      schedule: `cosine` or `constant` after the warmup.
-      clip_norm: largest global gradient norm, None for no clipping.
-      mu_dtype: `bfloat16` keeps the first moment in half the memory; None: float32.
+      learning_rate: peak of the learning rate.
+      steps: number of steps of the run; the cosine reaches zero there.
+      warmup_steps: steps over which the rate rises linearly from zero to the peak.
+      schedule: of the rate after the warmup: `cosine` or `constant`.
+      clip_norm: global norm to which gradients are clipped; None: no clipping.
+      mu_dtype: dtype of the first moment; `bfloat16` halves its memory; None: float32.
 
     Raises:
       ValueError: on an unknown schedule or mu_dtype, or a warmup as long as the training.
@@ -80,10 +85,10 @@ def make_optimizer(
 
 
 def make_optimizers(config: Any, players: Sequence[Any]) -> tuple[Optimizer, ...]:
-    """The optimizer of each of a stage's players (`stage.Player`), as the run's configuration describes it."""
+    """The optimizer of each of a stage's players (`stage.Player`), as the configuration describes it."""
     return tuple(make_optimizer(steps=config.steps, **config[player.optimizer]) for player in players)
 
 
 def updates_applied(opt_state: Any) -> jax.Array:
-    """The optimizer's own count: updates applied, those skipped not included."""
+    """The number of updates that the optimizer has applied; skipped updates do not count."""
     return optax.tree.get(opt_state, "count", filtering=lambda path, _: "ScaleByAdam" in str(path))

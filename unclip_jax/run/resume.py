@@ -1,4 +1,4 @@
-"""Starting and resuming a run: its provenance, its newest checkpoint, the weights it starts from, its best checkpoint."""
+"""Starts and resumes runs: provenance, newest checkpoint, initial weights, best checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from unclip_jax.sharding import path_name
 
 
 def resolve(path: str, workdir: str | os.PathLike) -> str:
-    """A path from a config: relative ones (./x, ../x) are relative to the run's folder, all others stand as given."""
+    """A path from a configuration. Paths that begin with "." are relative to the run's folder."""
     return absolute(user_path(workdir) / path) if path.startswith(".") else path
 
 
@@ -42,7 +42,7 @@ def hardware() -> str:
 
 
 def new_provenance(data_checksum: str) -> dict:
-    """Where and when a run started; the wall time is added as it goes."""
+    """The provenance of a run that starts now: where, when and with what. `with_time` adds wall time."""
     return {
         "hardware": hardware(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -70,13 +70,13 @@ def _git_commit() -> str | None:
 
 
 def with_time(meta: dict, seconds: float) -> dict:
-    """The run's meta with the wall time of this process added to that of its earlier ones."""
+    """The run's meta, with the wall time of this process added to that of the run's earlier processes."""
     provenance = meta["provenance"]
     return {**meta, "provenance": {**provenance, "seconds": round(provenance["seconds"] + seconds, 1)}}
 
 
 def config_json(config: ConfigDict) -> dict:
-    """A config as plain JSON values."""
+    """A configuration as plain JSON values."""
     return json.loads(config.to_json_best_effort())
 
 
@@ -88,13 +88,13 @@ def keep_best(
     meta: dict,
     figures: Mapping[str, float],
 ) -> None:
-    """Keeps the best checkpoint so far in the run's folder `best/`, which may be named wherever a run's folder may.
+    """Keeps the best checkpoint so far in `best/` of the run's folder. `best/` is itself a run's folder.
 
-    `config.keep_best` names the figure of the evaluation that decides ("val_cosine"; "-eval_loss": the lower the better); None: nothing is
-    kept.
+    `config.keep_best` names the figure of the evaluation that decides, such as "val_cosine". With a minus
+    sign, as in "-eval_loss", the lowest value is the best. With None, the function does nothing.
 
     Raises:
-      ValueError: when there is no such figure.
+      ValueError: when the evaluation has no such figure.
     """
     if config.keep_best is None:
         return
@@ -105,17 +105,24 @@ def keep_best(
     if not np.isfinite(value):
         return
     store = CheckpointStore(user_path(workdir) / "best", keep=1)
-    with closing(store):
+    with contextlib.closing(store):
         before = store.latest()
         if before is None or (before != step and value > store.meta(before)["best"]):
-            if before is not None and before > step:  # the run was cut off later than where it resumes
+            if (
+                before is not None and before > step
+            ):  # an earlier process was cut off after this step, and the run resumed before it
                 store.manager.delete(before)
             store.save(step, state, meta | {"best": value, "figures": dict(figures)})
 
 
 class Start(NamedTuple):
-    """Where a run starts: its state, its meta (a resumed run keeps its own provenance), the steps already done, and the part
-    configuration that came with the weights ({} for fresh ones)."""
+    """Where a run starts.
+
+    state: the state.
+    meta: the run's meta; a resumed run keeps its provenance.
+    step: number of steps already done.
+    part: the part configuration that came with the weights; {} for fresh weights.
+    """
 
     state: TrainState
     meta: dict
@@ -131,10 +138,13 @@ def restore_or_init(
     init_from: str | None,
     load: Callable = load_part,
 ) -> Start:
-    """The run's newest checkpoint if it has one; else fresh weights, or those of `init_from` (a bundle or another run), read by `load`.
+    """Restores the run's newest checkpoint if there is one, and otherwise starts a new run.
+
+    A new run starts from the weights of `init_from` (a bundle or another run), which `load` reads, or from
+    the fresh weights in `state`.
 
     Raises:
-      ValueError: when the weights found are of another model, or the run was made with other frozen networks.
+      ValueError: when the weights belong to another model, or the run was trained with other frozen networks.
     """
     if store.latest() is not None:
         old = store.newest_meta()
@@ -145,12 +155,13 @@ def restore_or_init(
     if init_from is None:
         return Start(state, meta, 0, {})
     part, old = load(init_from, meta["name"])
-    theirs = {k: np.shape(v) for k, v in _leaves(part.params)}
-    ours = {k: v.shape for k, v in _leaves(state.params)}
-    if theirs != ours:
-        differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
+    given = {k: np.shape(v) for k, v in _leaves(part.params)}
+    expected = {k: v.shape for k, v in _leaves(state.params)}
+    if given != expected:
+        differing = sorted(k for k in given.keys() | expected.keys() if given.get(k) != expected.get(k))
         raise InputError(
-            f"{init_from} holds another {meta['name']} than this configuration: {len(differing)} differ, {differing[0]} first"
+            f"{init_from} holds another {meta['name']} than this configuration: "
+            f"{len(differing)} parameters differ, {differing[0]} first"
         )
     print_once(f"{meta['name']}: starting from the weights of {init_from}")
     state = state.replace(
@@ -181,18 +192,12 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-@contextlib.contextmanager
-def closing(*things: Any) -> Iterator[None]:
-    """Closes all of them on the way out, whatever happened: a checkpoint being written is finished even if the loop failed."""
-    with contextlib.ExitStack() as stack:
-        for thing in things:
-            stack.callback(thing.close)
-        yield
-
-
 def load_widened(path: str, name: str) -> tuple[Part, dict]:
-    """`load_part` for a decoder that inpaints. Where there is none, the ordinary decoder takes its place, with
-    weights of zero for the four channels of the known part."""
+    """`load_part` for a decoder that inpaints.
+
+    If there is none, the ordinary decoder takes its place, with zero weights for the four channels of the
+    known part.
+    """
     try:
         return load_part(path, name)
     except KeyError:

@@ -1,8 +1,9 @@
-"""`Stage`: all that training, compiling ahead of time and the tests ask of a stage.
+"""`Stage`: everything that training, ahead-of-time compilation and the tests need to know about a stage.
 
-An objective is a function (params, extra, rng, batch, step, *, frozen) -> loss (), (metrics, extra). `extra` is state without
-gradients (codebooks, batch statistics); most stages have none, and `without_extra` makes an objective of a plain loss. `frozen` holds the
-parameters of the networks under the stage by role, and under `FITTED` what `Stage.fit` measured.
+An objective is a function (params, extra, rng, batch, step, *, frozen) -> loss (), (metrics, extra).
+`extra` is state without gradients, such as codebooks or batch statistics. Most stages have none;
+`without_extra` makes an objective from a plain loss. `frozen` holds the parameters of the stage's frozen
+networks by role. Under the role `FITTED` it holds the values that `Stage.fit` measured.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ FITTED = "fitted"
 class Player(NamedTuple):
     """A group of parameters that one optimizer trains on one objective.
 
-    name: on its metrics and in the checkpoint; "" where a stage has a single player.
+    name: its name in metrics and checkpoints; "" for the only player of a stage.
     parameters: the top-level names of the parameters that it trains; () for all.
-    objective: None for the stage's.
+    objective: its objective; None for the stage's.
     gradient: replaces plain differentiation of the objective (SAM); None otherwise.
-    project: keeps parameters where they belong, after each update.
-    optimizer: the section of the configuration that describes the optimizer.
+    project: function that moves parameters back into their bounds after each update.
+    optimizer: the section of the configuration that describes its optimizer.
     """
 
     name: str = ""
@@ -44,9 +45,10 @@ class Player(NamedTuple):
 class Fit(NamedTuple):
     """What a run measures on its training data before the first step.
 
-    measure: (run) -> values (JSON) that join the part's configuration; `loop.Run.measuring_batches` gives it training batches.
-    arrays: the part's configuration -> arrays, which the objective finds in `frozen[FITTED]`.
-    keys: the names of the values in the part's configuration.
+    measure: (run) -> JSON values that are added to the part's configuration. It gets training batches from
+      `loop.Run.measuring_batches`.
+    arrays: the part's configuration -> the arrays that the objective finds in `frozen[FITTED]`.
+    keys: the names of those values in the part's configuration.
     """
 
     measure: Callable[[Any], dict]
@@ -57,15 +59,15 @@ class Fit(NamedTuple):
 class Stage(NamedTuple):
     """One stage of a cascade, as its configuration describes it.
 
-    name: of the part that it trains.
+    name: name of the part that it trains.
     model: the linen module.
-    part: the part's configuration: kind, model, frozen hashes, tokenizer, diffusion. With a `fit` it holds placeholders of the right shape
-      until the fit has been made.
+    part: the part's configuration: kind, model, frozen hashes, tokenizer, diffusion. If the stage has a
+      `fit`, it holds placeholders of the right shape until the run has measured the fit.
     init: key -> (parameters, extra).
     example: (record, rng, training=True) -> one row of a batch (`data.examples`).
-    objective: see the module's docstring; the held-out loss too.
-    players: who trains which parameters; one, but for adversarial training.
-    fit: what is measured before the first step, None for nothing.
+    objective: see the module's docstring; the held-out loss uses it, too.
+    players: which optimizers train which parameters; one player, except in adversarial training.
+    fit: what the run measures before the first step; None for nothing.
     """
 
     name: str
@@ -79,7 +81,7 @@ class Stage(NamedTuple):
 
 
 def without_extra(loss_fn: Callable[..., tuple[jax.Array, dict]]) -> Objective:
-    """The objective of a loss (params, rng, batch, *, frozen) -> loss (), metrics."""
+    """Makes an objective from a plain loss (params, rng, batch, *, frozen) -> loss (), metrics."""
 
     @functools.wraps(loss_fn, assigned=())
     def objective(params, extra, rng, batch, step, *, frozen):
@@ -93,7 +95,10 @@ def without_extra(loss_fn: Callable[..., tuple[jax.Array, dict]]) -> Objective:
 def without_gradient(
     loss_fn: Callable[..., tuple[jax.Array, dict]], name: str
 ) -> Callable[..., tuple[jax.Array, dict]]:
-    """The loss (params, rng, batch, *, frozen) with no gradient for the parameters below the top-level `name`."""
+    """Makes a loss (params, rng, batch, *, frozen) without gradient for the parameters below `name`.
+
+    `name` is a top-level name of the parameters.
+    """
 
     def stopped(params, rng, batch, *, frozen):
         params = params | {name: jax.lax.stop_gradient(params[name])}

@@ -1,4 +1,4 @@
-"""The training state: its creation on the mesh, and one update of it."""
+"""The training state: creates it on the mesh, and makes the step that updates it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from unclip_jax.sharding import Mesh, gather_rest, infer_shardings
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training carries from step to step.
+    """All values that training carries from step to step.
 
-    step: () int32, batches seen. params, ema_params: float32 trees. opt_state: optax state with its own count of applied updates; of
-    several players, one by name. extra: state without gradients ({} for most stages).
+    step: () int32, number of batches seen.
+    params: float32 tree of the parameters.
+    ema_params: float32 tree of their exponential moving averages.
+    opt_state: optax state, which counts the updates applied; player name -> state if there are several
+      players.
+    extra: state without gradients; {} for most stages.
     """
 
     step: jax.Array
@@ -38,9 +42,9 @@ def abstract_state(
     """The state's shapes and its shardings on the mesh, without computing anything.
 
     Args:
-      stage: what is trained.
-      optimizers: one a player (`optim.make_optimizers`).
-      mesh: where the state shall live.
+      stage: the stage to train.
+      optimizers: one for each player (`optim.make_optimizers`).
+      mesh: the devices that will hold the state.
     """
     shapes = jax.eval_shape(functools.partial(_create, stage, optimizers), jax.random.key(0))
     return shapes, infer_shardings(shapes, mesh)
@@ -49,7 +53,14 @@ def abstract_state(
 def create_state(
     stage: Stage, optimizers: tuple[Optimizer, ...], seed: int, shardings: TrainState
 ) -> TrainState:
-    """Initialises the state under `jit`, already sharded: no host ever holds a whole model. Arguments as those of `abstract_state`."""
+    """Initialises the state under `jit`, already sharded, so that no host ever holds a whole model.
+
+    Args:
+      stage: the stage to train.
+      optimizers: one for each player (`optim.make_optimizers`).
+      seed: of the initial parameters.
+      shardings: the state's shardings (`abstract_state`).
+    """
     return jax.jit(functools.partial(_create, stage, optimizers), out_shardings=shardings)(
         jax.random.key(seed)
     )
@@ -57,7 +68,7 @@ def create_state(
 
 def _create(stage: Stage, optimizers: tuple[Optimizer, ...], key: jax.Array) -> TrainState:
     params, extra = stage.init(key)
-    # A real copy: the two trees are donated to the update separately.
+    # The averages need a real copy, because the update receives the two trees as separate donated buffers.
     ema = jax.tree.map(lambda x: x + 0.0, params)
     states = {p.name: o.tx.init(_chosen(params, p)) for p, o in zip(stage.players, optimizers, strict=True)}
     if not stage.players:  # fitted, not trained
@@ -73,26 +84,32 @@ def _chosen(params: Any, player: Player) -> Any:
 
 
 def step_rng(seed: int, step: jax.Array) -> jax.Array:
-    """The key of a step: fold_in(key(seed), step). It depends on nothing that came before."""
+    """The random key of a step: fold_in(key(seed), step). It does not depend on earlier steps."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def ema_decay_at(step: jax.Array, ema_decay: float) -> jax.Array:
-    """The average's decay: (1 + n) / (10 + n), at most `ema_decay`, so that early averages forget the initialisation."""
+    """The decay of the moving average at a step n: (1 + n) / (10 + n), at most `ema_decay`.
+
+    The smaller decay at the beginning lets the average forget the initialisation.
+    """
     return jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
 
 
 def accumulated(objective: Objective, count: int, mesh: Mesh) -> Gradient:
-    """The gradient of an objective, averaged over `count` parts of the batch, which are computed one after the other.
+    """The gradient of an objective, averaged over `count` parts of the batch, computed one after the other.
 
     Args:
-      objective: its loss and metrics are means over the batch's rows. `extra` is handed from part to part.
-      count: of the parts; it divides the rows on each device. Part i holds every count-th row and has a key of its own.
-      mesh: where the parameters lie; those outside of blocks are gathered before use (`sharding.gather_rest`).
+      objective: a function whose loss and metrics are means over the batch's rows. Each part passes `extra`
+        on to the next part.
+      count: number of parts; it must divide the rows on each device. Part i holds every count-th row and has
+        its own random key.
+      mesh: the devices that hold the parameters; parameters outside of blocks are gathered before use
+        (`sharding.gather_rest`).
 
     Returns:
-      (params, extra, rng, batch, step, *, frozen, fixed={}) -> ((loss, (metrics, extra)), gradient). `fixed` holds further top-level
-      parameters, which get no gradient.
+      (params, extra, rng, batch, step, *, frozen, fixed={}) -> ((loss, (metrics, extra)), gradient). `fixed`
+      holds further top-level parameters, which get no gradient.
 
     Raises:
       ValueError: when count is less than 1.
@@ -113,7 +130,7 @@ def accumulated(objective: Objective, count: int, mesh: Mesh) -> Gradient:
         rows = len(jax.tree.leaves(batch)[0])
         if rows % count:
             raise InputError(f"grad_accumulation {count} does not divide the batch of {rows}")
-        # Strided, so that the rows of every device are spread over all parts and none has to move.
+        # The parts are strided, so that every device has rows of every part and no row has to move.
         parts = jax.tree.map(
             lambda a: jnp.moveaxis(a.reshape(rows // count, count, *a.shape[1:]), 1, 0), batch
         )
@@ -140,7 +157,7 @@ def accumulated(objective: Objective, count: int, mesh: Mesh) -> Gradient:
 
 
 def gradients_of(stage: Stage, grad_accumulation: int, mesh: Mesh) -> tuple[Gradient, ...]:
-    """The gradient of each of a stage's players."""
+    """The gradient function of each of a stage's players."""
     return tuple(
         player.gradient or accumulated(player.objective or stage.objective, grad_accumulation, mesh)
         for player in stage.players
@@ -156,15 +173,15 @@ def make_update(
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted update step: (state, frozen, batch) -> state and metrics. The state is donated.
 
-    Players move one after the other; each sees the parameters that those before it have updated. An update whose gradient is not finite is
-    skipped, but for the step count.
+    Players are updated one after the other. Each sees the parameters that the players before it have updated.
+    If a gradient is not finite, the update is skipped; only the step count advances.
 
     Args:
-      stage: what is trained.
-      optimizers: one a player (`optim.make_optimizers`).
-      shardings: of the state; gradients are reduced straight into the parameters' shards.
-      mesh: where the state lives.
-      config: the run's: seed, ema_decay, grad_accumulation.
+      stage: the stage to train.
+      optimizers: one for each player (`optim.make_optimizers`).
+      shardings: the state's shardings; gradients are reduced directly into the parameters' shards.
+      mesh: the devices that hold the state.
+      config: the run's configuration, of which this reads seed, ema_decay and grad_accumulation.
     """
     gradients = gradients_of(stage, config.grad_accumulation, mesh)
 
@@ -187,7 +204,7 @@ def make_update(
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema_params, state.params)
         for player in stage.players:
             ema = player.project(ema)
-        # Where nothing was applied the average stays too.
+        # If an update was skipped, the average stays as it was, too.
         ema = jax.tree.map(
             lambda new, old: jnp.where(metrics["skipped"] > 0, old, new), ema, state.ema_params
         )
@@ -197,7 +214,7 @@ def make_update(
 
 
 def _move(state, player, optimizer, gradient, key, frozen, batch, shardings):
-    # One player's update of the state, and its metrics.
+    # Applies one player's update to the state; returns the state and the player's metrics.
     chosen = _chosen(state.params, player)
     fixed = {"fixed": {k: v for k, v in state.params.items() if k not in chosen}} if player.parameters else {}
     (loss, (metrics, extra)), grads = gradient(

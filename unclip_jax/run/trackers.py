@@ -1,12 +1,13 @@
-"""Where a run's figures and pictures go besides its `metrics.jsonl`: TensorBoard, MLflow, Weights & Biases, as `config.track` says.
+"""Sends a run's figures and pictures to TensorBoard, MLflow or Weights & Biases, as `config.track` says.
 
-    track.tensorboard = True                      the run's folder `tb/`
-    track.mlflow = "http://host:5000"             a tracking server (or any tracking URI); needs the extra `mlflow`
-    track.wandb = "project"                       needs the package wandb, logged in
+    track.tensorboard = True                      event files in the run's folder `tb/`
+    track.mlflow = "http://host:5000"             a server or other tracking URI; needs the extra `mlflow`
+    track.wandb = "project"                       a W&B project; needs the package wandb and a login
     track.experiment = "unclip_jax"               MLflow's experiment
 
-A run that is gone on with is the same run there; of a run that was killed, the steps since its last checkpoint come twice to MLflow, and
-W&B keeps the first. Training does not stop because a tracker does: what it missed is in `metrics.jsonl`.
+A resumed run continues the same run in the tracker. If a run was killed, it repeats the steps after its last
+checkpoint: MLflow then has them twice, and W&B keeps the first values. A tracker that fails does not stop the
+training. All figures are in `metrics.jsonl`, too.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from unclip_jax.paths import is_remote, user_path
 
 log = logging.getLogger("unclip_jax")
 
-MAX_FAILURES = 3  # calls in a row that fail before a tracker is left alone
+MAX_FAILURES = 3  # a tracker is disabled after so many failed calls in a row
 
 
 class Tracker(Protocol):
-    """What each of them does."""
+    """The methods of a tracker."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes figures by name."""
+        """Records figures by name."""
 
     def picture(self, step: int, path: Path) -> None:
-        """Takes a PNG file."""
+        """Records a PNG file."""
 
     def close(self, end: str) -> None:
-        """Ends it: `finished` at the last step, `stopped` before it, or `failed`."""
+        """Ends the record. `end`: `finished` (at the last step), `stopped` (before it) or `failed`."""
 
 
 class TensorBoard:
@@ -49,7 +50,7 @@ class TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.name, self.writer = name, EventFileWriter(str(workdir / "tb"))
-        if start:  # what an earlier process wrote of later steps is not to be shown
+        if start:  # hides what an earlier process wrote for later steps
             session = SessionLog(status=SessionLog.START)
             self.writer.add_event(Event(step=start + 1, wall_time=time.time(), session_log=session))
 
@@ -87,24 +88,28 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run on a tracking server: settings as parameters and `config.json`, figures as metrics, sample grids as artifacts. Its id is kept
-    in the run's folder, `mlflow_run`."""
+    """A run on an MLflow tracking server.
+
+    Settings are its parameters and the artifact `config.json`, figures its metrics, and sample grids its
+    artifacts. The file `mlflow_run` in the run's folder holds its id.
+    """
 
     def __init__(self, workdir: Any, name: str, config: Mapping, settings: Mapping, start: int):
         try:
             import mlflow
         except ImportError:
             raise MissingPackageError('track.mlflow needs MLflow: pip install "unclip_jax[mlflow]"') from None
-        # Its client tries for minutes by default, while the devices wait.
+        # By default MLflow's client retries for minutes while the devices wait.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         self.entities, self.client = mlflow.entities, mlflow.MlflowClient(tracking_uri=settings["mlflow"])
         try:
             self.run = self._begin(workdir / "mlflow_run", name, config, settings["experiment"])
-        except Exception as error:  # the server's and the network's are many
+        except Exception as error:  # the server and the network raise errors of many types
             reason = " ".join(str(error).split())[:300]
             raise OSError(
-                f"MLflow at {settings['mlflow']} does not answer ({reason}); start it, or set track.mlflow=None"
+                f"MLflow at {settings['mlflow']} does not answer ({reason}); "
+                "start it, or set track.mlflow=None"
             ) from None
 
     def _begin(self, file: Any, name: str, config: Mapping, experiment: str) -> str:
@@ -117,7 +122,7 @@ class MLflow:
             run = self.client.create_run(place, run_name=f"{name} {file.parent.name}").info.run_id
             flat = traverse_util.flatten_dict(dict(config), sep=".")
             settings = [self.entities.Param(key, str(value)[:500]) for key, value in flat.items()]
-            for first in range(0, len(settings), 100):  # the most that one request takes
+            for first in range(0, len(settings), 100):  # the limit of one request
                 self.client.log_batch(run, params=settings[first : first + 100])
             file.write_text(run + "\n", encoding="utf-8")
         self.client.log_dict(run, dict(config), "config.json")
@@ -142,7 +147,7 @@ class MLflow:
 
 
 class WandB:
-    """A run of Weights & Biases. Its id is kept in the run's folder, `wandb_run`."""
+    """A run of Weights & Biases. The file `wandb_run` in the run's folder holds its id."""
 
     def __init__(self, workdir: Any, name: str, config: Mapping, settings: Mapping, start: int):
         try:
@@ -150,13 +155,13 @@ class WandB:
         except ImportError:
             raise MissingPackageError("track.wandb needs the package wandb: pip install wandb") from None
         file = workdir / "wandb_run"
-        before = file.read_text(encoding="utf-8").strip() if file.is_file() else None
+        previous_id = file.read_text(encoding="utf-8").strip() if file.is_file() else None
         self.wandb = wandb
-        about = {"project": settings["wandb"], "name": f"{name} {workdir.name}", "config": dict(config)}
-        about |= {} if is_remote(workdir) else {"dir": str(workdir)}
+        arguments = {"project": settings["wandb"], "name": f"{name} {workdir.name}", "config": dict(config)}
+        arguments |= {} if is_remote(workdir) else {"dir": str(workdir)}
         try:
-            self.run = wandb.init(id=before, resume="allow", **about)
-        except Exception as error:  # its own and the network's are many
+            self.run = wandb.init(id=previous_id, resume="allow", **arguments)
+        except Exception as error:  # wandb and the network raise errors of many types
             reason = " ".join(str(error).split())[:300]
             raise OSError(
                 f"Weights & Biases cannot be used ({reason}); log in, or set track.wandb=None"
@@ -180,13 +185,18 @@ TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wand
 
 
 class Trackers:
-    """Those that `settings` (config.track) ask for.
+    """All trackers that `config.track` asks for.
 
     Args:
-      workdir: the run's folder; name: of the stage; config: all settings, JSON; settings: see the module's docstring; start: steps done.
+      workdir: the run's folder.
+      name: the stage's name.
+      config: the run's configuration as JSON values.
+      settings: `config.track`; see the module's docstring.
+      start: number of steps already done.
 
     Raises:
-      ImportError: when one is not installed; OSError: when a server does not answer.
+      ImportError: when a tracker's package is not installed.
+      OSError: when a server does not answer.
     """
 
     def __init__(
@@ -199,20 +209,20 @@ class Trackers:
                 try:
                     self.all[key] = make(user_path(workdir), name, config, settings, start)
                 except ImportError:
-                    if key != "tensorboard":  # which nobody asked for
+                    if key != "tensorboard":  # TensorBoard is on by default
                         raise
-                    log.warning("tensorboard is not installed; metrics go to metrics.jsonl alone")
+                    log.warning("tensorboard is not installed; metrics go to metrics.jsonl only")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures by name, to all of them."""
+        """Sends figures by name to all trackers."""
         self._each(lambda tracker: tracker.scalars(step, values))
 
     def picture(self, step: int, path: Path) -> None:
-        """A PNG file, to all of them."""
+        """Sends a PNG file to all trackers."""
         self._each(lambda tracker: tracker.picture(step, path))
 
     def close(self, end: str) -> None:
-        """Ends them."""
+        """Ends all trackers. `end` is as in `Tracker.close`."""
         self._each(lambda tracker: tracker.close(end))
 
     def _each(self, call: Callable[[Tracker], Any]) -> None:
@@ -220,14 +230,14 @@ class Trackers:
             try:
                 call(tracker)
                 self.failures[key] = 0
-            except Exception as error:  # theirs are many, and none is worth a run
+            except Exception as error:  # trackers raise many types, and none may stop the run
                 self.failures[key] += 1
-                left = "; it is left alone from here on" if self.failures[key] == MAX_FAILURES else ""
+                disabled = "; it is disabled from here on" if self.failures[key] == MAX_FAILURES else ""
                 log.warning(
-                    "%s failed (%s); metrics.jsonl has what it missed%s",
+                    "%s failed (%s); the figures that it missed are in metrics.jsonl%s",
                     key,
                     " ".join(str(error).split())[:200],
-                    left,
+                    disabled,
                 )
-                if left:
+                if disabled:
                     del self.all[key]

@@ -1,5 +1,4 @@
-"""`Sampler`: a bundle with its weights on a mesh and its compiled programs; and functions that all cascades
-use.
+"""`Sampler`: a bundle, its weights on a mesh, its compiled programs; and functions that all cascades use.
 
 A sampler pads each batch so that every device gets a power of two of rows, at most MAX_BATCH. A bundle
 therefore compiles a fixed, small number of programs, however many calls follow. Each batch is split over the
@@ -47,7 +46,7 @@ class Sampler:
     def __init__(self, bundle: Bundle, mesh: Mesh | None = None):
         if bundle.mesh is not None and mesh not in (None, bundle.mesh):
             raise InputError(
-                f"the bundle {bundle.path} lies on another mesh; load it again onto the mesh that you sample on"
+                f"the bundle {bundle.path} lies on another mesh; load it again onto the mesh to sample on"
             )
         self.bundle = bundle
         self.mesh = bundle.mesh or mesh or _default_mesh(bundle.parts)
@@ -79,7 +78,7 @@ class Sampler:
         return {name: network.with_params(params[name]) for name, network in self.networks.items()}
 
     def program(self, key: Hashable, make: Callable[[], Callable]) -> Callable:
-        """Jits the function that `make()` returns, once per key. Its results are replicated on all devices."""
+        """Jits the function that `make()` returns, once per key. All devices get its whole results."""
         if key not in self._programs:
             self._programs[key] = jax.jit(make(), out_shardings=NamedSharding(self.mesh, PartitionSpec()))
         return self._programs[key]
@@ -96,7 +95,8 @@ class Sampler:
         configs = [config["tokenizer"] for config in parts if "tokenizer" in config]
         if any(config != configs[0] for config in configs):
             raise InputError(
-                f"the parts of {self.bundle.path or 'the bundle'} have text encoders with different tokenizers"
+                f"the parts of {self.bundle.path or 'the bundle'} have text encoders "
+                "with different tokenizers"
             )
         return ClipTokenizer.from_config(configs[0]) if configs else None
 
@@ -223,8 +223,7 @@ def with_scales(options: Mapping[str, Options], scales: Mapping[str, jax.Array])
 
 
 def row_keys(seed: jax.Array, positions: jax.Array) -> jax.Array:
-    """One random key per row, so that the sample of (seed, position) does not depend on the rest of the
-    batch.
+    """One random key per row, so that a sample depends on (seed, position) and not on the rest of the batch.
 
     Args:
       seed: () uint32.

@@ -1,4 +1,7 @@
-"""Training: one linear file per stage, each with `FROZEN`, `stage` and `train_and_evaluate`. `STAGES` lists them."""
+"""Training: one linear file per stage, each with `FROZEN`, `stage` and `train_and_evaluate`.
+
+`STAGES` maps the name of a stage to its file.
+"""
 
 from unclip_jax.train import clip, codec, decoder, prior_ar, prior_diffusion, upsampler
 

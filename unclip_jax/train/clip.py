@@ -1,6 +1,7 @@
 """CLIP: contrastive training of image and text towers (Radford et al. 2021; unCLIP appendix C).
 
-The loss is the symmetric cross entropy over the global batch: every image against every caption, whatever the mesh.
+The loss is the symmetric cross entropy over the global batch: it compares every image with every caption, on
+any mesh.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ FROZEN: dict[str, str] = {}
 
 # ------------------------------------------------------------------------------------ loss
 def contrastive_loss(image: jax.Array, text: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Symmetric cross entropy of unit embeddings (B, D) at logit scale (); returns the loss and the image-to-text accuracy."""
+    """Symmetric cross entropy of a batch's embeddings (Radford et al. 2021, figure 3).
+
+    Args:
+      image: (B, D) unit embeddings of the images.
+      text: (B, D) unit embeddings of their captions.
+      scale: () logit scale, the inverse of the temperature.
+
+    Returns:
+      The loss () and the accuracy () with which an image finds its caption.
+    """
     logits = scale * jnp.einsum("id,jd->ij", image, text, precision="highest")
     matching = jnp.diagonal(logits)
     to_image = jnp.mean(jax.nn.logsumexp(logits, axis=0) - matching)
@@ -41,22 +51,24 @@ def embed_rows(params, batch, *, model: CLIP):
 
 
 def loss_of_embeddings(params, embeddings):
-    """Loss () and metrics of a global batch's unit embeddings; of the parameters only the temperature matters here."""
+    """Loss () and metrics of a global batch's unit embeddings. The only parameter used is `logit_scale`."""
     scale = jnp.exp(jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE))
     loss, accuracy = contrastive_loss(*embeddings, scale)
     return loss, {"accuracy": accuracy, "logit_scale": scale}
 
 
 def loss_fn(params, rng, batch, *, frozen, model: CLIP):
-    """Loss () and metrics of a global batch. CLIP's training is free of randomness but for the data."""
+    """Loss () and metrics of a global batch. The loss itself is not random."""
     del rng, frozen
     return loss_of_embeddings(params, embed_rows(params, batch, model=model))
 
 
 # ------------------------------------------------------------------------------------ stage
 def stage(config, mesh, frozen) -> Stage:
-    """The stage as its configuration describes it. With `sam.rho` the gradient is SAM's (appendix C). The loss compares all rows of a
-    batch, so it cannot be accumulated over parts of it.
+    """The stage as its configuration describes it.
+
+    If `sam.rho` is not 0, the gradient is SAM's (appendix C). The loss compares all rows of a batch, so its
+    gradient cannot be accumulated over parts of the batch.
 
     Raises:
       ValueError: when the configuration asks for accumulation.
@@ -78,14 +90,16 @@ def stage(config, mesh, frozen) -> Stage:
         return model.init(key, image, tokens)["params"], {}
 
     def clamped(params):
-        # The temperature's bound (section 2.5) is kept in the parameter itself, so that it can come back from it.
+        # The bound of the temperature (section 2.5) applies to the parameter itself. A bound in the loss
+        # alone would have no gradient beyond it, and the parameter could not return.
         return params | {"logit_scale": jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)}
 
     def gradient_by_sam(params, extra, rng, batch, step, *, frozen):
         result, gradient = sam_gradient(
             lambda params, rows: embed_rows(gather_rest(params, mesh), rows, model=model),
             loss_of_embeddings, params, batch,
-            rho=config.sam.rho, group_size=config.sam.group_size, lanes=mesh.shape["data"] * mesh.shape["fsdp"],
+            rho=config.sam.rho, group_size=config.sam.group_size,
+            lanes=mesh.shape["data"] * mesh.shape["fsdp"],
         )  # fmt: skip
         loss, metrics = result
         return (loss, (metrics, extra)), gradient
@@ -108,8 +122,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """Trains in `workdir`, or resumes there, and returns the figures of the last evaluation.
 
     Args:
-      config: see `configs/emoji/clip.py`.
-      workdir: the run's folder; a run found there is resumed.
+      config: the run's configuration; see `configs/emoji/clip.py`.
+      workdir: the run's folder; a run in it is resumed.
       init_from: a bundle or run whose weights a new run starts from.
     """
     # -------------------------------------------------------------------------------- mesh and data

@@ -1,8 +1,11 @@
 """The codec of the autoregressive prior: PCA of CLIP image embeddings (unCLIP section 2.2).
 
-One sharded pass over the training images: sums of z and of z z^T are taken on the devices at the highest precision and gathered into
-float64 on the host, batch by batch; the eigenvectors of the covariance follow. A second pass over as many rows finds the extremes of the
-projections. All components are kept, in the order of their eigenvalues; whoever uses them takes the first ones.
+1. A sharded pass over the training images computes the sums of z and of z z^T of each batch on the devices,
+   at the highest precision. The host adds them up in float64.
+2. The host computes the eigenvectors of the covariance.
+3. A second pass over as many rows finds the extremes of the projections.
+
+The codec keeps all components, in the order of their eigenvalues; the prior uses the first ones.
 """
 
 from __future__ import annotations
@@ -40,11 +43,14 @@ def principal_components(
     """PCA from sums.
 
     Args:
-      count: number of embeddings.
-      total: (D,) float64, their sum; outer: (D, D) float64, the sum of z z^T.
+      count: number of embeddings z.
+      total: (D,) float64, the sum of z.
+      outer: (D, D) float64, the sum of z z^T.
 
     Returns:
-      mean (D,), eigenvalues (D,) falling and not negative, components (D, D), row k the k-th direction, its largest entry positive.
+      mean: (D,).
+      eigenvalues: (D,), in descending order and not negative.
+      components: (D, D); row k is the k-th direction, with a positive sign of its largest entry.
     """
     mean = total / count
     values, vectors = np.linalg.eigh(outer / count - np.outer(mean, mean))
@@ -54,16 +60,20 @@ def principal_components(
 
 
 def explained(eigenvalues: np.ndarray, dims: int) -> float:
-    """Fraction of the variance in the first `dims` components; the rest is the relative mean squared error of reconstruction."""
+    """The fraction of the variance in the first `dims` components.
+
+    The remaining fraction is the relative mean squared error of the reconstruction.
+    """
     return float(np.sum(eigenvalues[:dims]) / max(np.sum(eigenvalues), 1e-30))
 
 
 # ------------------------------------------------------------------------------------ stage
 def stage(config, mesh, frozen) -> Stage:
-    """The stage as its configuration describes it, on the CLIP under it. It is fitted, not trained: it has no players.
+    """The stage as its configuration describes it, with its frozen CLIP. It is fitted, so it has no players.
 
     Raises:
-      ValueError: when there are fewer rows than the covariance asks for, or more dimensions than the embedding has.
+      ValueError: when there are too few rows for the covariance, or `dims` exceeds the embedding's
+        dimensions.
     """
     clip, rows = frozen["clip"], config.steps * config.batch_size
     dim = clip.config["model"]["embed_dim"]
@@ -71,7 +81,8 @@ def stage(config, mesh, frozen) -> Stage:
         raise InputError(f"dims must be between 1 and the embedding's {dim}, got {config.dims}")
     if rows <= dim:
         raise InputError(
-            f"{rows} rows (steps x batch_size) are too few for the covariance of {dim} dimensions; raise steps"
+            f"{rows} rows (steps x batch_size) are too few for the covariance of {dim} dimensions; "
+            "raise steps"
         )
     shapes = {"mean": (dim,), "components": (dim, dim), "eigenvalues": (dim,), "low": (dim,), "high": (dim,)}
     return Stage(
@@ -92,15 +103,18 @@ def stage(config, mesh, frozen) -> Stage:
 
 # ------------------------------------------------------------------------------------ training
 def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> dict[str, float]:
-    """Fits the codec and writes it as the run's only checkpoint; a finished run is left alone. Returns its figures.
+    """Fits the codec and writes it as the run's only checkpoint. A finished run stays as it is.
 
     Args:
-      config: see `configs/emoji/codec.py`.
+      config: the run's configuration; see `configs/emoji/codec.py`.
       workdir: the run's folder.
-      init_from: must be None: there is nothing to start from.
+      init_from: must be None, because a fit does not start from weights.
+
+    Returns:
+      The figures: fractions of the variance that the first components explain.
 
     Raises:
-      ValueError: as `stage`, or with `init_from`.
+      ValueError: as `stage`, or when `init_from` is given.
     """
     if init_from is not None:
         raise InputError("the codec is fitted on embeddings and starts from nothing: leave out --init-from")
@@ -147,9 +161,15 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
             low, high = np.minimum(low, least), np.maximum(high, most)
             if run.stop:
                 return run.figures
-        found = {"mean": mean, "components": components, "eigenvalues": eigenvalues, "low": low, "high": high}
+        fitted = {
+            "mean": mean,
+            "components": components,
+            "eigenvalues": eigenvalues,
+            "low": low,
+            "high": high,
+        }
         run.replace_parameters(
-            {name: np.asarray(value, np.float32) for name, value in found.items()}, config.steps
+            {name: np.asarray(value, np.float32) for name, value in fitted.items()}, config.steps
         )
         run.save(config.steps)
         report = sorted({*config.report, config.dims})

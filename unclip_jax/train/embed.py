@@ -1,8 +1,9 @@
-"""CLIP embeddings of a whole source, once: what the priors train from at the speed of memory (`data.embeddings` says how they lie there).
+"""Embeds a whole source with CLIP, once, so that the priors and the codec can train from the embeddings.
 
-Every host embeds its own shards, runs of records in the source's order, on its own devices: hosts share nothing but the folder. A shard's
-folder appears whole or not at all, so that a run which was cut off goes on with the shards that are missing. Sums for mean, deviation and
-the codec of the autoregressive prior (unCLIP section 2.2) are taken in the same pass.
+`data.embeddings` describes the folder. A shard is a run of records in the source's order. Every host embeds
+its own shards on its own devices; hosts share only the folder. A shard's folder appears complete or not at
+all, so that a run that was cut off can resume with the missing shards. The same pass computes the sums for
+the mean, the standard deviation and the codec of the autoregressive prior (unCLIP section 2.2).
 """
 
 from __future__ import annotations
@@ -36,17 +37,23 @@ from unclip_jax.train.codec import explained, principal_components
 
 log = logging.getLogger("unclip_jax")
 
-CHECKED = 2048  # pairs of the alignment check
-AGAIN = 8  # records embedded a second time, and compared with what lies in the folder
-TOLERANCE = 0.02  # of their relative difference: programs of other batch sizes round differently in bfloat16
-REPORTED = (16, 64, 319, 512)  # dimensions whose share of the variance the manifest tells
-CHUNK = 4096  # embeddings looked at together in the second pass
+CHECKED = 2048  # number of pairs in the alignment check
+AGAIN = 8  # number of records that are embedded a second time and compared with the folder
+TOLERANCE = 0.02  # largest relative difference; in bfloat16, other batch sizes round differently
+REPORTED = (16, 64, 319, 512)  # numbers of dimensions whose share of the variance the manifest states
+CHUNK = 4096  # embeddings per chunk in the second pass
 
 
 @dataclasses.dataclass(frozen=True)
 class _Towers:
-    """CLIP on this host's devices: `image` of (rows, Hc, Wc, 3) pictures; `text` of as many captions: embeddings, states (float16, or None
-    where they are not kept), masks."""
+    """CLIP's encoders on this host's devices.
+
+    clip: the network.
+    rows: number of pictures or captions in a batch.
+    image: pictures (rows, Hc, Wc, 3) -> embeddings.
+    text: captions, as many as `rows` -> embeddings, text states (float16, or None if they are not kept),
+      masks.
+    """
 
     clip: Network
     rows: int
@@ -67,26 +74,31 @@ def embed(
     max_bad_fraction: float = 0.01,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict:
-    """Embeds images and all their captions, or goes on where an earlier call stopped. Images are scaled and cropped to the centre.
+    """Embeds images and all their captions, or resumes where an earlier call stopped.
+
+    Images are scaled and cropped to the centre.
 
     Args:
       clip: a run, a bundle or public weights.
       source: pictures with captions.
-      out: the folder.
-      mesh: of this host's own devices.
-      batch_size: images, and captions, on this host at a time.
-      shard_records: records of the source in a shard.
-      states: keep the text states (L, W) of every caption too, float16: for priors that see CLIP's states (Karlo's).
-      dtype: that CLIP computes in (`sharding.compute_dtype`).
-      max_bad_fraction: of the records; more that cannot be read stop it.
-      progress: called with (shards done, shards in all) of this host.
+      out: the folder for the embeddings.
+      mesh: this host's own devices.
+      batch_size: number of images, and of captions, that this host embeds at a time.
+      shard_records: number of the source's records in a shard.
+      states: whether to keep the text states (L, W) of every caption as well, in float16. Priors that see
+        CLIP's states need them (Karlo's).
+      dtype: dtype of CLIP's computation (`sharding.compute_dtype`).
+      max_bad_fraction: largest fraction of records that may be unreadable.
+      progress: function that is called with this host's (shards done, total of shards).
 
     Returns:
       The manifest, on every host.
 
     Raises:
-      ValueError: when the folder holds other embeddings, a source holds embeddings, or what lies in the folder is not what CLIP says
-        of the source's records; BadDataError; OSError.
+      ValueError: when the folder holds other embeddings, the source holds embeddings, or the embeddings in
+        the folder differ from CLIP's output for the source's records.
+      BadDataError: when too many records are unreadable.
+      OSError: when the source or the folder cannot be reached.
     """
     if source.embedded is not None:
         raise InputError(f"{source.name} holds embeddings already")
@@ -105,13 +117,13 @@ def embed(
     }
     _check_plan(out, plan)
     count = -(-len(source) // shard_records)
-    mine = range(jax.process_index(), count, jax.process_count())
+    shards_of_host = range(jax.process_index(), count, jax.process_count())
     seen = bad = 0
     with (
         stop_signals(alone=True) as stop,
         ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="unclip-data") as pool,
     ):
-        for done, number in enumerate(mine):
+        for done, number in enumerate(shards_of_host):
             folder = embeddings.shard_path(out, number)
             records = range(number * shard_records, min((number + 1) * shard_records, len(source)))
             described = _finished(folder)
@@ -124,13 +136,13 @@ def embed(
             seen, bad = seen + len(records), bad + described["bad"]
             if bad > max(MIN_BAD if max_bad_fraction else 0, max_bad_fraction * seen):
                 raise BadDataError(
-                    f"{bad} of {seen} records cannot be used, more than max_bad_fraction={max_bad_fraction}; the last is "
-                    f"{described['last_bad']}; mend the data, or raise max_bad_fraction"
+                    f"{bad} of {seen} records cannot be used, more than max_bad_fraction={max_bad_fraction}; "
+                    f"the last is {described['last_bad']}; repair the data, or raise max_bad_fraction"
                 )
             if arrays is not None:
                 embeddings.write_arrays(folder, arrays, described)
             if progress is not None:
-                progress(done + 1, len(mine))
+                progress(done + 1, len(shards_of_host))
     leave_if_stopped(stop)
     wait_for_hosts("embedded")
     if jax.process_index() == 0:
@@ -161,7 +173,8 @@ def _towers(path: str, mesh: Mesh, dtype: str, batch_size: int, states: bool) ->
 
 
 def _behind(dispatched: Iterable[tuple[Any, int]]) -> Iterator[Any]:
-    # Of (arrays on devices, rows that count): those rows on the host, one batch behind the devices.
+    # Turns (arrays on the devices, number of rows that count) into those rows on the host, one batch behind
+    # the devices, so that the devices do not wait.
     waiting: collections.deque = collections.deque()
     first = lambda tree, count: jax.tree.map(lambda a: np.asarray(a)[:count], tree)
     for item in dispatched:
@@ -173,19 +186,21 @@ def _behind(dispatched: Iterable[tuple[Any, int]]) -> Iterator[Any]:
 
 
 def _filled(rows: list, count: int) -> list:
-    # `count` rows, the last one repeated.
+    # Fills the list up to `count` rows by repeating the last one.
     return rows + [rows[-1]] * (count - len(rows))
 
 
 def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...]] | str:
-    # The picture, uint8, and its captions; in words, why there is none. A disk or network that fails is no fault of the record.
+    # The picture (uint8) and its captions, or the reason why the record is unusable. A failing disk or
+    # network does not make a record bad, so it raises an OSError.
     try:
         record = source.read(i)
     except DATA_ERRORS as error:
         if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
             reason = error_summary(error)
             raise OSError(
-                f"record {i} of {source.name} cannot be reached ({reason}); the same command goes on from here"
+                f"record {i} of {source.name} cannot be reached ({reason}); "
+                "run the same command again to resume from here"
             ) from None
         return f"record {i} of {source.name}: {error_summary(error)}"
     try:
@@ -197,7 +212,7 @@ def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...
 def _embed_shard(
     towers: _Towers, source: Source, records: range, pool: ThreadPoolExecutor, stop: Stop
 ) -> tuple[dict[str, np.ndarray], dict]:
-    # The arrays of one shard, and what shard.json says of it; worth nothing when `stop` cut it short.
+    # The arrays of one shard, and the content of its shard.json. They are not valid if `stop` interrupted it.
     kept, captions, bad, size, dim = [], [], [], towers.rows, towers.clip.config["model"]["embed_dim"]
     chunks = [records[i : i + size] for i in range(0, len(records), size)]
     load = functools.partial(_load, source, clip_image_size(towers.clip))
@@ -211,7 +226,7 @@ def _embed_shard(
             rows = [(i, *row) for i, row in loaded if not isinstance(row, str)]
             bad.extend(row for _, row in loaded if isinstance(row, str))
             kept.extend(i for i, _, _ in rows)
-            captions.extend(own for _, _, own in rows)
+            captions.extend(record_captions for _, _, record_captions in rows)
             if rows and not stop:
                 yield (
                     towers.image(ops.to_float(np.stack(_filled([picture for _, picture, _ in rows], size)))),
@@ -219,26 +234,26 @@ def _embed_shard(
                 )
 
     z = np.concatenate([np.zeros((0, dim), np.float32), *(np.float32(each) for each in _behind(images()))])
-    texts = [caption for own in captions for caption in own] if not stop else []
+    texts = [caption for record_captions in captions for caption in record_captions] if not stop else []
     batches = (texts[i : i + size] for i in range(0, len(texts), size))
-    told = list(_behind((towers.text(_filled(some, size)), len(some)) for some in batches))
+    encoded = list(_behind((towers.text(_filled(batch, size)), len(batch)) for batch in batches))
     arrays = {
         "image_embed": z,
         "text_embed": np.concatenate(
-            [np.zeros((0, dim), np.float32), *(np.float32(embed) for embed, _, _ in told)]
+            [np.zeros((0, dim), np.float32), *(np.float32(embed) for embed, _, _ in encoded)]
         ),
         "record": np.asarray(kept, np.int64),
         "sum": z.sum(axis=0, dtype=np.float64),
         "outer": z.astype(np.float64).T @ z.astype(np.float64),
         **embeddings.join_captions(captions),
     }
-    if told and told[0][1] is not None:
-        arrays["text_states"] = np.concatenate([kept_states for _, kept_states, _ in told])
+    if encoded and encoded[0][1] is not None:
+        arrays["text_states"] = np.concatenate([kept_states for _, kept_states, _ in encoded])
     for name in ("image_embed", "text_embed", "text_states"):
         if name in arrays and not np.isfinite(arrays[name]).all():
-            at = f"records {records.start} to {records.stop - 1} of {source.name}"
+            where = f"records {records.start} to {records.stop - 1} of {source.name}"
             raise InputError(
-                f"{name} of {at} is not finite: look at this CLIP, or embed with --dtype float32"
+                f"{name} of {where} is not finite: check this CLIP, or embed with --dtype float32"
             )
     for line in bad[:MAX_LOGGED]:
         log.warning("skipped %s", line)
@@ -254,7 +269,7 @@ def _embed_shard(
 
 # ------------------------------------------------------------------------------------------ the folder
 def _check_plan(out: Any, plan: dict) -> None:
-    # The folder is new, or was begun with this plan; the first host writes it down.
+    # Checks that the folder is new or was begun with this plan. The first host writes the plan.
     file = out / "plan.json"
     with store_errors(out):
         begun = file.is_file()
@@ -273,7 +288,7 @@ def _check_plan(out: Any, plan: dict) -> None:
 
 
 def _finished(folder: Any) -> dict | None:
-    # What shard.json says if the shard is there whole.
+    # The content of shard.json if the shard is complete and undamaged, None otherwise.
     with store_errors(folder):
         if not (folder / "shard.json").is_file():
             return None
@@ -286,7 +301,7 @@ def _finished(folder: Any) -> dict | None:
 
 
 def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -> None:
-    # The manifest, the empty caption and the codec, from all hosts' shards.
+    # Writes the manifest, the empty caption and the codec, from the shards of all hosts.
     shards = [embeddings.Shard(embeddings.shard_path(out, number), plan["states"]) for number in range(count)]
     described = [embeddings.read_json(shard.folder / "shard.json") for shard in shards]
     images = sum(shard["images"] for shard in described)
@@ -338,16 +353,19 @@ def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -
 def _alignment(
     shards: list[embeddings.Shard], described: list[dict], towers: _Towers, source: Source
 ) -> dict[str, float]:
-    # Pairs that belong together against pairs that do not; and some records embedded once more.
-    z_image, z_text, again = [], [], []
+    # Compares matching pairs of image and caption with mismatched ones, and embeds some records a second time
+    # to check the folder.
+    z_image, z_text, rechecked = [], [], []
     for shard, about in zip(shards, described):
         first = np.asarray(shard.array("first_caption"))
-        told = np.flatnonzero(np.diff(first) > 0)[: -(-CHECKED // len(shards))]
-        z_image.append(np.asarray(shard.array("image_embed")[told]))
-        z_text.append(np.asarray(shard.array("text_embed")[first[told]]))
-        again += [(shard, int(i)) for i in ([0, about["images"] - 1] if about["images"] else [])]
-    again = [again[i] for i in np.linspace(0, len(again) - 1, min(AGAIN, len(again))).astype(int)]
-    for shard, i in again:
+        with_captions = np.flatnonzero(np.diff(first) > 0)[: -(-CHECKED // len(shards))]
+        z_image.append(np.asarray(shard.array("image_embed")[with_captions]))
+        z_text.append(np.asarray(shard.array("text_embed")[first[with_captions]]))
+        rechecked += [(shard, int(i)) for i in ([0, about["images"] - 1] if about["images"] else [])]
+    rechecked = [
+        rechecked[i] for i in np.linspace(0, len(rechecked) - 1, min(AGAIN, len(rechecked))).astype(int)
+    ]
+    for shard, i in rechecked:
         record = int(shard.array("record")[i])
         loaded = _load(source, clip_image_size(towers.clip), record)
         if isinstance(loaded, str):
@@ -361,22 +379,23 @@ def _alignment(
         ]
         if captions:
             pairs.append((shard.row(i)["text_embed"][0], towers.text([captions[0]] * towers.rows)[0][0]))
-        for lies, now in pairs:
-            if not np.linalg.norm(lies - now) <= TOLERANCE * np.linalg.norm(
-                now
-            ) or captions != shard.captions(i):
+        for stored, embedded in pairs:
+            close = np.linalg.norm(stored - embedded) <= TOLERANCE * np.linalg.norm(embedded)
+            if not close or captions != shard.captions(i):
                 raise InputError(
-                    f"{shard.folder} does not hold what CLIP says of record {record}; delete it and run the command again"
+                    f"{shard.folder} does not hold what CLIP says of record {record}; "
+                    "delete it and run the command again"
                 )
     z_image, z_text = np.concatenate(z_image), np.concatenate(z_text)
     if len(z_image) < 2:
         return {"pairs": len(z_image)}
-    own, other = mean_cosine(z_image, z_text), mean_cosine(z_image, np.roll(z_text, 1, axis=0))
-    if own <= other:
+    matching, mismatched = mean_cosine(z_image, z_text), mean_cosine(z_image, np.roll(z_text, 1, axis=0))
+    if matching <= mismatched:
         log.warning(
-            "captions fit their own images no better (mean cosine %.4f) than others' (%.4f): is this CLIP trained?",
-            own,
-            other,
+            "captions fit their own images (mean cosine %.4f) no better than other images (%.4f): "
+            "is this CLIP trained?",
+            matching,
+            mismatched,
         )
-    found = {"pairs": len(z_image), "cosine": own, "cosine_of_others": other}
-    return found | ({"retrieval_at_1": retrieval_at_1(z_image, z_text)} if len(z_image) >= 100 else {})
+    figures = {"pairs": len(z_image), "cosine": matching, "cosine_of_others": mismatched}
+    return figures | ({"retrieval_at_1": retrieval_at_1(z_image, z_text)} if len(z_image) >= 100 else {})

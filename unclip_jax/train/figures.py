@@ -1,4 +1,4 @@
-"""What several stages measure at their evaluations: the held-out loss, a grid of samples, a prior's figures."""
+"""Measurements that several stages share: the held-out loss, a grid of samples, and a prior's figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from unclip_jax.run.state import TrainState, step_rng
 
 
 def held_out_loss(stage: Stage, config: Any, mesh: Any, data: Data) -> Callable[[TrainState, Any], float]:
-    """(state, frozen) -> the objective's mean over the first `config.eval.rows` held-out rows, with the averaged parameters."""
+    """Makes the function (state, frozen) -> held-out loss.
+
+    The loss is the mean of the objective over the first `config.eval.rows` held-out rows, with the averaged
+    parameters.
+    """
 
     @jax.jit
     def loss_of(params, extra, frozen, batch, rng):
@@ -36,7 +40,13 @@ def held_out_loss(stage: Stage, config: Any, mesh: Any, data: Data) -> Callable[
 
 
 def sample_grid(run: Run, step: int, draw: Callable[[dict, jax.Array], jax.Array]) -> None:
-    """Draws the first `config.eval.samples` held-out rows, (batch, key) -> images in [-1, 1], into the run's `samples/`."""
+    """Samples images for the first `config.eval.samples` held-out rows, and writes a grid to `samples/`.
+
+    Args:
+      run: the run.
+      step: the step; it names the file.
+      draw: (batch, key) -> images (B, H, W, 3) in [-1, 1].
+    """
     source, count = run.data.held_out["eval"], run.config.eval.samples
     batch, valid = next(eval_batches(source, run.stage.example, run.mesh, count, count))
     captions = [source.read(i).captions[0] for i in range(min(count, len(source)))]
@@ -46,11 +56,12 @@ def sample_grid(run: Run, step: int, draw: Callable[[dict, jax.Array], jax.Array
 def prior_figures(
     run: Run, predict: Callable[[dict, jax.Array], tuple], mean_embedding: np.ndarray
 ) -> dict[str, float]:
-    """A prior's figures on each evaluation source.
+    """A prior's figures on each evaluation source: cosines with z_i, their baselines, and retrieval.
 
     Args:
+      run: the run.
       predict: (batch, key) -> z_hat, z_image, z_text, each (B, D).
-      mean_embedding: (D,) of the training images, one of the two baselines.
+      mean_embedding: (D,) mean embedding of the training images, which is one of the two baselines.
     """
     figures, config = {}, run.config
     for name, source in run.data.held_out.items():

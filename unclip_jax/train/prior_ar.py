@@ -1,7 +1,8 @@
 """The autoregressive prior: codes of CLIP image embeddings from captions (unCLIP section 2.2).
 
-Embeddings are projected on their principal components and quantised; a causal transformer sees the caption, its CLIP text embedding, the
-quantised dot product z_i.z_t and the codes so far, and predicts the next code. Captions are dropped for classifier-free guidance.
+The codec projects an embedding onto principal components and quantises it. A causal transformer sees the
+caption, its CLIP text embedding, the quantised dot product z_i.z_t and the codes so far, and predicts the
+next code. Training drops captions at random, for classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -115,12 +116,12 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """Trains in `workdir`, or resumes there, and returns the figures of the last evaluation.
 
     Args:
-      config: see `configs/emoji/prior_ar.py`.
-      workdir: the run's folder; a run found there is resumed.
+      config: the run's configuration; see `configs/emoji/prior_ar.py`.
+      workdir: the run's folder; a run in it is resumed.
       init_from: a bundle or run whose weights a new run starts from.
 
     Raises:
-      ValueError: when the codec was fitted in another CLIP's space, or has fewer dimensions than there are codes.
+      ValueError: when the codec belongs to another CLIP, or has fewer dimensions than there are codes.
     """
     # -------------------------------------------------------------------------------- mesh and data
     mesh, data = make_mesh(config.mesh), open_data(config)

@@ -1,7 +1,8 @@
 """The diffusion prior: CLIP image embeddings from captions (unCLIP section 2.2).
 
-A causal transformer sees the caption, its CLIP text embedding, the time step and the noised image embedding, and predicts the clean
-one: L = E |f(z^(t), t, y) - z_i|^2. Captions are dropped for classifier-free guidance.
+A causal transformer sees the caption, its CLIP text embedding, the time step and the noised image embedding,
+and predicts the clean one: L = E |f(z^(t), t, y) - z_i|^2. Training drops captions at random, for
+classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -33,10 +34,8 @@ from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
 from unclip_jax.train.figures import prior_figures
 
 FROZEN = {"clip": "clip"}
-ERROR_TIMES, ERROR_BATCHES = (
-    50,
-    2,
-)  # time steps at which the errors for analytic variance are measured, and batches at each
+ERROR_TIMES = 50  # number of time steps at which the errors for analytic variance are measured
+ERROR_BATCHES = 2  # number of batches at each of them
 
 
 # ------------------------------------------------------------------------------------ fit
@@ -131,7 +130,7 @@ def stage(config, mesh, frozen) -> Stage:
 
 
 def space_of(part: dict, fitted) -> EmbeddingSpace:
-    """The part's embedding space with fitted statistics."""
+    """The part's embedding space, with the statistics in `fitted`: mean and std, each (D,)."""
     space = part["embedding_space"]
     return EmbeddingSpace(space["kind"], space["scale"], fitted["mean"], fitted["std"])
 
@@ -141,8 +140,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """Trains in `workdir`, or resumes there, and returns the figures of the last evaluation.
 
     Args:
-      config: see `configs/emoji/prior_diffusion.py`.
-      workdir: the run's folder; a run found there is resumed.
+      config: the run's configuration; see `configs/emoji/prior_diffusion.py`.
+      workdir: the run's folder; a run in it is resumed.
       init_from: a bundle or run whose weights a new run starts from.
     """
     # -------------------------------------------------------------------------------- mesh and data

@@ -90,8 +90,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """Trains in `workdir`, or resumes there, and returns the figures of the last evaluation.
 
     Args:
-      config: see `configs/emoji/upsampler.py`.
-      workdir: the run's folder; a run found there is resumed.
+      config: the run's configuration; see `configs/emoji/upsampler.py`.
+      workdir: the run's folder; a run in it is resumed.
       init_from: a bundle or run whose weights a new run starts from.
     """
     # -------------------------------------------------------------------------------- mesh and data

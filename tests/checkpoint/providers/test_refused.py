@@ -17,7 +17,7 @@ from unclip_jax.sampling.edits.inversion import embed_images
 def test_unknown_public_weights_are_refused(tmp_path):
     """The error says what the folder holds, and which public weights can be read."""
     known = "the public weights read here are: Karlo in diffusers' layout; CLIP of transformers or of OpenAI"
-    for name, files, found in (
+    for name, files, contents in (
         ("pipeline", {"model_index.json": '{"_class_name": "FluxPipeline"}'}, "is a FluxPipeline"),
         ("model", {"config.json": '{"model_type": "bert"}'}, "holds a 'bert' model"),
         ("tensors", {}, "has no config.json, and its tensors are not those of a network known here"),
@@ -30,7 +30,7 @@ def test_unknown_public_weights_are_refused(tmp_path):
         for read in (load_bundle, lambda path: load_part(path, "clip")):
             with pytest.raises(ValueError) as error:
                 read(folder)
-            assert str(error.value) == f"{folder} {found}; {known}"
+            assert str(error.value) == f"{folder} {contents}; {known}"
 
 
 def edit_config(folder, **changes):

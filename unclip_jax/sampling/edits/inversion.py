@@ -116,7 +116,8 @@ def embed_images(
     clip = sampler.network("clip")
     if clip.config["model"]["image"] is None:
         raise InputError(
-            f"the CLIP of {sampler.bundle.path or 'the bundle'} has no image encoder, so it cannot embed images"
+            f"the CLIP of {sampler.bundle.path or 'the bundle'} has no image encoder, "
+            "so it cannot embed images"
         )
     size = clip.config["model"]["image"]["image_size"]
     method = "encode_image" if projected else "image_features"
