@@ -1,4 +1,4 @@
-"""The documents are true as far as a program can tell: commands parse, settings exist, links lead somewhere."""
+"""What a program can check in the documents: commands parse, settings exist, links lead somewhere."""
 
 import argparse
 import importlib.util

@@ -1,9 +1,11 @@
 """CLIP for the embedded emoji: it compares images of 64 px with captions.
 
     unclip train configs/emoji/clip.py --workdir runs/emoji/clip
+    unclip train configs/emoji/clip.py:judge --workdir runs/judge
 
 variant   what it is
 (none)    the one in the shipped folder `emoji_next`
+:judge    another size and seed, trained on all splits: it judges samples and never guides them
 :quick    for `launch/quickstart --train`
 :tiny     runs in seconds on a CPU, for tests
 
@@ -22,7 +24,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.run import defaults
 
-VARIANTS = ("", "quick", "tiny")
+VARIANTS = ("", "judge", "quick", "tiny")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -56,6 +58,11 @@ def get_config(variant: str = "") -> ConfigDict:
         config.sam = {"rho": 0.0, "group_size": 64}  # off
         config.ema_decay = 0.995
         config.eval = {"batch_size": 100, "rows": 400, "candidates": 100}
+    if variant == "judge":
+        config.seed = 1
+        config.data.train.split = "all"
+        config.model.image.update({"width": 160, "layers": 6, "heads": 5})
+        config.model.text.update({"width": 160, "heads": 5})
     if variant == "quick":
         config.steps = 220
         config.batch_size = 128

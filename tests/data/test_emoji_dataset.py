@@ -293,3 +293,14 @@ def test_rebuild_is_byte_for_byte(capsys):
     """Needs the network, npm and the pinned pillow and resvg-py; about two minutes."""
     pytest.importorskip("resvg_py")
     assert build.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_all_splits_together():
+    """The split "all" has every record once, and a checksum of its own."""
+    from unclip_jax.data.sources.emoji import SPLITS, emoji_source
+
+    splits = [emoji_source(split) for split in SPLITS]
+    together = emoji_source("all")
+    keys = [source.read(i).key for source in splits for i in range(len(source))]
+    assert [together.read(i).key for i in range(len(together))] == keys and len(set(keys)) == len(keys)
+    assert len({source.checksum for source in (*splits, together)}) == 4

@@ -17,18 +17,24 @@ from unclip_jax.errors import InputError
 
 EMOJI_FOLDER = Path(__file__).parent.parent / "emoji"
 SPLITS = ("train", "val", "compose")
+ALL = "all"  # of the splits together
 
 
 def emoji_source(split: str = "train", *, filters: Mapping | Filters | None = None) -> Source:
     """One split of the emoji data: "train", "val" or "compose" (`data.emoji.build` says what they hold).
 
+    The split "all" has the records of all three. It is for a network that judges samples, never for one that
+    draws them or guides the drawing.
+
     Raises:
       ValueError: for another split.
       FileNotFoundError: if the package was installed without its data.
     """
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r} of the emoji data: choose one of {', '.join(SPLITS)}")
-    shards = sorted(str(path) for path in EMOJI_FOLDER.glob(f"{split}-*-of-*.tfrecord"))
+    if split not in (*SPLITS, ALL):
+        known = ", ".join((*SPLITS, ALL))
+        raise InputError(f"unknown split {split!r} of the emoji data: choose one of {known}")
+    names = SPLITS if split == ALL else (split,)
+    shards = [str(path) for name in names for path in sorted(EMOJI_FOLDER.glob(f"{name}-*-of-*.tfrecord"))]
     manifest = EMOJI_FOLDER / "manifest.json"
     if not shards or not manifest.exists():
         raise FileNotFoundError(
@@ -38,6 +44,6 @@ def emoji_source(split: str = "train", *, filters: Mapping | Filters | None = No
     index = build_index(shards, tfrecord.index_records, parse_tfrecord, filters)
     text = manifest.read_bytes()
     checksum = json.loads(text).get("checksum") or hashlib.sha256(text).hexdigest()
-    if filters.active:
-        checksum = json_checksum([checksum, dataclasses.asdict(filters)])
+    if filters.active or split != "train":  # the manifest's own checksum stands for the training split
+        checksum = json_checksum([checksum, split, dataclasses.asdict(filters)])
     return sharded_source(f"emoji/{split}", shards, index, parse_tfrecord, filters, checksum)

@@ -1,0 +1,90 @@
+"""FID, KID, bootstrap intervals and memorisation against closed forms."""
+
+import numpy as np
+import pytest
+
+from unclip_jax.metrics.bootstrap import interval
+from unclip_jax.metrics.fid import frechet_distance
+from unclip_jax.metrics.kid import kernel_distance
+from unclip_jax.metrics.memorisation import copies, nearest
+
+RNG = np.random.default_rng(0)
+
+
+def exact_gaussian(mean, cov, n=400):
+    """Rows whose sample mean and covariance are exactly these."""
+    x = RNG.normal(size=(n, len(mean)))
+    x -= x.mean(axis=0)
+    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+    return x @ np.linalg.cholesky(cov).T + mean
+
+
+def test_frechet_distance_of_gaussians():
+    """It equals the closed form for covariances that commute, and is symmetric for those that do not."""
+    a = exact_gaussian([0.0, 0.0, 0.0], np.diag([1.0, 4.0, 9.0]))
+    b = exact_gaussian([1.0, 2.0, 0.0], np.diag([4.0, 1.0, 9.0]))
+    assert frechet_distance(a, b) == pytest.approx(1 + 4 + (1 - 2) ** 2 + (2 - 1) ** 2, rel=1e-9)
+    mixing = np.array([[2.0, 0.3, 0.0], [0.3, 1.0, 0.5], [0.0, 0.5, 3.0]])
+    c = exact_gaussian([0.5, 0.0, 1.0], mixing)
+    root = np.linalg.eigvals(np.diag([1.0, 4.0, 9.0]) @ mixing)
+    expected = 0.25 + 1 + 14 + np.trace(mixing) - 2 * np.sqrt(root.real).sum()
+    assert frechet_distance(a, c) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, c) == pytest.approx(frechet_distance(c, a), rel=1e-9)
+
+
+def test_frechet_distance_of_singular_sets():
+    """Fewer rows than features: a set is at distance 0 from itself, and a shift by d at |d|^2."""
+    x = RNG.normal(size=(10, 50))
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x, x + 2.0) == pytest.approx(4 * 50, rel=1e-6)
+
+
+def test_kernel_distance_is_the_mean_over_pairs():
+    """It equals the sums over pairs written out, and its mean over draws of one distribution is 0."""
+    a, b = RNG.normal(size=(5, 4)), RNG.normal(size=(6, 4)) + 1
+    k = lambda x, y: (np.dot(x, y) / 4 + 1) ** 3
+    pairs = lambda x: np.mean([k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])
+    expected = pairs(a) + pairs(b) - 2 * np.mean([k(x, y) for x in a for y in b])
+    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    draws = [kernel_distance(RNG.normal(size=(20, 4)), RNG.normal(size=(30, 4))) for _ in range(400)]
+    assert abs(np.mean(draws)) < 4 * np.std(draws) / 20
+    assert min(draws) < 0 < max(draws)
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+@pytest.mark.parametrize(
+    "a, b, message",
+    [
+        (np.zeros((1, 3)), np.zeros((5, 3)), "at least two rows"),
+        (np.zeros((5, 3)), np.zeros((5, 4)), "different widths: 3 and 4"),
+        (np.full((5, 3), np.nan), np.zeros((5, 3)), "not finite"),
+    ],
+)
+def test_bad_features_are_refused(distance, a, b, message):
+    with pytest.raises(ValueError, match=message):
+        distance(a, b)
+
+
+def test_bootstrap_interval():
+    """The interval of a mean covers the standard error, keeps rows together, and repeats with its seed."""
+    values = RNG.normal(size=1000)
+    low, high = interval([values], resamples=2000)
+    assert high - low == pytest.approx(2 * 1.96 / np.sqrt(1000), rel=0.15) and low < values.mean() < high
+    assert interval([values], resamples=2000) == interval([values], resamples=2000)
+    assert interval([values, -values], lambda a, b: float(np.mean(a + b))) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="one length"):
+        interval([values, values[:5]])
+
+
+def test_a_planted_copy_is_found():
+    """The nearest row is the planted one; only the copy counts as nearer than held-out images are."""
+    training = RNG.uniform(-1, 1, (700, 8, 8, 3))
+    held_out, samples = RNG.uniform(-1, 1, (60, 8, 8, 3)), RNG.uniform(-1, 1, (40, 8, 8, 3))
+    samples[7] = training[123] + 0.01
+    match, reference = nearest(samples, training), nearest(held_out, training)
+    assert match.row[7] == 123 and match.distance[7] == pytest.approx(0.01, rel=1e-6)
+    differences = np.sqrt(((samples[3] - training) ** 2).mean(axis=(1, 2, 3)))
+    assert match.row[3] == differences.argmin() and match.distance[3] == pytest.approx(differences.min())
+    assert copies(match.distance, reference.distance, quantile=0.0) == pytest.approx(1 / 40)
+    with pytest.raises(ValueError, match="cannot compare"):
+        nearest(samples, training[:, :4])
