@@ -56,6 +56,7 @@ def hosts(tmp_path, monkeypatch):
     (bin_ / "gcloud").write_text(GCLOUD.format(python=sys.executable))
     (bin_ / "gcloud").chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("PYTHON", raising=False)  # the interpreter of this machine, not of the hosts
     monkeypatch.setenv("HOSTS", str(folder))
     return folder
 

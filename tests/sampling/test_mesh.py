@@ -78,7 +78,7 @@ def test_the_mesh_of_the_command(tiny_bundle, tmp_path, capsys):
     for mesh, message in (
         ("data=3", "does not fit 8 devices"),
         ("date=8", "unknown mesh axis date"),
-        ("data=x", "are whole numbers"),
+        ("data=x", "must be whole numbers"),
     ):
         assert main([*arguments, "--mesh", mesh]) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]
