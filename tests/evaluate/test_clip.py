@@ -128,7 +128,10 @@ def test_evaluate_verb(tiny_bundle, class_folders, capsys):
         (["retrieval", "--data", "name=foldr"], "unknown data source 'foldr'"),
         (["retrieval", "--data", "name=folder", "--data", "path=nowhere"], "no folder 'nowhere'"),
         (["retrieval", "--bundle", "nowhere"], "nowhere is not a bundle"),
-        (["probe", "--data", "name=folder", "--data", "path=FOLDER/test"], "name a training source with --train"),
+        (
+            ["probe", "--data", "name=folder", "--data", "path=FOLDER/test"],
+            "name a training source with --train",
+        ),
         (["retrieval", "--data", "name=folder", "--data", "path=FOLDER/test"], "has no captions to retrieve"),
     ],
 )
