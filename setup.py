@@ -49,6 +49,7 @@ setup(
             "diffusers>=0.35,<0.43",
             "filelock>=3,<5",
             "google-cloud-storage>=2.18,<4",
+            "hypothesis>=6.100,<7",
             "mlflow>=3,<4",
             "pytest>=8,<10",
             "pytest-xdist>=3.5,<4",

@@ -21,6 +21,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_CACHE.name, "xla")
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# Every run tries the same examples, and a slow machine fails none.
+settings.register_profile("suite", derandomize=True, deadline=None, database=None, max_examples=100)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
