@@ -20,11 +20,21 @@ from typing import Any
 from unclip_jax.errors import InputError, MissingPackageError
 
 SCHEMES = ("gs",)
+SYSTEM_NAMES = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found")  # beside those with a dot
 
 
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path lies in a store."""
     return "://" in os.fspath(path)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name inside a folder or an archive is that of a hidden file, or of one that a system leaves.
+
+    True if any part of the name begins with a dot, or is one of SYSTEM_NAMES.
+    """
+    parts = (part for part in name.replace("\\", "/").split("/") if part not in ("", ".", ".."))
+    return any(part.startswith(".") or part in SYSTEM_NAMES for part in parts)
 
 
 def user_path(path: str | os.PathLike) -> Any:

@@ -50,5 +50,29 @@ def write_tars(folder, count=12, shards=3, format=tarfile.PAX_FORMAT) -> str:
     return str(folder / "*.tar")
 
 
+def write_tar(path, members) -> str:
+    """A tar of (name, bytes) in the given order; bytes of None make a link to 0.txt. Returns the path."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            if data is None:
+                member.type, member.linkname = tarfile.LNKTYPE, "0.txt"
+            member.size = len(data or b"")
+            tar.addfile(member, io.BytesIO(data or b""))
+    return str(path)
+
+
+def read_all(source) -> list:
+    """For each record its captions, or the error of a bad one."""
+    read = []
+    for i in range(len(source)):
+        try:
+            read.append(source.read(i).captions)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            read.append(str(error))
+    return read
+
+
 def numbers(source) -> list[int]:
     return [int(ops.decode_image(source.read(i).image)[0, 0, 0]) for i in range(len(source))]

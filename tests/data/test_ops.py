@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from unclip_jax.data import ops
 
@@ -68,6 +69,36 @@ def test_sixteen_bits_are_scaled():
     np.testing.assert_array_equal(ops.decode_image(encode(Image.fromarray(deep), "PNG")), expected)
     np.testing.assert_array_equal(ops.decode_image(deep), expected)
     np.testing.assert_array_equal(ops.decode_image(np.array([[True, False]])), [[[255] * 3, [0] * 3]])
+
+
+def tiff(array, **tags):
+    """A TIFF with some tags of its header: SMinSampleValue is 340, SMaxSampleValue 341."""
+    directory = ImageFileDirectory_v2()
+    for name, value in tags.items():
+        directory[{"lowest": 340, "highest": 341, "photometric": 262, "orientation": 274}[name]] = value
+    return encode(Image.fromarray(array), "TIFF", tiffinfo=directory)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_thirty_two_bits_need_a_stated_range(dtype):
+    deep = np.array([[0, 200, 1000]], dtype)
+    with pytest.raises(ValueError, match="does not state their range; convert it to 8 or 16 bits"):
+        ops.decode_image(tiff(deep))
+    decoded = ops.decode_image(tiff(deep, lowest=0, highest=1000))
+    assert decoded[0, :, 0].tolist() == [0, 51, 255]
+    with pytest.raises(ValueError, match="does not state their range"):
+        ops.decode_image(tiff(deep, lowest=7, highest=7))
+    if dtype == np.float32:
+        with pytest.raises(ValueError, match="pixels that are not finite"):
+            ops.decode_image(tiff(np.array([[np.nan, 1]], dtype), lowest=0, highest=1))
+
+
+def test_sixteen_bits_of_a_tiff():
+    """White may be 0, and the picture may lie on its side."""
+    deep = np.array([[0, 257, 65535]], np.uint16)
+    assert ops.decode_image(tiff(deep))[0, :, 0].tolist() == [0, 1, 255]
+    assert ops.decode_image(tiff(deep, photometric=0))[0, :, 0].tolist() == [255, 254, 0]
+    assert ops.decode_image(tiff(deep, orientation=6))[:, 0, 0].tolist() == [0, 1, 255]
 
 
 def test_exif_orientation_is_applied(photo):

@@ -12,6 +12,7 @@ import hashlib
 import io
 import logging
 import os
+import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from unclip_jax.paths import cache_folder, is_remote, write_whole
 
 log = logging.getLogger(__name__)
 
-INDEX_VERSION = 1  # part of the name of every cached index: raise it when the meaning of an index changes
+INDEX_VERSION = 2  # part of the name of every cached index: raise it when the meaning of an index changes
 OPEN_FILES = 256  # shards that stay open per source; every further shard is opened for each read
 
 FindRecords = Callable[
@@ -194,6 +195,8 @@ def shard_reader(shards: Sequence[str]) -> Callable[[int, int, int], bytes]:
 
     def read(shard: int, offset: int, length: int) -> bytes:
         path = shards[shard]
+        if length == 0:
+            return b""
         if is_remote(path):
             with open_remote(path) as remote:
                 remote.seek(int(offset))
@@ -242,7 +245,14 @@ def file_stamps(paths: Sequence[str]) -> list[list]:
     def stamp(path: str) -> list:
         if is_remote(path):
             return [path, *stat_remote(path)]
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError:
+            if not os.path.islink(path):
+                raise
+            return [os.path.abspath(path), 0, 0]  # a link that leads nowhere
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is not a file: name files only")
         return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
 
     with ThreadPoolExecutor(8) as pool:

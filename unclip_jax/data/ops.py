@@ -57,23 +57,28 @@ def image_size(image: bytes | np.ndarray) -> tuple[int, int]:
 def decode_image(image: bytes | np.ndarray) -> np.ndarray:
     """The pixels of an encoded or decoded image: uint8 (H, W, 3), RGB in [0, 255].
 
-    Transparency is composited on white, palettes and CMYK are converted, 16-bit greys are scaled to 8 bits,
-    and the EXIF orientation is applied. An animation gives its first frame.
+    Transparency is composited on white, palettes and CMYK are converted, 16-bit greys are divided by 257, and
+    the EXIF orientation is applied. An animation gives its first frame. Pixels of 32 bits are scaled by the
+    smallest and largest sample value that a TIFF states.
 
     Args:
       image: encoded bytes in one of `FORMATS`, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
         uint8, uint16 or bool.
 
     Raises `ValueError` with one line if the image is empty, truncated, not an image, larger than
-    `MAX_PIXELS`, or has floating-point pixels.
+    `MAX_PIXELS`, or has pixels of 32 bits whose range it does not state.
     """
     if isinstance(image, np.ndarray):
         return _decode_array(image)
     opened = open_image(image)
     try:
         opened.load()
+        deep = opened.mode.startswith(("I", "F"))
+        samples = _sample_range(opened) if deep else None  # turning it loses the tags of a TIFF
         opened = upright(opened)
-        return np.asarray(_to_rgb(opened), np.uint8)
+        return np.asarray(_to_rgb(_to_grey(opened, *samples) if deep else opened), np.uint8)
+    except InputError as error:
+        raise InputError(f"cannot decode image: {error}") from None
     # PIL's decoders raise OSError, SyntaxError, struct.error and others for a damaged file.
     except Exception as error:
         raise InputError(f"cannot decode image: {_reason(error)}") from error
@@ -123,12 +128,32 @@ def upright(opened: Image.Image) -> Image.Image:
         return opened
 
 
+def _to_grey(opened: Image.Image, black: float, white: float) -> Image.Image:
+    # Scales one channel of more than 8 bits. PIL's own conversion clips at 255 and does not scale.
+    grey = (np.asarray(opened).astype(np.float64) - black) / (white - black)
+    if not np.isfinite(grey).all():
+        raise InputError("it has pixels that are not finite")
+    return Image.fromarray(np.round(np.clip(grey, 0, 1) * 255).astype(np.uint8))
+
+
+def _sample_range(opened: Image.Image) -> tuple[float, float]:
+    # The values of black and white.
+    tags = getattr(opened, "tag_v2", {})
+    if opened.mode.startswith("I;"):
+        white = 2 ** tags.get(ExifTags.Base.BitsPerSample, (16,))[0] - 1
+        return (white, 0) if tags.get(ExifTags.Base.PhotometricInterpretation) == 0 else (0, white)
+    if opened.mode == "I" and opened.format in ("PPM", "PNG"):
+        return 0, 65535  # PIL scales the former to it
+    for lowest, highest in ((340, 341), (280, 281)):  # SMinSampleValue, MinSampleValue and the like
+        if lowest in tags and highest in tags:
+            black, white = (float(np.ravel(tags[tag])[0]) for tag in (lowest, highest))
+            if np.isfinite([black, white]).all() and black < white:
+                return black, white
+    kind = "floating-point pixels" if opened.mode == "F" else "pixels of 32 bits"
+    raise InputError(f"it has {kind} and does not state their range; convert it to 8 or 16 bits")
+
+
 def _to_rgb(opened: Image.Image) -> Image.Image:
-    if opened.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255 and does not scale
-        grey = np.clip(np.asarray(opened).astype(np.int64), 0, 65535)
-        return Image.fromarray(np.round(grey / 257).astype(np.uint8)).convert("RGB")
-    if opened.mode == "F":
-        raise InputError("floating-point pixels have no defined range; convert it to 8 bits")
     if opened.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in opened.info:
         layer = opened.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -84,29 +85,92 @@ def json_checksum(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def parse_metadata(data: bytes) -> dict:
-    """The metadata that a shard stores beside an image. Raises `ValueError` unless it is a JSON object."""
+def parse_metadata(data: Any) -> dict:
+    """The metadata that a shard stores beside an image, from the bytes of a JSON object.
+
+    Raises `ValueError` for anything else, and for an object that has the same key twice.
+    """
+    if not isinstance(data, bytes):
+        raise InputError(f"the metadata is {type_in_words(data)}, expected the bytes of a JSON object")
     try:
-        meta = json.loads(data)
-    except ValueError as error:
+        meta = json.loads(data, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the metadata is not JSON ({error_summary(error)})") from error
     if not isinstance(meta, dict):
-        raise InputError(f"the metadata is a JSON {type(meta).__name__}, expected an object")
+        raise InputError(f"the metadata is {type_in_words(meta)}, expected a JSON object")
     return meta
 
 
-def parse_captions(meta: Mapping, text: bytes | None) -> tuple[str, ...]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise InputError(f"the key {key!r} comes twice")
+        values[key] = value
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Captions
+# ------------------------------------------------------------------------------------------------------------
+def parse_captions(meta: Mapping, text: Any) -> tuple[str, ...]:
     """The captions of a record: `captions` of the metadata if it has any, else `text`, else its `caption`.
 
     Args:
-      meta: the record's metadata; `captions` is a text or a list of texts.
-      text: what the shard stores as `txt`, in UTF-8; None if it stores none.
+      meta: the record's metadata.
+      text: what the shard stores as `txt`; None if it stores none.
+
+    Each of the three is a text or a list of texts (`caption_texts`).
     """
-    listed = meta.get("captions")
-    if isinstance(listed, str):
-        listed = [listed]
-    if listed:
-        return tuple(str(caption) for caption in listed)
-    if text is not None:
-        return (text.decode("utf-8", "replace"),)
-    return (meta["caption"],) if isinstance(meta.get("caption"), str) else ()
+    for given in (meta.get("captions"), text, meta.get("caption")):
+        captions = caption_texts(given)
+        if captions:
+            return captions
+    return ()
+
+
+def caption_texts(given: Any) -> tuple[str, ...]:
+    """The captions in a value of a file: a text or a list of texts, each a string or bytes in UTF-8.
+
+    None, NaN and blank texts are no captions. Every source reads its captions through this function.
+
+    Raises `ValueError` for any other type, and for bytes that are not UTF-8.
+    """
+    items = given if isinstance(given, (list, tuple)) else [given]
+    texts = (_caption_text(item) for item in items)
+    return tuple(text for text in texts if text.strip())
+
+
+def _caption_text(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            place = f"byte {value[error.start]:#04x} at position {error.start}"
+            raise InputError(f"a caption is not UTF-8 ({place}): save it as UTF-8") from None
+    if not isinstance(value, str):
+        raise InputError(f"a caption is {type_in_words(value)}, expected a text")
+    if "\0" in value:
+        raise InputError("a caption holds a NUL character (is it UTF-16?): save it as UTF-8")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError("a caption holds half of a surrogate pair: save it as UTF-8")
+    return value
+
+
+def plain_value(value: Any) -> Any:
+    """A value of the metadata: bytes in UTF-8 become text; bytes that are no text, and the rest, stay."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
+
+
+def type_in_words(value: Any) -> str:
+    """What a value of a file is, for a message: "a list", "an int (7)"."""
+    name = type(value).__name__
+    shown = f" ({value!r})" if isinstance(value, (bool, int, float)) else ""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}{shown}"

@@ -20,7 +20,7 @@ from unclip_jax.data.index import (
     index_checksum,
     sharded_source,
 )
-from unclip_jax.data.record import Record, Source, error_summary, json_checksum
+from unclip_jax.data.record import Record, Source, caption_texts, error_summary, json_checksum, plain_value
 from unclip_jax.data.sources.tfrecord import find_records
 from unclip_jax.data.tensorflow import import_tfds
 from unclip_jax.errors import InputError
@@ -248,14 +248,14 @@ def _as_bytes(image: Any) -> bytes:
 
 def _as_captions(value: Any, feature: Any) -> tuple[str, ...]:
     names = getattr(feature, "int2str", None) or getattr(getattr(feature, "feature", None), "int2str", None)
-    texts = []
-    for item in np.asarray(value, object).reshape(-1).tolist():
-        if isinstance(item, (int, np.integer)) and names is not None:
-            item = names(int(item)).replace("_", " ")
-        texts.append(item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item))
-    return tuple(texts)
+    items = np.asarray(value, object).reshape(-1).tolist()
+    if names is not None:
+        items = [
+            names(int(item)).replace("_", " ") if isinstance(item, (int, np.integer)) else item
+            for item in items
+        ]
+    return caption_texts(items)
 
 
 def _plain(value: Any) -> Any:
-    value = value.item() if isinstance(value, (np.ndarray, np.generic)) else value
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return plain_value(value.item() if isinstance(value, (np.ndarray, np.generic)) else value)

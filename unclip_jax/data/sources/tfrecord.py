@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from unclip_jax.data import tfrecord
 from unclip_jax.data.filters import Filters
 from unclip_jax.data.index import indexed_source
-from unclip_jax.data.record import IMAGE_KEYS, Record, Source, parse_captions, parse_metadata
+from unclip_jax.data.record import (
+    IMAGE_KEYS,
+    Record,
+    Source,
+    parse_captions,
+    parse_metadata,
+    plain_value,
+    type_in_words,
+)
 from unclip_jax.data.tensorflow import open_remote
 from unclip_jax.errors import InputError
 from unclip_jax.paths import is_remote
@@ -49,15 +58,27 @@ def parse_tfrecord(data: bytes, path: str) -> Record:
             f"the record has no image: expected one of the features {known}, it has {sorted(features)[:12]}"
         )
     if features.get("json"):
-        meta = parse_metadata(features["json"][0])
+        meta = parse_metadata(_single("json", features["json"]))
     else:
         others = (*IMAGE_KEYS, "txt", "key", "json")
         meta = {name: _plain_feature(values) for name, values in features.items() if name not in others}
-    text = features["txt"][0] if features.get("txt") else None
-    key = features["key"][0].decode("utf-8") if features.get("key") else str(meta.get("key", ""))
-    return Record(key, features[encoding][0], parse_captions(meta, text), meta, path)
+    key = _single("key", features["key"]) if features.get("key") else str(meta.get("key", ""))
+    key = key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else str(key)
+    image = _single(encoding, features[encoding])
+    if not isinstance(image, bytes):
+        raise InputError(
+            f"the feature {encoding!r} is {type_in_words(image)}, expected the bytes of an image"
+        )
+    return Record(key, image, parse_captions(meta, features.get("txt")), meta, path)
 
 
-def _plain_feature(values: list):
-    values = [value.decode("utf-8", "replace") if isinstance(value, bytes) else value for value in values]
-    return values[0] if len(values) == 1 else values
+def _single(name: str, values: list) -> Any:
+    if len(values) != 1:
+        raise InputError(f"the feature {name!r} has {len(values)} values, expected one")
+    return values[0]
+
+
+def _plain_feature(values: list) -> Any:
+    # Bytes that are no text stay bytes.
+    plain = [plain_value(value) for value in values]
+    return plain[0] if len(plain) == 1 else plain

@@ -15,9 +15,7 @@ from unclip_jax.data.index import indexed_source
 from unclip_jax.data.record import IMAGE_KEYS, Record, Source, error_summary, parse_captions, parse_metadata
 from unclip_jax.data.tensorflow import open_remote
 from unclip_jax.errors import InputError
-from unclip_jax.paths import is_remote
-
-TAR_BLOCK = 512  # a tar is made of blocks of so many bytes
+from unclip_jax.paths import is_hidden, is_remote
 
 
 def webdataset_source(
@@ -26,7 +24,8 @@ def webdataset_source(
     """The records of all tar shards that match `pattern`, a glob or a list of globs.
 
     Consecutive members named `<key>.<field>` form one record; the fields are jpg | jpeg | png | webp, `txt`,
-    `json`. Captions are chosen as in `tfrecord_source`.
+    `json`. Captions are chosen as in `tfrecord_source`. Hidden and system files are skipped. A record whose
+    key comes again in its tar is bad, and so is one with a link or with the same field twice.
 
     Raises:
       FileNotFoundError: if nothing matches.
@@ -50,26 +49,38 @@ def find_records(path: str) -> np.ndarray:
 
 def _find_records(file: BinaryIO, size: int, path: str) -> np.ndarray:
     spans: list[list[int]] = []
+    headers: list[int] = []  # bytes of the header of each record's first member
+    first: dict[str, int] = {}  # key -> number of its first record
+    repeated: set[int] = set()
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            key = None
+            current = None
             for member in tar:
-                if not member.isfile():
+                if not _is_data(member):
                     continue
-                end = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
-                if member.offset_data + member.size > size:
+                if member.offset_data + (member.size if member.isfile() else 0) > size:
                     raise InputError(
                         f"{path}: truncated tar: member {member.name} runs past the end of the file"
                     )
-                if _split_name(member.name)[0] == key:
-                    spans[-1][1] = min(end, size) - spans[-1][0]
-                else:
-                    spans.append([member.offset, min(end, size) - member.offset])
-                    key = _split_name(member.name)[0]
-    except tarfile.TarError as error:
+                end, key = min(tar.offset, size), _split_name(member.name)[0]
+                if key == current:
+                    spans[-1][1] = end - spans[-1][0]
+                    continue
+                if key in first:
+                    repeated |= {first[key], len(spans)}
+                first.setdefault(key, len(spans))
+                spans.append([member.offset, end - member.offset])
+                headers.append(member.offset_data - member.offset)
+                current = key
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # tarfile lets some of the latter through
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"{path}: not an uncompressed tar that can be read ({error_summary(error)})"
         ) from error
+    # A record whose key comes again elsewhere is bad. A span that ends after the first header says so.
+    for number in repeated:
+        spans[number][1] = headers[number]
     return np.array(spans, np.int64).reshape(-1, 2)
 
 
@@ -80,10 +91,20 @@ def parse_tar(data: bytes, path: str) -> Record:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
-                if member.isfile():
-                    key, field = _split_name(member.name)
-                    members[field] = tar.extractfile(member).read()
-    except tarfile.TarError as error:
+                if not _is_data(member):
+                    continue
+                key, field = _split_name(member.name)
+                if not member.isfile():
+                    raise InputError(
+                        f"member {member.name!r} is a link: pack the tar with --hard-dereference -h"
+                    )
+                if member.size and member.offset_data >= len(data):
+                    reason = "comes again elsewhere in this tar: the members of a record must lie together"
+                    raise InputError(f"the key {key!r} {reason}")
+                if field in members:
+                    raise InputError(f"record {key!r} has the member {field!r} twice: keys must differ")
+                members[field] = tar.extractfile(member).read()
+    except (tarfile.TarError, OverflowError) as error:
         raise InputError(f"damaged tar member ({error_summary(error)})") from error
     encoding = next((field for field in IMAGE_KEYS if field in members), None)
     if encoding is None:
@@ -95,8 +116,12 @@ def parse_tar(data: bytes, path: str) -> Record:
     return Record(key, members[encoding], parse_captions(meta, members.get("txt")), meta, path)
 
 
+def _is_data(member: tarfile.TarInfo) -> bool:
+    return (member.isfile() or member.islnk() or member.issym()) and not is_hidden(member.name)
+
+
 def _split_name(name: str) -> tuple[str, str]:
-    # "a/b/0001.seg.png" -> key "a/b/0001", field "seg.png", as webdataset splits it.
+    # "a/b/0001.seg.png" -> key "a/b/0001", field "seg.png", as webdataset splits it. "jpeg" becomes "jpg".
     head, _, base = name.rpartition("/")
     stem, _, field = base.partition(".")
-    return (f"{head}/{stem}" if head else stem), field.lower()
+    return (f"{head}/{stem}" if head else stem), {"jpeg": "jpg"}.get(field.lower(), field.lower())
