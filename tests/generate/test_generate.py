@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from tests.helpers import random_params
+from unclip_jax.errors import InputError
 from unclip_jax.generate.decoder import Known, decoder_denoiser, sample_decoder
 from unclip_jax.generate.networks import Network, build_model, part_schedule, part_space
 from unclip_jax.generate.options import (
+    OPTIONS,
     CodeSamplingOptions,
     SamplingOptions,
     check_options,
@@ -224,11 +226,28 @@ def test_options():
     assert options.guidance_interval == (0.1, 0.9) and hash(options)
     with pytest.raises(ValueError, match="unknown sampling option stepz; known: steps, sampler"):
         options_from({"stepz": 25})
+    with pytest.raises(ValueError, match="have no steps"):
+        options_from({})
     with pytest.raises(ValueError, match="unknown sampling option scale"):
         options_from({"steps": 25}, scale=2.0)
     with pytest.raises(ValueError, match="'euler'; choose one of ddpm, ddim, dpmpp_2m"):
         model = build_model(UPSAMPLER)
         sample_upsampler(Network(model, {}, UPSAMPLER), LOW, KEYS, SamplingOptions(2, sampler="euler"))
+
+
+NEVER = [True, float("nan"), float("inf"), -float("inf"), 1e39, {}, b"1", ["a"], [1, None], [True, 2]]
+
+
+@pytest.mark.parametrize("kind", ["decoder", "prior_ar"])
+def test_options_of_a_wrong_type(kind):
+    """Every option says in one line what it takes. A number must be finite, also in float32."""
+    for name in OPTIONS[kind].__dataclass_fields__:
+        text, number = name in ("sampler", "variance", "guidance_schedule"), name not in ("steps", "top_k")
+        wrong = [0, None] if text else ["x"] * number + [None] * (name not in ("clip", "threshold", "top_k"))
+        for value in [*NEVER, *wrong]:
+            settings = {"steps": 4, name: value} if kind == "decoder" else {name: value}
+            with pytest.raises(InputError, match=f"^the sampling option {name} must be .*, got .*$"):
+                options_from(settings, kind)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +260,7 @@ def test_options():
         ({"eta": 2.0}, "eta must be in"),
         ({"guidance_scale": float("inf")}, "finite"),
         ({"guidance_schedule": "steep"}, "unknown guidance schedule"),
-        ({"candidates": 0}, "candidates must be at least 1"),
+        ({"candidates": 0}, "candidates must be between 1 and 1024"),
         ({"clip": 0.0}, "clip must be positive"),
         ({"threshold": 99.5, "clip": None}, "needs a clip"),
     ],
@@ -429,7 +448,7 @@ def test_candidates(kind, codes, request):
         ({"top_k": 0}, "top_k must be between 1 and 9"),
         ({"top_k": 10}, "top_k must be between 1 and 9"),
         ({"dot_quantile": 1.0}, "dot_quantile must be in"),
-        ({"candidates": 0}, "candidates must be at least 1"),
+        ({"candidates": 0}, "candidates must be between 1 and 1024"),
         ({"guidance_scale": float("nan")}, "finite"),
     ],
 )

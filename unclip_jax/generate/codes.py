@@ -33,7 +33,8 @@ def sample_codes(
       options: temperature, top_k, guidance.
 
     Returns:
-      (B, D) float32 raw image embeddings.
+      (B, D) float32 raw image embeddings. A row is NaN where one of the logits that it was drawn from is not
+      finite: the codes themselves would not show it.
     """
     model, rows, guided = prior.module, texts.rows, is_guided(options)
     text = texts.both() if guided else texts.captions
@@ -44,14 +45,15 @@ def sample_codes(
     def choose(logits, n):
         if guided:
             logits = guide(logits[:rows], logits[rows:], options.guidance_scale)
+        finite = jnp.isfinite(logits).all(axis=-1)
         if options.temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), finite
         if options.top_k is not None:
             logits = jnp.where(logits < jax.lax.top_k(logits, options.top_k)[0][:, -1:], -jnp.inf, logits)
         draw = jax.vmap(jax.random.categorical)(
             fold_in(fold_in(keys, CODES), n), logits / options.temperature
         )
-        return draw.astype(jnp.int32)
+        return draw.astype(jnp.int32), finite
 
     inputs = text_inputs(model, text)
     z_text = inputs.pop("text_embed")
@@ -60,14 +62,14 @@ def sample_codes(
     logits, caches = prior.apply(
         dots, text_embed=z_text, text_states=states, text_mask=mask, method="prefill"
     )
-    first = choose(logits, 0)
+    first, finite = choose(logits, 0)
 
     def body(carry, n):
-        code, caches = carry
+        code, finite, caches = carry
         logits, caches = prior.apply(twice(code, guided), n, caches, text_mask=mask, method="extend")
-        code = choose(logits, n + 1)
-        return (code, caches), code
+        code, also = choose(logits, n + 1)
+        return (code, finite & also, caches), code
 
-    _, rest = jax.lax.scan(body, (first, caches), jnp.arange(model.codes - 1))
+    (_, finite, _), rest = jax.lax.scan(body, (first, finite, caches), jnp.arange(model.codes - 1))
     codes = jnp.concatenate([first[:, None], rest.T], axis=1)
-    return unproject(codec, dequantize(codec, codes, model.buckets))
+    return jnp.where(finite[:, None], unproject(codec, dequantize(codec, codes, model.buckets)), jnp.nan)

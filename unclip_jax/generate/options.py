@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,27 +82,85 @@ OPTIONS = {
 }
 
 
+MAX_CANDIDATES = 1024
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    if not (_is_whole(value) or isinstance(value, (float, np.floating))):
+        return False
+    return abs(value) <= LARGEST  # False for NaN
+
+
+def _is_steps(value: Any) -> bool:
+    return (
+        _is_whole(value) or isinstance(value, str) or isinstance(value, tuple) and all(map(_is_whole, value))
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+# What values each option takes: in words, and as a test.
+_NUMBER, _TEXT = ("a finite number", _is_number), ("text", _is_text)
+_NUMBER_OR_NONE = ("a finite number or None", _or_none(_is_number))
+VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "steps": ("a whole number, text or a list of whole numbers", _is_steps),
+    "sampler": _TEXT,
+    "eta": _NUMBER,
+    "variance": _TEXT,
+    "guidance_scale": _NUMBER,
+    "guidance_schedule": _TEXT,
+    "guidance_interval": (
+        "two finite numbers",
+        lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value)),
+    ),
+    "guidance_rescale": _NUMBER,
+    "clip": _NUMBER_OR_NONE,
+    "threshold": _NUMBER_OR_NONE,
+    "candidates": ("a whole number", _is_whole),
+    "temperature": _NUMBER,
+    "top_k": ("a whole number or None", _or_none(_is_whole)),
+    "dot_quantile": _NUMBER,
+}
+
+
 def options_from(settings: dict, kind: str = "decoder", **overrides: Any) -> Options:
     """The options in a stage's `sampling` settings, with overrides. `kind` is the part's kind.
 
     Raises:
-      ValueError: on an unknown setting.
+      ValueError: on an unknown setting, a missing one, or a value of a wrong type.
     """
     options = OPTIONS[kind]
     unknown = (set(settings) | set(overrides)) - set(options.__dataclass_fields__)
     if unknown:
         known = ", ".join(options.__dataclass_fields__)
         raise InputError(f"unknown sampling option {', '.join(sorted(unknown))}; known: {known}")
-    chosen = {**settings, **overrides}
-    return options(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
+    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in {**settings, **overrides}.items()}
+    if options is SamplingOptions and "steps" not in chosen:
+        raise InputError("the sampling options have no steps; set steps")
+    for name, value in chosen.items():
+        words, takes = VALUES[name]
+        if not takes(value):
+            raise InputError(f"the sampling option {name} must be {words}, got {value!r}")
+    return options(**chosen)
 
 
 def check_options(options: Options, part_config: dict) -> None:
     """Raises ValueError where an option is out of range for the part. Call it before compilation."""
     if not np.isfinite(options.guidance_scale):
         raise InputError(f"the guidance scale must be a finite number, got {options.guidance_scale}")
-    if not 1 <= options.candidates:
-        raise InputError(f"candidates must be at least 1, got {options.candidates}")
+    if not 1 <= options.candidates <= MAX_CANDIDATES:
+        raise InputError(f"candidates must be between 1 and {MAX_CANDIDATES}, got {options.candidates}")
     if isinstance(options, CodeSamplingOptions):
         _check_code_options(options, part_config["model"]["buckets"])
         return

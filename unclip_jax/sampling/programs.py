@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, upsamplers
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
-from unclip_jax.errors import InputError
+from unclip_jax.errors import InputError, NumericalError
 from unclip_jax.generate.networks import Network, sampling_model
 from unclip_jax.generate.options import OPTIONS, Options, check_options, is_guided, options_from
 from unclip_jax.sharding import BATCH, compute_dtype, path_name, placer, replicate, sampling_mesh
@@ -120,6 +120,7 @@ class Sampler:
         self,
         run: Callable[[np.ndarray], Any],
         count: int,
+        parts: Sequence[str],
         progress: Progress | None = None,
         max_batch: int | None = None,
     ) -> Any:
@@ -129,11 +130,15 @@ class Sampler:
           run: a function of row indices that returns a tree of arrays with one entry per index. It gets a
             power of two of indices per device of the mesh; the last index is repeated as padding.
           count: number of rows, at least 1.
+          parts: the parts that made the tree's arrays, one for each array, the first stage's first.
           progress: called with (rows done, total rows) after each batch.
           max_batch: largest number of rows at a time on each device. None means MAX_BATCH.
 
         Returns:
           The tree as NumPy arrays of `count` rows.
+
+        Raises:
+          NumericalError: naming the first part whose array has a value that is not finite.
         """
         ways, pieces = self.mesh.shape["data"] * self.mesh.shape["fsdp"], []
         largest = ways * (max_batch or MAX_BATCH)
@@ -142,9 +147,18 @@ class Sampler:
             size = ways << (-(-len(rows) // ways) - 1).bit_length()
             leaves, tree = jax.tree.flatten(run(np.concatenate([rows, np.full(size - len(rows), rows[-1])])))
             pieces.append([np.asarray(a)[: len(rows)] for a in leaves])
+            for part, made in zip(parts, pieces[-1], strict=True):
+                self._check_finite(part, made)
             if progress is not None:
                 progress(int(rows[-1]) + 1, count)
         return jax.tree.unflatten(tree, [np.concatenate(column) for column in zip(*pieces)])
+
+    def _check_finite(self, part: str, made: np.ndarray) -> None:
+        if not np.isfinite(made).all():
+            raise NumericalError(
+                f"the part {part!r} of the bundle {self.bundle.path or '(unsaved)'} made values that are not "
+                "finite (NaN or infinity): its weights are damaged, or a sampling option is too large"
+            )
 
 
 def as_sampler(bundle: Sampler | Bundle) -> Sampler:
@@ -220,6 +234,31 @@ def with_scale(options: Options, scale: jax.Array) -> Options:
 def with_scales(options: Mapping[str, Options], scales: Mapping[str, jax.Array]) -> dict[str, Options]:
     """Calls `with_scale` for every part."""
     return {name: with_scale(options[name], scales[name]) for name in options}
+
+
+def as_seed(seed: int, name: str = "seed") -> np.uint32:
+    """A random seed for a program. `name` is what the error calls it.
+
+    Raises:
+      ValueError: unless it is a whole number that fits into 32 bits.
+    """
+    whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < 2**32:
+        raise InputError(f"{name} must be a whole number between 0 and {2**32 - 1}, got {seed!r}")
+    return np.uint32(seed)
+
+
+def as_positions(positions: Sequence[int] | None, count: int) -> np.ndarray:
+    """The positions of `count` rows (`row_keys`), (count,) uint32; 0 to count - 1 where they are None.
+
+    Raises:
+      ValueError: unless they are `count` whole numbers that fit into 32 bits.
+    """
+    if positions is None:
+        return np.arange(count, dtype=np.uint32)
+    if np.ndim(positions) != 1 or len(positions) != count:
+        raise InputError(f"expected one position per row, {count} in all, got {positions!r}")
+    return np.array([as_seed(position, "a position") for position in positions], np.uint32)
 
 
 def row_keys(seed: jax.Array, positions: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ class System(NamedTuple):
     """A set of parts that together draw images.
 
     parts: the parts that every bundle of the system has.
-    sample: the cascade, (sampler, captions, *, seed, prior, options, progress) -> `unclip.Stages`.
+    sample: the cascade, (sampler, captions, *, seed, prior, positions, options, progress) -> `unclip.Stages`.
     encode: inversion, images -> `edits.inversion.Latents`, which the edits change. None if the system cannot
       invert images.
     priors: the priors that a caller may choose from, each with the parts that it needs.
@@ -59,6 +59,7 @@ def text_to_image(
     *,
     seed: int = 0,
     prior: str = "prior_diffusion",
+    positions: Sequence[int] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
@@ -67,16 +68,18 @@ def text_to_image(
     Args:
       bundle: from `load_bundle`; or a `Sampler` of it, which keeps the compiled programs between calls.
       captions: texts; a single string is one caption.
-      seed, prior, options, progress: as in `unclip.sample_stages`.
+      seed, prior, positions, options, progress: as in `unclip.sample_stages`.
 
     Returns:
       uint8 (B, H, W, 3). H = W is the largest upsampler's size, or the decoder's if there is no upsampler.
 
     Raises:
-      ValueError, KeyError: as in `unclip.sample_stages`.
+      ValueError, KeyError, NumericalError: as in `unclip.sample_stages`.
     """
     sampler = as_sampler(bundle)
     captions = [captions] if isinstance(captions, str) else captions
     sample = system_of(sampler.bundle).sample
-    stages = sample(sampler, captions, seed=seed, prior=prior, options=options, progress=progress)
+    stages = sample(
+        sampler, captions, seed=seed, prior=prior, positions=positions, options=options, progress=progress
+    )
     return ops.to_uint8(stages.images[-1])

@@ -24,7 +24,16 @@ from unclip_jax.generate.prior import sample_prior
 from unclip_jax.generate.text import Texts, encode_text
 from unclip_jax.generate.upsampler import sample_upsampler
 from unclip_jax.models.codec import Codec
-from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, row_keys, split_scales, with_scales
+from unclip_jax.sampling.programs import (
+    Progress,
+    Sampler,
+    as_positions,
+    as_sampler,
+    as_seed,
+    row_keys,
+    split_scales,
+    with_scales,
+)
 
 # What each stage of the cascade folds into a row's random key. Upsampler i folds in UPSAMPLERS + i.
 PRIOR, DECODER, UPSAMPLERS = 0, 1, 2
@@ -57,6 +66,25 @@ def check_prior(bundle: Bundle, prior: str) -> None:
         raise InputError(f"unknown prior {prior!r}; choose one of {', '.join(PRIORS)}")
     for name in PRIORS[prior]:
         bundle.part(name)
+
+
+def made_by(bundle: Bundle, prior: str, decoder: str = "decoder") -> list[str]:
+    """The parts that make z_text, z_image, the decoder's image, and each upsampler's, in this order."""
+    return ["clip", *(PRIORS[prior] or ("clip",))[:1], decoder, *upsamplers(bundle.parts)]
+
+
+def check_embeddings(sampler: Sampler, z_image: np.ndarray) -> np.ndarray:
+    """Image embeddings that a caller gives, float32.
+
+    Raises:
+      ValueError: unless they are (N, D), N at least 1, and finite.
+    """
+    z_image, dim = np.asarray(z_image, np.float32), sampler.network("clip").config["model"]["embed_dim"]
+    if z_image.ndim != 2 or len(z_image) == 0 or z_image.shape[1] != dim:
+        raise InputError(f"z_image must be (N, {dim}) with N at least 1, got {z_image.shape}")
+    if not np.isfinite(z_image).all():
+        raise InputError("z_image has values that are not finite (NaN or infinity)")
+    return z_image
 
 
 def encode_captions(
@@ -132,6 +160,7 @@ def sample_stages(
     seed: int = 0,
     prior: str = "prior_diffusion",
     z_image: np.ndarray | None = None,
+    positions: Sequence[int] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> Stages:
@@ -140,11 +169,13 @@ def sample_stages(
     Args:
       bundle: with the parts clip and decoder, the chosen prior's parts, and any number of upsamplers.
       captions: at least one text. The tokenizer truncates texts that are too long.
-      seed: non-negative integer.
+      seed: whole number below 2**32.
       prior: how to get z_i. `prior_diffusion` and `prior_ar` draw it with that prior. The other two are those
         of the paper's ablation: `none` gives the decoder the text embedding in place of z_i; `null` gives it
         the null embedding, so that only the caption conditions it.
       z_image: (B, D) raw image embeddings, one per caption. If given, they replace the prior's.
+      positions: one whole number per caption; None means 0 to B - 1. Row i draws its noise for
+        (seed, positions[i]): caption i of a longer call is drawn alone by positions=[i].
       options: overrides of the bundle's sampling defaults per part.
       progress: called with (images done, total images) after each batch.
 
@@ -153,12 +184,14 @@ def sample_stages(
 
     Raises:
       ValueError: if there are no captions, the number of embeddings differs from that of captions, the prior
-        is unknown, or an option is out of range.
+        is unknown, or an option, the seed or a position is out of range.
       KeyError: if the bundle lacks a part.
+      NumericalError: naming the first part that made values that are not finite.
     """
     sampler, captions = as_sampler(bundle), list(captions)
     if not captions:
         raise InputError("no captions: give at least one")
+    number, places = as_seed(seed), as_positions(positions, len(captions))
     for name in ("clip", "decoder"):
         sampler.bundle.part(name)
     chosen_prior = prior if z_image is None else None
@@ -170,10 +203,11 @@ def sample_stages(
     key = ("text_to_image", chosen_prior, *static.items())
     run = sampler.program(key, lambda: _cascade(sampler, static, chosen_prior))
     arrays, empty = sampler.captions(captions), sampler.captions([""])
-    given = None if z_image is None else np.asarray(z_image, np.float32)
+    given = None if z_image is None else check_embeddings(sampler, z_image)
 
     def batch(rows):
-        texts, z, positions = sampler.rows((arrays, given, np.arange(len(captions), dtype=np.uint32)), rows)
-        return run(sampler.params, scales, texts, empty, z, np.uint32(seed), positions)
+        texts, z, where = sampler.rows((arrays, given, places), rows)
+        return run(sampler.params, scales, texts, empty, z, number, where)
 
-    return Stages(*sampler.in_batches(batch, len(captions), progress))
+    parts = made_by(sampler.bundle, chosen_prior or "none")
+    return Stages(*sampler.in_batches(batch, len(captions), parts, progress))

@@ -22,10 +22,18 @@ from unclip_jax.errors import InputError
 from unclip_jax.generate.decoder import Known, inpaint_decoder, sample_decoder
 from unclip_jax.generate.networks import image_size
 from unclip_jax.sampling.edits.inversion import square
-from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, row_keys, split_scales, with_scales
-from unclip_jax.sampling.unclip import DECODER, check_prior, draw_z_image, encode_captions, enlarge
+from unclip_jax.sampling.programs import (
+    Progress,
+    Sampler,
+    as_sampler,
+    as_seed,
+    row_keys,
+    split_scales,
+    with_scales,
+)
+from unclip_jax.sampling.unclip import DECODER, check_prior, draw_z_image, encode_captions, enlarge, made_by
 
-RESAMPLES = 5
+RESAMPLES, MAX_RESAMPLES = 5, 1000
 METHODS = {"trained": "decoder_inpaint", "resample": "decoder"}  # method -> the part it needs
 
 
@@ -54,7 +62,7 @@ def inpaint(
       method: one of METHODS. None means `trained` if the bundle has its decoder, else `resample`.
       resamples: passes per step of the method `resample`. More passes match the drawn part better to the kept
         part and take proportionally longer.
-      seed: non-negative integer.
+      seed: whole number below 2**32.
       prior: as in `text_to_image`.
       options: overrides of the bundle's sampling defaults per part. The method `resample` ignores the
         decoder's `sampler` and always uses ancestral sampling.
@@ -77,9 +85,9 @@ def inpaint(
         )
     if count < 1:
         raise InputError(f"the number of pictures must be at least 1, got {count}")
-    if resamples < 1:
-        raise InputError(f"resamples must be at least 1, got {resamples}")
-    sampler = as_sampler(bundle)
+    if not 1 <= resamples <= MAX_RESAMPLES:
+        raise InputError(f"resamples must be between 1 and {MAX_RESAMPLES}, got {resamples}")
+    sampler, number = as_sampler(bundle), as_seed(seed)
     method = method or ("trained" if METHODS["trained"] in sampler.bundle.parts else "resample")
     if method not in METHODS:
         raise InputError(f"unknown way to inpaint {method!r}; choose one of {', '.join(METHODS)}")
@@ -102,7 +110,9 @@ def inpaint(
                 drawn = sample_decoder(decoder, z_image, texts, key, chosen[name], known=known)
             else:
                 drawn = inpaint_decoder(decoder, known, z_image, texts, key, chosen[name], resamples)
-            return enlarge(sampler.bundle.parts, networks, drawn, keys, static)[-1]
+            z_text = texts.captions.embed
+            shown_z = z_text if z_image is None else z_image
+            return z_text, shown_z, enlarge(sampler.bundle.parts, networks, drawn, keys, static)
 
         return run
 
@@ -112,9 +122,10 @@ def inpaint(
     def batch(rows):
         text, known = sampler.rows((captions, target), np.zeros(len(rows), int))
         positions = sampler.rows(np.arange(count, dtype=np.uint32), rows)
-        return run(sampler.params, scales, text, empty, known, np.uint32(seed), positions)
+        return run(sampler.params, scales, text, empty, known, number, positions)
 
-    drawn = ops.to_uint8(sampler.in_batches(batch, count, progress))
+    parts = made_by(sampler.bundle, prior, name)
+    drawn = ops.to_uint8(sampler.in_batches(batch, count, parts, progress)[-1][-1])
     size = drawn.shape[1]
     return np.where(_shrink(mask, size), square([image], size), drawn)
 

@@ -50,6 +50,7 @@ def interpolate(
     if noise not in NOISES:
         raise InputError(f"unknown noise {noise!r}; choose one of {', '.join(NOISES)}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
+    inversion.check_edit(sampler, seed=seed, **shared)
     ends = inversion.encode(sampler, [first, second], **shared)
     theta = np.linspace(0, 1, count)
 

@@ -24,8 +24,17 @@ from unclip_jax.errors import InputError
 from unclip_jax.generate.decoder import invert_decoder, sample_decoder
 from unclip_jax.generate.networks import image_size
 from unclip_jax.generate.options import SamplingOptions
-from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, row_keys, split_scales, with_scale
-from unclip_jax.sampling.unclip import DECODER, encode_captions, enlarge
+from unclip_jax.sampling.programs import (
+    Progress,
+    Sampler,
+    as_positions,
+    as_sampler,
+    as_seed,
+    row_keys,
+    split_scales,
+    with_scale,
+)
+from unclip_jax.sampling.unclip import DECODER, check_embeddings, encode_captions, enlarge
 
 STEPS = 50
 
@@ -131,7 +140,7 @@ def embed_images(
 
     if len(images) == 0:
         raise InputError("no images: give at least one")
-    return sampler.in_batches(run, len(images), progress, max_batch)
+    return sampler.in_batches(run, len(images), ["clip"], progress, max_batch)
 
 
 def embed_captions(
@@ -145,11 +154,19 @@ def embed_captions(
         lambda: lambda params, tokens: clip.with_params(params).apply(tokens, method="encode_text").embed,
     )
     return sampler.in_batches(
-        lambda index: encode(clip.params, sampler.rows(tokens, index)), len(tokens), None, max_batch
+        lambda index: encode(clip.params, sampler.rows(tokens, index)), len(tokens), ["clip"], None, max_batch
     )
 
 
-def _options(sampler: Sampler, steps: Any, guidance_scale: float, eta: float = 0.0) -> SamplingOptions:
+def check_edit(
+    sampler: Sampler, steps: Any, guidance_scale: float, *, eta: float = 0.0, seed: int = 0
+) -> SamplingOptions:
+    """The decoder's options to invert and decode with. An edit calls it first, before any network runs.
+
+    Raises:
+      ValueError: if an option or the seed is out of range.
+    """
+    as_seed(seed)
     settings = {
         "sampler": "ddim",
         "eta": eta,
@@ -196,10 +213,10 @@ def encode(
     """
     sampler = as_sampler(bundle)
     size = image_size(sampler.network("decoder").config)
-    z_image = embed_images(sampler, images)
+    static, scales = split_scales({"decoder": check_edit(sampler, steps, guidance_scale)})
     rows = ops.to_float(square(images, size))
     texts, empty = _texts(sampler, captions, len(rows))
-    static, scales = split_scales({"decoder": _options(sampler, steps, guidance_scale)})
+    z_image = embed_images(sampler, images)
 
     def make():
         def run(params, scale, texts, empty, image, z):
@@ -215,7 +232,7 @@ def encode(
         chosen, image, z = sampler.rows((texts, rows, z_image), index)
         return run(sampler.params, scales["decoder"], chosen, empty, image, z)
 
-    return Latents(z_image, sampler.in_batches(batch, len(rows), progress))
+    return Latents(z_image, sampler.in_batches(batch, len(rows), ["decoder"], progress))
 
 
 def decode(
@@ -237,9 +254,9 @@ def decode(
       latents: z_image (N, D) raw embeddings; x_T (N, h, w, 3). If x_T is None, the seed determines the noise.
       steps, guidance_scale, captions: as in `encode`.
       eta: noise of DDIM, in [0, 1]. 0 is deterministic; 1 lets everything vary that z_i does not hold.
-      seed: random seed.
-      positions: (N,) integers; None means 0 to N - 1. Row i draws its noise for (seed, positions[i]), so rows
-        of equal positions get equal noise.
+      seed: whole number below 2**32.
+      positions: (N,) whole numbers; None means 0 to N - 1. Row i draws its noise for (seed, positions[i]),
+        so rows of equal positions get equal noise.
       progress: called with (images done, total images).
 
     Returns:
@@ -251,17 +268,15 @@ def decode(
     """
     sampler = as_sampler(bundle)
     size = image_size(sampler.network("decoder").config)
-    dim = sampler.network("clip").config["model"]["embed_dim"]
-    z_image, noise, count = np.asarray(latents.z_image, np.float32), latents.x_T, len(latents.z_image)
-    if count == 0 or z_image.shape != (count, dim):
-        raise InputError(f"z_image must be (N, {dim}) with N at least 1, got {z_image.shape}")
+    z_image, noise = check_embeddings(sampler, latents.z_image), latents.x_T
+    count = len(z_image)
     if noise is not None and np.shape(noise) != (count, size, size, 3):
         raise InputError(f"x_T must be {(count, size, size, 3)}, got {np.shape(noise)}")
-    positions = np.arange(count) if positions is None else np.asarray(positions)
+    places = as_positions(positions, count)
     texts, empty = _texts(sampler, captions, count)
     defaults, names = sampler.options(), upsamplers(sampler.bundle.parts)
     chosen = {
-        "decoder": _options(sampler, steps, guidance_scale, eta),
+        "decoder": check_edit(sampler, steps, guidance_scale, eta=eta, seed=seed),
         **{name: defaults[name] for name in names},
     }
     static, scales = split_scales(chosen)
@@ -280,15 +295,15 @@ def decode(
     given = None if noise is None else np.asarray(noise, np.float32)
 
     def batch(index):
-        chosen, z, x, where = sampler.rows((texts, z_image, given, positions.astype(np.uint32)), index)
-        return run(sampler.params, scales["decoder"], chosen, empty, z, x, np.uint32(seed), where)
+        chosen, z, x, where = sampler.rows((texts, z_image, given, places), index)
+        return run(sampler.params, scales["decoder"], chosen, empty, z, x, as_seed(seed), where)
 
-    return sampler.in_batches(batch, count, progress)
+    return sampler.in_batches(batch, count, ["decoder", *names], progress)
 
 
 def one_noise(shape: tuple[int, ...], count: int, seed: int) -> np.ndarray:
     """Draws one random x_T of `shape` and repeats it for `count` rows: (count, *shape) float32."""
-    noise = standard_normal(jax.random.fold_in(jax.random.key(seed), 0), (1, *shape))
+    noise = standard_normal(jax.random.fold_in(jax.random.key(as_seed(seed)), 0), (1, *shape))
     return np.repeat(np.asarray(noise), count, axis=0)
 
 

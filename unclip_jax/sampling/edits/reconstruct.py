@@ -18,6 +18,12 @@ from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 DIMS = (20, 30, 40, 80, 120, 160, 200, 320)  # the paper's, of 1,024
 
 
+def check_dims(dims: int, most: int) -> None:
+    """Raises a ValueError unless a number of principal components is in [1, most]."""
+    if not 1 <= dims <= most:
+        raise InputError(f"the number of principal components must be between 1 and {most}, got {dims}")
+
+
 def truncate(bundle: Bundle, z_image: np.ndarray, dims: int) -> np.ndarray:
     """Reduces raw embeddings to their first `dims` principal components.
 
@@ -35,8 +41,7 @@ def truncate(bundle: Bundle, z_image: np.ndarray, dims: int) -> np.ndarray:
     """
     codec = Codec(**bundle.part("codec").params)
     most = codec.mean.shape[0]
-    if not 1 <= dims <= most:
-        raise InputError(f"the number of principal components must be between 1 and {most}, got {dims}")
+    check_dims(dims, most)
     return np.asarray(unproject(codec, project(codec, z_image, dims)))
 
 
@@ -70,12 +75,14 @@ def reconstruct(
     sampler = as_sampler(bundle)
     most, size = sampler.network("codec").config["embed_dim"], image_size(sampler.network("decoder").config)
     chosen = tuple(dims) if dims is not None else (*(d for d in DIMS if d < most), most)
+    if not chosen:
+        raise InputError("no numbers of principal components: give at least one")
+    inversion.check_edit(sampler, steps, guidance_scale, seed=seed)
+    for number in chosen:
+        check_dims(number, most)
     z_image = inversion.embed_images(sampler, [image])
     rows = [truncate(sampler.bundle, z_image, d) for d in chosen]
-    latents = Latents(
-        np.concatenate(rows) if rows else np.zeros((0, most), np.float32),
-        inversion.one_noise((size, size, 3), len(chosen), seed),
-    )
+    latents = Latents(np.concatenate(rows), inversion.one_noise((size, size, 3), len(chosen), seed))
     drawn = inversion.decode(
         sampler, latents, steps=steps, guidance_scale=guidance_scale, seed=seed,
         positions=np.zeros(len(chosen), int), progress=progress,

@@ -52,6 +52,7 @@ def text_diff(
     if not 0 < max_theta <= 1:
         raise InputError(f"max_theta must be in (0, 1], got {max_theta}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
+    inversion.check_edit(sampler, seed=seed, **shared)
     z_source, z_target = inversion.embed_captions(sampler, [source, target])
     direction = z_target / np.linalg.norm(z_target) - z_source / np.linalg.norm(z_source)
     if np.linalg.norm(direction) < 1e-6:

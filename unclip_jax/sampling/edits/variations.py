@@ -14,7 +14,7 @@ from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
 from unclip_jax.sampling.edits import inversion
-from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
+from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, as_seed
 from unclip_jax.sampling.unclip import sample_stages
 
 
@@ -37,7 +37,7 @@ def variations(
       count: variations per image.
       eta: noise of DDIM, in [0, 1]. 0 reconstructs the image; larger values change it more.
       steps, guidance_scale: for both inversion and decoding.
-      seed: non-negative integer.
+      seed: whole number below 2**32.
       progress: called with (images done, total images).
 
     Returns:
@@ -50,6 +50,7 @@ def variations(
     if count < 1:
         raise InputError(f"the number of variations must be at least 1, got {count}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
+    inversion.check_edit(sampler, eta=eta, seed=seed, **shared)
     latents = inversion.encode(sampler, images, **shared)
     repeated = inversion.Latents(*(np.repeat(a, count, axis=0) for a in latents))
     drawn = inversion.decode(sampler, repeated, eta=eta, seed=seed, progress=progress, **shared)[-1]
@@ -82,6 +83,7 @@ def fresh_variations(
     if count < 1:
         raise InputError(f"the number of variations must be at least 1, got {count}")
     sampler = as_sampler(bundle)
+    as_seed(seed), sampler.options(options)
     z_image = np.repeat(inversion.embed_images(sampler, images), count, axis=0)
     stages = sample_stages(
         sampler, [""] * len(z_image), z_image=z_image, seed=seed, options=options, progress=progress
