@@ -138,7 +138,7 @@ def test_psnr():
         (lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2]), "x"), "must be boolean"),
         (
             lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2], bool), "x", resamples=0),
-            "resamples must be at least 1",
+            "resamples must be between 1 and 1000, got 0",
         ),
         (
             lambda b, i: inpaint(b, i[0], np.ones(i[0].shape[:2], bool), "x", method="magic"),
