@@ -31,7 +31,10 @@ class TextFeatures(NamedTuple):
 
 
 class ImageTower(nn.Module):
-    """ViT: patches -> class token + positions -> ln_pre -> blocks -> ln_post(class token) -> projection."""
+    """ViT: patches -> class token + positions -> ln_pre -> blocks -> ln_post(class token) -> projection.
+
+    mean, std: of the training pixels in [0, 1], by channel; the tower normalises by them.
+    """
 
     embed_dim: int
     image_size: int
@@ -41,6 +44,8 @@ class ImageTower(nn.Module):
     heads: int
     activation: str = "quick_gelu"
     mlp_ratio: float = 4.0
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
     remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32
@@ -59,7 +64,7 @@ class ImageTower(nn.Module):
             raise InputError(
                 f"CLIP's image tower takes {self.image_size}x{self.image_size} images, got {h}x{w}"
             )
-        x = ((image + 1.0) / 2.0 - jnp.asarray(MEAN)) / jnp.asarray(STD)
+        x = ((image + 1.0) / 2.0 - jnp.asarray(self.mean)) / jnp.asarray(self.std)
         p = self.patch_size
         x = nn.Conv(
             self.width,
@@ -139,9 +144,8 @@ class CLIP(nn.Module):
 
     Attributes:
       embed_dim: D, the joint embedding's size.
-      image: keyword arguments of `ImageTower` (image_size, patch_size, width, layers, heads); None for no
-      image
-        tower.
+      image: keyword arguments of `ImageTower` (image_size, patch_size, width, layers, heads, mean, std); None
+        for no image tower.
       text: keyword arguments of `TextTower` (vocab_size, length, width, layers, heads); None for no text
         tower.
       activation: `quick_gelu` (OpenAI) or `gelu`.

@@ -1,5 +1,7 @@
 """CLIP's public weights against the library they come from, run at random weights in the same test."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from tests.checkpoint import peers
 from tests.checkpoint.peers import close, nchw, run_part
+from unclip_jax.checkpoint.bundle import save_bundle
 from unclip_jax.checkpoint.load import load_bundle, load_part
+from unclip_jax.checkpoint.providers import clip, preprocess
 
 RNG = np.random.default_rng(0)
 
@@ -72,19 +76,8 @@ def test_clip_of_transformers(activation, mlp, tmp_path):
             close(getattr(alone, "embed", alone), expected)
 
 
-def test_clip_by_openais_names(tmp_path):
-    """The same network under both names is the same tree; the shapes alone say what it is."""
-    from transformers import CLIPConfig, CLIPModel
-
-    text, image = peers.clip_configs(width=64, mlp=256, vocab_size=49408)
-    for half in (text, image):
-        half.num_attention_heads = 1
-    whole = peers.randomize(
-        CLIPModel(
-            CLIPConfig(text_config=text.to_dict(), vision_config=image.to_dict(), projection_dim=peers.DIM)
-        )
-    )
-    whole.save_pretrained(tmp_path / "transformers")
+def openai_tensors(whole, layers):
+    """The tensors of a `CLIPModel` by OpenAI's names, with a number that OpenAI's files hold beside them."""
     theirs = {k: v.numpy() for k, v in whole.state_dict().items()}
     renamed = {"logit_scale": theirs["logit_scale"], "context_length": np.full(1, 10)}
     renamed |= {
@@ -101,7 +94,7 @@ def test_clip_by_openais_names(tmp_path):
         renamed[f"visual.ln_pre.{kind}"] = theirs[f"vision_model.pre_layrnorm.{kind}"]
         renamed[f"visual.ln_post.{kind}"] = theirs[f"vision_model.post_layernorm.{kind}"]
         for half, prefix in (("text", ""), ("vision", "visual.")):
-            for i in range(2):
+            for i in range(layers):
                 at, to = f"{half}_model.encoder.layers.{i}.", f"{prefix}transformer.resblocks.{i}."
                 renamed[f"{to}attn.in_proj_{kind}"] = np.concatenate(
                     [theirs[f"{at}self_attn.{n}_proj.{kind}"] for n in "qkv"]
@@ -112,8 +105,125 @@ def test_clip_by_openais_names(tmp_path):
                 renamed[f"{to}mlp.c_fc.{kind}"], renamed[f"{to}mlp.c_proj.{kind}"] = (
                     theirs[f"{at}mlp.fc{n}.{kind}"] for n in "12"
                 )
+    return renamed
+
+
+def test_clip_by_openais_names(tmp_path):
+    """The same network under both names is the same tree. Without `context_length` and its like the file is
+    not OpenAI's, and its activation cannot be told."""
+    from transformers import CLIPConfig, CLIPModel
+
+    text, image = (half.to_dict() for half in peers.clip_configs())
+    text |= {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 1}
+    image |= {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 1}
+    whole = CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=512))
+    whole.save_pretrained(tmp_path / "transformers")
+    renamed = openai_tensors(whole, layers=1)
     (tmp_path / "openai").mkdir()
     save_file(renamed, tmp_path / "openai" / "model.safetensors")
+    for name in ("transformers", "openai"):
+        peers.write_tokenizer(tmp_path / name)
     ours, other = (load_bundle(tmp_path / name) for name in ("openai", "transformers"))
     assert ours.parts["clip"].config == other.parts["clip"].config
     jax.tree.map(np.testing.assert_array_equal, ours.parts["clip"].params, other.parts["clip"].params)
+    del renamed["context_length"]
+    save_file(renamed, tmp_path / "openai" / "model.safetensors")
+    with pytest.raises(ValueError, match="they are not OpenAI's own.*copy open_clip_config.json beside them"):
+        load_bundle(tmp_path / "openai")
+
+
+@pytest.mark.parametrize("sizes", [(32, 320, 64), (1024, 1280, 1024), (512, 768, 768)])
+def test_only_openais_own_networks_are_told_by_their_shapes(sizes):
+    """The heads and the activation of any other network would be a guess."""
+    embed_dim, width, text_width = sizes
+    shapes = {
+        "visual.conv1.weight": (width, 3, 14, 14),
+        "visual.positional_embedding": (257, width),
+        "token_embedding.weight": (49408, text_width),
+        "text_projection": (text_width, embed_dim),
+        "context_length": (1,),
+    }
+    with pytest.raises(ValueError, match=f"an embedding of {embed_dim} and towers of {width} and"):
+        clip.openai_config(shapes.__getitem__, shapes)
+
+
+# ------------------------------------------------------------------------------------------- images
+def processor(**changes):
+    size = {"height": 16, "width": 16}
+    made = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "crop_size": size}
+    return made | changes
+
+
+def image_half(folder, settings, file="preprocessor_config.json"):
+    """An image encoder of transformers with this preprocessing; returns the network."""
+    from transformers import CLIPVisionModelWithProjection
+
+    model = peers.randomize(CLIPVisionModelWithProjection(peers.clip_configs()[1]))
+    model.save_pretrained(folder)
+    (folder / file).write_text(json.dumps(settings))
+    return model
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_images_statistics_are_read(nested, tmp_path):
+    """Another mean and deviation than OpenAI's, in the old file and in the new one; the embeddings are those
+    of the library, also after a round trip through a bundle."""
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.5, 0.7]
+    settings, file = processor(image_mean=mean, image_std=std), "preprocessor_config.json"
+    if nested:
+        settings, file = {"image_processor": settings}, "processor_config.json"
+    model = image_half(tmp_path, settings, file)
+    pixels = np.float32(RNG.uniform(-1, 1, (2, 16, 16, 3)))
+    normalised = ((pixels + 1) / 2 - np.float32(mean)) / np.float32(std)
+    with torch.no_grad():
+        theirs = model(nchw(normalised)).image_embeds
+    read = load_bundle(tmp_path)
+    close(run_part(read, "clip", pixels, method="encode_image"), theirs)
+    again = load_bundle(save_bundle(read, tmp_path / "bundle", np.float32))
+    assert again.parts["clip"].config == read.parts["clip"].config
+    close(run_part(again, "clip", pixels, method="encode_image"), theirs)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"resample": 2}, "resample is 2, but the network here has 3"),
+        ({"do_center_crop": False}, "do_center_crop is False"),
+        ({"do_rescale": False}, "do_rescale is False"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.00784"),
+        ({"size": {"shortest_edge": 20}}, "the shorter side is resized to the image tower's 16 pixels"),
+        ({"size": {"height": 16, "width": 16}}, "the shorter side is resized"),
+        ({"crop_size": 14}, "and the crop 14"),
+        ({"crop_size": {"height": 16}}, "and the crop"),
+        ({"image_processor_type": "ViTImageProcessor"}, "image_processor_type is 'ViTImageProcessor'"),
+        ({"image_mean": 0.5}, "image_mean must be a list of 3 numbers, not 0.5"),
+        ({"image_std": [0.1, 0.0, 0.1]}, "deviation must be positive"),
+        ({"do_pad": True}, "'do_pad' is True, a setting that is not known here"),
+    ],
+)
+def test_images_prepared_in_another_way_are_refused(changes, message, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor(**changes)))
+    with pytest.raises(ValueError, match=message):
+        preprocess.of_transformers(tmp_path, 16)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"quantization_config": {"bits": 8}}, "'quantization_config' is .* not known here"),
+        ({"text_config": []}, "text_config must be an object or null, not"),
+        ({"projection_dim": "512"}, "projection_dim must be an integer, not '512'"),
+        ({"vision_config": {"hidden_size": 0}}, "hidden_size must be positive, not 0"),
+        ({"vision_config": {"num_attention_heads": 7}}, "no multiple of its 7 heads"),
+        ({"vision_config": {"use_mean_pooling": True}}, "'use_mean_pooling' is True, a setting"),
+        ({"vision_config": {"image_size": [224, 224]}}, "image_size must be an integer"),
+        ({"text_config": {"eos_token_id": 49406}}, "eos_token_id is 49406, but the network here reads"),
+        ({"text_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps is 1e-06, but the network here has"),
+        ({"text_config": {"hidden_act": "gelu"}}, "activations gelu, quick_gelu"),
+    ],
+)
+def test_settings_of_another_clip_are_refused(changes, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"} | changes))
+    with pytest.raises(ValueError, match=message) as error:
+        load_bundle(tmp_path)
+    assert "\n" not in str(error.value)

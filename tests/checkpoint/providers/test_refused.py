@@ -16,7 +16,10 @@ from unclip_jax.sampling.edits.inversion import embed_images
 
 def test_unknown_public_weights_are_refused(tmp_path):
     """The error says what the folder holds, and which public weights can be read."""
-    known = "the public weights read here are: Karlo in diffusers' layout; CLIP of transformers or of OpenAI"
+    known = (
+        "the public weights read here are: Karlo in diffusers' layout; CLIP of transformers or of OpenAI; "
+        "CLIP of open_clip"
+    )
     for name, files, contents in (
         ("pipeline", {"model_index.json": '{"_class_name": "FluxPipeline"}'}, "is a FluxPipeline"),
         ("model", {"config.json": '{"model_type": "bert"}'}, "holds a 'bert' model"),

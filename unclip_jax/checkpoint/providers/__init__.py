@@ -13,7 +13,7 @@ from typing import Any
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.checkpoint.files import Place, read_json
-from unclip_jax.checkpoint.providers import clip, karlo, karlo_export
+from unclip_jax.checkpoint.providers import clip, karlo, karlo_export, open_clip
 from unclip_jax.errors import InputError
 
 
@@ -53,6 +53,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="CLIP of transformers or of OpenAI",
         recognises=clip.recognises,
         read=clip.read,
+    ),
+    "open_clip": Provider(
+        layout="CLIP of open_clip",
+        recognises=open_clip.recognises,
+        read=open_clip.read,
     ),
 }
 

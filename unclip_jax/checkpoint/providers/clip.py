@@ -1,8 +1,8 @@
 """CLIP of transformers (`CLIPModel`, or its text or vision half with projection), and of OpenAI's own files.
 
-transformers: a folder with `config.json`. OpenAI: a folder with `model.safetensors` alone, whose tensors have
-  OpenAI's names;
-the shapes of the tensors say what the network is.
+transformers: a folder with `config.json`, and `preprocessor_config.json` for the images' statistics. OpenAI:
+a folder with `model.safetensors`, whose tensors have OpenAI's names. The shapes of the tensors say which of
+OpenAI's networks it is; any other network under these names needs the configuration that `open_clip` reads.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, no_part
-from unclip_jax.checkpoint.convert import Rule, convert, expect, linear, norm, shapes_of
+from unclip_jax.checkpoint.convert import Rule, convert, linear, norm, shapes_of
 from unclip_jax.checkpoint.files import Place, missing_settings, open_weights, read_json
+from unclip_jax.checkpoint.providers import preprocess
+from unclip_jax.checkpoint.settings import Settings
 from unclip_jax.data.tokenizer import VOCAB_SIZE, ClipTokenizer
 from unclip_jax.errors import InputError
 from unclip_jax.models.clip import CLIP
+from unclip_jax.typed import check_value
 
 HALVES = ("clip_text_model", "clip_vision_model")
 
@@ -105,36 +108,57 @@ OPENAI: tuple[Rule, ...] = (
 
 
 # ------------------------------------------------------------------------------------------- configurations
-# The defaults of transformers; its files may leave them out.
-TEXT_DEFAULTS = {
-    **{
-        "hidden_size": 512,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 8,
-        "intermediate_size": 2048,
-        "hidden_act": "quick_gelu",
+# What any configuration of transformers may hold, and what does not change a CLIP that is applied.
+_GENERAL = (
+    *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "id2label", "label2id"),
+    *("initializer_range", "initializer_factor", "logit_scale_init_value", "attention_dropout", "dropout"),
+    *("bos_token_id", "pad_token_id", "sep_token_id", "use_cache", "gradient_checkpointing", "return_dict"),
+    *("output_attentions", "output_hidden_states", "tie_word_embeddings", "chunk_size_feed_forward", "top_k"),
+    *("diversity_penalty", "length_penalty", "max_length", "min_length", "num_beam_groups", "num_beams"),
+    *("num_return_sequences", "repetition_penalty", "temperature", "top_p", "typical_p", "early_stopping"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "problem_type", "is_encoder_decoder"),
+)
+_SAME = {"layer_norm_eps": (1e-5,), "is_decoder": (False,)}
+_SHARED = {"hidden_act": (str, "quick_gelu"), "projection_dim": (int, 512)}
+TEXT_SETTINGS = Settings(
+    read={
+        "hidden_size": (int, 512),
+        "num_hidden_layers": (int, 12),
+        "num_attention_heads": (int, 8),
+        "intermediate_size": (int, 2048),
+        "vocab_size": (int, 49408),
+        "max_position_embeddings": (int, 77),
+        "eos_token_id": (int, 49407),
+        **_SHARED,
     },
-    **{"vocab_size": 49408, "max_position_embeddings": 77, "layer_norm_eps": 1e-5},
-}
-IMAGE_DEFAULTS = {
-    **{
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "hidden_act": "quick_gelu",
+    same=_SAME,
+    free=_GENERAL,
+)
+IMAGE_SETTINGS = Settings(
+    read={
+        "hidden_size": (int, 768),
+        "num_hidden_layers": (int, 12),
+        "num_attention_heads": (int, 12),
+        "intermediate_size": (int, 3072),
+        "image_size": (int, 224),
+        "patch_size": (int, 32),
+        **_SHARED,
     },
-    **{"image_size": 224, "patch_size": 32, "num_channels": 3, "layer_norm_eps": 1e-5},
-}
+    same=_SAME | {"num_channels": (3,)},
+    free=_GENERAL,
+)
+WHOLE_SETTINGS = Settings(
+    read={"projection_dim": (int, 512), "model_type": (str, "clip")},
+    free=(*_GENERAL, "text_config", "vision_config", "text_config_dict", "vision_config_dict"),
+)
 
 
-def _tower(config: Mapping[str, Any]) -> dict:
-    return {
-        "width": config["hidden_size"],
-        "layers": config["num_hidden_layers"],
-        "heads": config["num_attention_heads"],
-        "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
-    }
+def _tower(config: Mapping[str, Any], name: str) -> dict:
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if width % heads:
+        raise InputError(f"{name}: its width {width} is no multiple of its {heads} heads")
+    ratio = config["intermediate_size"] / width
+    return {"width": width, "layers": config["num_hidden_layers"], "heads": heads, "mlp_ratio": ratio}
 
 
 def text_config(config: Mapping[str, Any]) -> dict:
@@ -143,9 +167,15 @@ def text_config(config: Mapping[str, Any]) -> dict:
     Raises:
       ValueError: when the tower differs from ours.
     """
-    config = TEXT_DEFAULTS | dict(config)
-    expect(config, {"layer_norm_eps": 1e-5}, "the text tower")
-    return _tower(config) | {"vocab_size": config["vocab_size"], "length": config["max_position_embeddings"]}
+    config = TEXT_SETTINGS.take(config, "the text tower")
+    # Older files say 2 for "the highest id".
+    if config["eos_token_id"] not in (2, config["vocab_size"] - 1):
+        raise InputError(
+            f"the text tower: eos_token_id is {config['eos_token_id']}, but the network here reads the "
+            f"caption at the highest id, {config['vocab_size'] - 1}"
+        )
+    sizes = {"vocab_size": config["vocab_size"], "length": config["max_position_embeddings"]}
+    return _tower(config, "the text tower") | sizes
 
 
 def image_config(config: Mapping[str, Any]) -> dict:
@@ -154,9 +184,9 @@ def image_config(config: Mapping[str, Any]) -> dict:
     Raises:
       ValueError: when the tower differs from ours.
     """
-    config = IMAGE_DEFAULTS | dict(config)
-    expect(config, {"layer_norm_eps": 1e-5, "num_channels": 3}, "the image tower")
-    return _tower(config) | {"image_size": config["image_size"], "patch_size": config["patch_size"]}
+    config = IMAGE_SETTINGS.take(config, "the image tower")
+    sizes = {"image_size": config["image_size"], "patch_size": config["patch_size"]}
+    return _tower(config, "the image tower") | sizes
 
 
 def transformers_config(
@@ -168,8 +198,8 @@ def transformers_config(
     Raises:
       ValueError: when a half differs from ours, or the two have different activations.
     """
-    pairs = ((TEXT_DEFAULTS, text), (IMAGE_DEFAULTS, image))
-    used = {(defaults | dict(half))["hidden_act"] for defaults, half in pairs if half is not None}
+    pairs = ((TEXT_SETTINGS, text, "the text tower"), (IMAGE_SETTINGS, image, "the image tower"))
+    used = {known.take(half, name)["hidden_act"] for known, half, name in pairs if half is not None}
     if len(used) != 1 or not used <= {"quick_gelu", "gelu"}:
         raise InputError(
             f"CLIP's towers have the activations {', '.join(sorted(map(str, used)))}; "
@@ -189,20 +219,32 @@ def two_halves(text: Mapping | None, image: Mapping | None) -> dict:
     Raises:
       ValueError: as `transformers_config`; or when the halves make embeddings of different sizes.
     """
-    dims = {config.get("projection_dim", 512) for config in (text, image) if config is not None}
+    pairs = ((TEXT_SETTINGS, text, "the text tower"), (IMAGE_SETTINGS, image, "the image tower"))
+    dims = {known.take(half, name)["projection_dim"] for known, half, name in pairs if half is not None}
     if len(dims) != 1:
         sizes = " and ".join(map(str, sorted(dims)))
         raise InputError(f"the encoders make embeddings of {sizes}: they are of different CLIPs")
     return transformers_config(text, image, dims.pop())
 
 
+# (embedding, width of the image tower, width of the text tower) of OpenAI's transformers: ViT-B, ViT-L. All
+# have heads of 64 channels and QuickGELU.
+OPENAI_SIZES = ((512, 768, 512), (768, 1024, 768))
+# OpenAI's files hold these numbers beside the weights; files that open_clip wrote do not.
+OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")
+
+
 def openai_config(shape: Callable[[str], tuple[int, ...]], names: Iterable[str]) -> dict:
-    """Keyword arguments of `CLIP`, read from the shapes of OpenAI's tensors. Attention heads have 64
-    channels.
+    """Keyword arguments of `CLIP` for OpenAI's own weights, read from the shapes of the tensors.
+
+    The shapes tell neither heads nor activation, so the tensors must be those of a network that OpenAI
+    published.
 
     Raises:
       KeyError: when a tensor is missing.
+      ValueError: when the network is not one of OpenAI's.
     """
+    names = list(names)
 
     def tower(prefix: str, width: int) -> dict:
         blocks = re.compile(rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
@@ -210,17 +252,26 @@ def openai_config(shape: Callable[[str], tuple[int, ...]], names: Iterable[str])
         layers = len({match.group(1) for name in names if (match := blocks.match(name))})
         return {"width": width, "layers": layers, "heads": width // 64, "mlp_ratio": hidden / width}
 
-    width, _, patch, _ = shape("visual.conv1.weight")
-    side = math.isqrt(shape("visual.positional_embedding")[0] - 1)
-    vocab_size, text_width = shape("token_embedding.weight")
+    patches, positions = shape("visual.conv1.weight"), shape("visual.positional_embedding")
+    tokens, projection = shape("token_embedding.weight"), shape("text_projection")
+    if [len(s) for s in (patches, positions, tokens, projection)] != [4, 2, 2, 2]:
+        raise InputError("CLIP does not fit these weights: a tensor has another number of axes")
+    (width, _, patch, _), (vocab_size, text_width), embed_dim = patches, tokens, projection[1]
+    sizes, numbers = (embed_dim, width, text_width), [name for name in OPENAI_NUMBERS if name in names]
+    if sizes not in OPENAI_SIZES or not numbers:
+        found = (
+            f"an embedding of {embed_dim} and towers of {width} and {text_width}"
+            if sizes not in OPENAI_SIZES
+            else f"no {', '.join(OPENAI_NUMBERS)}, as open_clip's files"
+        )
+        raise InputError(
+            f"these weights have {found}: they are not OpenAI's own, and their heads and activation cannot "
+            "be told from the tensors; copy open_clip_config.json beside them"
+        )
+    side = math.isqrt(max(0, positions[0] - 1))
     image = tower("visual.", width) | {"image_size": side * patch, "patch_size": patch}
     text = tower("", text_width) | {"vocab_size": vocab_size, "length": shape("positional_embedding")[0]}
-    return {
-        "embed_dim": shape("text_projection")[1],
-        "text": text,
-        "image": image,
-        "activation": "quick_gelu",
-    }
+    return {"embed_dim": embed_dim, "text": text, "image": image, "activation": "quick_gelu"}
 
 
 # ------------------------------------------------------------------------------------------- reading
@@ -230,7 +281,9 @@ def recognises(path: Path) -> bool:
         return False
     if (path / "config.json").is_file():
         return read_json(path / "config.json").get("model_type") in ("clip", *HALVES)
-    if not (path / "model.safetensors").is_file() or (path / "bundle.json").is_file():
+    if any((path / name).is_file() for name in ("bundle.json", "open_clip_config.json")):
+        return False
+    if not any(path.glob("model*.safetensors*")):
         return False
     return "visual.conv1.weight" in open_weights(path)
 
@@ -239,11 +292,22 @@ def read(path: Path, only: str | None, place: Place) -> Bundle:
     """Reads a folder with CLIP as a bundle of the one part `clip`; see `providers.Provider`."""
     if only not in (None, "clip"):
         raise no_part(path, only, ["clip"])
+    if (path / "adapter_config.json").is_file():
+        raise InputError(f"{path} holds an adapter (adapter_config.json): merge it into the weights first")
     with missing_settings(path):
-        model, params = (
-            _transformers(path, place) if (path / "config.json").is_file() else _openai(path, place)
-        )
-        tokenizer = _tokenizer(path, model["text"])
+        read_folder = _transformers if (path / "config.json").is_file() else _openai
+        return as_bundle(path, *read_folder(path, place))
+
+
+def as_bundle(path: Path, model: dict, params: dict) -> Bundle:
+    """A folder's CLIP as a bundle of the one part `clip`.
+
+    Args:
+      path: the folder; its tokenizer is read from there.
+      model: keyword arguments of `CLIP`.
+      params: its parameters.
+    """
+    tokenizer = _tokenizer(path, model["text"])
     config = {"kind": "clip", "model": model} | ({"tokenizer": tokenizer} if tokenizer else {})
     return Bundle({"clip": Part(config, params)}, provenance={"source": str(path)}, path=str(path))
 
@@ -259,7 +323,7 @@ def read_halves(model: dict, folders: Mapping[str, Path], place: Place) -> dict:
     halves, params = {"text": TEXT, "image": IMAGE}, {}
     for half, rules in halves.items():
         if model[half] is not None:
-            shapes = _shapes(model | dict.fromkeys(halves) | {half: model[half]})
+            shapes = clip_shapes(model | dict.fromkeys(halves) | {half: model[half]})
             params |= convert(open_weights(folders[half]), rules, shapes, f"CLIP's {half} encoder", place)
     if model["text"] is not None and model["image"] is not None:
         # The folders of halves do not hold the temperature. This is the limit to which training clamps it.
@@ -267,7 +331,8 @@ def read_halves(model: dict, folders: Mapping[str, Path], place: Place) -> dict:
     return params
 
 
-def _shapes(model: dict) -> Any:
+def clip_shapes(model: dict) -> Any:
+    """The parameters' shapes of a `CLIP`."""
     module, shapes = CLIP(**model), {}
     image, text = model["image"], model["text"]
     images = image and jnp.zeros((1, image["image_size"], image["image_size"], 3))
@@ -286,13 +351,23 @@ def _transformers(path: Path, place: Place) -> tuple[dict, dict]:
     if config["model_type"] in HALVES:
         is_text = config["model_type"] == "clip_text_model"
         model = two_halves(config if is_text else None, None if is_text else config)
+    else:
+        whole = WHOLE_SETTINGS.take(config, f"{path}/config.json")
+        text, image = (
+            {**_object(config, f"{half}_config"), **_object(config, f"{half}_config_dict")}
+            for half in ("text", "vision")
+        )
+        model = transformers_config(text, image, whole["projection_dim"])
+    if model["image"] is not None:
+        model["image"] |= preprocess.of_transformers(path, model["image"]["image_size"])
+    if config["model_type"] in HALVES:
         return model, read_halves(model, {"text": path, "image": path}, place)
-    halves = ("text", "vision")
-    text, image = (
-        {**config.get(f"{h}_config", {}), **(config.get(f"{h}_config_dict") or {})} for h in halves
-    )
-    model = transformers_config(text, image, config.get("projection_dim", 512))
-    return model, convert(open_weights(path), BOTH, _shapes(model), "CLIP", place)
+    return model, convert(open_weights(path), BOTH, clip_shapes(model), "CLIP", place)
+
+
+def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    check_value(config.get(key), dict | None, key)
+    return config.get(key) or {}
 
 
 def _openai(path: Path, place: Place) -> tuple[dict, dict]:
@@ -301,7 +376,8 @@ def _openai(path: Path, place: Place) -> tuple[dict, dict]:
         model = openai_config(weights.shape, list(weights))
     except KeyError as error:
         raise InputError(f"CLIP does not fit these weights: {error.args[0]} is missing") from None
-    return model, convert(weights, OPENAI, _shapes(model), "CLIP", place)
+    model["image"] |= preprocess.of_transformers(path, model["image"]["image_size"])
+    return model, convert(weights, OPENAI, clip_shapes(model), "CLIP", place)
 
 
 def _tokenizer(path: Path, text: Mapping | None) -> dict:
