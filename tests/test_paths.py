@@ -3,8 +3,11 @@
 TensorFlow's, TensorStore's and Google's clients use a stand-in for the store, on loopback.
 """
 
+import errno
 import json
 import os
+import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +15,16 @@ from pathlib import Path
 import pytest
 
 from tests.gcs import Gcs
-from unclip_jax.paths import absolute, local_copy, total_bytes, user_path, whole_folder, write_whole
+from unclip_jax.errors import InputError
+from unclip_jax.paths import (
+    absolute,
+    check_writable,
+    local_copy,
+    total_bytes,
+    user_path,
+    whole_folder,
+    write_whole,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +55,90 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert sorted(p.name for p in target.iterdir()) == ["below", "last"] and list(tmp_path.iterdir()) == [
         target
     ]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A failure leaves neither the file nor new folders, and what was there before stays."""
+    kept = tmp_path / "kept"
+    kept.write_text("old")
+    kept.chmod(0o600)
+
+    def full(path, data):
+        with open(path, "wb") as file:
+            file.write(data[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        for target in (kept, tmp_path / "new" / "below" / "file"):
+            with pytest.raises(OSError, match="No space left"):
+                write_whole(target, "words")
+    assert list(tmp_path.iterdir()) == [kept] and kept.read_text() == "old"
+    write_whole(kept, "new")
+    assert kept.read_text() == "new" and kept.stat().st_mode & 0o777 == 0o600
+    write_whole(tmp_path / ("n" * 255), "a name of the largest length")
+
+
+def test_links_are_followed(tmp_path):
+    """A link stays a link, whether the file or folder that it names exists or not."""
+    (tmp_path / "far").mkdir()
+    link, folder = tmp_path / "link", tmp_path / "folder"
+    link.symlink_to(tmp_path / "far" / "file")
+    folder.symlink_to(tmp_path / "far" / "made")
+    for text in ("one", "two"):
+        write_whole(link, text)
+        with whole_folder(folder, "last") as made:
+            write_whole(made / "last", text)
+        assert link.is_symlink() and (tmp_path / "far" / "file").read_text() == text
+        assert folder.is_symlink() and (tmp_path / "far" / "made" / "last").read_text() == text
+    assert sorted(p.name for p in (tmp_path / "far").iterdir()) == ["file", "made"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for act in (check_writable, lambda path: write_whole(path, "x")):
+        with pytest.raises(OSError, match="(?i)too many levels of symbolic links"):
+            act(tmp_path / "loop")
+
+
+def test_devices_and_pipes_are_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_writable(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, "words")
+    assert os.read(reader, 10) == b"words" and stat.S_ISFIFO(os.stat(pipe).st_mode)
+    os.close(reader)
+    check_writable("/dev/null")
+    write_whole("/dev/null", "words")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole("/dev/full", "words")
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("file/grid.png", "file/grid.png cannot be written: Not a directory"),
+        ("file/below/grid.png", "file/below/grid.png cannot be written: Not a directory"),
+        ("n" * 256, "cannot be written: File name too long"),
+        ("new/" + "n" * 256, "cannot be written: File name too long"),
+        ("/proc/grid.png", "/proc/grid.png cannot be written: "),
+        ("/proc/new/grid.png", "/proc/new/grid.png cannot be written: "),
+        ("folder", "folder is a folder; name a file"),
+        ("", "'' is a folder; name a file"),
+        ("a\0b", "a path has no NUL characters"),
+        ("~nobody-of-this-name/grid.png", "~nobody-of-this-name/grid.png: "),
+        ("s3://bucket/grid.png", "s3://bucket/grid.png: paths may begin with gs://"),
+    ],
+)
+def test_what_cannot_be_written_is_known_first(path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("folder").mkdir()
+    with pytest.raises((OSError, ValueError), match=re.escape(message)) as error:
+        check_writable(path)
+    assert "\n" not in str(error.value) and isinstance(error.value, (OSError, InputError))
+    check_writable("file")
+    check_writable("new/below/grid.png")
+    assert sorted(os.listdir()) == ["file", "folder"] and Path("file").read_bytes() == b""
 
 
 # This code runs in a process of its own, because the clients read their environment only once. It prints its

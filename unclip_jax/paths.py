@@ -7,17 +7,19 @@ TensorFlow's clients read and write the stores. Some uses, such as a memory map,
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import posixpath
+import secrets
 import shutil
+import stat
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unclip_jax.errors import InputError, MissingPackageError
+from unclip_jax.errors import InputError, MissingPackageError, input_errors
 
 SCHEMES = ("gs",)
 SYSTEM_NAMES = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "lost+found")  # beside those with a dot
@@ -41,10 +43,13 @@ def user_path(path: str | os.PathLike) -> Any:
     """A path with pathlib's methods: a `pathlib.Path` with `~` expanded, or an `etils.epath.Path` in a store.
 
     Raises:
-      ValueError: when the URI's scheme is not gs.
+      ValueError: when the URI's scheme is not gs, `~` names an unknown user, or the path has a NUL character.
     """
+    if "\0" in os.fspath(path):
+        raise InputError(f"{os.fspath(path)!r}: a path has no NUL characters")
     if not is_remote(path):
-        return Path(path).expanduser()
+        with input_errors(os.fspath(path), RuntimeError):
+            return Path(path).expanduser()
     scheme = os.fspath(path).partition("://")[0]
     if scheme not in SCHEMES:
         schemes = ", ".join(f"{known}://" for known in SCHEMES)
@@ -155,19 +160,86 @@ def _fetch(path: Any, target: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def new_folders(folder: Path, *, keep: bool = True) -> Iterator[None]:
+    """Creates a local folder and its parents for the block.
+
+    It removes those that it created if the block fails, and always if `keep` is False.
+    """
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    done = False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+        done = keep
+    finally:
+        for path in [] if done else missing:
+            with contextlib.suppress(OSError):  # another process may have put something there
+                path.rmdir()
+
+
+def _is_special(path: Path) -> bool:
+    # Whether something is there that is neither a plain file nor nothing, such as a device or a FIFO.
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
 def write_whole(path: str | os.PathLike, data: bytes | str) -> None:
-    """Writes a file and creates its folder. The file appears complete or not at all."""
+    """Writes a file and creates its folder. The file appears complete or not at all.
+
+    A link is followed: the file that it names is replaced. What is no plain file, such as a device or a FIFO,
+    is written to. A failure leaves nothing behind.
+    """
     data = data.encode("utf-8") if isinstance(data, str) else data
     path = user_path(path)
-    with store_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if is_remote(path):
+    if is_remote(path):
+        with store_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-            return
-    # Several processes and threads may write the same file.
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+        return
+    if _is_special(path):
+        path.write_bytes(data)
+        return
+    path = Path(os.path.realpath(path))
+    # Processes of several hosts, and several threads, may write the same file.
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+    with new_folders(path.parent):
+        try:
+            partial.write_bytes(data)
+            if path.exists():
+                shutil.copymode(path, partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Tries whether `write_whole` can write a file, without changing anything. Call it before long work.
+
+    Raises:
+      OSError: with a message of one line, when the file cannot be written.
+      ValueError: when the path is a folder, or its scheme is unknown.
+    """
+    named, path = os.fspath(path), user_path(path)
+    if is_remote(path):
+        check_store(path)
+        return
+    try:
+        if path.is_dir():
+            raise InputError(f"{named or repr(named)} is a folder; name a file")
+        if not _is_special(path):
+            path = Path(os.path.realpath(path))
+            with new_folders(path.parent, keep=False):
+                _is_special(path)  # names that are too long show now that the folder is there
+                with tempfile.TemporaryFile(dir=path.parent) as file:
+                    file.write(b"x")
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
+    except OSError as error:
+        words = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror
+        raise OSError(f"{named} cannot be written: {words}") from None
 
 
 def write_json(path: str | os.PathLike, value: Mapping) -> None:
@@ -179,8 +251,9 @@ def write_json(path: str | os.PathLike, value: Mapping) -> None:
 def whole_folder(path: str | os.PathLike, last: str) -> Iterator[Path]:
     """Yields a new local folder to write into. It replaces `path` when the block ends without an error.
 
-    A local folder appears complete or not at all. A store cannot rename folders, so there the file `last` is
-    copied last: readers take its presence as the sign that the folder is complete.
+    A local folder appears complete or not at all. Where `path` is a link, the folder that it names is
+    replaced. A store cannot rename folders, so there the file `last` is copied last: readers take its
+    presence as the sign that the folder is complete.
     """
     path = user_path(path)
     if is_remote(path):
@@ -188,16 +261,25 @@ def whole_folder(path: str | os.PathLike, last: str) -> Iterator[Path]:
             yield Path(folder)
             put_folder(Path(folder), path, last)
         return
-    partial = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-    finally:
+    path = Path(os.path.realpath(path))
+    partial, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    with new_folders(path.parent):
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            try:
+                partial.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def put_folder(folder: Path, path: Any, last: str = "") -> None:
