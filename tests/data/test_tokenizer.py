@@ -32,6 +32,7 @@ NASTY = [
     "x² + ½ = Ⅷ ₂ ① 3.14159 1000000",
     "lone surrogates \ud83e x",
     "\u2028line\u2029separators\u00a0no-break\u3000wide",
+    "ypogegrammeni a\u0345b q\u0345 \u0345",
     "ﬁne ﬂuﬀy ＦＵＬＬwidth",
     "a" * 500,
     "word " * 200,
@@ -50,6 +51,7 @@ GOLDEN = {
     "crème brûlée": [49406, 1075, 12138, 614, 711, 127, 119, 75, 13489, 49407],
     "&amp;lt; &#x1f98a; 日本": [49406, 283, 6040, 488, 39121, 19277, 361, 49407],
     "zero\u200bwidth\u200djoiner": [49406, 5848, 9844, 23571, 728, 491, 683, 5155, 49407],
+    "q\u0345q": [49406, 336, 336, 49407],
     "<|endoftext|> after": [49406, 27, 347, 40786, 4160, 91, 285, 953, 49407],
 }
 
@@ -170,6 +172,31 @@ def test_texts_must_be_a_list_of_texts(tokenizer):
         tokenizer("one text")
     with pytest.raises(TypeError, match="NoneType"):
         tokenizer([None])
+
+
+def test_the_lost_end_of_a_text():
+    """It is empty exactly if the text fits, and together with what is kept it is the whole text."""
+    tokenizer = ClipTokenizer(16, 8192)
+    for text in NASTY:
+        ids = tokenizer._engine.encode(tokenizer_module.clean_text(text), add_special_tokens=False).ids
+        lost = tokenizer.lost(text)
+        assert (lost != "") == (len(ids) > 14) and tokenizer_module.clean_text(text).endswith(lost)
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    assert ClipTokenizer(16).lost(words) == "" and ClipTokenizer(16).lost(f"{words} A  Hat") == "a hat"
+    assert tokenizer.lost("a" + " " * 30_000 + "fox") == "fox"  # beyond what is read of a text
+
+
+def test_what_captions_lose_is_said_once(caplog):
+    tokenizer = ClipTokenizer(8)
+    tokenizer_module.warn_of_cuts(["a fox", "a b c d e f"], None, tokenizer)
+    assert not caplog.messages
+    tokenizer_module.warn_of_cuts(["a b c d e f and a party hat"] * 3, tokenizer, ClipTokenizer(77))
+    reads = "the 8 tokens that the text encoder reads"
+    assert caplog.messages == [f'the caption cut to {reads}; lost: "and a party hat"']
+    caplog.clear()
+    tokenizer_module.warn_of_cuts(["a fox", *(f"a b c d e f {i}" for i in range(10))], tokenizer)
+    shown = ", ".join(f'"{i}"' for i in range(8))
+    assert caplog.messages == [f"10 of 11 captions cut to {reads}; lost: {shown} and 2 more"]
 
 
 def test_config_round_trip():

@@ -57,11 +57,13 @@ class Stats:
     Attributes:
       seen: records read, including the replacements of bad ones.
       bad: how many of them could not be used.
+      full: captions that fill all tokens of a text encoder; all but a few of them were cut.
       waited: seconds that the caller waited for batches.
     """
 
     seen: int = 0
     bad: int = 0
+    full: int = 0
     waited: float = 0.0
 
 
@@ -280,6 +282,8 @@ class TrainBatches:
             raise
         self.stats.waited += time.perf_counter() - asked
         self._account()
+        masks = [batch[name][:, -1] for name in ("clip_token_mask", "token_mask") if name in batch]
+        self.stats.full += int(np.any(masks, axis=0).sum()) if masks else 0
         return batch
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ import gzip
 import hashlib
 import html
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from pathlib import Path
 import numpy as np
 
 from unclip_jax.errors import InputError
+
+log = logging.getLogger(__name__)
 
 VOCAB_FILE = Path(__file__).parent / "vocab" / "bpe_simple_vocab_16e6.txt.gz"
 IMAGENET_TEMPLATES_FILE = VOCAB_FILE.with_name(
@@ -45,7 +48,9 @@ SPECIAL_TOKENS = 2  # start and end
 # a megabyte then costs no time.
 MAX_CHARS = 20_000
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# U+0345 is in no word: the original's pattern ignores case, and the upper case of that mark is a letter.
+_WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}\u0345]+"
+MAX_SHOWN = 8  # captions whose lost words `warn_of_cuts` shows
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -212,6 +217,13 @@ class ClipTokenizer:
             mask[row, : len(ids) + 2] = True
         return tokens, mask
 
+    def lost(self, text: str) -> str:
+        """The end of a text that its row does not hold, cleaned; "" if the row holds the whole text."""
+        encoded = self._engine.encode(clean_text(text), add_special_tokens=False)
+        kept, stripped = self.length - 2, text.lstrip(" \t\r\n")
+        lost = "" if len(encoded.ids) <= kept else clean_text(text)[encoded.offsets[kept][0] :]
+        return " ".join([lost, *stripped[MAX_CHARS:].split()]).strip()
+
     def empty(self) -> tuple[np.ndarray, np.ndarray]:
         """The empty caption, which stands for a dropped caption: tokens int32 (L,), mask bool (L,)."""
         tokens, mask = self([""])
@@ -293,3 +305,18 @@ def caption_arrays(
     if text_tokenizer is not None:
         arrays |= dict(zip(("tokens", "token_mask"), text_tokenizer(captions)))
     return arrays
+
+
+def warn_of_cuts(captions: Sequence[str], *tokenizers: ClipTokenizer | None) -> None:
+    """Logs one warning with the words that captions lose because a tokenizer has too few slots, if any do."""
+    tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+    shortest = min(tokenizers, key=lambda tokenizer: tokenizer.length)
+    unique = list(dict.fromkeys(captions))
+    lost = [end for end in map(shortest.lost, unique) if end]
+    if not lost:
+        return
+    shown = ", ".join(f'"{end[:200]}{"..." if len(end) > 200 else ""}"' for end in lost[:MAX_SHOWN])
+    more = f" and {len(lost) - MAX_SHOWN} more" if len(lost) > MAX_SHOWN else ""
+    count = f"{len(lost)} of {len(unique)} captions" if len(unique) > 1 else "the caption"
+    slots = f"the {shortest.length} tokens that the text encoder reads"
+    log.warning("%s cut to %s; lost: %s%s", count, slots, shown, more)

@@ -119,6 +119,7 @@ class Logger:
     host_memory_gib                 peak memory of the host's process
     device_memory_gib               peak memory of a device, if the device reports it
     bad_records                     records that this host could not read so far
+    full_captions                   captions so far that fill all tokens of a text encoder: most were cut
     mfu                             share of the chips' peak arithmetic that the model needs; only if
                                     `operations` is set and the chip is known
 
@@ -244,6 +245,7 @@ class Logger:
         self.spent = {}
         if self.stats is not None:
             record |= {"input_wait": (self.stats.waited - self.waited) / steps, "bad_records": self.stats.bad}
+            record["full_captions"] = self.stats.full
             self.waited = self.stats.waited
         record["host_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
             2**30 if sys.platform == "darwin" else 2**20

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, upsamplers
-from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
+from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays, warn_of_cuts
 from unclip_jax.errors import InputError, NumericalError
 from unclip_jax.generate.networks import Network, sampling_model
 from unclip_jax.generate.options import OPTIONS, Options, check_options, is_guided, options_from
@@ -103,9 +103,12 @@ class Sampler:
     def captions(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """Tokenizes captions for all networks of the bundle (see `tokenizer.caption_arrays`).
 
+        Logs a warning with the words of captions that are too long for a network.
+
         Raises:
           ValueError: when two parts have text encoders with different tokenizers.
         """
+        warn_of_cuts(captions, self.tokenizer, self._text_encoder_tokenizer)
         return caption_arrays(captions, self.tokenizer, self._text_encoder_tokenizer)
 
     def rows(self, batch: Any, rows: np.ndarray) -> Any:

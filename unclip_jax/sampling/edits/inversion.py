@@ -19,6 +19,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle, upsamplers
 from unclip_jax.data import ops
+from unclip_jax.data.tokenizer import warn_of_cuts
 from unclip_jax.diffusion.process import fold_in, standard_normal
 from unclip_jax.errors import InputError
 from unclip_jax.generate.decoder import invert_decoder, sample_decoder
@@ -147,8 +148,9 @@ def embed_captions(
     bundle: Sampler | Bundle, captions: Sequence[str], *, max_batch: int | None = None
 ) -> np.ndarray:
     """Embeds captions with CLIP: raw text embeddings (N, D)."""
-    sampler = as_sampler(bundle)
-    clip, (tokens, _) = sampler.network("clip"), sampler.tokenizer(list(captions))
+    sampler, captions = as_sampler(bundle), list(captions)
+    clip, (tokens, _) = sampler.network("clip"), sampler.tokenizer(captions)
+    warn_of_cuts(captions, sampler.tokenizer)
     encode = sampler.program(
         "embed_captions",
         lambda: lambda params, tokens: clip.with_params(params).apply(tokens, method="encode_text").embed,
