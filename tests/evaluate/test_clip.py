@@ -1,5 +1,6 @@
 """The evaluation of CLIP on the embedded data, with a random bundle and with the shipped one."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -132,7 +133,7 @@ def test_evaluate_verb(tiny_bundle, class_folders, capsys):
             ["probe", "--data", "name=folder", "--data", "path=FOLDER/test"],
             "name a training source with --train",
         ),
-        (["retrieval", "--data", "name=folder", "--data", "path=FOLDER/test"], "has no captions to retrieve"),
+        (["retrieval", "--data", "name=folder", "--data", "path=FOLDER/test"], "has no caption; mend them"),
     ],
 )
 def test_bad_evaluations_are_one_line(args, message, tiny_bundle, class_folders, capsys):
@@ -159,3 +160,40 @@ def test_cifar10(tmp_path, capsys):
     assert evaluation.probe(shipped, train, test, label="folder", rows=2000).accuracy > 0.1 + 5 * np.sqrt(
         0.09 / 2000
     )
+
+
+def test_bad_records_are_refused_before_anything_is_embedded(compose, monkeypatch, caplog):
+    """With `skip_bad` they are left out and counted."""
+    kept = [compose.read(i) for i in range(6)]
+    kept[1] = dataclasses.replace(kept[1], captions=())
+    kept[4] = dataclasses.replace(kept[4], image=kept[4].image[:40])
+    source = dataclasses.replace(compose, length=6, fetch=lambda i: kept[i])
+    embedded = []
+
+    def embed(sampler, things, **options):
+        embedded.append(len(things))
+        return np.eye(8, dtype=np.float32)[: len(things)]
+
+    monkeypatch.setattr(evaluation, "embed_images", embed)
+    monkeypatch.setattr(evaluation, "embed_captions", embed)
+    monkeypatch.setattr(evaluation, "as_sampler", lambda bundle: None)
+    monkeypatch.setattr(evaluation, "recall_at_k", lambda z_image, z_text, owner, ks: owner.tolist())
+    with pytest.raises(
+        ValueError, match="2 of 6 records .* cannot be used; the first is record 1: .* --skip-bad"
+    ):
+        evaluation.retrieval(None, source)
+    assert not embedded
+    owner = evaluation.retrieval(None, source, skip_bad=True)
+    assert embedded == [len(owner), 4] and sorted(set(owner)) == [0, 1, 2, 3]
+    assert "2 of 6 records of emoji/compose cannot be used and are left out" in caplog.text
+    with pytest.raises(ValueError, match="2 of 6 records"):
+        evaluation.probe(None, source, source)
+
+
+@pytest.mark.parametrize("value, words", [(["a"], "is a list"), ({}, "is a dict"), (b"\xff", "is a bytes")])
+def test_a_label_is_a_text_or_a_number(value, words):
+    with pytest.raises(ValueError, match=f"its style {words}"):
+        evaluation.label_of(Record("1.png", b"", (), {"style": value}, "s"), "style")
+    for missing in (None, float("nan"), " "):
+        with pytest.raises(ValueError, match="1.png of s has no style"):
+            evaluation.label_of(Record("1.png", b"", (), {"style": missing}, "s"), "style")

@@ -300,3 +300,20 @@ def test_what_does_not_fit_is_refused(folder, clip, tmp_path):
     embeddings.write_json(bare / "manifest.json", manifest | {"states": False})
     with pytest.raises(ValueError, match="holds no text states, which this stage needs"):
         prior_diffusion.train_and_evaluate(config_of("prior_diffusion", bare), str(tmp_path / "e"))
+
+
+def test_a_record_without_a_caption_is_a_bad_one(tiny_run, source, tmp_path):
+    """It is left out and counted. A start that fails leaves no folder, so that mended data fits."""
+    bare = lambda record: dataclasses.replace(record, captions=())
+    long = lambda record: dataclasses.replace(record, captions=("word " * 100, "a fox"))
+    kept = {i: source.read(i) for i in range(6)}
+    of = lambda change: dataclasses.replace(source, length=6, fetch=lambda i: change(i, kept[i]))
+    with pytest.raises(BadDataError, match="1 of 6 records cannot be used.*has no caption.*--skip-bad"):
+        half = of(lambda i, record: bare(record) if i == 3 else record)
+        run(tiny_run("clip"), half, tmp_path / "out", max_bad_fraction=0.0)
+    with pytest.raises(BadDataError, match="none of the 6 records can be used, as record 5 .*no caption"):
+        run(tiny_run("clip"), of(lambda i, record: bare(record)), tmp_path / "out", max_bad_fraction=1.0)
+    assert not (tmp_path / "out").exists()
+    mixed = of(lambda i, record: bare(record) if i < 4 else long(record))
+    manifest = run(tiny_run("clip"), mixed, tmp_path / "out", max_bad_fraction=1.0)
+    assert (manifest["images"], manifest["bad"], manifest["captions"], manifest["cut"]) == (2, 4, 4, 2)

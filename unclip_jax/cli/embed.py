@@ -49,9 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bad",
         type=float,
-        default=0.01,
         metavar="F",
-        help="largest allowed fraction of unreadable records (0.01)",
+        help="largest allowed fraction of records without a caption, or with a damaged image (0.01)",
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out such records, however many there are"
     )
     parser.add_argument(
         "--distributed", action="store_true", help="join the other hosts first (cloud TPU pods, SLURM)"
@@ -65,8 +67,14 @@ def run(args: argparse.Namespace) -> None:
 
     if not args.data:
         raise InputError("say what to embed: --data name=folder --data path=DIR, or --data name=emoji")
-    if not 0 <= args.max_bad <= 1:
+    if args.max_bad is not None and args.skip_bad:
+        raise InputError("--skip-bad leaves out every bad record: drop --max-bad")
+    max_bad = 1.0 if args.skip_bad else 0.01 if args.max_bad is None else args.max_bad
+    if not 0 <= max_bad <= 1:
         raise InputError(f"--max-bad must be in [0, 1], got {args.max_bad}")
+    for name, value in (("--batch", args.batch), ("--shard", args.shard)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
     source = make_source(parse_assignments(args.data))
     if args.distributed:
         join_hosts()
@@ -85,12 +93,12 @@ def run(args: argparse.Namespace) -> None:
         shard_records=args.shard,
         states=args.states,
         dtype=args.dtype,
-        max_bad_fraction=args.max_bad,
+        max_bad_fraction=max_bad,
         progress=progress_bar("shards"),
     )
     print(
         f"{manifest['images']} images and {manifest['captions']} captions in {args.out}; "
-        f"{manifest['bad']} records could not be read"
+        f"{manifest['bad']} records could not be used, {manifest['cut']} captions were cut to CLIP's tokens"
     )
     print(
         "alignment: "

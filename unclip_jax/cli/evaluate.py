@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="random seed of the choice of records, or of the samples (0)",
     )
     parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out records without a caption or label, or with a damaged image; not for samples "
+        "(refuse them)",
+    )
+    parser.add_argument(
         "--prior",
         default="prior_diffusion",
         metavar="P",
@@ -92,8 +98,10 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
     from unclip_jax.sampling.programs import Sampler
     from unclip_jax.sampling.unclip import check_prior
 
-    if args.data or args.train:
-        raise InputError("samples are measured on the embedded emoji: leave out --data and --train")
+    if args.data or args.train or args.skip_bad:
+        raise InputError(
+            "samples are measured on the embedded emoji: leave out --data, --train and --skip-bad"
+        )
     sampler, priors = Sampler(open_bundle(args)), args.prior.split(",")
     for prior in priors:
         check_prior(sampler.bundle, prior)
@@ -127,7 +135,12 @@ def _evaluate_clip(args: argparse.Namespace) -> None:
             )
         train = make_source(source_args | differs)
     sampler = Sampler(open_bundle(args))
-    shared = {"rows": args.rows, "seed": args.seed, "progress": progress_bar("embedding")}
+    shared = {
+        "rows": args.rows,
+        "seed": args.seed,
+        "skip_bad": args.skip_bad,
+        "progress": progress_bar("embedding"),
+    }
     count = min(args.rows or len(source), len(source))
     print(f"{args.task} on {count} of {len(source)} records of {source.name}")
     if args.task == "retrieval":

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from unclip_jax.data.record import Record, Source, json_checksum
+from unclip_jax.data.record import Record, Source, class_of, json_checksum
 from unclip_jax.errors import InputError
 
 
@@ -29,21 +29,27 @@ def balanced(source: Source, by: str, power: float) -> Source:
 
     Raises `ValueError` if a record has no such field, or for a power outside [0, 1].
     """
-    if not isinstance(power, (int, float)) or not 0 <= power <= 1:
+    if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 <= power <= 1:
         bounds = "between 0 (concepts equally often) and 1 (records equally often)"
         raise InputError(f"balance.power must be {bounds}, got {power!r}")
+
+    if not isinstance(by, str):
+        raise InputError(f"balance.by must be the name of a field, got {by!r}")
 
     def concept(i: int) -> str:
         try:
             record = source.read(i)
         except (ValueError, OSError, KeyError):
             return ""
-        if by not in record.meta:
+        what = f"balance.by={by!r}: record {record.key} of {source.name}"
+        try:
+            named = class_of(record.meta, by)
+        except InputError as error:
+            raise InputError(f"{what}: {error}") from None
+        if not named:
             known = ", ".join(sorted(record.meta)) or "no fields"
-            raise InputError(
-                f"balance.by={by!r}: record {record.key} of {source.name} has no such field; it has {known}"
-            )
-        return f"={record.meta[by]}"
+            raise InputError(f"{what} has no such field; it has {known}")
+        return f"={named}"
 
     with ThreadPoolExecutor(8) as pool:
         concepts = list(pool.map(concept, range(len(source))))

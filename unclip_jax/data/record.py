@@ -169,6 +169,19 @@ def plain_value(value: Any) -> Any:
         return value
 
 
+def class_of(meta: Mapping, field: str) -> str:
+    """A field of the metadata that names a class or a concept, as text; "" if it is missing, null or NaN.
+
+    Raises `ValueError` if it is neither a text nor a number.
+    """
+    value = plain_value(meta.get(field))
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if not isinstance(value, (str, int, float)):
+        raise InputError(f"its {field} is {type_in_words(value)}, expected a text or a number")
+    return str(value).strip()
+
+
 def type_in_words(value: Any) -> str:
     """What a value of a file is, for a message: "a list", "an int (7)"."""
     name = type(value).__name__

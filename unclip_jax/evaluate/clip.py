@@ -13,20 +13,27 @@ Any source of `unclip_jax.data` works. For tasks with classes, `label` says wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
-from unclip_jax.data.record import Record, Source
+from unclip_jax.data.pipeline import DATA_ERRORS
+from unclip_jax.data.record import Record, Source, class_of, error_summary
 from unclip_jax.errors import InputError
 from unclip_jax.metrics.linear_probe import Probe, linear_probe
 from unclip_jax.metrics.retrieval import recall_at_k
 from unclip_jax.metrics.zeroshot import class_embeddings, top_k_accuracy
 from unclip_jax.sampling.edits.inversion import embed_captions, embed_images
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
+
+log = logging.getLogger(__name__)
 
 BATCH = 128
 
@@ -42,7 +49,7 @@ def label_of(record: Record, label: str) -> str:
     elif label == "folder":
         name = PurePosixPath(record.key).parent.name.replace("_", " ")
     else:
-        name = str(record.meta.get(label, ""))
+        name = class_of(record.meta, label)
     if not name:
         raise InputError(
             f"record {record.key} of {record.shard} has no {label}; "
@@ -70,6 +77,40 @@ def _rows(source: Source, rows: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(len(source), rows, replace=False))
 
 
+def _usable(
+    source: Source, rows: np.ndarray, read: Callable[[Record], Any], skip_bad: bool, decode: bool = True
+) -> tuple[np.ndarray, list]:
+    # Those of `rows` that `read` takes and whose image can be decoded, and what `read` returns for them. All
+    # are tried before any is embedded.
+    def tried(i: int) -> Any:
+        try:
+            record = source.read(int(i))
+            value = read(record)
+            if decode:
+                ops.decode_image(record.image)
+            return value, None
+        except DATA_ERRORS as error:
+            return None, f"record {i}: {error_summary(error)}"
+
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(tried, rows))
+    bad = [reason for _, reason in results if reason is not None]
+    if bad:
+        count = f"{len(bad)} of {len(rows)} records of {source.name} cannot be used"
+        if not skip_bad or len(bad) == len(rows):
+            advice = "" if skip_bad else "; mend them, or leave them out with --skip-bad"
+            raise InputError(f"{count}; the first is {bad[0]}{advice}")
+        log.warning("%s and are left out; the first is %s", count, bad[0])
+    kept = [i for i, (_, reason) in enumerate(results) if reason is None]
+    return rows[kept], [results[i][0] for i in kept]
+
+
+def _captions(record: Record) -> tuple[str, ...]:
+    if not record.captions:
+        raise InputError(f"{record.key} has no caption")
+    return record.captions
+
+
 def _embed(
     sampler: Sampler, source: Source, rows: np.ndarray, progress: Progress | None, projected: bool = True
 ) -> np.ndarray:
@@ -85,6 +126,7 @@ def retrieval(
     rows: int | None = None,
     ks: Sequence[int] = (1, 5, 10),
     seed: int = 0,
+    skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, dict[int, float]]:
     """Recall at k of all captions from images, and of images from captions (`retrieval.recall_at_k`).
@@ -94,16 +136,14 @@ def retrieval(
       source: images with captions.
       rows: largest number of records, chosen at random with `seed`. None means all.
       ks: the values of k.
+      skip_bad: whether records without a caption, or with a damaged image, are left out instead of refused.
       progress: called with (images done, total images).
 
     Raises:
-      ValueError: if an image has no caption.
+      ValueError: before anything is embedded, if a record cannot be used.
     """
-    chosen = _rows(source, rows, seed)
-    captions = [source.read(int(i)).captions for i in chosen]
+    chosen, captions = _usable(source, _rows(source, rows, seed), _captions, skip_bad)
     image_of_caption = np.repeat(np.arange(len(chosen)), [len(c) for c in captions])
-    if len(image_of_caption) == 0:
-        raise InputError(f"{source.name} has no captions to retrieve")
     sampler = as_sampler(bundle)
     z_text = embed_captions(sampler, [caption for group in captions for caption in group], max_batch=BATCH)
     return recall_at_k(_embed(sampler, source, chosen, progress), z_text, image_of_caption, ks)
@@ -118,12 +158,14 @@ def zeroshot(
     rows: int | None = None,
     ks: Sequence[int] = (1, 5),
     seed: int = 0,
+    skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> tuple[dict[int, float], int]:
     """Zero-shot accuracy at k. Each class is an ensemble of prompts (`zeroshot.class_embeddings`).
 
     Args:
       bundle, source, rows, seed, progress: as in `retrieval`. The classes are those of the whole source.
+      skip_bad: whether records without a label, or with a damaged image, are left out instead of refused.
       templates: prompts with one {} for the class.
       label: see the module's docstring.
       ks: the values of k; those that are not below the number of classes are left out.
@@ -134,13 +176,16 @@ def zeroshot(
     Raises:
       ValueError: if a record has no label, or there is only one class.
     """
-    labels, classes = _labels(source, label)
-    chosen = _rows(source, rows, seed)
+    known, classes = _labels(source, label, skip_bad)
+    chosen, names = _usable(
+        source, _rows(source, rows, seed), lambda record: label_of(record, label), skip_bad
+    )
+    labels = np.asarray([known[name] for name in names])
     sampler, known_ks = as_sampler(bundle), [k for k in ks if k < len(classes)]
     z_class = class_embeddings(
         lambda prompts: embed_captions(sampler, prompts, max_batch=BATCH), classes, templates
     )
-    accuracy = top_k_accuracy(_embed(sampler, source, chosen, progress), z_class, labels[chosen], known_ks)
+    accuracy = top_k_accuracy(_embed(sampler, source, chosen, progress), z_class, labels, known_ks)
     return accuracy, len(classes)
 
 
@@ -152,13 +197,14 @@ def probe(
     label: str = "caption",
     rows: int | None = None,
     seed: int = 0,
+    skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> Probe:
     """A linear probe, as in CLIP's paper: on the image tower's features before the projection.
 
     Args:
       train, test: sources with the same classes.
-      bundle, label, rows, seed, progress: as in `zeroshot`. `rows` limits each of the two sources.
+      bundle, label, rows, seed, skip_bad, progress: as in `zeroshot`. `rows` limits each of the two sources.
 
     Raises:
       ImportError: if scikit-learn is not installed.
@@ -166,18 +212,20 @@ def probe(
     """
     sampler, features, labels = as_sampler(bundle), [], []
     for source in (train, test):
-        chosen = _rows(source, rows, seed)
-        labels.append([label_of(source.read(int(i)), label) for i in chosen])
+        chosen, names = _usable(
+            source, _rows(source, rows, seed), lambda record: label_of(record, label), skip_bad
+        )
+        labels.append(names)
         features.append(_embed(sampler, source, chosen, progress, projected=False))
     return linear_probe(features[0], np.asarray(labels[0]), features[1], np.asarray(labels[1]), seed=seed)
 
 
-def _labels(source: Source, label: str) -> tuple[np.ndarray, list[str]]:
-    names = [label_of(source.read(i), label) for i in range(len(source))]
+def _labels(source: Source, label: str, skip_bad: bool) -> tuple[dict[str, int], list[str]]:
+    every = np.arange(len(source))
+    _, names = _usable(source, every, lambda record: label_of(record, label), skip_bad, decode=False)
     classes = sorted(set(names))
     if len(classes) < 2:
         raise InputError(
             f"{source.name} has {len(classes)} class by {label}; zero-shot classification needs two"
         )
-    number = {name: i for i, name in enumerate(classes)}
-    return np.asarray([number[name] for name in names]), classes
+    return {name: i for i, name in enumerate(classes)}, classes

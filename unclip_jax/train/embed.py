@@ -76,7 +76,8 @@ def embed(
 ) -> dict:
     """Embeds images and all their captions, or resumes where an earlier call stopped.
 
-    Images are scaled and cropped to the centre.
+    Images are scaled and cropped to the centre. A record without a caption is as bad as one whose image is
+    damaged: it is counted and left out.
 
     Args:
       clip: a run, a bundle or public weights.
@@ -88,7 +89,7 @@ def embed(
       states: whether to keep the text states (L, W) of every caption as well, in float16. Priors that see
         CLIP's states need them (Karlo's).
       dtype: dtype of CLIP's computation (`sharding.compute_dtype`).
-      max_bad_fraction: largest fraction of records that may be unreadable.
+      max_bad_fraction: largest fraction of records that may be bad.
       progress: function that is called with this host's (shards done, total of shards).
 
     Returns:
@@ -97,7 +98,7 @@ def embed(
     Raises:
       ValueError: when the folder holds other embeddings, the source holds embeddings, or the embeddings in
         the folder differ from CLIP's output for the source's records.
-      BadDataError: when too many records are unreadable.
+      BadDataError: when too many records are bad.
       OSError: when the source or the folder cannot be reached.
     """
     if source.embedded is not None:
@@ -105,6 +106,7 @@ def embed(
     if batch_size < 1 or shard_records < 1:
         raise InputError(f"batch_size {batch_size} and shard_records {shard_records} must be at least 1")
     check_store(out)
+    _check_folder(out)
     out, towers = user_path(out), _towers(clip, mesh, dtype, batch_size, states)
     plan = {
         "format_version": embeddings.FORMAT_VERSION,
@@ -115,7 +117,7 @@ def embed(
         "states": states,
         "dtype": np.dtype(compute_dtype(dtype, mesh)).name,
     }
-    _check_plan(out, plan)
+    begun = _check_plan(out, plan)
     count = -(-len(source) // shard_records)
     shards_of_host = range(jax.process_index(), count, jax.process_count())
     seen = bad = 0
@@ -134,12 +136,17 @@ def embed(
             else:
                 arrays = None
             seen, bad = seen + len(records), bad + described["bad"]
+            if bad == len(source):
+                raise BadDataError(f"none of the {bad} records can be used, as {described['last_bad']}")
             if bad > max(MIN_BAD if max_bad_fraction else 0, max_bad_fraction * seen):
                 raise BadDataError(
                     f"{bad} of {seen} records cannot be used, more than max_bad_fraction={max_bad_fraction}; "
-                    f"the last is {described['last_bad']}; repair the data, or raise max_bad_fraction"
+                    f"the last is {described['last_bad']}; mend the data, or leave them out with --skip-bad"
                 )
             if arrays is not None:
+                if not begun:  # now the folder is made: a start that fails leaves none
+                    write_json(out / "plan.json", plan)
+                    begun = True
                 embeddings.write_arrays(folder, arrays, described)
             if progress is not None:
                 progress(done + 1, len(shards_of_host))
@@ -203,6 +210,8 @@ def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...
                 "run the same command again to resume from here"
             ) from None
         return f"record {i} of {source.name}: {error_summary(error)}"
+    if not record.captions:
+        return f"record {i} of {source.name}: {record.key or 'it'} has no caption"
     try:
         return ops.resize_then_crop(ops.decode_image(record.image), size), record.captions
     except DATA_ERRORS as error:
@@ -237,6 +246,9 @@ def _embed_shard(
     texts = [caption for record_captions in captions for caption in record_captions] if not stop else []
     batches = (texts[i : i + size] for i in range(0, len(texts), size))
     encoded = list(_behind((towers.text(_filled(batch, size)), len(batch)) for batch in batches))
+    full = np.concatenate([np.zeros(0, bool), *(mask[:, -1] for _, _, mask in encoded)])
+    tokenizer = clip_tokenizer(towers.clip)
+    cut = sum(bool(tokenizer.lost(text)) for text, fills in zip(texts, full) if fills)
     arrays = {
         "image_embed": z,
         "text_embed": np.concatenate(
@@ -263,13 +275,23 @@ def _embed_shard(
         "images": len(kept),
         "captions": len(texts),
         "bad": len(bad),
+        "cut": cut,
     }
     return arrays, described | {"last_bad": bad[-1] if bad else ""}
 
 
 # ------------------------------------------------------------------------------------------ the folder
-def _check_plan(out: Any, plan: dict) -> None:
-    # Checks that the folder is new or was begun with this plan. The first host writes the plan.
+def _check_folder(out: str | os.PathLike) -> None:
+    # Checks that the folder holds embeddings, or nothing, before CLIP is loaded.
+    folder = user_path(out)
+    with store_errors(out):
+        if not (folder / "plan.json").is_file() and folder.exists():
+            if not folder.is_dir() or any(folder.iterdir()):
+                raise InputError(f"{folder} exists and holds no embeddings; name another folder")
+
+
+def _check_plan(out: Any, plan: dict) -> bool:
+    # Whether the folder was begun, with this plan.
     file = out / "plan.json"
     with store_errors(out):
         begun = file.is_file()
@@ -280,11 +302,8 @@ def _check_plan(out: Any, plan: dict) -> None:
         ]
         if differing:
             raise InputError(f"{out} holds other embeddings ({'; '.join(differing)}); name another folder")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and holds no embeddings; name another folder")
     wait_for_hosts("embed_plan")
-    if jax.process_index() == 0 and not begun:
-        write_json(file, plan)
+    return begun
 
 
 def _finished(folder: Any) -> dict | None:
@@ -334,6 +353,7 @@ def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -
             "images": images,
             "captions": sum(shard["captions"] for shard in described),
             "bad": sum(shard["bad"] for shard in described),
+            "cut": sum(shard.get("cut", 0) for shard in described),
             "embed_dim": len(mean),
             "tokenizer": towers.clip.config["tokenizer"],
             "source_name": source.name,
