@@ -98,11 +98,11 @@ def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):
     [
         (["sample", "x", "--bundle", "nowhere"], "nowhere is not a bundle"),
         (["sample", "x", "--steps", "0"], "steps must be between 1 and"),
-        (["evaluate", "samples", "--rows", "1"], "--rows must be at least 2"),
+        (["evaluate", "samples", "--rows", "1"], "--rows must be between 2 and"),
         (["evaluate", "samples", "--prior", "prior_diffusion,gan"], "unknown prior 'gan'"),
-        (["sample", "x", "--guidance", "much"], "--guidance must be a number"),
+        (["sample", "x", "--guidance", "much"], "--guidance must be a finite number"),
         (["sample", "x", "--prior", "gan"], "unknown prior 'gan'"),
-        (["sample", "x", "--samples", "0"], "--samples must be at least 1"),
+        (["sample", "x", "--samples", "0"], "--samples must be between 1 and"),
         (["sample", "x", "--seed", "-1"], "--seed must be between"),
         (["sample", "x", "--set", "decoder"], "is not KEY=VALUE"),
         (["sample", "x", "--set", "steps=3"], "is not PART.OPTION"),
@@ -194,7 +194,7 @@ def test_verbs_that_start_from_a_picture(args, cells, tiny_bundle, pictures, mon
         (["vary", "a.png", "--steps", "0"], "steps must be between 1 and 1000, got 0"),
         (["vary", "a.png", "--steps", "fast28"], "'fast28'"),
         (["vary", "a.png", "--eta", "2"], "eta must be in"),
-        (["vary", "a.png", "--count", "0"], "at least 1, got 0"),
+        (["vary", "a.png", "--count", "0"], "--count must be between 1 and 10000, got 0"),
         (["vary", "a.png", "--out", "."], "is a folder"),
         (["vary", "a.png", "--bundle", "nowhere"], "nowhere is not a bundle"),
         (["interpolate", "a.png", "text.png"], "text.png: cannot decode image"),
@@ -202,7 +202,7 @@ def test_verbs_that_start_from_a_picture(args, cells, tiny_bundle, pictures, mon
         (["edit", "a.png", "--to", "x", "--theta", "0"], "max_theta must be in"),
         (["reconstruct", "a.png", "--dims", "17"], "between 1 and 16, got 17"),
         (["inpaint", "a.png", "b.png", "x"], "b.png is 30x30, but a.png is 24x24"),
-        (["inpaint", "a.png", "mask.png", "x", "--resamples", "0"], "resamples must be at least 1"),
+        (["inpaint", "a.png", "mask.png", "x", "--resamples", "0"], "resamples must be between 1 and 1000"),
     ],
 )
 def test_bad_pictures_are_one_line(args, message, tiny_bundle, pictures, monkeypatch, capsys):

@@ -125,7 +125,7 @@ def test_evaluate_verb(tiny_bundle, class_folders, capsys):
         (["zeroshot", "--templates", "foto"], "unknown templates 'foto'"),
         (["zeroshot", "--label", "colour"], "has no colour"),
         (["zeroshot", "--data", "split=val", "--label", "split"], "has 1 class by split"),
-        (["retrieval", "--rows", "1"], "--rows must be at least 2, got 1"),
+        (["retrieval", "--rows", "1"], "--rows must be between 2 and 2147483647, got 1"),
         (["retrieval", "--data", "name=foldr"], "unknown data source 'foldr'"),
         (["retrieval", "--data", "name=folder", "--data", "path=nowhere"], "no folder 'nowhere'"),
         (["retrieval", "--bundle", "nowhere"], "nowhere is not a bundle"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from unclip_jax.cli.options import add_image_arguments
+from unclip_jax.cli.options import add_image_arguments, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--theta",
-        type=float,
+        type=number,
         default=0.5,
         metavar="T",
         help="how far to turn the embedding in the last picture, in (0, 1] (0.5)",
@@ -38,12 +38,12 @@ def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     import numpy as np
 
-    from unclip_jax.cli.options import image_task, read_image
+    from unclip_jax.cli.options import image_task
     from unclip_jax.sampling.edits.inversion import square
     from unclip_jax.sampling.edits.text_diff import text_diff
 
-    task = image_task(args)
-    image = read_image(args.image)
+    task = image_task(args, args.image, least=2)
+    (image,) = task.images
     drawn = text_diff(
         task.sampler, image, args.source, args.target, count=args.count, max_theta=args.theta,
         steps=task.steps, guidance_scale=args.guidance, seed=args.seed, progress=task.progress,

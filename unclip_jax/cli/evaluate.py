@@ -12,6 +12,7 @@ from unclip_jax.errors import InputError
 
 TASKS = ("samples", "retrieval", "zeroshot", "probe")
 SAMPLE_ROWS = 100
+MOST_ROWS = 2**31 - 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,10 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    from unclip_jax.cli.options import check_seed, use_compilation_cache
+    from unclip_jax.cli.options import check_range, check_seed, use_compilation_cache
 
-    if args.rows is not None and args.rows < 2:
-        raise InputError(f"--rows must be at least 2, got {args.rows}")
+    check_range("--rows", args.rows, 2, MOST_ROWS)
     check_seed(args.seed)
     use_compilation_cache()
     if args.task == "samples":
@@ -96,20 +96,22 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
     from unclip_jax.cli.options import open_bundle, progress_bar
     from unclip_jax.evaluate import samples
     from unclip_jax.sampling.programs import Sampler
-    from unclip_jax.sampling.unclip import check_prior
+    from unclip_jax.sampling.unclip import check_prior, check_prior_name
 
     if args.data or args.train or args.skip_bad:
         raise InputError(
             "samples are measured on the embedded emoji: leave out --data, --train and --skip-bad"
         )
-    sampler, priors = Sampler(open_bundle(args)), args.prior.split(",")
+    rows, priors = args.rows or SAMPLE_ROWS, args.prior.split(",")
+    samples.check_rows(rows)
+    for prior in priors:
+        check_prior_name(prior)
+    sampler = Sampler(open_bundle(args))
     for prior in priors:
         check_prior(sampler.bundle, prior)
     for prior in priors:
         progress = progress_bar(f"measuring, prior {prior}")
-        measured = samples.measure(
-            sampler, rows=args.rows or SAMPLE_ROWS, seed=args.seed, prior=prior, progress=progress
-        )
+        measured = samples.measure(sampler, rows=rows, seed=args.seed, prior=prior, progress=progress)
         print("\n".join([f"prior {prior}", *samples.describe(measured)]), flush=True)
 
 

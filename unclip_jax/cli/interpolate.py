@@ -24,12 +24,12 @@ def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     import numpy as np
 
-    from unclip_jax.cli.options import image_task, read_image
+    from unclip_jax.cli.options import image_task
     from unclip_jax.sampling.edits.interpolation import interpolate
     from unclip_jax.sampling.edits.inversion import square
 
-    task = image_task(args)
-    ends = [read_image(args.first), read_image(args.second)]
+    task = image_task(args, args.first, args.second, least=2)
+    ends = task.images
     drawn = interpolate(
         task.sampler, *ends, count=args.count, noise=args.noise, steps=task.steps,
         guidance_scale=args.guidance, seed=args.seed, progress=task.progress,

@@ -55,9 +55,17 @@ VERBS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that shows an error in one line."""
+
+    def error(self, message: str):
+        """Prints the message and ends the process with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of all verbs. Each verb's module adds its arguments."""
-    parser = argparse.ArgumentParser(prog="unclip", description="unCLIP (DALL-E 2) in JAX.")
+    parser = Parser(prog="unclip", description="unCLIP (DALL-E 2) in JAX.")
     parser.add_argument("--version", action="version", version=f"unclip_jax {unclip_jax.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (module, summary) in VERBS.items():

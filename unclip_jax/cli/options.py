@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from unclip_jax.errors import InputError
-from unclip_jax.paths import cache_folder, store_errors, user_path
+from unclip_jax.paths import cache_folder, check_writable, store_errors, user_path
+
+MOST_PICTURES = 10_000  # of one grid
+OTHER_FORMATS = (".bmp", ".gif", ".jpeg", ".jpg", ".pdf", ".svg", ".tif", ".tiff", ".webp")
 
 
 def parse_value(text: str) -> Any:
@@ -110,12 +115,25 @@ def progress_bar(words: str) -> Callable[[int, int], None]:
     return show
 
 
+def number(text: str) -> float:
+    """Parses a finite number; a type of argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or "_" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
 def parse_numbers(name: str, text: str | None) -> list[float]:
     """Parses numbers: "1,2.5" -> [1.0, 2.5]; None -> []. Raises a ValueError that names the argument."""
     try:
-        return [] if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"{name} must be a number, or several separated by commas, got {text!r}") from None
+        return [] if text is None else [number(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise InputError(
+            f"{name} must be a finite number, or several separated by commas, got {text!r}"
+        ) from None
 
 
 def parse_steps(text: str | None) -> int | str | tuple[int, ...] | None:
@@ -161,17 +179,31 @@ def open_bundle(args: argparse.Namespace) -> Any:
     return load_bundle(args.bundle, mesh=sampling_mesh(shape, stored_bytes(args.bundle)))
 
 
+def check_range(name: str, value: int | None, least: int, most: int) -> None:
+    """Raises a ValueError that names the argument unless its value is None or in [least, most]."""
+    if value is not None and not least <= value <= most:
+        raise InputError(f"{name} must be between {least} and {most}, got {value}")
+
+
 def check_seed(seed: int) -> int:
     """Returns the seed. Raises a ValueError unless it fits into 32 bits."""
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
+    check_range("--seed", seed, 0, 2**32 - 1)
     return seed
 
 
 def check_out(path: str) -> str:
-    """Returns the path of a picture to write. Raises a ValueError if it is a folder."""
-    if user_path(path).is_dir():
-        raise InputError(f"--out {path} is a folder; name a file")
+    """Returns the path of a picture to write, and tries it. Call it before any long work.
+
+    Raises:
+      ValueError, OSError: if it is a folder, has the ending of another format, or cannot be written.
+    """
+    ending = PurePath(path).suffix.lower()
+    if ending in OTHER_FORMATS:
+        raise InputError(f"--out {path}: pictures are written as PNG; end the name in .png, not {ending}")
+    try:
+        check_writable(path)
+    except (InputError, OSError) as error:
+        raise type(error)(f"--out {error}") from None
     return path
 
 
@@ -226,7 +258,7 @@ def add_image_arguments(
     )
     parser.add_argument(
         "--guidance",
-        type=float,
+        type=number,
         default=guidance,
         metavar="S",
         help=f"the decoder's guidance scale ({shown(guidance)})",
@@ -238,12 +270,14 @@ class ImageTask:
     """What a verb with an input picture needs.
 
     sampler: the bundle's `Sampler`.
+    images: the pictures, uint8 (H, W, 3) each.
     steps: the parsed `--steps`.
     progress: a function of (images done, total images).
     out: the file to write.
     """
 
     sampler: Any
+    images: list[Any]
     steps: int | str | tuple[int, ...] | None
     progress: Callable[[int, int], None]
     out: str
@@ -255,15 +289,21 @@ class ImageTask:
         print(save_grid(self.out, images, labels, columns=min(len(images), 9)))
 
 
-def image_task(args: argparse.Namespace) -> ImageTask:
-    """Checks the arguments of `add_image_arguments` and loads the bundle.
+def image_task(args: argparse.Namespace, *paths: str, least: int = 1) -> ImageTask:
+    """Checks the arguments of `add_image_arguments`, reads the pictures and then loads the bundle.
+
+    Args:
+      args: the arguments.
+      paths: the pictures to read.
+      least: the smallest `--count`.
 
     Raises:
       ValueError, KeyError, OSError: with a message of one line.
     """
     check_seed(args.seed)
-    out = check_out(args.out)
+    check_range("--count", getattr(args, "count", None), least, MOST_PICTURES)
+    out, steps, images = check_out(args.out), parse_steps(args.steps), [read_image(path) for path in paths]
     use_compilation_cache()
     from unclip_jax.sampling.programs import Sampler
 
-    return ImageTask(Sampler(open_bundle(args)), parse_steps(args.steps), progress_bar("sampling"), out)
+    return ImageTask(Sampler(open_bundle(args)), images, steps, progress_bar("sampling"), out)

@@ -24,12 +24,12 @@ def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     import numpy as np
 
-    from unclip_jax.cli.options import image_task, read_image
+    from unclip_jax.cli.options import image_task
     from unclip_jax.sampling.edits.inversion import square
     from unclip_jax.sampling.edits.reconstruct import reconstruct
 
-    task = image_task(args)
-    image = read_image(args.image)
+    task = image_task(args, args.image)
+    (image,) = task.images
     drawn, dims = reconstruct(
         task.sampler,
         image,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from unclip_jax.cli.options import add_image_arguments
+from unclip_jax.cli.options import add_image_arguments, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="the picture to vary")
     parser.add_argument(
         "--eta",
-        type=float,
+        type=number,
         default=1.0,
         metavar="E",
         help="0 reconstructs the picture; 1 changes it most (1)",
@@ -31,12 +31,12 @@ def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     import numpy as np
 
-    from unclip_jax.cli.options import image_task, read_image
+    from unclip_jax.cli.options import image_task
     from unclip_jax.sampling.edits.inversion import square
     from unclip_jax.sampling.edits.variations import fresh_variations, variations
 
-    task = image_task(args)
-    image = read_image(args.image)
+    task = image_task(args, args.image)
+    (image,) = task.images
     shared = {"count": args.count, "seed": args.seed, "progress": task.progress}
     settings = {
         k: v for k, v in {"steps": task.steps, "guidance_scale": args.guidance}.items() if v is not None

@@ -19,6 +19,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.data.sources import make_source
+from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import part_space
 from unclip_jax.metrics.retrieval import mean_cosine, retrieval_at_1
 from unclip_jax.sampling.edits.inversion import embed_images
@@ -26,6 +27,16 @@ from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 from unclip_jax.sampling.unclip import sample_stages
 
 SPLITS = ("val", "compose")
+GROUP = 100  # rows among which a caption has to be found
+
+
+def check_rows(rows: int) -> None:
+    """Raises a ValueError unless rows of both splits form whole groups: 2 to 100 rows, or 200, 300, ..."""
+    most = min(len(make_source({"name": "emoji", "split": split})) for split in SPLITS) // GROUP * GROUP
+    if not 2 <= rows <= most or (rows > GROUP and rows % GROUP):
+        raise InputError(
+            f"rows must be between 2 and {GROUP}, or a multiple of {GROUP} up to {most}, got {rows}"
+        )
 
 
 def measure(
@@ -48,14 +59,18 @@ def measure(
     Returns:
       {"candidates": the group's size, "chance", "rows", "seed", and per split {figure: value}}, rounded to
       four digits.
+
+    Raises:
+      ValueError: if the rows do not form whole groups; otherwise as `unclip.sample_stages`.
     """
-    group = min(rows, 100)
+    check_rows(rows)
+    group = min(rows, GROUP)
     sampler = as_sampler(bundle)
     space = part_space(sampler.network("prior_diffusion").config)
     figures: dict = {"candidates": group, "chance": round(1 / group, 4), "rows": rows, "seed": seed}
     for split in SPLITS:
         source = make_source({"name": "emoji", "split": split})
-        records = [source.read(i) for i in range(min(rows, len(source)))]
+        records = [source.read(i) for i in range(rows)]
         captions = [record.captions[0] for record in records]
         z_image = embed_images(sampler, [ops.decode_image(record.image) for record in records])
         stages = sample_stages(sampler, captions, seed=seed, prior=prior, progress=progress)

@@ -60,10 +60,15 @@ class Stages(NamedTuple):
     images: list[np.ndarray]
 
 
-def check_prior(bundle: Bundle, prior: str) -> None:
-    """Raises a ValueError if a prior is unknown, and a KeyError if the bundle lacks a part that it needs."""
+def check_prior_name(prior: str) -> None:
+    """Raises a ValueError if a prior is unknown."""
     if prior not in PRIORS:
         raise InputError(f"unknown prior {prior!r}; choose one of {', '.join(PRIORS)}")
+
+
+def check_prior(bundle: Bundle, prior: str) -> None:
+    """Raises a ValueError if a prior is unknown, and a KeyError if the bundle lacks a part that it needs."""
+    check_prior_name(prior)
     for name in PRIORS[prior]:
         bundle.part(name)
 

@@ -167,8 +167,9 @@ def check_edit(
 
     Raises:
       ValueError: if an option or the seed is out of range.
+      KeyError: if the bundle lacks the clip or the decoder.
     """
-    as_seed(seed)
+    sampler.network("clip"), sampler.network("decoder"), as_seed(seed)
     settings = {
         "sampler": "ddim",
         "eta": eta,

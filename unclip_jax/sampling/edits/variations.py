@@ -83,7 +83,7 @@ def fresh_variations(
     if count < 1:
         raise InputError(f"the number of variations must be at least 1, got {count}")
     sampler = as_sampler(bundle)
-    as_seed(seed), sampler.options(options)
+    sampler.network("clip"), sampler.network("decoder"), as_seed(seed), sampler.options(options)
     z_image = np.repeat(inversion.embed_images(sampler, images), count, axis=0)
     stages = sample_stages(
         sampler, [""] * len(z_image), z_image=z_image, seed=seed, options=options, progress=progress
