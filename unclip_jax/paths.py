@@ -50,13 +50,17 @@ def user_path(path: str | os.PathLike) -> Any:
     if not is_remote(path):
         with input_errors(os.fspath(path), RuntimeError):
             return Path(path).expanduser()
-    scheme = os.fspath(path).partition("://")[0]
-    if scheme not in SCHEMES:
-        schemes = ", ".join(f"{known}://" for known in SCHEMES)
-        raise InputError(f"{os.fspath(path)}: paths may begin with {schemes} or be local")
+    check_scheme(path)
     from etils import epath
 
     return epath.Path(path)
+
+
+def check_scheme(path: str | os.PathLike) -> None:
+    """Raises `InputError` for a path in a kind of store that this package does not read."""
+    if is_remote(path) and os.fspath(path).partition("://")[0] not in SCHEMES:
+        schemes = ", ".join(f"{known}://" for known in SCHEMES)
+        raise InputError(f"{os.fspath(path)}: paths may begin with {schemes} or be local")
 
 
 def absolute(path: str | os.PathLike) -> str:
@@ -106,7 +110,9 @@ def check_store(path: str | os.PathLike) -> None:
     Raises:
       OSError: with a message of one line, when the bucket cannot be read.
       ImportError: when Google's client is not installed.
+      ValueError: when the URI's scheme is not gs.
     """
+    check_scheme(path)
     if not is_remote(path):
         return
     try:

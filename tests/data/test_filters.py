@@ -48,4 +48,4 @@ def test_only_fitting_captions_are_used(tmp_path):
     assert make_source({**config, "filters": {"min_caption_chars": 1, "max_caption_chars": 8}}).read(
         0
     ).captions == ("short",)
-    assert len(make_source(config).read(0).captions) == 3
+    assert len(make_source(config).read(0).captions) == 2  # a blank text is no caption

@@ -1,7 +1,12 @@
 """Files that other people made: nothing becomes a caption that is none, and nothing is left out unsaid."""
 
+import bz2
+import gzip
+import lzma
 import os
 import re
+import struct
+import zlib
 
 import pytest
 
@@ -257,3 +262,61 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(PermissionError, match="closed"):
         folder_source(data)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shards that are something else
+# ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["tfrecord", "webdataset"])
+@pytest.mark.parametrize(
+    "head, words",
+    [
+        (gzip.compress(b"x" * 600), "compressed with gzip, .*: unpack it"),
+        (zlib.compress(b"x" * 600), "compressed with zlib"),
+        (bz2.compress(b"x" * 600), "compressed with bzip2"),
+        (lzma.compress(b"x" * 600), "compressed with xz"),
+        (b"\x28\xb5\x2f\xfd" + b"x" * 600, "compressed with zstd"),
+        (b"PK\x03\x04" + b"x" * 600, "compressed with zip"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS .*: run `git lfs pull`"),
+        (b"\n<!DOCTYPE html>" + b"x" * 600, "a page of HTML and not the data: download it again"),
+    ],
+)
+def test_a_shard_of_another_kind_is_named_as_such(tmp_path, name, head, words):
+    (tmp_path / "a.shard").write_bytes(head)
+    with pytest.raises(ValueError, match=rf"a\.shard is {words}") as error:
+        make_source({"name": name, "pattern": str(tmp_path / "*.shard")})
+    assert "write this shard again" not in str(error.value)
+
+
+def test_hidden_shards_are_skipped_unless_they_are_named(tmp_path):
+    (tmp_path / ".kept").mkdir()
+    write_tar(tmp_path / ".kept" / "a.tar", [("0.png", png(0)), ("0.txt", b"red")])
+    (tmp_path / ".kept" / "__MACOSX").mkdir()
+    write_tar(tmp_path / ".kept" / "__MACOSX" / "a.tar", [("0.png", png(0))])
+    source = make_source({"name": "webdataset", "pattern": str(tmp_path / ".kept" / "**" / "*.tar")})
+    assert read_all(source) == [("red",)]
+    (tmp_path / ".a.tar").write_bytes((tmp_path / ".kept" / "a.tar").read_bytes())
+    assert len(make_source({"name": "webdataset", "pattern": str(tmp_path / ".a.tar")})) == 1
+
+
+def test_what_is_no_file_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "folder.tar").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(ValueError, match=f"{name}.tar is not a file"):
+            make_source({"name": "webdataset", "pattern": str(tmp_path / f"{name}*")})
+
+
+def test_a_record_longer_than_its_file_is_refused(tmp_path):
+    header = struct.pack("<Q", 2**63)
+    (tmp_path / "a.tfrecord").write_bytes(header + struct.pack("<I", tfrecord.masked_crc32c(header)))
+    for check in (False, True):
+        with pytest.raises(ValueError, match="runs past the end of the file"):
+            tfrecord.index_records(tmp_path / "a.tfrecord", check)
+
+
+def test_a_feature_that_comes_twice_is_a_bad_record():
+    one, two = (tfrecord.encode_example({"txt": text}) for text in ("one", "two"))
+    payload = one[2:] + two[2:]  # behind the tag and the length of `features`
+    with pytest.raises(ValueError, match="the feature 'txt' comes twice"):
+        tfrecord.decode_example(b"\x0a" + bytes([len(payload)]) + payload)

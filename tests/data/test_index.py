@@ -9,6 +9,7 @@ import pytest
 
 import unclip_jax.data.index
 import unclip_jax.data.tensorflow
+import unclip_jax.paths
 from tests.data.shards import numbers, png, write_tars, write_tfrecords
 from unclip_jax.data import tfrecord
 from unclip_jax.data.sources import make_source
@@ -127,6 +128,7 @@ def test_remote_paths_go_through_gfile(tmp_path, monkeypatch):
             return type("Status", (), {"length": status.st_size, "mtime_nsec": status.st_mtime_ns})
 
     monkeypatch.setattr(unclip_jax.data.tensorflow, "gfile", lambda: Gfile)
+    monkeypatch.setattr(unclip_jax.paths, "SCHEMES", ("store",))
     remote = make_source({"name": "tfrecord", "pattern": "store://part-*.tfrecord"})
     assert numbers(remote) == list(range(12)) and remote.read(0).shard == "store://part-00000.tfrecord"
     assert remote.checksum == make_source({"name": "tfrecord", "pattern": pattern}).checksum
@@ -135,9 +137,10 @@ def test_remote_paths_go_through_gfile(tmp_path, monkeypatch):
         make_source({"name": "tfrecord", "pattern": "store://nothing*"})
 
 
-def test_real_gfile_serves_its_own_schemes(tmp_path):
+def test_real_gfile_serves_its_own_schemes(tmp_path, monkeypatch):
     """The same through TensorFlow's in-memory file system, so that the real gfile's calls are exercised."""
     tf = pytest.importorskip("tensorflow")
+    monkeypatch.setattr(unclip_jax.paths, "SCHEMES", ("ram",))
     write_tfrecords(tmp_path)
     for path in sorted(tmp_path.glob("part-*.tfrecord")):
         with tf.io.gfile.GFile(f"ram://{path.name}", "wb") as file:

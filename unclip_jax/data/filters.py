@@ -52,24 +52,34 @@ def as_filters(filters: Mapping | Filters | None) -> Filters:
     """
     if filters is None or isinstance(filters, Filters):
         return filters or Filters()
+    if not hasattr(filters, "keys"):
+        raise InputError(f"filters must be fields and their values, got {filters!r}")
     allowed = [field.name for field in dataclasses.fields(Filters)]
-    values = {key: filters[key] for key in filters}
-    for key in values:
+    values = {key: filters[key] for key in filters if filters[key] is not None}
+    for key, value in values.items():
         if key not in allowed:
             raise InputError(f"unknown filter {key!r}: allowed are {', '.join(allowed)}")
-    scores = {}
-    for field in values.get("scores") or {}:
-        bounds = values["scores"][field]
-        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        if key != "scores" and not _is_number(value):
+            raise InputError(f"filter {key}={value!r}: expected a number")
+    given, scores = values.get("scores", {}), {}
+    if not hasattr(given, "keys"):
+        raise InputError(f"filter scores={given!r}: expected fields and their bounds")
+    for field in given:
+        bounds = given[field]
+        if (
+            not isinstance(bounds, (tuple, list))
+            or len(bounds) != 2
+            or not all(bound is None or _is_number(bound) for bound in bounds)
+        ):
             raise InputError(
                 f"filter scores[{field!r}] is {bounds!r}: expected (lowest, highest), None for an open end"
             )
         scores[field] = tuple(bounds)
-    for key, value in values.items():
-        if key != "scores" and value is not None and not isinstance(value, (int, float)):
-            raise InputError(f"filter {key}={value!r}: expected a number")
-    values = {key: value for key, value in values.items() if value is not None}
     return Filters(**{**values, "scores": scores})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def trim_captions(record: Record, filters: Filters) -> Record:
@@ -94,7 +104,7 @@ def keeps(filters: Filters, record: Record) -> bool:
         return False
     for field, (lowest, highest) in filters.scores.items():
         score = record.meta.get(field)
-        if not isinstance(score, (int, float)) or math.isnan(score):
+        if not _is_number(score):
             return False
         if (lowest is not None and score < lowest) or (highest is not None and score > highest):
             return False
@@ -103,9 +113,7 @@ def keeps(filters: Filters, record: Record) -> bool:
 
 def _size_passes(filters: Filters, record: Record) -> bool:
     width, height = record.meta.get("width"), record.meta.get("height")
-    if not (
-        isinstance(width, (int, float)) and isinstance(height, (int, float)) and width > 0 and height > 0
-    ):
+    if not (_is_number(width) and _is_number(height) and width > 0 and height > 0):
         width, height = ops.image_size(record.image)
     if min(width, height) < filters.min_side:
         return False

@@ -24,12 +24,23 @@ from unclip_jax.data.filters import Filters, as_filters, filter_rows, no_records
 from unclip_jax.data.record import Record, Source, error_summary, json_checksum
 from unclip_jax.data.tensorflow import glob_remote, open_remote, stat_remote
 from unclip_jax.errors import InputError
-from unclip_jax.paths import cache_folder, is_remote, write_whole
+from unclip_jax.paths import cache_folder, check_scheme, is_hidden, is_remote, write_whole
 
 log = logging.getLogger(__name__)
 
 INDEX_VERSION = 2  # part of the name of every cached index: raise it when the meaning of an index changes
 OPEN_FILES = 256  # shards that stay open per source; every further shard is opened for each read
+
+HEAD = 64  # bytes of a shard that say what it is if it has no records
+# The first bytes of compressed files. zlib has four levels.
+KINDS = (
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ", "xz"),
+    (b"PK\x03\x04", "zip"),
+    *((b"\x78" + level, "zlib") for level in (b"\x01", b"\x5e", b"\x9c", b"\xda")),
+)
 
 FindRecords = Callable[
     [str], np.ndarray
@@ -76,6 +87,7 @@ def indexed_source(
       ValueError: naming a broken shard, or if the filters keep nothing.
     """
     filters = as_filters(filters)
+    pattern = os.fspath(pattern) if isinstance(pattern, os.PathLike) else pattern
     shards = match_shards(pattern)
     stamps = file_stamps(shards)
     key = json_checksum([kind, INDEX_VERSION, stamps, dataclasses.asdict(filters)])
@@ -122,6 +134,9 @@ def build_index(
         try:
             spans = np.asarray(find_records(shards[shard]), np.int64).reshape(-1, 2)
         except ValueError as error:
+            other = _other_kind(read(shard, 0, min(HEAD, file_stamps([shards[shard]])[0][1])))
+            if other is not None:
+                raise InputError(f"{shards[shard]} is {other}") from None
             raise InputError(
                 f"{error_summary(error)}; write this shard again or leave it out of the pattern"
             ) from None
@@ -136,6 +151,18 @@ def build_index(
     if not len(rows):
         raise InputError(no_records_message(f"{len(shards)} shard(s) from {shards[0]} on", total, filters))
     return Index(shard, rows[:, 0].copy(), rows[:, 1].copy(), total - len(rows))
+
+
+def _other_kind(head: bytes) -> str | None:
+    # What a file is that has no records, and the remedy, by its first bytes; None if that is not known.
+    for magic, kind in KINDS:
+        if head.startswith(magic):
+            return f"compressed with {kind}, and records are read from the middle of a shard: unpack it"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS and not the data: run `git lfs pull`"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a page of HTML and not the data: download it again"
+    return None
 
 
 def cached_index(key: str, build: Callable[[], Index], cache_dir: str | None) -> Index:
@@ -221,16 +248,22 @@ def shard_reader(shards: Sequence[str]) -> Callable[[int, int, int], bytes]:
 
 
 def match_shards(pattern: str | Sequence[str]) -> list[str]:
-    """The sorted paths that match a glob or a list of globs.
+    """The sorted paths that match a glob or a list of globs, without the hidden and system files.
 
     Raises `FileNotFoundError` naming a glob that matches nothing.
     """
-    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    patterns = list(pattern) if isinstance(pattern, (list, tuple)) else [pattern]
+    if not patterns or not all(isinstance(item, str) for item in patterns):
+        raise InputError(f"pattern must be a glob or a list of globs, got {pattern!r}")
     shards: list[str] = []
     for item in patterns:
+        check_scheme(item)
         matches = (
             glob_remote(item) if is_remote(item) else glob.glob(os.path.expanduser(item), recursive=True)
         )
+        named = os.path.expanduser(item).split("/")
+        depth = next((i for i, part in enumerate(named) if glob.has_magic(part)), len(named))
+        matches = [path for path in matches if not is_hidden("/".join(path.split("/")[depth:]))]
         if not matches:
             raise FileNotFoundError(
                 f"no shard matches {item!r}: check the path; it is a glob such as /data/shards/*.tfrecord"

@@ -111,6 +111,8 @@ def index_records(path_or_fileobj: str | os.PathLike | BinaryIO, check_payload: 
 def _index_file(file: BinaryIO, name: str, check_payload: bool) -> np.ndarray:
     entries: list[tuple[int, int]] = []
     start = 0  # offset of the current record's header
+    file.seek(0, os.SEEK_END)
+    size = file.tell()
     file.seek(0)
     header = file.read(_HEADER_BYTES)
     while header:
@@ -121,16 +123,15 @@ def _index_file(file: BinaryIO, name: str, check_payload: bool) -> np.ndarray:
         if masked_crc32c(header[:8]) != length_crc:
             raise InputError(f"{name}: corrupt TFRecord: wrong crc of the record length at byte {start}")
         payload_start = start + _HEADER_BYTES
+        if length > size - payload_start - _FOOTER_BYTES:
+            record = f"the record of {length} bytes at byte {start}"
+            raise InputError(f"{name}: truncated TFRecord: {record} runs past the end of the file")
         if check_payload:
             payload = file.read(length)
         else:
             file.seek(payload_start + length)
-        tail = file.read(
-            _FOOTER_BYTES + _HEADER_BYTES
-        )  # this record's footer and the next one's header in one read
-        if len(tail) < _FOOTER_BYTES:
-            record = f"the record of {length} bytes at byte {start}"
-            raise InputError(f"{name}: truncated TFRecord: {record} runs past the end of the file")
+        # This record's footer and the next one's header in one read.
+        tail = file.read(_FOOTER_BYTES + _HEADER_BYTES)
         if check_payload and masked_crc32c(payload) != struct.unpack("<I", tail[:_FOOTER_BYTES])[0]:
             raise InputError(
                 f"{name}: corrupt TFRecord: wrong crc of the payload of the record at byte {start}"
@@ -292,7 +293,7 @@ def decode_example(buf: bytes) -> dict[str, list]:
     Like protobuf, it accepts packed and unpacked lists of numbers, and skips unknown fields. A feature
     without values is an empty list.
 
-    Raises `ValueError` with one line if `buf` is malformed.
+    Raises `ValueError` with one line if `buf` is malformed, or a feature comes twice.
     """
     features: dict[str, list] = {}
     for field, wire, value in _fields(bytes(buf)):
@@ -307,5 +308,8 @@ def decode_example(buf: bytes) -> dict[str, list]:
                     name = item
                 elif item_wire == _DELIMITED and item_field == 2:
                     feature = item
-            features[name.decode("utf-8")] = _decode_feature(feature)
+            name = name.decode("utf-8", "backslashreplace")
+            if name in features:
+                raise InputError(f"malformed tf.train.Example: the feature {name!r} comes twice")
+            features[name] = _decode_feature(feature)
     return features

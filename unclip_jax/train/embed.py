@@ -29,7 +29,7 @@ from unclip_jax.data.tokenizer import caption_arrays
 from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network
 from unclip_jax.metrics.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.paths import check_store, store_errors, user_path, write_json
+from unclip_jax.paths import check_store, check_writable, store_errors, user_path, write_json
 from unclip_jax.run.frozen import captions_of, clip_image_size, clip_network, clip_tokenizer, images_of
 from unclip_jax.run.hosts import Stop, leave_if_stopped, stop_signals, wait_for_hosts
 from unclip_jax.sharding import BATCH, compute_dtype
@@ -288,6 +288,7 @@ def _check_folder(out: str | os.PathLike) -> None:
         if not (folder / "plan.json").is_file() and folder.exists():
             if not folder.is_dir() or any(folder.iterdir()):
                 raise InputError(f"{folder} exists and holds no embeddings; name another folder")
+    check_writable(folder / "plan.json")
 
 
 def _check_plan(out: Any, plan: dict) -> bool:

@@ -11,6 +11,7 @@ here needs TensorFlow.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 
 from unclip_jax.data.balance import balanced
@@ -34,6 +35,10 @@ SOURCES = {
 }
 
 
+# The types that an argument's annotation stands for, where it is to be a text.
+TEXTS = {"str": (str, os.PathLike), "str | None": (str, os.PathLike, type(None))}
+
+
 def make_source(config: Mapping) -> Source:
     """The source that a config describes.
 
@@ -44,10 +49,12 @@ def make_source(config: Mapping) -> Source:
     Raises `ValueError` naming an unknown source, argument or filter and what is allowed instead, and the
     errors of the source itself.
     """
+    if not hasattr(config, "keys"):
+        raise InputError(f"a data source is a name and its arguments, got {config!r}")
     arguments = {key: config[key] for key in config}
     balance = arguments.pop("balance", None)
     name = arguments.pop("name", None)
-    if name not in SOURCES:
+    if not isinstance(name, str) or name not in SOURCES:
         raise InputError(f"unknown data source {name!r}: choose one of {', '.join(SOURCES)}")
     parameters = inspect.signature(SOURCES[name]).parameters
     for key in arguments:
@@ -58,10 +65,13 @@ def make_source(config: Mapping) -> Source:
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and arguments.get(key) in (None, ""):
             raise InputError(f"data source {name!r} needs {key!r}: set it in the config")
+        value, texts = arguments.get(key), TEXTS.get(str(parameter.annotation))
+        if texts is not None and key in arguments and not isinstance(value, texts):
+            raise InputError(f"{key}={value!r} of data source {name!r}: expected a text")
     source = SOURCES[name](**arguments)
     if balance is None:
         return source
-    if set(balance) != {"by", "power"}:
-        given = ", ".join(map(repr, balance)) or "nothing"
-        raise InputError(f"balance needs 'by' and 'power' and no other key, got {given}")
+    if not hasattr(balance, "keys") or set(balance) != {"by", "power"}:
+        given = list(balance) if hasattr(balance, "keys") else balance
+        raise InputError(f"balance needs 'by' and 'power' and no other key, got {given!r}")
     return balanced(source, balance["by"], balance["power"])
