@@ -47,12 +47,19 @@ def test_the_strength_is_chosen_on_training_rows():
 
 
 def test_what_is_refused(monkeypatch):
-    """One class, or a class with one row. A missing library's error says how to install it."""
+    """One class, a class with one row, or a test row of no training class.
+
+    A missing library's error says how to install it.
+    """
     x = np.ones((4, 2))
     with pytest.raises(ValueError, match="two classes with two training rows each, got 1, one with 4"):
         linear_probe(x, np.zeros(4), x, np.zeros(4))
     with pytest.raises(ValueError, match="got 2, one with 1"):
         linear_probe(x, np.array([0, 0, 0, 1]), x, np.zeros(4))
+    with pytest.raises(
+        ValueError, match="1 classes of the test rows have no training rows; the first is 'ox'"
+    ):
+        linear_probe(x, np.array(["a", "a", "b", "b"]), x, np.array(["a", "b", "ox", "ox"]))
     monkeypatch.setitem(sys.modules, "sklearn.exceptions", None)
     with pytest.raises(ImportError, match=r"unclip_jax\[eval\]"):
         linear_probe(x, np.array([0, 0, 1, 1]), x, np.zeros(4))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from unclip_jax.errors import InputError
 from unclip_jax.metrics.zeroshot import TEMPLATES, class_embeddings, templates_of, top_k_accuracy
 
 RNG = np.random.default_rng(0)
@@ -59,6 +60,9 @@ def test_templates_by_name_or_from_a_file(tmp_path):
     (tmp_path / "bad.txt").write_text("a drawing of {}\na drawing\n")
     with pytest.raises(ValueError, match="but not 'a drawing'"):
         templates_of(str(tmp_path / "bad.txt"))
+    (tmp_path / "latin.txt").write_bytes("ein Bär {}".encode("latin-1"))
+    with pytest.raises(InputError, match="latin.txt: 'utf-8' codec can't decode"):
+        templates_of(str(tmp_path / "latin.txt"))
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="every line must have one"):
         templates_of(str(tmp_path / "empty.txt"))

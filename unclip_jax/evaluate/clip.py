@@ -27,7 +27,7 @@ from unclip_jax.data import ops
 from unclip_jax.data.pipeline import DATA_ERRORS
 from unclip_jax.data.record import Record, Source, class_of, error_summary
 from unclip_jax.errors import InputError
-from unclip_jax.metrics.linear_probe import Probe, linear_probe
+from unclip_jax.metrics.linear_probe import Probe, check_classes, check_installed, linear_probe
 from unclip_jax.metrics.retrieval import recall_at_k
 from unclip_jax.metrics.zeroshot import class_embeddings, top_k_accuracy
 from unclip_jax.sampling.edits.inversion import embed_captions, embed_images
@@ -208,16 +208,23 @@ def probe(
 
     Raises:
       ImportError: if scikit-learn is not installed.
-      ValueError: if a record has no label, or a class has too few rows.
+      ValueError: before anything is embedded, if a record has no label, a class has too few training rows, or
+        one of the test rows' classes has none.
     """
-    sampler, features, labels = as_sampler(bundle), [], []
-    for source in (train, test):
-        chosen, names = _usable(
-            source, _rows(source, rows, seed), lambda record: label_of(record, label), skip_bad
-        )
-        labels.append(names)
-        features.append(_embed(sampler, source, chosen, progress, projected=False))
-    return linear_probe(features[0], np.asarray(labels[0]), features[1], np.asarray(labels[1]), seed=seed)
+    check_installed()
+    (train_rows, train_labels), (test_rows, test_labels) = (
+        _usable(source, _rows(source, rows, seed), lambda record: label_of(record, label), skip_bad)
+        for source in (train, test)
+    )
+    check_classes(train_labels, test_labels)
+    sampler = as_sampler(bundle)
+    features = [
+        _embed(sampler, source, chosen, progress, projected=False)
+        for source, chosen in ((train, train_rows), (test, test_rows))
+    ]
+    return linear_probe(
+        features[0], np.asarray(train_labels), features[1], np.asarray(test_labels), seed=seed
+    )
 
 
 def _labels(source: Source, label: str, skip_bad: bool) -> tuple[dict[str, int], list[str]]:

@@ -8,6 +8,7 @@ value.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,38 @@ class Probe(NamedTuple):
     accuracy: float
     c: float
     validation_accuracy: float
+
+
+def check_installed() -> None:
+    """Raises an ImportError, with a message of one line, unless scikit-learn is installed."""
+    try:
+        import sklearn.exceptions  # noqa: F401
+        import threadpoolctl  # noqa: F401
+    except ImportError:
+        raise MissingPackageError(
+            'the linear probe needs scikit-learn: pip install "unclip_jax[eval]"'
+        ) from None
+
+
+def check_classes(train_labels: Sequence, test_labels: Sequence) -> np.ndarray:
+    """The number of training rows of each class. Call it before the rows are embedded.
+
+    Raises:
+      ValueError: when there are fewer than two classes, a class with a single training row, or a test row of
+        a class without training rows.
+    """
+    classes, counts = np.unique(np.asarray(train_labels), return_counts=True)
+    if len(counts) < 2 or min(counts) < 2:
+        raise InputError(
+            "a probe needs two classes with two training rows each, "
+            f"got {len(counts)}, one with {min(counts, default=0)}"
+        )
+    unseen = np.setdiff1d(np.asarray(test_labels), classes)
+    if len(unseen):
+        raise InputError(
+            f"{len(unseen)} classes of the test rows have no training rows; the first is {str(unseen[0])!r}"
+        )
+    return counts
 
 
 def linear_probe(
@@ -50,24 +83,15 @@ def linear_probe(
 
     Raises:
       ImportError: without scikit-learn (extra `eval`).
-      ValueError: when there are fewer than two classes, or a class with a single training row.
+      ValueError: as `check_classes`.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import train_test_split
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        raise MissingPackageError(
-            'the linear probe needs scikit-learn: pip install "unclip_jax[eval]"'
-        ) from None
+    check_installed()
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import train_test_split
+    from threadpoolctl import threadpool_limits
 
-    _, counts = np.unique(train_labels, return_counts=True)
-    if len(counts) < 2 or min(counts) < 2:
-        raise InputError(
-            "a probe needs two classes with two training rows each, "
-            f"got {len(counts)}, one with {min(counts, default=0)}"
-        )
+    counts = check_classes(train_labels, test_labels)
 
     def fit(features, labels, c):
         with threadpool_limits(1 if features.size < _SMALL else None), warnings.catch_warnings():

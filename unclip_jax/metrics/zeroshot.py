@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from unclip_jax.data.tokenizer import IMAGENET_TEMPLATES_FILE
-from unclip_jax.errors import InputError
+from unclip_jax.errors import InputError, input_errors
 from unclip_jax.metrics.retrieval import TIE, unit
 from unclip_jax.paths import user_path
 
@@ -44,7 +44,9 @@ def templates_of(name: str) -> tuple[str, ...]:
             f"unknown templates {name!r}; choose one of {', '.join(TEMPLATES)}, imagenet, "
             "or a file with one template a line"
         )
-    templates = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    with input_errors(str(path), UnicodeDecodeError):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    templates = tuple(line.strip() for line in lines if line.strip())
     bad = [t for t in templates if t.count("{}") != 1]
     if bad or not templates:
         raise InputError(
@@ -66,7 +68,7 @@ def class_embeddings(
     Returns:
       (K, D) float64.
     """
-    prompts = [template.format(name) for name in classes for template in templates]
+    prompts = [template.replace("{}", name) for name in classes for template in templates]
     z = unit(embed(prompts)).reshape(len(classes), len(templates), -1)
     return unit(z.mean(axis=1))
 
