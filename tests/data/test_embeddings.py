@@ -105,6 +105,29 @@ def test_folders_that_are_refused(tmp_path):
         source_of(folder)
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"clip": None}, "has no 'clip' of type str"),
+        ({"embed_dim": "4"}, "has no 'embed_dim' of type int"),
+        ({"states": 1}, "has no 'states' of type bool"),
+        ({"shards": {}}, "has no 'shards' of type list"),
+        ({"shards": []}, "lists no image"),
+        ({"shards": [{"images": 1}]}, "does not describe shard 0"),
+        ({"shards": [{"images": -1, "captions": 0, "sha256": {}}]}, "does not describe shard 0"),
+        ({"image_embed": {"mean": [0.0]}}, "'mean' must be 4 numbers"),
+        ({"image_embed": {"mean": [0.0, 1.0, float("nan"), 1.0]}}, "'mean' has a value that is no finite"),
+        ({"image_embed": {"mean": [0, 1, "2", 3]}}, "'mean' has a value that is no finite number"),
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(tmp_path, change, words):
+    folder = write_folder(tmp_path / "e")
+    manifest = embeddings.read_json(folder / "manifest.json")
+    embeddings.write_json(folder / "manifest.json", {**manifest, **change})
+    with pytest.raises(ValueError, match=words):
+        source_of(folder)
+
+
 def test_exchanged_and_missing_shards_are_refused(tmp_path):
     folder = write_folder(tmp_path / "e")
     described = embeddings.read_json(folder / "00001" / "shard.json")

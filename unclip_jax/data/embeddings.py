@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,12 +73,15 @@ def read_json(path: Any) -> dict:
     """A JSON object. Raises `ValueError` naming a damaged file, `FileNotFoundError` naming a missing one."""
     try:
         with store_errors(path):
-            return json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         advice = "`unclip embed` did not finish; run it again with the same arguments"
         raise FileNotFoundError(f"{path} is missing: {advice}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); copy the embeddings again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is no JSON object; copy the embeddings again")
+    return value
 
 
 def write_arrays(folder: Any, arrays: Mapping[str, np.ndarray], described: Mapping) -> None:
@@ -196,11 +200,43 @@ def open_embedded(path: str) -> Embedded:
         raise InputError(
             f"{folder}/manifest.json has format version {version}; this version reads {FORMAT_VERSION}"
         )
+    _check_manifest(manifest, f"{folder}/manifest.json")
     files = sorted(local_copy(folder / EMPTY).glob("*.npy"))
     empty = {file.stem: np.array(read_array(folder / EMPTY, file.stem)) for file in files}
     mean, std = (np.asarray(manifest["image_embed"][name], np.float64) for name in ("mean", "std"))
     about = (manifest[name] for name in ("clip", "embed_dim", "states", "tokenizer"))
     return Embedded(str(folder), *about, mean, std, empty, tuple(manifest["shards"]))
+
+
+def _check_manifest(manifest: dict, name: str) -> None:
+    types = {
+        "clip": str,
+        "embed_dim": int,
+        "states": bool,
+        "tokenizer": dict,
+        "image_embed": dict,
+        "shards": list,
+    }
+    for key, kind in types.items():
+        if type(manifest.get(key)) is not kind:
+            raise InputError(f"{name} has no {key!r} of type {kind.__name__}; copy the embeddings again")
+    for key in ("mean", "std"):
+        values = manifest["image_embed"].get(key)
+        if not isinstance(values, list) or len(values) != manifest["embed_dim"]:
+            raise InputError(
+                f"{name}: {key!r} must be {manifest['embed_dim']} numbers; copy the embeddings again"
+            )
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+            raise InputError(
+                f"{name}: {key!r} has a value that is no finite number; copy the embeddings again"
+            )
+    types = {"images": int, "sha256": dict}
+    for number, shard in enumerate(manifest["shards"]):
+        fits = isinstance(shard, dict) and all(type(shard.get(key)) is kind for key, kind in types.items())
+        if not fits or shard["images"] < 0:
+            raise InputError(f"{name} does not describe shard {number}; copy the embeddings again")
+    if not sum(shard["images"] for shard in manifest["shards"]):
+        raise InputError(f"{name} lists no image; copy the embeddings again")
 
 
 def is_embedded(path: str | os.PathLike) -> bool:

@@ -130,11 +130,11 @@ def embed(
             records = range(number * shard_records, min((number + 1) * shard_records, len(source)))
             described = _finished(folder)
             if described is None:
-                arrays, described = _embed_shard(towers, source, records, pool, stop)
+                arrays, described, skipped = _embed_shard(towers, source, records, pool, stop)
                 if stop:
                     break
             else:
-                arrays = None
+                arrays, skipped = None, []
             seen, bad = seen + len(records), bad + described["bad"]
             if bad == len(source):
                 raise BadDataError(f"none of the {bad} records can be used, as {described['last_bad']}")
@@ -143,6 +143,8 @@ def embed(
                     f"{bad} of {seen} records cannot be used, more than max_bad_fraction={max_bad_fraction}; "
                     f"the last is {described['last_bad']}; mend the data, or leave them out with --skip-bad"
                 )
+            for line in skipped[:MAX_LOGGED]:
+                log.warning("skipped %s", line)
             if arrays is not None:
                 if not begun:  # now the folder is made: a start that fails leaves none
                     write_json(out / "plan.json", plan)
@@ -220,8 +222,9 @@ def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...
 
 def _embed_shard(
     towers: _Towers, source: Source, records: range, pool: ThreadPoolExecutor, stop: Stop
-) -> tuple[dict[str, np.ndarray], dict]:
-    # The arrays of one shard, and the content of its shard.json. They are not valid if `stop` interrupted it.
+) -> tuple[dict[str, np.ndarray], dict, list[str]]:
+    # The arrays of one shard, the content of its shard.json, and why records were skipped. They are not valid
+    # if `stop` interrupted it.
     kept, captions, bad, size, dim = [], [], [], towers.rows, towers.clip.config["model"]["embed_dim"]
     chunks = [records[i : i + size] for i in range(0, len(records), size)]
     load = functools.partial(_load, source, clip_image_size(towers.clip))
@@ -267,8 +270,6 @@ def _embed_shard(
             raise InputError(
                 f"{name} of {where} is not finite: check this CLIP, or embed with --dtype float32"
             )
-    for line in bad[:MAX_LOGGED]:
-        log.warning("skipped %s", line)
     described = {
         "first_record": records.start,
         "records": len(records),
@@ -277,7 +278,7 @@ def _embed_shard(
         "bad": len(bad),
         "cut": cut,
     }
-    return arrays, described | {"last_bad": bad[-1] if bad else ""}
+    return arrays, described | {"last_bad": bad[-1] if bad else ""}, bad
 
 
 # ------------------------------------------------------------------------------------------ the folder

@@ -21,7 +21,7 @@ def embeddings_source(path: str) -> Source:
     embedded = open_embedded(path)
     for number, described in enumerate(embedded.shards):
         folder = shard_path(embedded.path, number)
-        if read_json(folder / "shard.json")["sha256"] != described["sha256"]:
+        if read_json(folder / "shard.json").get("sha256") != described["sha256"]:
             manifest = f"{embedded.path}/manifest.json"
             raise InputError(
                 f"{folder} is not the shard that {manifest} describes: copy the embeddings again"
