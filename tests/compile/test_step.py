@@ -154,8 +154,8 @@ def test_a_step_that_reads_embeddings(name, capsys):
         and ("codec" in networks) == (name == "prior_ar")
     )
     assert main([*arguments, "--sample"]) == 1 and "is for a train step" in capsys.readouterr().err
-    assert main([arguments[0], str(ROOT / "configs/dalle2/decoder.py:tiny"), *arguments[2:]]) == 1
-    assert "needs pictures" in capsys.readouterr().err
+    assert main([arguments[0], str(ROOT / "configs/dalle2/upsampler_256.py:tiny"), *arguments[2:]]) == 1
+    assert "the upsampler stage reads no embeddings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["prior_diffusion", "prior_ar", "decoder", "upsampler_256"])

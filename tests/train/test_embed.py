@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.runs import losses, tiny_config, train_tiny
+from tests.runs import SMALL, losses, tiny_config, train_tiny
 from unclip_jax import sharding
 from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.main import main
 from unclip_jax.cli.train import use_embeddings
 from unclip_jax.data import embeddings, sources
-from unclip_jax.data.examples import clip_example
+from unclip_jax.data.examples import clip_example, decoder_example
 from unclip_jax.data.pipeline import BadDataError
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.models.codec import Codec, project
@@ -32,8 +32,8 @@ from unclip_jax.run.frozen import (
     images_of,
     load_frozen,
 )
+from unclip_jax.train import decoder, prior_diffusion
 from unclip_jax.train import embed as stage
-from unclip_jax.train import prior_diffusion
 
 COUNT, SHARD = 70, 32  # number of records, in all and in a shard
 
@@ -117,10 +117,10 @@ def test_manifest_and_codec(folder, source, clip):
     np.testing.assert_allclose([y.min(0), y.max(0)], [part.params["low"], part.params["high"]], atol=1e-4)
 
 
-def test_cut_off_and_gone_on_with(copy, folder, tiny_run, source, monkeypatch, caplog):
+def test_cut_off_and_gone_on_with(copy, folder, tiny_run, source, caplog):
     """A resumed command makes only missing and damaged shards again, and they are the same as before."""
-    made, original = [], stage._embed_shard
-    monkeypatch.setattr(stage, "_embed_shard", lambda *args: made.append(args[2].start) or original(*args))
+    written = lambda: {name: (copy / name / "shard.json").stat().st_mtime_ns for name in ("00000", "00001")}
+    before = written()
     (copy / "manifest.json").unlink()
     shutil.rmtree(copy / "00002")
     (copy / ".00002.tmp").mkdir()
@@ -130,14 +130,15 @@ def test_cut_off_and_gone_on_with(copy, folder, tiny_run, source, monkeypatch, c
     with pytest.raises(FileNotFoundError, match="did not finish"):
         sources.make_source({"name": "embeddings", "path": str(copy)})
     run(tiny_run("clip"), source, copy)
-    assert made == [SHARD, 2 * SHARD] and hashes(copy) == hashes(folder)
+    assert [name for name, time in written().items() if time == before[name]] == ["00000"]
+    assert hashes(copy) == hashes(folder)
     assert "text_embed.npy is damaged" in caplog.text and not list(copy.glob(".*"))
 
 
 def test_two_hosts_share_the_shards(folder, tiny_run, source, tmp_path, monkeypatch):
     """The second host makes the odd shards, the first one the others. The result is as with one host."""
-    towers = stage._towers(str(tiny_run("clip")), sharding.make_mesh(), "float32", 16, True)
-    monkeypatch.setattr(stage, "_towers", lambda *args: towers)  # Orbax would ask the other host
+    network = clip_network(str(tiny_run("clip")), sharding.make_mesh(), "float32")
+    monkeypatch.setattr(stage, "clip_network", lambda *_, **__: network)  # Orbax would ask the other host
     turn = {"host": 0}
 
     def wait(key):
@@ -286,8 +287,8 @@ def test_what_does_not_fit_is_refused(folder, clip, tmp_path):
         prior_diffusion.train_and_evaluate(
             config_of("prior_diffusion", folder, True, frozen__clip="emoji"), str(tmp_path / "a")
         )
-    with pytest.raises(ValueError, match="the decoder stage needs pictures"):
-        use_embeddings(tiny_config("decoder"), [str(folder)], False)
+    with pytest.raises(ValueError, match="the upsampler stage reads no embeddings; these stages do: prior_d"):
+        use_embeddings(tiny_config("upsampler_16"), [str(folder)], False)
     with pytest.raises(ValueError, match="there is no evaluation 'test'; there are"):
         use_embeddings(tiny_config("prior_diffusion"), [f"test={folder}"], False)
     with pytest.raises(ValueError, match="holds no pictures, which this stage needs"):
@@ -317,3 +318,51 @@ def test_a_record_without_a_caption_is_a_bad_one(tiny_run, source, tmp_path):
     mixed = of(lambda i, record: bare(record) if i < 4 else long(record))
     manifest = run(tiny_run("clip"), mixed, tmp_path / "out", max_bad_fraction=1.0)
     assert (manifest["images"], manifest["bad"], manifest["captions"], manifest["cut"]) == (2, 4, 4, 2)
+
+
+# ------------------------------------------------------------------------------------------ beside pictures
+def test_the_decoder_sees_the_same_with_embeddings(folder, source, clip):
+    """The same pictures and captions, and the embeddings that CLIP computes of them."""
+    beside = sources.with_embeddings(source, str(folder))
+    assert beside.embedded.clip == clip.hash and beside.checksum != source.checksum and beside.pictures
+    settings = {"tokenizer": clip_tokenizer(clip), "size": 8, "clip_size": clip_image_size(clip)}
+    mesh = sharding.make_mesh(None, jax.devices()[:1])
+    for i in (0, 40, COUNT - 1):
+        plain, embedded = (
+            decoder_example(data.read(i), None, training=False, **settings) for data in (source, beside)
+        )
+        np.testing.assert_array_equal(plain["image"], embedded["image"])
+        assert "clip_image" not in embedded
+        batches = [{name: value[None] for name, value in row.items()} for row in (plain, embedded)]
+        read = lambda batch: (
+            images_of(clip, mesh, clip.params, batch),
+            *captions_of(clip, mesh, True, clip.params, batch)[:3],
+        )
+        for a, b in zip(*map(read, batches), strict=True):
+            np.testing.assert_allclose(np.float32(a), np.float32(b), atol=1e-2, rtol=1e-3)
+    with pytest.raises(ValueError, match="data.crop_scale=0.8 crops at random"):
+        decoder_example(beside.read(0), np.random.default_rng(0), crop_scale=0.8, **settings)
+
+
+def test_the_decoder_trains_with_embeddings(folder, source, tiny_run, tmp_path, monkeypatch):
+    """It reads pictures and embeddings, and no CLIP; the part records the CLIP's hash."""
+    config = tiny_config("decoder", **SMALL, steps=2, eval_every=2, optimizer__warmup_steps=1)
+    monkeypatch.setitem(sources.SOURCES, "emoji", lambda split: source)
+    use_embeddings(config, [str(folder), f"eval={folder}"], False)
+    assert config.frozen.clip == config.data.train.embeddings == str(folder)
+    decoder.train_and_evaluate(config, str(tmp_path / "decoder"))
+    meta = load_run(tmp_path / "decoder")[0]
+    assert meta["part"]["frozen"] == load_run(tiny_run("prior_diffusion"))[0]["part"]["frozen"]
+    assert len(losses(tmp_path / "decoder")) == 2
+
+
+def test_embeddings_of_another_source_are_refused(folder, source):
+    with pytest.raises(ValueError, match="holds the embeddings of another source than emoji/compose"):
+        sources.make_source({"name": "emoji", "split": "compose", "embeddings": str(folder)})
+    embedded = sources.make_source({"name": "embeddings", "path": str(folder)})
+    with pytest.raises(ValueError, match="holds embeddings already"):
+        sources.with_embeddings(embedded, str(folder))
+    # COUNT records were embedded; the whole split has more.
+    whole = sources.with_embeddings(sources.make_source({"name": "emoji", "split": "val"}), str(folder))
+    with pytest.raises(ValueError, match=f"record {COUNT} of emoji/val has no embedding in"):
+        whole.read(COUNT)

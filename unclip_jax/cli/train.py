@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help="train on the output of `unclip embed`, not on pictures; with NAME, use it for that evaluation. "
-        "No CLIP is needed if all sources are embeddings",
+        help="train on the output of `unclip embed`, not on pictures (the decoder: on both); with NAME, use "
+        "it for that evaluation. No CLIP is needed if every source has embeddings",
     )
     parser.add_argument(
         "--profile", metavar="A:B", help="profile the steps from A to B of this process, into WORKDIR/profile"
@@ -114,41 +114,48 @@ def override(config, key: str, value: Any) -> None:
 
 
 def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
-    """Replaces sources of pictures by folders of embeddings.
+    """Lets a stage read folders of embeddings: in place of its pictures, or beside them for the decoder.
 
-    If no source of pictures remains, the training source's folder also replaces the CLIP.
+    If every source has embeddings, the training source's folder also replaces the CLIP.
 
     Args:
       config: the configuration to change.
-      folders: "DIR" replaces the training source; "NAME=DIR" replaces the evaluation source NAME.
+      folders: "DIR" is for the training source; "NAME=DIR" for the evaluation NAME. The name of a single
+        evaluation is `eval`.
       keep_clip: never replace the CLIP.
 
     Raises:
-      ValueError: if the stage needs pictures, or the configuration has no evaluation NAME.
+      ValueError: if the stage reads no embeddings, or the configuration has no evaluation NAME.
     """
-    from unclip_jax.run.frozen import EMBEDDABLE
+    from unclip_jax.run.frozen import BESIDE_PICTURES, EMBEDDABLE
 
-    if config.stage not in EMBEDDABLE:
-        raise InputError(
-            f"the {config.stage} stage needs pictures; embeddings are for the priors and the codec"
-        )
+    if config.stage not in EMBEDDABLE + BESIDE_PICTURES:
+        readers = ", ".join(EMBEDDABLE + BESIDE_PICTURES)
+        raise InputError(f"the {config.stage} stage reads no embeddings; these stages do: {readers}")
     evaluations = config.data.get("eval", {})
+    single = isinstance(evaluations.get("name"), str)
+    groups = {"train": config.data} | (
+        {"eval": config.data} if single else {name: evaluations for name in evaluations}
+    )
     with config.unlocked():
         for item in folders:
             name, equals, folder = item.rpartition("=")
-            if equals and name not in evaluations:
-                raise InputError(
-                    f"--embeddings {item}: there is no evaluation {name!r}; "
-                    f"there are {', '.join(evaluations) or 'none'}"
-                )
+            key = name if equals else "train"
+            if key not in groups or (equals and key == "train"):
+                known = ", ".join(name for name in groups if name != "train") or "none"
+                raise InputError(f"--embeddings {item}: there is no evaluation {name!r}; there are {known}")
+            if config.stage in BESIDE_PICTURES:
+                groups[key][key].embeddings = absolute(folder)
+                continue
             # A ConfigDict merges an assigned dict into the old value; delete that to replace all of it.
-            group, key = (evaluations, name) if equals else (config.data, "train")
-            del group[key]
-            group[key] = {"name": "embeddings", "path": absolute(folder)}
-        if not keep_clip and all(
-            source.name == "embeddings" for source in (config.data.train, *evaluations.values())
-        ):
-            config.frozen.clip = config.data.train.path
+            del groups[key][key]
+            groups[key][key] = {"name": "embeddings", "path": absolute(folder)}
+        read = [groups[key][key] for key in groups]
+        places = [
+            source.path if source.name == "embeddings" else source.get("embeddings") for source in read
+        ]
+        if not keep_clip and all(places):
+            config.frozen.clip = places[0]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -36,7 +36,15 @@ from unclip_jax.generate.prior import sample_prior
 from unclip_jax.generate.text import Texts
 from unclip_jax.generate.upsampler import sample_upsampler
 from unclip_jax.models.codec import Codec
-from unclip_jax.run.frozen import EMBEDDABLE, EMPTY, arrays, captions_of, clip_tokenizer, text_tokenizer
+from unclip_jax.run.frozen import (
+    BESIDE_PICTURES,
+    EMBEDDABLE,
+    EMPTY,
+    arrays,
+    captions_of,
+    clip_tokenizer,
+    text_tokenizer,
+)
 from unclip_jax.run.hardware import CHIPS, Chip, flops
 from unclip_jax.run.loop import count_operations
 from unclip_jax.run.optim import make_optimizers
@@ -274,14 +282,13 @@ def train_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False
       embedded: whether the stage reads CLIP's embeddings (`unclip embed`).
 
     Raises:
-      ValueError: when the stage has no update step or needs pictures, or the batch does not divide over the
-        mesh.
+      ValueError: when the stage has no update step or reads no embeddings, or the batch does not divide over
+        the mesh.
     """
     _check(config, mesh)
-    if embedded and config.stage not in EMBEDDABLE:
-        raise InputError(
-            f"the {config.stage} stage needs pictures; embeddings are for the priors and the codec"
-        )
+    if embedded and config.stage not in EMBEDDABLE + BESIDE_PICTURES:
+        readers = ", ".join(EMBEDDABLE + BESIDE_PICTURES)
+        raise InputError(f"the {config.stage} stage reads no embeddings; these stages do: {readers}")
     networks = abstract_frozen(config, clip_config, mesh, embedded)
     stage = STAGES[config.stage].stage(config, mesh, networks)
     optimizers = make_optimizers(config, stage.players)

@@ -45,6 +45,7 @@ class Embedded:
     Attributes:
       path: the folder.
       clip: the hash of the CLIP that made the embeddings.
+      source: the checksum of the source of pictures that was embedded.
       embed_dim: their size D.
       states: whether text states are stored.
       tokenizer: the config of CLIP's tokenizer.
@@ -55,6 +56,7 @@ class Embedded:
 
     path: str
     clip: str
+    source: str
     embed_dim: int
     states: bool
     tokenizer: dict
@@ -204,8 +206,10 @@ def open_embedded(path: str) -> Embedded:
     files = sorted(local_copy(folder / EMPTY).glob("*.npy"))
     empty = {file.stem: np.array(read_array(folder / EMPTY, file.stem)) for file in files}
     mean, std = (np.asarray(manifest["image_embed"][name], np.float64) for name in ("mean", "std"))
-    about = (manifest[name] for name in ("clip", "embed_dim", "states", "tokenizer"))
-    return Embedded(str(folder), *about, mean, std, empty, tuple(manifest["shards"]))
+    source = read_json(folder / "plan.json")["source"]
+    about = (manifest[name] for name in ("embed_dim", "states", "tokenizer"))
+    shards = tuple(manifest["shards"])
+    return Embedded(str(folder), manifest["clip"], source, *about, mean, std, empty, shards)
 
 
 def _check_manifest(manifest: dict, name: str) -> None:

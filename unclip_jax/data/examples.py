@@ -79,6 +79,13 @@ def _embedded_example(
     text_tokenizer: ClipTokenizer | None,
 ) -> dict[str, np.ndarray]:
     chosen = _caption_number(record, rng, training)
+    texts = _embedded_captions(record, chosen, tokenizer, text_tokenizer)
+    return {"image_embed": record.embeds["image_embed"], **texts}
+
+
+def _embedded_captions(
+    record: Record, chosen: int, tokenizer: ClipTokenizer, text_tokenizer: ClipTokenizer | None
+) -> dict[str, np.ndarray]:
     row = _caption_row(record.captions[chosen], tokenizer, text_tokenizer)
     embeds = record.embeds
     added, removed = (), ()
@@ -87,8 +94,7 @@ def _embedded_example(
     elif "text_states" in embeds:
         added, removed = ("text_embed", "text_states"), ("clip_tokens",)
     texts = {name: np.float32(values[chosen]) for name, values in embeds.items() if name in added}
-    row = texts | {name: array for name, array in row.items() if name not in removed}
-    return {"image_embed": embeds["image_embed"], **row}
+    return texts | {name: array for name, array in row.items() if name not in removed}
 
 
 def _caption_number(record: Record, rng: np.random.Generator | None, training: bool) -> int:
@@ -119,6 +125,9 @@ def decoder_example(
 ) -> dict[str, np.ndarray]:
     """One row of a batch: an image for the decoder, the same image for CLIP, and a caption.
 
+    A record with embeddings gives those in place of CLIP's image. They are of the centred square, so that
+    square is the decoder's image too.
+
     Args:
       record, rng, tokenizer, crop_scale, training, text_tokenizer: as in `clip_example`.
       size: the side of the decoder's image in pixels.
@@ -130,20 +139,31 @@ def decoder_example(
       `clip_tokens` and `clip_token_mask` (L,); with `text_tokenizer` `tokens` and `token_mask` (L',); with
       `inpaint` `known` (size, size, 1) bool.
 
-    Raises `ValueError` if the record has no caption, or its image cannot be decoded.
+    For a record with embeddings, the same with `image_embed` in place of `clip_image`, and the captions as
+    `clip_example` gives them.
+
+    Raises `ValueError` if the record has no caption, its image cannot be decoded, or it has embeddings and
+    `crop_scale` is below 1.
     """
-    image = ops.decode_image(record.image)
-    if training:
+    image, embedded = ops.decode_image(record.image), record.embeds is not None
+    if embedded and crop_scale < 1:
+        raise InputError(
+            f"data.crop_scale={crop_scale} crops at random, and embeddings are of the centred square: "
+            "set it to 1, or train without embeddings"
+        )
+    if training and not embedded:
         image = ops.random_crop(image, int(round(min(image.shape[:2]) * rng.uniform(crop_scale, 1.0))), rng)
     else:
         image = ops.center_crop_square(image)
-    caption = record.captions[_caption_number(record, rng, training)]
-    return {
-        "image": ops.to_float(ops.resize(image, size)),
-        "clip_image": ops.to_float(ops.resize(image, clip_size)),
-        **_caption_row(caption, tokenizer, text_tokenizer),
-        **({"known": ops.random_mask(size, rng)} if inpaint else {}),
-    }
+    chosen = _caption_number(record, rng, training)
+    if embedded:
+        row = {"image_embed": record.embeds["image_embed"]}
+        row |= _embedded_captions(record, chosen, tokenizer, text_tokenizer)
+    else:
+        row = {"clip_image": ops.to_float(ops.resize(image, clip_size))}
+        row |= _caption_row(record.captions[chosen], tokenizer, text_tokenizer)
+    known = {"known": ops.random_mask(size, rng)} if inpaint else {}
+    return {"image": ops.to_float(ops.resize(image, size)), **row, **known}
 
 
 def upsampler_example(

@@ -31,8 +31,8 @@ class Record:
       captions: the texts of the image; may be empty.
       meta: the metadata, a flat dict of JSON values.
       shard: the file or folder that holds the record.
-      embeds: only in the `embeddings` source: CLIP's embeddings of the image and of each caption
-        (see `embeddings.Shard.row`).
+      embeds: CLIP's embeddings of the image and of each caption (see `embeddings.Shard.row`), if the source
+        holds them.
     """
 
     key: str
@@ -53,7 +53,8 @@ class Source:
       n_filtered: how many records the filters dropped.
       length: how many records remain.
       fetch: reads one record by its number, without a check of the range.
-      embedded: describes the embeddings of a source that holds embeddings; None for a source of images.
+      embedded: describes the embeddings of a source that holds embeddings; None for a source without them.
+      pictures: False for a source that holds embeddings alone.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Source:
     length: int
     fetch: Callable[[int], Record] = dataclasses.field(repr=False)
     embedded: Embedded | None = None
+    pictures: bool = True
 
     def __len__(self) -> int:
         return self.length

@@ -32,6 +32,7 @@ from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_sharding
 
 EMPTY = "empty_caption"
 EMBEDDABLE = ("prior_diffusion", "prior_ar", "codec")  # stages that can train from embeddings alone
+BESIDE_PICTURES = ("decoder",)  # stages that can train from pictures with their embeddings
 
 
 def text_tokenizer(config: ConfigDict) -> ClipTokenizer | None:
@@ -149,7 +150,7 @@ def check_sources(clip: Network, data: Data, pictures: bool) -> None:
                 f"{source.name} holds pictures, and the CLIP given is a folder of embeddings: "
                 "give the CLIP itself"
             )
-        if embedded is not None and pictures:
+        if pictures and not source.pictures:
             raise InputError(
                 f"{source.name} holds no pictures, which this stage needs: "
                 "give the source from which the embeddings were made"

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from unclip_jax.data.balance import balanced
 from unclip_jax.data.record import Source
-from unclip_jax.data.sources.embeddings import embeddings_source
+from unclip_jax.data.sources.embeddings import embeddings_source, with_embeddings
 from unclip_jax.data.sources.emoji import emoji_source
 from unclip_jax.data.sources.folder import folder_source
 from unclip_jax.data.sources.tfds import tfds_source
@@ -44,7 +44,9 @@ def make_source(config: Mapping) -> Source:
 
     Args:
       config: {"name": one of SOURCES, the arguments of that source, "filters": {fields of `Filters`}}. Any
-        source also takes "balance": {"by": a field of the metadata, "power": 0 to 1} (see `balanced`).
+        source also takes "balance": {"by": a field of the metadata, "power": 0 to 1} (see `balanced`). Any
+        source of images also takes "embeddings": the folder that `unclip embed` made of it (see
+        `with_embeddings`).
 
     Raises `ValueError` naming an unknown source, argument or filter and what is allowed instead, and the
     errors of the source itself.
@@ -52,7 +54,7 @@ def make_source(config: Mapping) -> Source:
     if not hasattr(config, "keys"):
         raise InputError(f"a data source is a name and its arguments, got {config!r}")
     arguments = {key: config[key] for key in config}
-    balance = arguments.pop("balance", None)
+    balance, embeddings = arguments.pop("balance", None), arguments.pop("embeddings", None)
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in SOURCES:
         raise InputError(f"unknown data source {name!r}: choose one of {', '.join(SOURCES)}")
@@ -69,6 +71,8 @@ def make_source(config: Mapping) -> Source:
         if texts is not None and key in arguments and not isinstance(value, texts):
             raise InputError(f"{key}={value!r} of data source {name!r}: expected a text")
     source = SOURCES[name](**arguments)
+    if embeddings is not None:
+        source = with_embeddings(source, embeddings)
     if balance is None:
         return source
     if not hasattr(balance, "keys") or set(balance) != {"by", "power"}:
