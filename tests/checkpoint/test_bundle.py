@@ -1,12 +1,18 @@
 """Release bundles: they are written whole, read back the same, and every damage is named in one line."""
 
+import copy
+import dataclasses
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
+from tests.helpers import param_count
+from unclip_jax.checkpoint import files
 from unclip_jax.checkpoint.bundle import (
     Bundle,
     Part,
@@ -16,27 +22,23 @@ from unclip_jax.checkpoint.bundle import (
     update_provenance,
     upsamplers,
 )
+from unclip_jax.checkpoint.files import read_json
 from unclip_jax.checkpoint.load import bundle_path, load_bundle, load_part, stored_bytes
 from unclip_jax.checkpoint.store import params_hash
 
 
+@pytest.fixture(scope="module")
+def made():
+    from tests.runs import random_bundle
+
+    return random_bundle()
+
+
 @pytest.fixture
-def bundle():
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    tokenizer = {"kind": "clip_bpe"}
-    clip = Part(
-        {"kind": "clip", "model": {}, "tokenizer": tokenizer}, {"a": {"kernel": draw(3, 4), "scale": draw()}}
-    )
-    frozen = {"clip": params_hash(clip.params)}
-    codec = Part({"kind": "codec", "frozen": frozen}, {"components": draw(4, 4)})
-    frozen_ar = frozen | {"codec": params_hash(codec.params)}
-    parts = {
-        "clip": clip,
-        "codec": codec,
-        "prior_ar": Part({"kind": "prior_ar", "frozen": frozen_ar}, {"w": draw(2)}),
-        "prior_diffusion": Part({"kind": "prior_diffusion", "frozen": frozen}, {"w": draw(2)}),
-    }
+def bundle(made):
+    """Four parts of a bundle of random networks."""
+    names = ("clip", "codec", "prior_ar", "prior_diffusion")
+    parts = {name: Part(copy.deepcopy(made.parts[name].config), made.parts[name].params) for name in names}
     return Bundle(parts, "unclip", {"prior_diffusion": {"steps": 4}}, {"note": "test"})
 
 
@@ -60,12 +62,15 @@ def test_round_trip(bundle, tmp_path):
             part.params,
         )
         assert read.parts[name].hash == params_hash(read.parts[name].params) == params_hash(part.params)
-    assert read.parts["clip"].params["a"]["scale"].shape == ()
-    assert read.parts["clip"].params["a"]["kernel"].dtype == np.float32
+    assert read.parts["clip"].params["logit_scale"].shape == ()
+    assert read.parts["clip"].params["logit_scale"].dtype == np.float32
     top = json.loads((path / "bundle.json").read_text())
     assert top.keys() == {"format_version", "system", "parts", "sampling", "provenance"}
     assert (top["format_version"], top["system"]) == (2, "unclip")
-    assert top["parts"]["clip"] == {"hash": read.parts["clip"].hash, "parameters": 13}
+    assert top["parts"]["clip"] == {
+        "hash": read.parts["clip"].hash,
+        "parameters": param_count(bundle.parts["clip"].params),
+    }
 
 
 @pytest.mark.parametrize(
@@ -140,6 +145,13 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-3])
 
 
+def edit(folder, change):
+    """Changes the tensors of a part on disk."""
+    held = load_file(folder / "model.safetensors")
+    change(held)
+    save_file(held, folder / "model.safetensors")
+
+
 PRIOR = "prior_diffusion"
 
 
@@ -151,9 +163,26 @@ PRIOR = "prior_diffusion"
         (lambda p: (p / PRIOR / "model.safetensors").unlink(), f"{PRIOR}/model.safetensors is missing"),
         (lambda p: (p / PRIOR / "config.json").unlink(), f"{PRIOR}/config.json is missing"),
         (lambda p: truncate(p / "clip" / "model.safetensors"), "cannot be read"),
+        (lambda p: edit(p / "clip", lambda w: w.update(logit_scale=np.zeros(()))), "hash differs"),
         (
             lambda p: shutil.copy(p / PRIOR / "model.safetensors", p / "clip" / "model.safetensors"),
-            "hash differs",
+            r"clip does not hold the network .* tensors have no use: ln_out.* parameters are missing: im",
+        ),
+        (
+            lambda p: edit(p / "clip", lambda w: w.update(logit_scale=np.zeros(2))),
+            r"1 shapes differ \(\[2\] for \[\]\): logit_scale",
+        ),
+        (
+            lambda p: edit(p / "clip", lambda w: w.update(logit_scale=np.zeros((), np.int8))),
+            "clip holds integers for logit_scale: quantised",
+        ),
+        (
+            lambda p: edit(p / PRIOR, lambda w: w["query"].__setitem__(0, np.nan)),
+            f"{PRIOR}: query holds values that are not finite",
+        ),
+        (
+            lambda p: edit(p / PRIOR, lambda w: w["query"].__setitem__(0, -np.inf)),
+            f"{PRIOR}: query holds values that are not finite",
         ),
         (
             lambda p: (p / "bundle.json").write_text(json.dumps({"format_version": 99})),
@@ -167,6 +196,174 @@ def test_damage_is_named(bundle, tmp_path, damage, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         load_bundle(path)
     assert "\n" not in str(error.value)
+
+
+def set_in(value, path, new):
+    """Sets a value in nested dictionaries; `path` joins the keys by dots. None of `...` removes the key."""
+    *inner, last = path.split(".")
+    for key in inner:
+        value = value.setdefault(key, {})
+    if new is ...:
+        del value[last]
+    else:
+        value[last] = new
+
+
+CONFIGS = [
+    ("clip", "kind", "vqgan", "config.json: unknown kind of network 'vqgan'"),
+    ("clip", "kind", ["clip"], r"unknown kind of network \['clip'\]"),
+    ("clip", "colour", 1, "unknown key 'colour'; known: kind, frozen"),
+    ("clip", "model", [], r"config.json: model must be an object, not \[\]"),
+    ("clip", "model.embed_dim", "16", "model: embed_dim must be an integer, not '16'"),
+    ("clip", "model.embed_dim", True, "model: embed_dim must be an integer, not True"),
+    ("clip", "model.image.heads", 0, "model: image: heads must be between 1 and"),
+    ("clip", "model.image.heads", 3, "describes no network: width 32 is not a multiple of heads 3"),
+    ("clip", "model.image.layers", 10**9, "layers must be between 1 and 1000"),
+    ("clip", "model.image.width", ..., "model: image lacks 'width'"),
+    ("clip", "model.image.std", [1, 0, 1], "std must be between"),
+    ("clip", "model.activation", "relu", "unknown activation 'relu'; choose one of quick_gelu, gelu"),
+    ("clip", "model.text.length", 7, "the text encoder reads 7 of"),
+    ("clip", "tokenizer", ..., "lacks 'tokenizer', which its text encoder needs"),
+    ("clip", "tokenizer.kind", "spm", "config.json: tokenizer: unknown tokenizer kind 'spm'"),
+    ("clip", "tokenizer.length", 2.5, "tokenizer: length must be an integer, not 2.5"),
+    ("clip", "tokenizer.vocab_size", 5, "vocab_size=5 must lie in"),
+    ("clip", "frozen", {"../x": "a"}, r"frozen: '../x' is no name of a part"),
+    ("codec", "embed_dim", -1, "embed_dim must be between 1 and"),
+    ("codec", "embed_dim", 17, "codec does not hold the network that its config.json describes"),
+    (PRIOR, "diffusion.schedule", "sine", "unknown schedule 'sine'; choose one of cosine"),
+    (PRIOR, "diffusion.prediction", None, "prediction must be text, not None"),
+    (PRIOR, "diffusion.num_steps", 10**12, "num_steps must be between"),
+    (PRIOR, "embedding_space.kind", "whitend", "embedding_space: unknown kind 'whitend'"),
+    (PRIOR, "embedding_space.mean", [0.1], "mean has 1 numbers, and the embeddings 16"),
+    (PRIOR, "embedding_space.std", [0.0] * 16, "embedding_space: std must be positive"),
+    (PRIOR, "embedding_space.std", ["1"] * 16, "std must be a list of numbers or null"),
+    (PRIOR, "model.dropout", 1.5, r"dropout must be in \[0, 1\), not 1.5"),
+    (PRIOR, "model.remat", "full", "model: unknown key 'remat'"),
+    (PRIOR, "x0_error", [0.5], "x0_error must have a number for each"),
+    ("prior_ar", "dot_edges", [0.2, 0.0, -0.2], "dot_edges must be 3 ascending numbers for 4 bins"),
+    ("prior_ar", "model.codes", 3, "shapes differ"),
+    ("prior_ar", "model.mlp_ratio", 1e300, "mlp_ratio must be between"),
+]
+TOPS = [
+    ("parts", [], r"bundle.json: parts must be an object, not \[\]"),
+    ("parts", {}, "bundle.json lists no parts"),
+    ("parts.clip", "x", "part clip must be an object, not 'x'"),
+    ("parts.clip.hash", 5, "part clip: hash must be text, not 5"),
+    ("parts", {"../evil": {"hash": "0"}}, "'../evil' is no name of a part; a name has small letters"),
+    ("parts", {"": {"hash": "0"}}, "'' is no name of a part"),
+    ("parts", {"clip\n": {"hash": "0"}}, r"'clip\\n' is no name of a part"),
+    ("sampling", "fast", "sampling must be an object, not 'fast'"),
+    ("sampling.clip", 3, "sampling: clip must be an object, not 3"),
+    ("provenance", None, "provenance must be an object, not None"),
+    ("provenance.training", [], "provenance: training must be an object"),
+    ("system", 3, "system must be text, not 3"),
+    ("colour", 3, "unknown key 'colour'"),
+    ("format_version", True, "has format version True"),
+    ("format_version", "2", "has format version '2'"),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(made, tmp_path_factory):
+    """A bundle on disk; tests change its JSON and put it back."""
+    return save_bundle(made, tmp_path_factory.mktemp("typed") / "b")
+
+
+def refused(file, path, new, message, folder):
+    before = file.read_text()
+    value = json.loads(before)
+    set_in(value, path, new)
+    file.write_text(json.dumps(value))
+    try:
+        with pytest.raises(ValueError, match=message) as error:
+            load_bundle(folder)
+    finally:
+        file.write_text(before)
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(folder))
+
+
+@pytest.mark.parametrize("part, path, new, message", CONFIGS)
+def test_values_of_a_parts_configuration_are_typed(part, path, new, message, saved):
+    """One line that names the file, the key and the value."""
+    refused(saved / part / "config.json", path, new, message, saved)
+
+
+@pytest.mark.parametrize("path, new, message", TOPS)
+def test_values_of_a_bundles_description_are_typed(path, new, message, saved):
+    refused(saved / "bundle.json", path, new, message, saved)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"kind": NaN}', "NaN is no number of JSON"),
+        ('{"kind": "clip", "kind": "codec"}', "the key 'kind' stands there twice"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"kind": ' + "1" * 5000 + "}", "is not valid JSON"),
+        ("\udcff", "is not valid JSON"),
+    ],
+)
+def test_json_that_is_none(text, message, tmp_path):
+    (tmp_path / "x.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=message) as error:
+        read_json(tmp_path / "x.json")
+    assert "\n" not in str(error.value)
+    with pytest.raises(OSError, match="cannot be read .Is a directory"):
+        read_json(tmp_path)
+
+
+def test_names_of_parts_are_no_paths(bundle, tmp_path):
+    """On writing too: nothing appears outside the bundle's folder, or in it."""
+    for name in ("../evil", "a/b", "/tmp/evil", "..", "A", ""):
+        parts = {name: bundle.parts["codec"]}
+        with pytest.raises(ValueError, match="is no name of a part"):
+            save_bundle(dataclasses.replace(bundle, parts=parts), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["bundle.json", "codec/config.json", "codec/model.safetensors", "codec"])
+def test_links_out_of_a_bundle_are_not_followed(file, bundle, tmp_path):
+    """Links inside it are, and those of the hub's cache, which keeps the files beside its snapshots."""
+    path, outside = save_bundle(bundle, tmp_path / "b"), tmp_path / "outside"
+    (path / file).rename(outside)
+    (path / file).symlink_to(outside)
+    with pytest.raises(ValueError, match="is a symbolic link to .*outside.*, outside the bundle; copy"):
+        load_bundle(path)
+    (path / file).unlink()
+    inside = path / "kept"
+    outside.rename(inside)
+    (path / file).symlink_to(inside)
+    assert load_bundle(path).parts.keys() == bundle.parts.keys()
+    hub = tmp_path / "models--a--b"
+    (hub / "snapshots").mkdir(parents=True)
+    path = path.rename(hub / "snapshots" / "0123")
+    (path / "kept").rename(hub / "blob")
+    (path / file).unlink()
+    (path / file).symlink_to(hub / "blob")
+    assert load_bundle(path).parts.keys() == bundle.parts.keys()
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [(np.nan, "w holds values that are not finite"), (1e6, "w reaches 1e.06, too large for float16; write")],
+)
+def test_values_that_cannot_be_stored_are_refused(value, message, tmp_path):
+    """In half precision a large value would become infinite."""
+    part = Part({"kind": "prior_diffusion"}, {"w": np.float32([1, value])})
+    with pytest.raises(ValueError, match=f"the part a: {message}"):
+        save_bundle(Bundle({"a": part}), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line(bundle, tmp_path, monkeypatch):
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="cannot be written .*No space left on device") as error:
+        save_bundle(bundle, tmp_path / "b")
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
 def test_unknown_bundle_and_part(bundle, tmp_path):

@@ -30,13 +30,23 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 from unclip_jax.checkpoint import format1
-from unclip_jax.checkpoint.files import Place, keep, open_weights, read_json
+from unclip_jax.checkpoint.check import check_config, check_inside, check_name, check_shapes, check_top
+from unclip_jax.checkpoint.files import (
+    Place,
+    cast,
+    check_floats,
+    finite,
+    keep,
+    open_weights,
+    read_json,
+    save_tensors,
+)
 from unclip_jax.checkpoint.store import ParamsHash, params_hash
-from unclip_jax.errors import InputError, MissingError
+from unclip_jax.errors import InputError, MissingError, input_errors
 from unclip_jax.paths import store_errors, user_path, whole_folder, write_json
+from unclip_jax.typed import check_value, shown
 
 FORMAT_VERSION = 2
 # What a part was trained with, for the error when it meets another one.
@@ -156,26 +166,39 @@ def read_description(path: Path, only: str | None = None) -> Description:
         unknown.
       KeyError: when there is no part `only`; it lists those there are.
     """
+    check_inside(path / "bundle.json", path)
     top = read_json(path / "bundle.json", "bundle")
     version = top.get("format_version")
-    if version not in (1, FORMAT_VERSION):
+    if isinstance(version, bool) or version not in (1, FORMAT_VERSION):
         raise InputError(
-            f"{path}/bundle.json has format version {version}; this version reads 1 and {FORMAT_VERSION}"
+            f"{path}/bundle.json has format version {shown(version)}; "
+            f"this version reads 1 and {FORMAT_VERSION}"
         )
+    check_value(top.get("parts"), dict, f"{path}/bundle.json: parts")
+    for name in top["parts"]:
+        check_name(name, f"{path}/bundle.json")
     folders = {format1.part_name(name) if version == 1 else name: path / name for name in top["parts"]}
     if only is not None:
         if only not in folders:
             raise no_part(path, only, folders)
         folders = {only: folders[only]}
+    for folder in folders.values():
+        check_inside(folder / "config.json", path)
     configs = {name: read_json(folder / "config.json", "bundle") for name, folder in folders.items()}
     if version == 1:
-        top, configs = format1.upgrade_bundle(
-            top, {folder.name: configs[name] for name, folder in folders.items()}
-        )
+        with input_errors(f"{path}/bundle.json", KeyError, TypeError, AttributeError, ValueError):
+            top, configs = format1.upgrade_bundle(
+                top, {folder.name: configs[name] for name, folder in folders.items()}
+            )
+    check_top(top, f"{path}/bundle.json")
+    for name, config in configs.items():
+        check_config(config, f"{folders[name]}/config.json")
     return Description(top, configs, folders)
 
 
-def read_part(path: Path, config: dict, expected_hash: str | None = None, place: Place = keep) -> Part:
+def read_part(
+    path: Path, config: dict, expected_hash: str | None = None, place: Place = keep, shipped: bool = False
+) -> Part:
     """Reads the weights of one part's folder, tensor by tensor. Nothing from the files is executed.
 
     Args:
@@ -183,19 +206,25 @@ def read_part(path: Path, config: dict, expected_hash: str | None = None, place:
       config: the part's configuration, from `read_description`.
       expected_hash: what the weights must have, if known.
       place: where each parameter goes as soon as it is read.
+      shipped: whether it is a part of this package, whose shapes a test compares with its configuration.
 
     Raises:
       FileNotFoundError, ValueError: naming the file that is missing, damaged, or not the one its bundle
-        describes.
+        describes; or whose tensors are not those of the network, or not finite.
     """
+    for file in path.glob("*.safetensors*"):
+        check_inside(file, path.parent)
     weights, computed = open_weights(path, ["model"], "bundle"), ParamsHash()
+    if not shipped:
+        check_shapes(config, {name: weights.shape(name) for name in weights}, str(path))
+    check_floats(weights, weights, str(path))
     if config["kind"] == "codec":
         place = keep  # it is small, and rounding would make its directions no longer orthogonal
     flat = {}
     for name in sorted(weights):
         value = weights[name]
         computed.update(name, value)
-        flat[tuple(name.split("/"))] = place(name, keep(name, value))
+        flat[tuple(name.split("/"))] = place(name, finite(keep(name, value), name, str(path)))
         weights.release(name)
     if expected_hash not in (None, computed.digest()):
         raise InputError(
@@ -233,6 +262,8 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
             and (not path.is_dir() or any(path.iterdir()))
         ):
             raise InputError(f"{path} exists and is not a bundle; choose another folder")
+    for name in bundle.parts:
+        check_name(name, "the bundle")
     check_frozen(bundle.parts)
     with whole_folder(path, "bundle.json") as temporary:
         listing = {}
@@ -241,8 +272,7 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
             flat = traverse_util.flatten_dict(part.params, sep="/")
             stored = np.float32 if part.config["kind"] == "codec" else dtype
             file = temporary / name / "model.safetensors"
-            save_file({k: np.asarray(v, stored, order="C") for k, v in flat.items()}, file)
-            file.chmod(0o644)  # safetensors lets only the owner read
+            save_tensors({k: cast(v, stored, k, f"the part {name}") for k, v in flat.items()}, file)
             write_json(temporary / name / "config.json", part.config)
             listing[name] = {
                 "hash": params_hash(part.params),

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from unclip_jax.checkpoint.files import Place, Weights, aligned, keep, list_names
+from unclip_jax.checkpoint.files import Place, Weights, aligned, check_floats, finite, keep, list_names
 from unclip_jax.errors import InputError
 
 THREADS = min(8, os.cpu_count() or 1)  # tensors converted at a time
@@ -135,7 +135,7 @@ def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, pla
 
     Raises:
       ValueError: listing unused tensors, parameters that are missing or filled twice, and shapes that do not
-        fit.
+        fit; or naming a tensor of integers, or one whose values are not finite.
     """
     wanted = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
     plan: dict[
@@ -173,14 +173,15 @@ def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, pla
     ]
     if problems:
         raise InputError(f"{name} does not fit these weights: {'; '.join(problems)}")
+    check_floats(weights, plan, name)
 
     def read(tensor: str) -> list[tuple[tuple[str, ...], Any]]:
         parameters = plan[tensor]
         pieces = np.split(weights[tensor], len(parameters)) if len(parameters) > 1 else [weights[tensor]]
-        placed = [
-            (tuple(target.split("/")), place(target, keep(target, transform.forward(piece, wanted[target]))))
-            for (target, transform), piece in zip(parameters, pieces)
-        ]
+        placed = []
+        for (target, transform), piece in zip(parameters, pieces):
+            value = finite(keep(target, transform.forward(piece, wanted[target])), tensor, name)
+            placed.append((tuple(target.split("/")), place(target, value)))
         weights.release(tensor)
         return placed
 

@@ -13,8 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from unclip_jax.errors import InputError
+from unclip_jax.errors import InputError, one_line
 
 LISTED = 6  # how many names of each kind an error lists
 ALIGNMENT = 64  # bytes; an array in memory aligned like this is used by JAX on CPU without a copy
@@ -44,13 +45,30 @@ def read_json(path: Path, whole: str = "folder") -> dict:
       FileNotFoundError, ValueError: one line naming the file, and the `whole`.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_no_number, object_pairs_hook=_each_once
+        )
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; the {whole} is incomplete") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); copy the {whole} again") from None
+    except OSError as error:
+        raise OSError(f"{path} cannot be read ({error.strerror}); copy the {whole} again") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({one_line(error)}); copy the {whole} again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object; copy the {whole} again")
+    return value
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!a} stands there twice")
     return value
 
 
@@ -96,9 +114,13 @@ class Weights(Mapping):
         """The tensor's shape, from the file's header."""
         return tuple(self._headers[self._files[name]][name]["shape"])
 
+    def dtype(self, name: str) -> np.dtype:
+        """The type of the tensor's values, from the file's header."""
+        return np.dtype(DTYPES[self._headers[self._files[name]][name]["dtype"]])
+
     def __getitem__(self, name: str) -> np.ndarray:
         (first, last), path = self._range(name), self._files[name]
-        dtype = np.dtype(DTYPES[self._headers[path][name]["dtype"]])
+        dtype = self.dtype(name)
         return np.frombuffer(self._maps[path], dtype, (last - first) // dtype.itemsize, first).reshape(
             self.shape(name)
         )
@@ -170,6 +192,16 @@ def _names(path: Path, whole: str) -> list[str]:
     return names
 
 
+def check_floats(weights: Weights, names: Iterable[str], where: str) -> None:
+    """Raises an InputError where a parameter's values are integers: they are of a quantised network."""
+    others = [name for name in names if weights.dtype(name).kind in "iub"]
+    if others:
+        raise InputError(
+            f"{where} holds integers for {list_names(others)}: quantised weights cannot be read; "
+            "save them as float16 or float32"
+        )
+
+
 def list_names(names: Sequence[str]) -> str:
     """The first few of the sorted names, and how many more there are."""
     names = sorted(names)
@@ -182,6 +214,49 @@ def aligned(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
     raw = np.empty(size + ALIGNMENT - 1, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def finite(value: np.ndarray, name: str, where: str) -> np.ndarray:
+    """Returns a parameter unchanged.
+
+    Raises:
+      ValueError: naming the file or part `where` and the parameter, when it holds NaN or infinity.
+    """
+    if not np.isfinite(np.sum(value, dtype=np.float64)):  # the sum of finite float32 values is finite
+        raise InputError(
+            f"{where}: {name} holds values that are not finite (NaN or infinity): the weights are damaged"
+        )
+    return value
+
+
+def cast(value: Any, dtype: Any, name: str, where: str) -> np.ndarray:
+    """A parameter as it is written, in a type that may be narrower.
+
+    Raises:
+      ValueError: when it holds NaN or infinity, or a value that is too large for the type.
+    """
+    value = finite(np.asarray(value), name, where)
+    with np.errstate(over="ignore"):
+        stored = np.asarray(value, dtype, order="C")
+    if not np.isfinite(np.sum(stored, dtype=np.float64)):
+        raise InputError(
+            f"{where}: {name} reaches {np.abs(value).max():.3g}, too large for {np.dtype(dtype)}; "
+            "write float32"
+        )
+    return stored
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict | None = None) -> None:
+    """Writes a safetensors file that everyone may read.
+
+    Raises:
+      OSError: one line, when it cannot be written (a full disk).
+    """
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({one_line(error)})") from None
+    path.chmod(0o644)  # safetensors lets only the owner read
 
 
 def keep(name: str, value: np.ndarray) -> np.ndarray:

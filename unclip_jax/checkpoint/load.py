@@ -63,8 +63,9 @@ def load_bundle(name_or_path: str | os.PathLike, *, mesh: Mesh | None = None) ->
         return dataclasses.replace(provider.read(path, None, place), mesh=mesh)
     path = bundle_path(path)
     found = read_description(path)
+    shipped = path.is_relative_to(SHIPPED)
     parts = {
-        name: read_part(folder, found.configs[name], found.top["parts"][name]["hash"], place)
+        name: read_part(folder, found.configs[name], found.top["parts"][name]["hash"], place, shipped)
         for name, folder in found.folders.items()
     }
     check_frozen(parts)

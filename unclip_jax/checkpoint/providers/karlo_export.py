@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, last_step, upsamplers
 from unclip_jax.checkpoint.convert import Rule, export
+from unclip_jax.checkpoint.files import cast, save_tensors
 from unclip_jax.checkpoint.providers import clip, karlo
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.errors import InputError
@@ -136,10 +136,8 @@ def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
         file = (
             path / folder / ("model.safetensors" if transformers else "diffusion_pytorch_model.safetensors")
         )
-        save_file(
-            {k: np.array(v, dtype, order="C") for k, v in tensors.items()}, file, metadata={"format": "pt"}
-        )
-        file.chmod(0o644)  # safetensors lets only the owner read
+        stored = {k: cast(v, dtype, k, f"the {folder} of diffusers") for k, v in tensors.items()}
+        save_tensors(stored, file, metadata={"format": "pt"})
 
     text_tower = {"text_tower": clip_part.params["text_tower"]}
     network("text_encoder", _text_encoder(clip_part.config["model"]), text_tower, clip.TEXT)

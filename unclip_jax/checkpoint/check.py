@@ -1,0 +1,372 @@
+"""What the JSON files of a bundle may say, and whether its tensors are those of the networks they describe.
+
+Every value is compared with the type that its dataclass or module declares, so that nothing of another type
+reaches a network. The table of keys is in `bundle`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from unclip_jax.checkpoint.files import list_names
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.diffusion.embedding_space import KINDS as SPACES
+from unclip_jax.diffusion.embedding_space import EmbeddingSpace
+from unclip_jax.diffusion.process import PREDICTIONS
+from unclip_jax.diffusion.schedule import SCHEDULES
+from unclip_jax.errors import InputError, one_line
+from unclip_jax.models.clip import CLIP, ImageTower, TextTower
+from unclip_jax.models.codec import Codec
+from unclip_jax.models.decoder import ClipConditioning, Decoder
+from unclip_jax.models.layers import ACTIVATIONS
+from unclip_jax.models.prior_ar import ARPrior
+from unclip_jax.models.prior_diffusion import DiffusionPrior
+from unclip_jax.models.text_encoder import TextEncoder
+from unclip_jax.models.unet import UNet
+from unclip_jax.models.upsampler import Upsampler
+from unclip_jax.typed import check_fields, check_value, fields_of, listed, shown
+
+NAME = re.compile(r"[a-z0-9_]+")
+# Fields of modules that say how they are run, not what they are, and those that a module above gives.
+HOOKS = ("parent", "name", "dtype", "gather", "remat", "scan", "winograd")
+ABOVE = {ImageTower: ("embed_dim", "activation"), TextTower: ("embed_dim", "activation")}
+ABOVE[ClipConditioning] = ("cond_dim",)
+DIFFUSION = {
+    "schedule": (str, True),
+    "num_steps": (int, True),
+    "prediction": (str, True),
+    "vb_weight": (float, False),
+}
+SPACE = {
+    "kind": (str, True),
+    "scale": (float | None, False),
+    "mean": (tuple[float, ...] | None, False),
+    "std": (tuple[float, ...] | None, False),
+}
+TOKENIZER = {
+    "kind": (str, True),
+    "length": (int, True),
+    "vocab_size": (int, True),
+    "vocab_sha256": (str, False),
+    "merges": (tuple[str, ...], False),
+}
+SHARED = {"kind": (str, True), "frozen": (dict, False), "tokenizer": (dict, False)}
+DIFFUSES = SHARED | {"model": (dict, True), "diffusion": (dict, True)}
+# kind -> the keys of its `config.json`.
+KEYS: dict[str, dict[str, tuple[Any, bool]]] = {
+    "clip": SHARED | {"model": (dict, True)},
+    "codec": SHARED | {"embed_dim": (int, True), "dims": (int, False)},
+    "prior_diffusion": DIFFUSES | {"embedding_space": (dict, True), "x0_error": (tuple[float, ...], False)},
+    "prior_ar": SHARED | {"model": (dict, True), "dot_edges": (tuple[float, ...], True)},
+    "decoder": DIFFUSES,
+    "upsampler": DIFFUSES | {"factor": (int, True), "last_step_of": (str, False)},
+}
+# kind -> its module, and the modules whose keyword arguments its fields hold.
+MODULES: dict[str, tuple[type, dict[str, type]]] = {
+    "clip": (CLIP, {"image": ImageTower, "text": TextTower}),
+    "prior_diffusion": (DiffusionPrior, {}),
+    "prior_ar": (ARPrior, {"text": TextEncoder}),
+    "decoder": (Decoder, {"unet": UNet, "conditioning": ClipConditioning, "text": TextEncoder}),
+    "upsampler": (Upsampler, {"unet": UNet}),
+}
+CHOICES = {"activation": tuple(ACTIVATIONS), "resize": ("cubic", "linear")}
+# The largest values that a file may ask for. A larger one is a mistake, and would take all memory.
+LARGEST = {"layers": 1000, "res_blocks": 100, "length": 8192, "image_size": 8192, "channel_mult": 1000}
+LARGE = 2**20
+# The ends of the paths of tensors whose first axis is the size of the embeddings, or of the text states.
+SEES = {
+    "embeddings": ("text_embed_in/kernel", "null_image_embed"),
+    "states": ("text_states_in/kernel", "block_0/attn/context_key/kernel"),
+}
+BUNDLE = {
+    "format_version": (int, True),
+    "system": (str, True),
+    "parts": (dict, True),
+    "sampling": (dict, True),
+    "provenance": (dict, True),
+}
+LISTING = {"hash": (str, True), "parameters": (int, False)}
+
+
+# ------------------------------------------------------------------------------------------- names and paths
+def check_name(name: Any, where: str) -> None:
+    """Raises an InputError if a name is no part's name: it becomes a folder's."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise InputError(
+            f"{where}: {shown(name)} is no name of a part; a name has small letters, digits and _ only"
+        )
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Raises an InputError if a file of a bundle lies outside its folder, by a symbolic link.
+
+    The cache of the Hugging Face hub keeps the files of a repository beside its snapshots; they are inside.
+    """
+    root = Path(os.path.realpath(folder))
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(root):
+        raise InputError(f"{path} is a symbolic link to {real}, outside the bundle; copy the file there")
+
+
+# ------------------------------------------------------------------------------------------- JSON
+def check_top(top: Mapping[str, Any], where: str) -> None:
+    """Checks what `bundle.json` holds, in format 2.
+
+    Raises:
+      ValueError: naming `where`, the key and the value at fault.
+    """
+    check_fields(top, BUNDLE, where)
+    if not top["parts"]:
+        raise InputError(f"{where} lists no parts")
+    for name, part in top["parts"].items():
+        check_name(name, where)
+        check_fields(part, LISTING, f"{where}: part {name}")
+    for name, options in top["sampling"].items():
+        check_name(name, f"{where}: sampling")
+        check_value(options, dict, f"{where}: sampling: {name}")
+    training = top["provenance"].get("training", {})
+    check_value(training, dict, f"{where}: provenance: training")
+    for name, made in training.items():
+        check_value(made, dict, f"{where}: provenance: training: {shown(name)}")
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Checks a part's configuration, in format 2.
+
+    Raises:
+      ValueError: naming `where`, the key and the value at fault.
+    """
+    kind = config.get("kind")
+    if not isinstance(kind, str) or kind not in KEYS:
+        raise InputError(f"{where}: unknown kind of network {shown(kind)}; known: {listed(KEYS)}")
+    check_fields(config, KEYS[kind], where)
+    for role, digest in config.get("frozen", {}).items():
+        check_name(role, f"{where}: frozen")
+        check_value(digest, str, f"{where}: frozen: {role}")
+    if "last_step_of" in config:
+        check_name(config["last_step_of"], f"{where}: last_step_of")
+    for key in ("embed_dim", "dims", "factor"):
+        _check_range(key, config.get(key), where)
+    if "tokenizer" in config:
+        check_fields(config["tokenizer"], TOKENIZER, f"{where}: tokenizer")
+        if not 2 <= config["tokenizer"]["length"] <= LARGEST["length"]:
+            raise InputError(f"{where}: tokenizer: length must be between 2 and {LARGEST['length']}")
+        try:
+            ClipTokenizer.from_config(config["tokenizer"])
+        except ValueError as error:
+            raise InputError(f"{where}: tokenizer: {one_line(error)}") from None
+    if kind in MODULES:
+        module, inner = MODULES[kind]
+        _check_model(config["model"], module, inner, f"{where}: model")
+        if kind == "prior_diffusion" and config["model"].get("text") is not None:
+            words = {"num_embeddings": (int, True)}
+            check_fields(config["model"]["text"], words, f"{where}: model: text")
+    _check_words(config, where)
+    if "diffusion" in config:
+        _check_diffusion(config["diffusion"], f"{where}: diffusion")
+    if kind == "prior_diffusion":
+        _check_space(config["embedding_space"], config["model"]["embed_dim"], f"{where}: embedding_space")
+        errors = config.get("x0_error")
+        if errors is not None and len(errors) != config["diffusion"]["num_steps"]:
+            raise InputError(f"{where}: x0_error must have a number for each of the num_steps steps")
+    if kind == "prior_ar":
+        edges, bins = config["dot_edges"], config["model"]["dot_bins"]
+        if len(edges) != bins - 1 or list(edges) != sorted(edges):
+            raise InputError(f"{where}: dot_edges must be {bins - 1} ascending numbers for {bins} bins")
+
+
+def _check_words(config: Mapping[str, Any], where: str) -> None:
+    # The text encoder that a part owns reads the tokens that its tokenizer makes.
+    text, tokens = config.get("model", {}).get("text"), config.get("tokenizer")
+    if text is None:
+        return
+    if tokens is None:
+        raise InputError(f"{where} lacks 'tokenizer', which its text encoder needs")
+    vocab_size = text["num_embeddings"] if config["kind"] == "prior_diffusion" else text["vocab_size"]
+    length = config["model"]["length"] if config["kind"] == "prior_diffusion" else text["length"]
+    if (vocab_size, length) != (tokens["vocab_size"], tokens["length"]):
+        raise InputError(
+            f"{where}: the text encoder reads {length} of {vocab_size} tokens, and the tokenizer makes "
+            f"{tokens['length']} of {tokens['vocab_size']}"
+        )
+
+
+def _check_model(settings: Any, module: type, inner: Mapping[str, type], where: str) -> None:
+    # Keyword arguments of a module, and of the modules whose arguments they hold.
+    check_fields(settings, fields_of(module, HOOKS + ABOVE.get(module, ())), where)
+    for key, value in settings.items():
+        if key in inner and value is not None:
+            _check_model(value, inner[key], {}, f"{where}: {key}")
+        elif key in CHOICES and value not in CHOICES[key]:
+            raise InputError(
+                f"{where}: unknown {key} {shown(value)}; choose one of {', '.join(CHOICES[key])}"
+            )
+        else:
+            _check_range(key, value, where)
+
+
+def _check_range(key: str, value: Any, where: str) -> None:
+    largest = LARGEST.get(key, LARGE)
+    if key == "mean":
+        return
+    if key == "dropout":
+        if not 0 <= value < 1:
+            raise InputError(f"{where}: dropout must be in [0, 1), not {shown(value)}")
+        return
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and not 0 < number <= largest:
+            raise InputError(f"{where}: {key} must be between 1 and {largest}, not {shown(number)}")
+
+
+def _check_diffusion(diffusion: Any, where: str) -> None:
+    check_fields(diffusion, DIFFUSION, where)
+    for key, known in (("schedule", SCHEDULES), ("prediction", PREDICTIONS)):
+        if diffusion[key] not in known:
+            raise InputError(f"{where}: unknown {key} {shown(diffusion[key])}; choose one of {listed(known)}")
+    if not 2 <= diffusion["num_steps"] <= 100_000:
+        raise InputError(f"{where}: num_steps must be between 2 and 100000, not {diffusion['num_steps']}")
+
+
+def _check_space(space: Any, dim: int, where: str) -> None:
+    check_fields(space, SPACE, where)
+    if space["kind"] not in SPACES:
+        raise InputError(f"{where}: unknown kind {shown(space['kind'])}; choose one of {listed(SPACES)}")
+    scale = space.get("scale", EmbeddingSpace._field_defaults["scale"])
+    if space["kind"] in ("unit", "scaled") and (scale is None or scale <= 0):
+        raise InputError(f"{where}: scale must be positive, not {scale}")
+    for key in ("mean", "std"):
+        values = space.get(key)
+        if space["kind"] == "whitened" and values is None:
+            raise InputError(f"{where} lacks {key!r}")
+        if values is not None and len(values) != dim:
+            raise InputError(f"{where}: {key} has {len(values)} numbers, and the embeddings {dim}")
+    if space.get("std") is not None and min(space["std"]) <= 0:
+        raise InputError(f"{where}: std must be positive")
+
+
+# ------------------------------------------------------------------------------------------- shapes
+def check_shapes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Checks that a file holds the parameters of the network that a checked configuration describes.
+
+    Args:
+      config: the part's.
+      shapes: the shapes of the file's tensors, by the parameters' paths.
+      where: the part's folder, for messages.
+
+    Raises:
+      ValueError: naming what is missing, what has no use, and what has another shape.
+    """
+    kinds = (ValueError, TypeError, ArithmeticError, AssertionError, IndexError, flax.errors.FlaxError)
+    described = json.dumps({key: config[key] for key in ("kind", "model", "embed_dim") if key in config})
+    try:
+        wanted = _part_shapes(described, *(_first_size(shapes, seen) for seen in SEES.values()))
+    except kinds as error:  # the values have the right types, but no network has them together
+        raise InputError(f"{where}: its config.json describes no network: {one_line(error)}") from None
+    unfit = [path for path in wanted.keys() & shapes.keys() if wanted[path] != tuple(shapes[path])]
+    first = min(unfit, default=None)
+    found = (
+        (shapes.keys() - wanted.keys(), "tensors have no use"),
+        (wanted.keys() - shapes.keys(), "parameters are missing"),
+        (
+            unfit,
+            f"shapes differ ({first and shown(list(shapes[first]))} for {first and list(wanted[first])})",
+        ),
+    )
+    problems = [f"{len(names)} {words}: {list_names(list(names))}" for names, words in found if names]
+    if problems:
+        raise InputError(
+            f"{where} does not hold the network that its config.json describes: {'; '.join(problems)}"
+        )
+
+
+def _first_size(shapes: Mapping[str, tuple[int, ...]], ends: tuple[str, ...]) -> int:
+    found = (shape for path, shape in shapes.items() if path.endswith(ends) and len(shape) > 0)
+    return int(next(found, (1,))[0])
+
+
+@functools.lru_cache(maxsize=64)
+def _part_shapes(described: str, embed_dim: int, width: int) -> dict[str, tuple[int, ...]]:
+    # Path -> shape of the parameters of a part, from its configuration as JSON, and two sizes that the
+    # configuration leaves to the inputs: those of the embeddings and of CLIP's text states.
+    tree = _part_tree(json.loads(described), embed_dim, width)
+    return {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
+    kind = config["kind"]
+    if kind == "codec":
+        dim = config["embed_dim"]
+        made = {name: (dim, dim) if name == "components" else (dim,) for name in Codec._fields}
+        return {name: _array(*shape) for name, shape in made.items()}
+    model = config["model"]
+    module = MODULES[kind][0](**model)
+    if kind == "clip":
+        return clip_shapes(module, model)
+    if kind == "upsampler":
+        return _shapes(module.init, *_pixels(model), low_res=_array(1, 1, 1, 3))
+    own = model.get("text")
+    length = model["length"] if "length" in model else own["length"] if own else 1
+    if kind == "prior_diffusion":
+        dim = model["embed_dim"]
+        inputs = [_array(1, dim), _array(1)]
+    elif kind == "prior_ar":
+        dim = embed_dim
+        inputs = [_array(1, model["codes"], dtype=jnp.int32), _array(1, dtype=jnp.int32)]
+    else:
+        dim, inputs = embed_dim, _pixels(model)
+    texts = {"text_embed": _array(1, dim)}
+    if own is None or kind == "decoder":
+        texts |= {"text_states": _array(1, length, width), "text_mask": _array(1, length, dtype=bool)}
+    if own is not None:
+        texts |= {
+            "tokens": _array(1, length, dtype=jnp.int32),
+            "token_mask": _array(1, length, dtype=bool),
+        }
+    if kind == "decoder":
+        texts |= {"image_embed": _array(1, dim), "drop_image": _array(1, dtype=bool)}
+        if model.get("inpaint"):
+            texts |= {"known_image": inputs[0], "known": _array(*inputs[0].shape[:3], 1, dtype=bool)}
+    return _shapes(module.init, *inputs, **texts)
+
+
+def _pixels(model: Mapping[str, Any]) -> list:
+    # An image and a time.
+    side = model["unet"]["image_size"]
+    return [_array(1, side, side, 3), _array(1)]
+
+
+def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _shapes(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return jax.eval_shape(lambda a, k: init(jax.random.key(0), *a, **k), args, kwargs)["params"]
+
+
+def clip_shapes(module: CLIP, model: Mapping[str, Any]) -> Any:
+    """The parameters' shapes of a `CLIP` with these keyword arguments; a half that is None has none."""
+    image, text = model["image"], model["text"]
+    side = image and image["image_size"]
+    images = image and _array(1, side, side, 3)
+    tokens = text and _array(1, text["length"], dtype=jnp.int32)
+    if image is not None and text is not None:
+        return _shapes(module.init, images, tokens)
+    shapes: dict = {}
+    if image is not None:
+        shapes |= _shapes(lambda key, x: module.init(key, x, method="encode_image"), images)
+    if text is not None:
+        shapes |= _shapes(lambda key, x: module.init(key, x, method="encode_text"), tokens)
+    return shapes
