@@ -30,6 +30,7 @@ def write_folder(folder, shards=2, states=True):
     embeddings.write_arrays(folder / embeddings.EMPTY, {"text_embed": np.ones((1, D), np.float32)}, {})
     manifest = {
         "clip": "abc",
+        "source": "def",
         "embed_dim": D,
         "states": states,
         "tokenizer": {"length": L},
@@ -109,6 +110,7 @@ def test_folders_that_are_refused(tmp_path):
     "change, words",
     [
         ({"clip": None}, "has no 'clip' of type str"),
+        ({"source": None}, "has no 'source' of type str"),
         ({"embed_dim": "4"}, "has no 'embed_dim' of type int"),
         ({"states": 1}, "has no 'states' of type bool"),
         ({"shards": {}}, "has no 'shards' of type list"),

@@ -149,6 +149,7 @@ def test_an_unreadable_row_stays_for_the_pipeline_to_count(tmp_path):
         ({"name": "tfrecord", "pattern": ["a", 5]}, "pattern must be a glob or a list of globs"),
         ({"name": "webdataset", "pattern": "s3://b/*.tar"}, r"^s3://b/\*.tar: paths may begin with gs://"),
         ({"name": "tfrecord", "pattern": "https://a/*.tar"}, "paths may begin with gs:// or be local"),
+        ({"name": "emoji", "embeddings": 5}, "embeddings=5 of data source 'emoji': expected a text"),
         ({"name": "folder", "path": "s3://bucket/photos"}, "^s3://bucket/photos: paths may begin with gs://"),
         ({"name": "embeddings", "path": "s3://bucket/made"}, "^s3://bucket/made: paths may begin with gs://"),
         ({"name": "emoji", "filters": {"scores": {"a": 5}}}, r"expected \(lowest, highest\)"),

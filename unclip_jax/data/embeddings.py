@@ -206,15 +206,14 @@ def open_embedded(path: str) -> Embedded:
     files = sorted(local_copy(folder / EMPTY).glob("*.npy"))
     empty = {file.stem: np.array(read_array(folder / EMPTY, file.stem)) for file in files}
     mean, std = (np.asarray(manifest["image_embed"][name], np.float64) for name in ("mean", "std"))
-    source = read_json(folder / "plan.json")["source"]
-    about = (manifest[name] for name in ("embed_dim", "states", "tokenizer"))
-    shards = tuple(manifest["shards"])
-    return Embedded(str(folder), manifest["clip"], source, *about, mean, std, empty, shards)
+    about = (manifest[name] for name in ("clip", "source", "embed_dim", "states", "tokenizer"))
+    return Embedded(str(folder), *about, mean, std, empty, tuple(manifest["shards"]))
 
 
 def _check_manifest(manifest: dict, name: str) -> None:
     types = {
         "clip": str,
+        "source": str,
         "embed_dim": int,
         "states": bool,
         "tokenizer": dict,

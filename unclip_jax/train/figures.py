@@ -49,7 +49,7 @@ def sample_grid(run: Run, step: int, draw: Callable[[dict, jax.Array], jax.Array
     """
     source, count = run.data.held_out["eval"], run.config.eval.samples
     batch, valid = next(eval_batches(source, run.stage.example, run.mesh, count, count))
-    captions = [source.read(i).captions[0] for i in range(min(count, len(source)))]
+    captions = [next(iter(source.read(i).captions), "") for i in range(min(count, len(source)))]
     run.logger.samples(step, draw(batch, step_rng(run.config.seed, step)), captions, valid)
 
 

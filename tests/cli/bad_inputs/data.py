@@ -13,7 +13,7 @@ from tests.cli.bad_inputs import Row
 from tests.data.shards import png, write_tar, write_tfrecords
 from unclip_jax.data import tfrecord
 
-PLAN = {"format_version": 1, "clip": "0", "embed_dim": 2, "states": False, "tokenizer": {}}
+PLAN = {"format_version": 1, "clip": "0", "source": "1", "embed_dim": 2, "states": False, "tokenizer": {}}
 MANIFEST = PLAN | {
     "image_embed": {"mean": [0.0, 0.0], "std": [1.0, 1.0]},
     "shards": [{"images": 1, "captions": 1, "sha256": {}}],

@@ -72,6 +72,8 @@ def make_source(config: Mapping) -> Source:
             raise InputError(f"{key}={value!r} of data source {name!r}: expected a text")
     source = SOURCES[name](**arguments)
     if embeddings is not None:
+        if not isinstance(embeddings, (str, os.PathLike)):
+            raise InputError(f"embeddings={embeddings!r} of data source {name!r}: expected a text")
         source = with_embeddings(source, embeddings)
     if balance is None:
         return source
