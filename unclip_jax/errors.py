@@ -61,7 +61,7 @@ def one_line(error: BaseException, length: int = 300) -> str:
 
 
 @contextlib.contextmanager
-def input_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
+def input_errors(name: str, *kinds: type[BaseException]) -> Iterator[None]:
     """Converts what another library raises about a user's input to an `InputError` that begins with `name`.
 
     Args:

@@ -115,7 +115,7 @@ def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):
         ),
         (
             ["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--set", "steps=many"],
-            "is a int, got 'many'",
+            "steps must be a whole number, got 'many'",
         ),
         (["train", "configs/emoji/clip.py:tiny", "--workdir", "w", "--clip", "emoji"], "no frozen CLIP"),
         (

@@ -20,6 +20,7 @@ from tests.runs import SMALL, STEPS, Repeating, losses, tiny_config, train_tiny,
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.run.hosts import RESTART
 from unclip_jax.run.logger import Logger, parse_profile
+from unclip_jax.run.resume import resumed_provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -219,12 +220,44 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, small_run, caplog):
 
 
 def test_changed_settings_are_printed(tmp_path, small_run, capsys):
-    """A resumed run prints the settings that differ from those in the checkpoint."""
+    """A resumed run prints the settings and the data that differ from those in the checkpoint.
+
+    It does not go back to fewer steps than are done.
+    """
     shutil.copytree(small_run, tmp_path / "run")
-    train_tiny("upsampler_16", tmp_path / "run", eval_every=0, ema_decay=0.5, **SMALL)
+    changes = {"eval_every": 0, "data__train__split": "val"} | SMALL
+    train_tiny("upsampler_16", tmp_path / "run", ema_decay=0.5, **changes)
     error = capsys.readouterr().err
-    assert f"resuming from step {STEPS}" in error and "ema_decay was" in error and "is 0.5" in error
+    assert f"all {STEPS} steps are done already" in error
+    assert "ema_decay was" in error and "is 0.5" in error and "the training data has changed" in error
     assert "learning_rate was" not in error
+    with pytest.raises(ValueError, match=f"{STEPS} steps are done already, more than steps={STEPS - 1}"):
+        train_tiny("upsampler_16", tmp_path / "run", steps=STEPS - 1, **changes)
+
+
+def test_changed_data_is_noted():
+    """The provenance of a resumed run names the data of before, and up to which step they were read."""
+    before = {"started": "then", "data_checksum": "a"}
+    assert resumed_provenance(before, {"started": "now", "data_checksum": "a"}, 6) == before
+    noted = resumed_provenance(before, {"started": "now", "data_checksum": "b"}, 6)
+    first = {"until_step": 6, "data_checksum": "a"}
+    assert noted == {"started": "then", "data_checksum": "b", "earlier_data": [first]}
+    assert resumed_provenance(noted, {"data_checksum": "a"}, 9)["earlier_data"] == [
+        first,
+        {"until_step": 9, "data_checksum": "b"},
+    ]
+
+
+def test_bad_lines_of_the_metrics_are_set_aside(tmp_path, caplog):
+    """They do not keep a run from going on. Later steps and a line that was cut off are dropped."""
+    good, later, cut = b'{"step": 2, "loss": 1.0}\n', b'{"step": 9}\n', b'{"step": 3, "lo'
+    bad = [b"\n", b"[1]\n", b"\xff\n", b'{"loss": 1}\n', b'{"step": "2"}\n', b"null\n", b"{\n"]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([bad[0], good, *bad[1:], good, later, cut]))
+    config = tiny_config("upsampler_16", track__tensorboard=False)
+    Logger(config, tmp_path, "upsampler_16", 4).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good * 2
+    assert (tmp_path / "metrics.bad.jsonl").read_bytes() == b"".join(bad)
+    assert f"{len(bad)} lines of {tmp_path / 'metrics.jsonl'} are no records" in caplog.text
 
 
 def test_too_many_skipped_updates_stop_the_run(tmp_path, monkeypatch):

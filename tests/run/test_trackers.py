@@ -116,6 +116,7 @@ def test_a_server_that_does_not_answer(tmp_path, capsys):
     assert main([*command, "--set", "data.backend=numpy"]) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "MLflow at http://127.0.0.1:9 does not answer" in message and "track.mlflow=None" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tracker_that_fails_does_not_stop_a_run(tmp_path, monkeypatch, caplog):
@@ -232,7 +233,11 @@ def test_the_best_checkpoint_is_kept(tmp_path, monkeypatch):
         {"eval_loss": float("nan")},
     )
     assert not (tmp_path / "new").exists()
-    with pytest.raises(ValueError, match="keep_best=eval_loss needs evaluations"):
-        train(tmp_path / "new", eval_every=0, keep_best="eval_loss")
+    for best, every, words in (
+        ("eval_loss", 0, "keep_best=eval_loss needs evaluations"),
+        ("cosine", 4, "keep_best=cosine names no figure of the evaluation; its figures are eval_loss"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(tmp_path / "new", eval_every=every, keep_best=best)
     with pytest.raises(ValueError, match="keep_best names 'cosine'; the evaluation's figures are eval_loss"):
         original(types.SimpleNamespace(keep_best="cosine"), tmp_path, 1, None, {}, {"eval_loss": 1.0})

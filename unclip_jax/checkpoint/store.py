@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -35,28 +36,42 @@ log = logging.getLogger("unclip_jax")
 
 
 class CheckpointStore:
-    """The checkpoints of one run.
+    """The checkpoints of one run. Its folder is made by `open`, or by the first checkpoint.
 
     Args:
-      workdir: the run's folder; it is made if it is absent.
+      workdir: the run's folder.
       keep: how many of the newest checkpoints stay.
 
     Raises:
+      ValueError: when `keep` is less than 1.
       OSError: when the store that holds the folder is out of reach.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
         check_store(workdir)
-        self.manager = ocp.CheckpointManager(
-            folder(workdir),
+        if keep < 1:
+            raise InputError(f"at least one checkpoint must be kept, got keep={keep}")
+        self.workdir, self.keep = workdir, keep
+
+    @functools.cached_property
+    def manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager of the folder. The first access makes the folder if it is absent."""
+        return ocp.CheckpointManager(
+            folder(self.workdir),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, enable_async_checkpointing=True
+                max_to_keep=self.keep, create=True, enable_async_checkpointing=True
             ),
             item_names=("state", "ema_params", "meta"),
         )
 
+    def open(self) -> None:
+        """Makes the run's folder if it is absent."""
+        _ = self.manager
+
     def latest(self) -> int | None:
         """The newest complete checkpoint's step, None if there is none."""
+        if "manager" not in vars(self) and not folder(self.workdir).is_dir():
+            return None
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any, meta: dict) -> None:
@@ -158,6 +173,8 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Waits until all checkpoints are written. Raises OSError, as `save`."""
+        if "manager" not in vars(self):
+            return
         with self._writing():
             self.manager.wait_until_finished()
         self.manager.close()

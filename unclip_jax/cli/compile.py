@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
 from unclip_jax.errors import InputError, MemoryNeededError
+from unclip_jax.paths import user_path
 
 ADVICE = (
     "raise mesh.fsdp or (except for clip) grad_accumulation, lower --batch, set remat=full or "
@@ -70,25 +72,30 @@ def run(args: argparse.Namespace) -> None:
     kind, _, count = args.topology.partition(":")
     if "jax" not in sys.modules:  # JAX reads these variables only once
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        if kind == "cpu" and count.isdigit():
+        if kind == "cpu" and re.fullmatch(r"[1-9]\d{0,3}", count):
             os.environ["XLA_FLAGS"] = (
                 f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
             )
-    from unclip_jax.cli.options import parse_assignments
-    from unclip_jax.cli.train import load_config, override
+    from unclip_jax.cli.options import parse_assignments, parse_mesh
+    from unclip_jax.cli.train import check_stage, load_config, override
     from unclip_jax.compile import step
 
     if args.sample and args.embeddings:
         raise InputError("--embeddings is for a train step; a sampler reads captions")
+    if args.save and user_path(args.save).is_dir():
+        raise InputError(f"--save {args.save} is a folder; name a file")
     config = load_config(args.config)
     for key, value in parse_assignments(args.assignments).items():
         override(config, key, value)
-    shape = dict(config.mesh) if args.mesh is None else parse_assignments(args.mesh.split(","))
+    check_stage(config)
+    shape = dict(config.mesh) if args.mesh is None else parse_mesh(args.mesh)
     mesh = step.make_abstract_mesh(args.topology, shape)
-    if args.batch is not None or args.sample:
-        override(config, "batch_size", args.batch or mesh.shape["data"] * mesh.shape["fsdp"])
+    if args.batch is not None:
+        override(config, "batch_size", args.batch)
+    elif args.sample:
+        override(config, "batch_size", mesh.shape["data"] * mesh.shape["fsdp"])
     clip_config = None
-    if "clip" in config.frozen:
+    if "clip" in config.get("frozen", {}):
         path, _, variant = args.config.partition(":")
         beside = f"{Path(path).parent / 'clip.py'}" + (":tiny" if variant == "tiny" else "")
         clip_config = load_config(args.clip or beside)

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    from unclip_jax.cli.options import join_hosts, parse_assignments, progress_bar, use_compilation_cache
+    from unclip_jax.cli.options import join_hosts, progress_bar, source_options, use_compilation_cache
     from unclip_jax.data.sources import make_source
 
     if not args.data:
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     for name, value in (("--batch", args.batch), ("--shard", args.shard)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    source = make_source(parse_assignments(args.data))
+    source = make_source(source_options(args.data))
     if args.distributed:
         join_hosts()
     use_compilation_cache()

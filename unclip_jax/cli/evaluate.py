@@ -116,18 +116,22 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
 
 
 def _evaluate_clip(args: argparse.Namespace) -> None:
-    from unclip_jax.cli.options import open_bundle, parse_assignments, progress_bar
+    from unclip_jax.cli.options import open_bundle, progress_bar, source_options
     from unclip_jax.data.sources import make_source
     from unclip_jax.evaluate import clip
     from unclip_jax.metrics.zeroshot import templates_of
     from unclip_jax.sampling.programs import Sampler
 
     templates = templates_of(args.templates)
-    source_args = {"name": "emoji", **({} if args.data else {"split": "val"}), **parse_assignments(args.data)}
+    source_args = {
+        "name": "emoji",
+        **({} if args.data else {"split": "val"}),
+        **source_options(args.data, "emoji"),
+    }
     source = make_source(source_args)
     train = None
     if args.task == "probe":
-        differs = parse_assignments(args.train) or (
+        differs = source_options(args.train, source_args["name"]) or (
             {"split": "train"} if source_args["name"] == "emoji" else {}
         )
         if not differs:

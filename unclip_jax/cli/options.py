@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, get_type_hints
 
 from unclip_jax.errors import InputError
 from unclip_jax.paths import cache_folder, check_writable, store_errors, user_path
@@ -19,18 +21,40 @@ MOST_PICTURES = 10_000  # of one grid
 OTHER_FORMATS = (".bmp", ".gif", ".jpeg", ".jpg", ".pdf", ".svg", ".tif", ".tiff", ".webp")
 
 
-def parse_value(text: str) -> Any:
-    """Parses a Python literal ("3e-4", "(1, 2)", "None", "true"); returns any other text unchanged."""
-    if text.lower() in ("true", "false"):
+def read_text(name: str, text: str, kinds: Sequence[type]) -> Any:
+    """Reads a value that was typed as text. The allowed types decide, so what is meant as text stays text.
+
+    Args:
+      name: what the value is for, for messages.
+      text: the value: true or false, a number, a list such as (1, 2), None, or any text.
+      kinds: the allowed types: of bool, int, float, tuple, dict, str and NoneType.
+
+    Raises:
+      ValueError: if the text is none of these.
+    """
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    if bool in kinds and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    for kind in (int, float):
+        if kind in kinds and re.fullmatch(r"[-+0-9._e]+|[-+]?(inf|nan)", text, re.IGNORECASE):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+    for kind, bracket in ((tuple, "(["), (dict, "{")):
+        if kind in kinds and text[:1] in tuple(bracket):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                value = ast.literal_eval(text)
+                if isinstance(value, (list, dict) if kind is dict else (list, tuple)):
+                    return tuple(value) if kind is tuple else value
+    if str in kinds:
         return text
+    words = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list such as (1, 2)"}
+    expected = " or ".join(words.get(kind, "None" if kind is type(None) else "a group") for kind in kinds)
+    raise InputError(f"{name} must be {expected}, got {text!r}")
 
 
-def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Parses assignments: ["a.b=1", ...] -> {"a.b": 1}.
+def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
+    """Splits assignments: ["a.b=1", ...] -> {"a.b": "1"}. Whoever knows what a key is reads its text.
 
     Raises:
       ValueError: if an item has no "=".
@@ -40,27 +64,77 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise InputError(f"{item!r} is not KEY=VALUE")
-        pairs[key] = parse_value(value)
+        pairs[key] = value
     return pairs
 
 
 def part_options(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Parses options of parts: ["decoder.steps=50"] -> {"decoder": {"steps": 50}}.
+    """Reads options of parts: ["decoder.steps=50"] -> {"decoder": {"steps": 50}}.
 
     Steps such as 10,10,3,2,2 stay text; only a list in brackets becomes a list.
 
     Raises:
-      ValueError: if an item is not PART.OPTION=VALUE.
+      ValueError: if an item is not PART.OPTION=VALUE, or the value is not of the option's type.
     """
+    from unclip_jax.generate.options import OPTIONS
+    from unclip_jax.run.settings import kinds_of
+
+    hints = {name: hint for kind in OPTIONS.values() for name, hint in get_type_hints(kind).items()}
     options: dict[str, dict[str, Any]] = {}
-    for key, value in parse_assignments(assignments).items():
+    for key, text in parse_assignments(assignments).items():
         part, dot, option = key.partition(".")
         if not dot:
             raise InputError(f"{key!r} is not PART.OPTION, e.g. decoder.steps=50")
-        if option == "steps" and isinstance(value, tuple):
-            value = ",".join(map(str, value))
+        value = read_text(key, text, kinds_of(hints.get(option, str)))
         options.setdefault(part, {})[option] = value
     return options
+
+
+def source_options(assignments: Sequence[str], source: str | None = None) -> dict[str, Any]:
+    """Reads the arguments of a data source: ["name=folder", "path=7"] -> {"name": "folder", "path": "7"}.
+
+    Args:
+      assignments: the arguments as text.
+      source: the source's name where they do not give it.
+
+    Raises:
+      ValueError: if an item is not KEY=VALUE, or the value is not of the argument's type.
+    """
+    pairs = parse_assignments(assignments)
+    kinds = {key: source_kinds(pairs.get("name", source), key) for key in pairs}
+    return {key: read_text(key, text, kinds[key]) for key, text in pairs.items()}
+
+
+def source_kinds(source: str | None, key: str) -> tuple[type, ...]:
+    """The types of an argument of a data source; text where there is no such source or argument."""
+    from unclip_jax.data.balance import balanced
+    from unclip_jax.data.filters import Filters
+    from unclip_jax.data.sources import SOURCES
+    from unclip_jax.run.settings import kinds_of
+
+    first, _, rest = key.partition(".")
+    if rest:
+        owner = {"filters": Filters, "balance": balanced}.get(first)
+        return kinds_of(get_type_hints(owner).get(rest, str)) if owner else (str,)
+    if first == "balance":
+        return (dict,)
+    hints = get_type_hints(SOURCES[source]) if source in SOURCES else {}
+    return kinds_of(hints.get(key, str))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads `--mesh`: "data=4,fsdp=2" -> {"data": 4, "fsdp": 2}.
+
+    Raises:
+      ValueError: on anything but whole numbers by axis, or an axis that is given twice.
+    """
+    items = text.split(",")
+    pairs = parse_assignments(items)
+    if len(pairs) < len(items):
+        raise InputError(f"--mesh {text}: an axis is given twice")
+    if not all(re.fullmatch("-?[0-9]{1,9}", size) for size in pairs.values()):
+        raise InputError(f"--mesh {text}: sizes must be whole numbers, as in data=4,fsdp=2")
+    return {axis: int(size) for axis, size in pairs.items()}
 
 
 def use_compilation_cache() -> None:
@@ -173,9 +247,7 @@ def open_bundle(args: argparse.Namespace) -> Any:
     from unclip_jax.sharding import sampling_mesh
 
     save_memory_on_cpu()
-    shape = None if args.mesh is None else parse_assignments(args.mesh.split(","))
-    if shape and not all(isinstance(size, int) for size in shape.values()):
-        raise InputError(f"--mesh {args.mesh}: sizes must be whole numbers, as in data=4,fsdp=2")
+    shape = None if args.mesh is None else parse_mesh(args.mesh)
     return load_bundle(args.bundle, mesh=sampling_mesh(shape, stored_bytes(args.bundle)))
 
 

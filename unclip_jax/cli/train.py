@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import importlib.util
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,15 +68,16 @@ def load_config(spec: str):
     path, _, variant = spec.partition(":")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration file {path}")
-    module_spec = importlib.util.spec_from_file_location("unclip_config", path)
-    if module_spec is None:
+    if Path(path).suffix != ".py":
         raise InputError(f"{path} is not a Python configuration file")
-    module = importlib.util.module_from_spec(module_spec)
-    with input_errors(path, Exception):
-        module_spec.loader.exec_module(module)
+    module = types.ModuleType("unclip_config")
+    module.__file__ = path
+    # A file that leaves the process must not end this command without a word.
+    with input_errors(path, Exception, SystemExit):
+        exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)  # leaves no bytecode behind
     if not hasattr(module, "get_config"):
         raise InputError(f"{path} has no get_config function")
-    with input_errors(path, Exception):
+    with input_errors(path, Exception, SystemExit):
         config = module.get_config(variant)
     if not isinstance(config, ConfigDict):
         raise InputError(f"{path}: get_config returns {type(config).__name__}, not a ConfigDict")
@@ -85,32 +85,50 @@ def load_config(spec: str):
 
 
 def override(config, key: str, value: Any) -> None:
-    """Sets an existing dotted key to a value of its type. A float or text setting also accepts an int.
+    """Sets an existing dotted key to a value. Text is read as the setting's type (`options.read_text`).
+
+    A setting for numbers also accepts a whole number. Ranges are checked later, for all settings together.
 
     Raises:
       ValueError: if the key is unknown (the message names the nearest known one), or the type is wrong.
     """
+    from unclip_jax.cli.options import read_text, source_kinds
+    from unclip_jax.run.settings import is_a, rule_of, unknown_setting
+    from unclip_jax.train import STAGES
+
     *parents, last = key.split(".")
     node = config
     for name in [*parents, last]:
         if not hasattr(node, "keys") or name not in node:
-            known = sorted(node.keys()) if hasattr(node, "keys") else []
-            near = difflib.get_close_matches(name, known, 1)
-            raise InputError(
-                f"unknown setting {key!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}")
-            )
+            raise unknown_setting(key, list(node.keys()) if hasattr(node, "keys") else [])
         parent, node = node, node[name]
     if hasattr(node, "keys"):
         raise InputError(f"setting {key!r} is a group; set one of {', '.join(sorted(node.keys()))}")
-    if isinstance(node, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if isinstance(node, str) and isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if node is not None and value is not None and type(node) is not type(value):
-        raise InputError(f"setting {key!r} is a {type(node).__name__}, got {value!r}")
-    with config.unlocked():
+    stage = STAGES.get(str(config.get("stage")))
+    rule = rule_of(stage.SETTINGS, key) if stage else None
+    kinds = rule.kinds if rule else (type(node),)
+    names = key.split(".")
+    if rule is None and names[0] == "data":  # an argument of a data source
+        source, depth = config.data[names[1]], 2
+        if not isinstance(source.get("name"), str):  # evaluation sources by name
+            source, depth = source[names[2]], 3
+        kinds = source_kinds(source.get("name"), ".".join(names[depth:]))
+    if isinstance(value, str):
+        value = read_text(key, value, kinds)
+    elif not is_a(value, kinds):
+        raise InputError(f"{key} must not be a {type(value).__name__}, got {value!r}")
+    with config.unlocked(), config.ignore_type():
         parent[last] = value
+
+
+def check_stage(config) -> None:
+    """Checks a whole configuration, before anything is loaded. Raises ValueError with one line."""
+    from unclip_jax.train import STAGES
+
+    stage = config.get("stage")
+    if not isinstance(stage, str) or stage not in STAGES:
+        raise InputError(f"unknown stage {stage!r}; choose one of {', '.join(STAGES)}")
+    STAGES[stage].check(config)
 
 
 def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
@@ -129,9 +147,9 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
     """
     from unclip_jax.run.frozen import BESIDE_PICTURES, EMBEDDABLE
 
-    if config.stage not in EMBEDDABLE + BESIDE_PICTURES:
+    if config.get("stage") not in EMBEDDABLE + BESIDE_PICTURES:
         readers = ", ".join(EMBEDDABLE + BESIDE_PICTURES)
-        raise InputError(f"the {config.stage} stage reads no embeddings; these stages do: {readers}")
+        raise InputError(f"the {config.get('stage')} stage reads no embeddings; these stages do: {readers}")
     evaluations = config.data.get("eval", {})
     single = isinstance(evaluations.get("name"), str)
     groups = {"train": config.data} | (
@@ -161,12 +179,13 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     from unclip_jax.cli.options import join_hosts, parse_assignments, use_compilation_cache
+    from unclip_jax.train import STAGES
 
     config = load_config(args.config)
     assignments = parse_assignments(args.assignments)
     if args.clip is not None:
-        if "clip" not in config.frozen:
-            raise InputError(f"the {config.stage} stage has no frozen CLIP; leave out --clip")
+        if "clip" not in config.get("frozen", {}):
+            raise InputError(f"the {config.get('stage')} stage has no frozen CLIP; leave out --clip")
         # A relative path on the command line is relative to the current folder.
         assignments["frozen.clip"] = absolute(args.clip) if user_path(args.clip).exists() else args.clip
     if args.embeddings:
@@ -175,11 +194,8 @@ def run(args: argparse.Namespace) -> None:
         assignments["profile"] = args.profile
     for key, value in assignments.items():
         override(config, key, value)
+    check_stage(config)
     if args.distributed:
         join_hosts()
     use_compilation_cache()
-    from unclip_jax.train import STAGES
-
-    if config.stage not in STAGES:
-        raise InputError(f"unknown stage {config.stage!r}; choose one of {', '.join(STAGES)}")
     STAGES[config.stage].train_and_evaluate(config, args.workdir, args.init_from)

@@ -36,6 +36,7 @@ from unclip_jax.generate.prior import sample_prior
 from unclip_jax.generate.text import Texts
 from unclip_jax.generate.upsampler import sample_upsampler
 from unclip_jax.models.codec import Codec
+from unclip_jax.run.batches import check_divides
 from unclip_jax.run.frozen import (
     BESIDE_PICTURES,
     EMBEDDABLE,
@@ -134,7 +135,7 @@ def topology(name: str) -> list[Any]:
       ImportError: when libtpu is not installed.
     """
     kind, _, shape = name.partition(":")
-    if kind == "cpu" and shape.isdigit():
+    if kind == "cpu" and re.fullmatch(r"[1-9]\d{0,3}", shape):
         devices = jax.devices("cpu")
         if int(shape) > len(devices):
             raise InputError(
@@ -142,7 +143,9 @@ def topology(name: str) -> list[Any]:
                 f"set XLA_FLAGS=--xla_force_host_platform_device_count={shape}"
             )
         return devices[: int(shape)]
-    parsed = re.fullmatch(r"(?:([1-9]\d*)\*)?(v\d+[a-z]*:\d+(?:x\d+)+)", name)
+    # The compiler ends the process when it gets a size of zero.
+    size = r"[1-9]\d{0,2}"
+    parsed = re.fullmatch(rf"(?:([1-9]\d{{0,3}})\*)?(v\d{{1,2}}[a-z]*:{size}x{size}(?:x{size})?)", name)
     if parsed is None:
         raise InputError(
             f"unknown topology {name!r}; write v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2, 2*v5e:4x4 or cpu:8"
@@ -264,12 +267,8 @@ def _check(config: Any, mesh: Mesh) -> None:
         raise InputError(
             f"the {config.stage} stage has no train step to compile; choose one of {', '.join(trained)}"
         )
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % ways:
-        raise InputError(
-            f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; "
-            "change --batch or --mesh"
-        )
+    STAGES[config.stage].check(config)
+    check_divides(config, mesh)
 
 
 def train_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> TrainStep:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from unclip_jax.data import pipeline
 from unclip_jax.data.record import Source
 from unclip_jax.data.sources import make_source
+from unclip_jax.errors import InputError
 from unclip_jax.run.hosts import on_every_host
 from unclip_jax.sharding import Mesh, own_rows, shard_batch
 
@@ -24,18 +25,45 @@ class Data(NamedTuple):
     held_out: dict[str, Source]
 
 
-def open_data(config: ConfigDict) -> Data:
-    """Opens the sources of `config.data`.
+def open_data(config: ConfigDict, mesh: Mesh) -> Data:
+    """Opens the sources of `config.data`, and checks that batches and evaluations of this size can be made.
 
     Raises:
-      ValueError, FileNotFoundError: as `data.sources.make_source`.
+      ValueError, FileNotFoundError: as `data.sources.make_source`; when a batch does not divide over the mesh
+        or into the parts of `grad_accumulation`; when an evaluation source has too few rows.
     """
+    check_divides(config, mesh)
     evaluation = config.data.get("eval", {})
     if isinstance(evaluation.get("name"), str):  # a single source, not several by name
         evaluation = {"eval": evaluation}
-    return Data(
+    data = Data(
         make_source(config.data.train), {name: make_source(source) for name, source in evaluation.items()}
     )
+    least = config.get("eval", {}).get("candidates", 1) if config.eval_every else 0
+    for name, source in data.held_out.items():
+        if len(source) < least:
+            wanted = f"eval.candidates={least}" if least > 1 else "an evaluation"
+            raise InputError(
+                f"{wanted} needs as many rows, but data.eval {name!r} ({source.name}) has {len(source)}"
+            )
+    return data
+
+
+def check_divides(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises ValueError when a batch does not divide over the mesh, nor its rows into equal parts."""
+    ways, parts, groups = mesh.shape["data"] * mesh.shape["fsdp"], config.grad_accumulation, 1
+    if "sam" in config and config.sam.rho:
+        groups = config.sam.group_size
+    if config.batch_size % ways:
+        raise InputError(
+            f"a batch of {config.batch_size} does not divide over data x fsdp = {ways} devices; "
+            "change batch_size or the mesh"
+        )
+    rows = config.batch_size // ways
+    if rows % parts:
+        raise InputError(f"grad_accumulation={parts} does not divide the {rows} rows of a device")
+    if rows % groups:
+        raise InputError(f"sam.group_size={groups} does not divide the {rows} rows of a device")
 
 
 def train_batches(

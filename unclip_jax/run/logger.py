@@ -22,12 +22,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from unclip_jax.data import ops, pipeline
-from unclip_jax.errors import InputError, NumericalError
+from unclip_jax.errors import NumericalError
 from unclip_jax.grid import save_grid
 from unclip_jax.paths import is_remote, local_copy, put_folder, store_errors, user_path, write_whole
 from unclip_jax.run.hardware import CHIPS
 from unclip_jax.run.hosts import RESTART, on_every_host
 from unclip_jax.run.resume import config_json
+from unclip_jax.run.settings import parse_profile
 from unclip_jax.run.trackers import Trackers
 
 log = logging.getLogger("unclip_jax")
@@ -40,20 +41,24 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def parse_profile(text: str | None) -> tuple[int, ...]:
-    """Parses the setting `profile`: "10:20" -> (10, 20); None -> ().
+def split_records(lines: list[bytes], start: int) -> tuple[list[bytes], list[bytes]]:
+    """Splits the lines of an earlier `metrics.jsonl` into those that stay and those that are no records.
 
-    Raises:
-      ValueError: on any other text.
+    The steps after `start` will run again, so their records are in neither. Nor is a last line that was cut
+    off when the process ended.
     """
-    if text is None:
-        return ()
-    first, colon, last = str(text).partition(":")
-    if not (colon and first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
-        raise InputError(
-            f"profile must be FIRST:LAST, steps counted from 1, and FIRST less than LAST; got {text!r}"
-        )
-    return int(first), int(last)
+    kept, bad = [], []
+    for i, line in enumerate(lines):
+        try:
+            step = json.loads(line)["step"]
+            later = step > start
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+            if i < len(lines) - 1 or line.endswith(b"\n"):
+                bad.append(line if line.endswith(b"\n") else line + b"\n")
+            continue
+        if not later and line.endswith(b"\n"):
+            kept.append(line)
+    return kept, bad
 
 
 class Watchdog:
@@ -124,8 +129,7 @@ class Logger:
                                     `operations` is set and the chip is known
 
     Raises:
-      ValueError: when `profile` is not FIRST:LAST with FIRST less than LAST, or `keep_best` is set and the
-        run has no evaluations.
+      ValueError: when `profile` is not FIRST:LAST with FIRST less than LAST.
     """
 
     def __init__(
@@ -136,8 +140,6 @@ class Logger:
         start: int,
         stats: pipeline.Stats | None = None,
     ):
-        if config.keep_best is not None and not config.eval_every:
-            raise InputError(f"keep_best={config.keep_best} needs evaluations; set eval_every")
         self.start, self.total, self.batch_size, self.every = (
             start,
             config.steps,
@@ -164,17 +166,19 @@ class Logger:
             self.trackers = Trackers(workdir, name, config_json(config), config_json(config.track), start)
         if not self.main:
             return
-        self.metrics = self.workdir / "metrics.jsonl"
-        lines: list[str] = []
+        self.metrics, lines = self.workdir / "metrics.jsonl", []
         with store_errors(self.metrics):
             self.workdir.mkdir(parents=True, exist_ok=True)
-            # The steps after the last checkpoint will run again, so their records are dropped.
             if self.metrics.exists():
-                lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_whole(
-            self.metrics,
-            "".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start),
-        )
+                lines = self.metrics.read_bytes().splitlines(keepends=True)
+        kept, bad = split_records(lines, start)
+        if bad:
+            aside = self.workdir / "metrics.bad.jsonl"
+            with store_errors(aside):
+                before = aside.read_bytes() if aside.exists() else b""
+            write_whole(aside, before + b"".join(bad))
+            log.warning("%d lines of %s are no records; they are now in %s", len(bad), self.metrics, aside)
+        write_whole(self.metrics, b"".join(kept))
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.total, initial=start, desc=name, unit="step", dynamic_ncols=True)
 

@@ -82,7 +82,7 @@ class Run:
         self.start = restore_or_init(self.store, state, self.shardings, meta, init_from, load)
         self.state, self.meta = self.start.state, {**self.start.meta, "part": dict(stage.part)}
         self.stopping = False
-        self._closing, self._evaluation = contextlib.ExitStack(), contextlib.ExitStack()
+        self._evaluation = contextlib.ExitStack()
 
     @property
     def part(self) -> dict:
@@ -141,15 +141,19 @@ class Run:
         return count_operations(self.stage, self.config.grad_accumulation, self.mesh, state, frozen, batch)
 
     def __enter__(self) -> Run:
-        stack = self._closing
-        stack.callback(self.store.close)
-        self.stop = stack.enter_context(stop_signals())
-        self._batches = batches.train_batches(
-            self.config, self.data.train, self.stage.example, self.mesh, self.start.step, self.config.steps
-        )
-        stack.callback(self._batches.close)
-        self.logger = Logger(self.config, self.workdir, self.stage.name, self.start.step, self._batches.stats)
-        stack.callback(self.logger.close)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.store.close)
+            self.stop = stack.enter_context(stop_signals())
+            first, last = self.start.step, self.config.steps
+            self._batches = batches.train_batches(
+                self.config, self.data.train, self.stage.example, self.mesh, first, last
+            )
+            stack.callback(self._batches.close)
+            # A start that failed before this line has made no folder.
+            self.logger = Logger(self.config, self.workdir, self.stage.name, first, self._batches.stats)
+            stack.callback(self.logger.close)
+            self.store.open()
+            self._closing = stack.pop_all()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

@@ -53,6 +53,19 @@ def new_provenance(data_checksum: str) -> dict:
     }
 
 
+def resumed_provenance(before: dict, now: dict, step: int) -> dict:
+    """The provenance of a run that goes on after `step` steps.
+
+    It is that of its start. When the training data has changed, `data_checksum` is that of the data from now
+    on, and `earlier_data` gains the old checksum and the step up to which it holds.
+    """
+    old, new = before.get("data_checksum"), now["data_checksum"]
+    if old is None or old == new:
+        return before
+    earlier = [*before.get("earlier_data", ()), {"until_step": step, "data_checksum": old}]
+    return {**before, "data_checksum": new, "earlier_data": earlier}
+
+
 def _git_commit() -> str | None:
     try:
         here = Path(__file__).resolve().parent
@@ -149,9 +162,21 @@ def restore_or_init(
     if store.latest() is not None:
         old = store.newest_meta()
         _check_frozen(old["part"].get("frozen", {}), meta["part"]["frozen"])
+        name, steps, done = meta["name"], meta["config"]["steps"], store.latest()
+        if done > steps:
+            raise InputError(
+                f"{name}: {done} steps are done already, more than steps={steps}; "
+                "set steps higher to go on, or use another workdir"
+            )
         state, step = store.restore(state, shardings)
-        print_once(f"{meta['name']}: resuming from step {step}" + _differences(old["config"], meta["config"]))
-        return Start(state, {**meta, "provenance": store.meta(step)["provenance"]}, step, old["part"])
+        before, now = store.meta(step)["provenance"], meta["provenance"]
+        provenance = resumed_provenance(before, now, step)
+        words = f"resuming from step {step}" if step < steps else f"all {steps} steps are done already"
+        if provenance != before:
+            checksums = f"was {before['data_checksum'][:12]}, is {now['data_checksum'][:12]}"
+            words += f"\n  the training data has changed since then: its checksum {checksums}"
+        print_once(f"{name}: {words}" + _differences(old["config"], meta["config"]))
+        return Start(state, {**meta, "provenance": provenance}, step, old["part"])
     if init_from is None:
         return Start(state, meta, 0, {})
     part, old = load(init_from, meta["name"])

@@ -181,7 +181,8 @@ class WandB:
         self.run.finish(exit_code=int(end == "failed"))
 
 
-TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
+# TensorBoard comes last: it makes files, and the others may refuse.
+TRACKERS: dict[str, type] = {"mlflow": MLflow, "wandb": WandB, "tensorboard": TensorBoard}
 
 
 class Trackers:

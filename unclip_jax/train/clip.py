@@ -16,6 +16,8 @@ from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.errors import InputError
 from unclip_jax.metrics.retrieval import retrieval_at_1
 from unclip_jax.models.clip import CLIP, MAX_LOGIT_SCALE
+from unclip_jax.models.layers import ACTIVATIONS
+from unclip_jax.run import settings
 from unclip_jax.run.batches import eval_batches, joined_rows, open_data
 from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json
@@ -24,6 +26,19 @@ from unclip_jax.sharding import compute_dtype, gather_rest, make_gather, make_me
 from unclip_jax.train.sam import sam_gradient
 
 FROZEN: dict[str, str] = {}
+SETTINGS = settings.TRAINED | {
+    "tokenizer": settings.TOKENIZER,
+    "model": {
+        "embed_dim": settings.whole("[1, inf)"),
+        "image": settings.TOWER
+        | {"image_size": settings.whole("[1, inf)"), "patch_size": settings.whole("[1, inf)")},
+        "text": settings.TOWER,
+        "activation": settings.text(*ACTIVATIONS),
+    },
+    "sam": {"rho": settings.number("[0, inf)"), "group_size": settings.whole("[1, inf)")},
+    "eval": settings.RANKED,
+}
+FIGURES = ("{}_retrieval_at_1",)
 
 
 # ------------------------------------------------------------------------------------ loss
@@ -64,19 +79,35 @@ def loss_fn(params, rng, batch, *, frozen, model: CLIP):
 
 
 # ------------------------------------------------------------------------------------ stage
-def stage(config, mesh, frozen) -> Stage:
-    """The stage as its configuration describes it.
+def check(config) -> None:
+    """Raises ValueError on a setting out of range, or settings with which this loss cannot be computed.
 
-    If `sam.rho` is not 0, the gradient is SAM's (appendix C). The loss compares all rows of a batch, so its
-    gradient cannot be accumulated over parts of the batch.
-
-    Raises:
-      ValueError: when the configuration asks for accumulation.
+    The loss compares all rows of a batch, so its gradient cannot be accumulated over parts of the batch.
     """
+    settings.check_settings(config, SETTINGS, FIGURES)
     if config.grad_accumulation != 1:
         raise InputError(
             "the contrastive loss compares all rows of a batch: grad_accumulation must be 1 for CLIP"
         )
+    if config.batch_size < 2:
+        raise InputError("the contrastive loss compares the rows of a batch: batch_size must be at least 2")
+    if config.sam.rho and config.batch_size % config.sam.group_size:
+        raise InputError(
+            f"batch_size={config.batch_size} must be a multiple of sam.group_size={config.sam.group_size}"
+        )
+    size, patch = config.model.image.image_size, config.model.image.patch_size
+    if size % patch:
+        raise InputError(
+            f"model.image.image_size={size} must be a multiple of model.image.patch_size={patch}"
+        )
+
+
+def stage(config, mesh, frozen) -> Stage:
+    """The stage as its configuration describes it. Raises ValueError as `check`.
+
+    If `sam.rho` is not 0, the gradient is SAM's (appendix C).
+    """
+    check(config)
     tokenizer, model_config = ClipTokenizer(**config.tokenizer), config_json(config.model)
     model_config["text"] |= {"vocab_size": tokenizer.vocab_size, "length": tokenizer.length}
     hooks = {"remat": config.remat, "scan": config.scan_layers, "gather": make_gather(mesh)}
@@ -127,7 +158,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
       init_from: a bundle or run whose weights a new run starts from.
     """
     # -------------------------------------------------------------------------------- mesh and data
-    mesh, data = make_mesh(config.mesh), open_data(config)
+    check(config)
+    mesh = make_mesh(config.mesh)
+    data = open_data(config, mesh)
     clip = stage(config, mesh, {})
 
     # -------------------------------------------------------------------------------- evaluators

@@ -19,6 +19,7 @@ import numpy as np
 from unclip_jax.data.examples import clip_example
 from unclip_jax.errors import InputError
 from unclip_jax.models.codec import Codec, project
+from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import (
     arrays,
@@ -34,6 +35,11 @@ from unclip_jax.run.stage import Stage
 from unclip_jax.sharding import make_mesh
 
 FROZEN = {"clip": "clip"}
+SETTINGS = settings.RUN | {
+    "frozen": settings.frozen(FROZEN),
+    "dims": settings.whole("[1, inf)"),
+    "report": settings.several("[1, inf)", least=0),
+}
 
 
 # ------------------------------------------------------------------------------------ fit
@@ -68,13 +74,19 @@ def explained(eigenvalues: np.ndarray, dims: int) -> float:
 
 
 # ------------------------------------------------------------------------------------ stage
+def check(config) -> None:
+    """Raises ValueError on a setting out of range."""
+    settings.check_settings(config, SETTINGS)
+
+
 def stage(config, mesh, frozen) -> Stage:
     """The stage as its configuration describes it, with its frozen CLIP. It is fitted, so it has no players.
 
     Raises:
-      ValueError: when there are too few rows for the covariance, or `dims` exceeds the embedding's
-        dimensions.
+      ValueError: as `check`; when there are too few rows for the covariance, or `dims` exceeds the
+        embedding's dimensions.
     """
+    check(config)
     clip, rows = frozen["clip"], config.steps * config.batch_size
     dim = clip.config["model"]["embed_dim"]
     if not 1 <= config.dims <= dim:
@@ -116,10 +128,12 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     Raises:
       ValueError: as `stage`, or when `init_from` is given.
     """
+    check(config)
     if init_from is not None:
         raise InputError("the codec is fitted on embeddings and starts from nothing: leave out --init-from")
     # -------------------------------------------------------------------------------- mesh and data
-    mesh, data = make_mesh(config.mesh), open_data(config)
+    mesh = make_mesh(config.mesh)
+    data = open_data(config, mesh)
     networks = load_frozen(config, workdir, mesh, FROZEN, None)
     clip = networks["clip"]
     check_sources(clip, data, pictures=False)

@@ -24,6 +24,7 @@ from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import options_from
 from unclip_jax.generate.text import Texts, select_text, text_inputs
 from unclip_jax.models.decoder import Decoder
+from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import EMPTY, arrays, clip_reader, hashes, load_frozen, text_tokenizer
 from unclip_jax.run.loop import Run
@@ -33,6 +34,29 @@ from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
 from unclip_jax.train.figures import held_out_loss, sample_grid
 
 FROZEN: dict[str, str] = {"clip": "clip"}
+SETTINGS = settings.TRAINED | {
+    "frozen": settings.frozen(FROZEN),
+    "text_tokenizer": settings.maybe(settings.TOKENIZER),
+    "data": settings.CROPPED | {"eval": settings.absent(settings.SOURCE)},
+    "model": {
+        "inpaint": settings.FLAG,
+        "text": settings.OWN_TEXT,
+        "unet": settings.UNET,
+        "conditioning": {
+            "context_dim": settings.whole("[1, inf)"),
+            "clip_tokens": settings.whole("[1, inf)"),
+            "use_text_embed": settings.FLAG,
+            "use_text_states": settings.FLAG,
+        },
+    },
+    "diffusion": settings.IMAGE_DIFFUSION,
+    "freeze_text": settings.FLAG,
+    "drop_embedding": settings.number("[0, 1]"),
+    "drop_text": settings.number("[0, 1]"),
+    "sampling": settings.SAMPLING["decoder"],
+    "eval": settings.DRAWN,
+}
+FIGURES = ("eval_loss",)
 
 
 # ------------------------------------------------------------------------------------ loss
@@ -60,7 +84,11 @@ def loss_fn(params, rng, batch, *, frozen, model, tables, diffusion, clip, drop_
 
 # ------------------------------------------------------------------------------------ stage
 def check(config) -> None:
-    """Raises ValueError when `freeze_text` has no text encoder to keep, or weight decay would shrink it."""
+    """Raises ValueError on a setting out of range, or settings that do not fit together.
+
+    `freeze_text` keeps a text encoder that must be there, and that weight decay must not shrink.
+    """
+    settings.check_settings(config, SETTINGS, FIGURES)
     if config.freeze_text and (text_tokenizer(config) is None or config.optimizer.weight_decay):
         raise InputError("freeze_text keeps the decoder's text encoder: it needs one, and no weight decay")
 
@@ -109,7 +137,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """
     # -------------------------------------------------------------------------------- mesh and data
     check(config)
-    mesh, data = make_mesh(config.mesh), open_data(config)
+    mesh = make_mesh(config.mesh)
+    data = open_data(config, mesh)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     frozen = arrays(networks)
     trained = stage(config, mesh, networks)

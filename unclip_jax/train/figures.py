@@ -14,6 +14,14 @@ from unclip_jax.run.loop import Run
 from unclip_jax.run.stage import Stage
 from unclip_jax.run.state import TrainState, step_rng
 
+# The names of `prior_figures`; {} is the evaluation source.
+PRIOR_FIGURES = (
+    "{}_cosine",
+    "{}_cosine_of_mean_embedding",
+    "{}_cosine_of_text_embedding",
+    "{}_retrieval_at_1",
+)
+
 
 def held_out_loss(stage: Stage, config: Any, mesh: Any, data: Data) -> Callable[[TrainState, Any], float]:
     """Makes the function (state, frozen) -> held-out loss.

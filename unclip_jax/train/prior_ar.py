@@ -21,6 +21,7 @@ from unclip_jax.generate.prior import sample_prior
 from unclip_jax.generate.text import Texts, select_text, text_inputs
 from unclip_jax.models.codec import cosine, project, quantize
 from unclip_jax.models.prior_ar import ARPrior, dot_token
+from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import EMPTY, arrays, clip_reader, hashes, load_frozen
 from unclip_jax.run.hosts import on_every_host
@@ -28,9 +29,24 @@ from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json
 from unclip_jax.run.stage import FITTED, Fit, Stage, without_extra
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
-from unclip_jax.train.figures import prior_figures
+from unclip_jax.train.figures import PRIOR_FIGURES, prior_figures
 
 FROZEN = {"clip": "clip", "codec": "codec"}
+SETTINGS = settings.TRAINED | {
+    "frozen": settings.frozen(FROZEN),
+    "text_tokenizer": settings.maybe(settings.TOKENIZER),
+    "model": settings.BLOCKS
+    | {
+        "text": settings.OWN_TEXT,
+        "codes": settings.whole("[1, inf)"),
+        "buckets": settings.whole("[2, inf)"),
+        "dot_bins": settings.whole("[2, inf)"),
+    },
+    "statistics_batches": settings.whole("[1, inf)"),
+    "drop_text": settings.number("[0, 1)"),
+    "sampling": settings.SAMPLING["prior_ar"],
+    "eval": settings.RANKED,
+}
 
 
 # ------------------------------------------------------------------------------------ fit
@@ -70,12 +86,18 @@ def loss_fn(params, rng, batch, *, frozen, model, clip, drop_text):
 
 
 # ------------------------------------------------------------------------------------ stage
+def check(config) -> None:
+    """Raises ValueError on a setting out of range."""
+    settings.check_settings(config, SETTINGS, PRIOR_FIGURES)
+
+
 def stage(config, mesh, frozen) -> Stage:
     """The stage that its configuration describes. Its fit is the edges of the dot-product token's bins.
 
     Raises:
-      ValueError: when the embeddings have fewer dimensions than there are codes.
+      ValueError: as `check`, or when the embeddings have fewer dimensions than there are codes.
     """
+    check(config)
     clip, bins = clip_reader(config, mesh, frozen), config.model.dot_bins
     if config.model.codes > clip.embed_dim:
         raise InputError(
@@ -124,7 +146,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
       ValueError: when the codec belongs to another CLIP, or has fewer dimensions than there are codes.
     """
     # -------------------------------------------------------------------------------- mesh and data
-    mesh, data = make_mesh(config.mesh), open_data(config)
+    check(config)
+    mesh = make_mesh(config.mesh)
+    data = open_data(config, mesh)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     prior = stage(config, mesh, networks)
     run = Run(config, workdir, prior, mesh, data, init_from)

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.data.examples import clip_example
-from unclip_jax.diffusion.embedding_space import EmbeddingSpace, normalize
+from unclip_jax.diffusion.embedding_space import KINDS, EmbeddingSpace, normalize
 from unclip_jax.diffusion.losses import sample_noised, simple_loss, training_tables
 from unclip_jax.diffusion.process import add_noise, to_x0_eps
 from unclip_jax.diffusion.schedule import make_schedule, strided_steps
+from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import options_from
 from unclip_jax.generate.prior import sample_prior
 from unclip_jax.generate.text import Texts, select_text, text_inputs
 from unclip_jax.models.prior_diffusion import DiffusionPrior
+from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import EMPTY, arrays, clip_reader, hashes, load_frozen
 from unclip_jax.run.hosts import on_every_host
@@ -31,9 +33,20 @@ from unclip_jax.run.resume import config_json
 from unclip_jax.run.stage import FITTED, Fit, Stage, without_extra
 from unclip_jax.run.state import step_rng
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
-from unclip_jax.train.figures import prior_figures
+from unclip_jax.train.figures import PRIOR_FIGURES, prior_figures
 
 FROZEN = {"clip": "clip"}
+SETTINGS = settings.TRAINED | {
+    "frozen": settings.frozen(FROZEN),
+    "text_tokenizer": settings.maybe(settings.TOKENIZER),
+    "model": settings.BLOCKS | {"text": settings.maybe({})},
+    "diffusion": settings.DIFFUSION,
+    "space": {"kind": settings.text(*KINDS), "scale": settings.maybe(settings.number("(0, inf)"))},
+    "statistics_batches": settings.whole("[1, inf)"),
+    "drop_text": settings.number("[0, 1)"),
+    "sampling": settings.SAMPLING["prior_diffusion"],
+    "eval": settings.RANKED,
+}
 ERROR_TIMES = 50  # number of time steps at which the errors for analytic variance are measured
 ERROR_BATCHES = 2  # number of batches at each of them
 
@@ -84,8 +97,18 @@ def loss_fn(params, rng, batch, *, frozen, model, tables, prediction, clip, spac
 
 
 # ------------------------------------------------------------------------------------ stage
+def check(config) -> None:
+    """Raises ValueError on a setting out of range, or an embedding space without its scale."""
+    settings.check_settings(config, SETTINGS, PRIOR_FIGURES)
+    if config.space.kind in ("unit", "scaled") and config.space.scale is None:
+        raise InputError(f"space.kind={config.space.kind} needs space.scale")
+
+
 def stage(config, mesh, frozen) -> Stage:
-    """The stage that its configuration describes. Its fit is the embedding space."""
+    """The stage that its configuration describes. Its fit is the embedding space. Raises ValueError as
+    `check`.
+    """
+    check(config)
     clip = clip_reader(config, mesh, frozen)
     dim, length = clip.embed_dim, (clip.own_tokenizer or clip.tokenizer).length
     model_config, diffusion = config_json(config.model), config_json(config.diffusion)
@@ -145,7 +168,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
       init_from: a bundle or run whose weights a new run starts from.
     """
     # -------------------------------------------------------------------------------- mesh and data
-    mesh, data = make_mesh(config.mesh), open_data(config)
+    check(config)
+    mesh = make_mesh(config.mesh)
+    data = open_data(config, mesh)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     prior = stage(config, mesh, networks)
     run = Run(config, workdir, prior, mesh, data, init_from)

@@ -20,6 +20,7 @@ from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import options_from
 from unclip_jax.generate.upsampler import sample_upsampler
 from unclip_jax.models.upsampler import Upsampler
+from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import arrays, hashes, load_frozen
 from unclip_jax.run.loop import Run
@@ -29,6 +30,21 @@ from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
 from unclip_jax.train.figures import held_out_loss, sample_grid
 
 FROZEN: dict[str, str] = {}
+SETTINGS = settings.TRAINED | {
+    "data": settings.DATA
+    | {
+        "eval": settings.absent(settings.SOURCE),
+        "crop_size": settings.whole("[1, inf)"),
+        "degradation": settings.text("blur", "bsr_light"),
+        "blur_prob": settings.number("[0, 1]"),
+    },
+    "factor": settings.whole("[2, inf)"),
+    "model": {"unet": settings.UNET, "resize": settings.text("cubic", "linear")},
+    "diffusion": settings.IMAGE_DIFFUSION,
+    "sampling": settings.SAMPLING["upsampler"],
+    "eval": settings.DRAWN,
+}
+FIGURES = ("eval_loss",)
 
 
 # ------------------------------------------------------------------------------------ loss
@@ -50,12 +66,16 @@ def loss_fn(params, rng, batch, *, frozen, model, tables, diffusion):
 
 # ------------------------------------------------------------------------------------ stage
 def check(config) -> None:
-    """Raises ValueError on sizes that do not fit the factor, or an unknown degradation."""
+    """Raises ValueError on a setting out of range, or sizes that do not fit together."""
+    settings.check_settings(config, SETTINGS, FIGURES)
     size, crop_size = config.model.unet.image_size, config.data.crop_size
     if size % config.factor or crop_size % config.factor:
         raise InputError(f"image_size {size} and crop_size {crop_size} are no multiples of {config.factor}")
-    if config.data.degradation not in ("blur", "bsr_light"):
-        raise InputError(f"unknown degradation {config.data.degradation!r}; choose blur or bsr_light")
+    halves = 2 ** (len(config.model.unet.channel_mult) - 1)
+    if crop_size > size or crop_size % halves:
+        raise InputError(
+            f"data.crop_size={crop_size} must be a multiple of {halves}, at most model.unet.image_size={size}"
+        )
 
 
 def stage(config, mesh, frozen) -> Stage:
@@ -96,7 +116,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     """
     # -------------------------------------------------------------------------------- mesh and data
     check(config)
-    mesh, data = make_mesh(config.mesh), open_data(config)
+    mesh = make_mesh(config.mesh)
+    data = open_data(config, mesh)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     frozen = arrays(networks)
     trained = stage(config, mesh, networks)
