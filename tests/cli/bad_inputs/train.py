@@ -203,7 +203,7 @@ def rows(box: Path) -> list[Row]:
         ),
         Row("a setting without a value", [*train, "--set", "steps"], "'steps' is not KEY=VALUE"),
         Row("a CLIP for CLIP", [*train, "--clip", "emoji"], "no frozen CLIP; leave out --clip"),
-        Row("embeddings for CLIP", [*train, "--embeddings", "there"], "the clip stage needs pictures"),
+        Row("embeddings for CLIP", [*train, "--embeddings", "there"], "the clip stage reads no embeddings"),
         Row("a bad profile", [*train, "--profile", "2"], "profile must be FIRST:LAST"),
         Row("a batch of no rows", [*compiled, "cpu:8", "--batch", "0"], "batch_size must be a whole number"),
         Row("a negative batch", [*compiled, "cpu:8", "--batch", "-8"], "batch_size must be a whole number"),
