@@ -76,7 +76,7 @@ def find_provider(path: Path) -> Provider | None:
         found = f"is a {read_json(path / 'model_index.json').get('_class_name')}"
     elif (path / "config.json").is_file():
         found = f"holds a {read_json(path / 'config.json').get('model_type')!r} model"
-    elif (path / "model.safetensors").is_file() and not (path / "bundle.json").is_file():
+    elif any(path.glob("model*.safetensors*")) and not (path / "bundle.json").is_file():
         found = "has no config.json, and its tensors are not those of a network known here"
     else:
         return None

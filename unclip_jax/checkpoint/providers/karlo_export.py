@@ -13,7 +13,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle, Part, last_step, upsamplers
 from unclip_jax.checkpoint.convert import Rule, export
 from unclip_jax.checkpoint.files import cast, save_tensors
-from unclip_jax.checkpoint.providers import clip, karlo
+from unclip_jax.checkpoint.providers import clip, karlo, karlo_config
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.errors import InputError
 from unclip_jax.paths import store_errors, user_path, whole_folder
@@ -33,7 +33,7 @@ CLASSES = {
     },
     "tokenizer": ("transformers", "CLIPTokenizer"),
 }
-VARIANCES = {ours: theirs for theirs, ours in karlo.VARIANCES.items()}
+VARIANCES = {ours: theirs for theirs, ours in karlo_config.VARIANCES.items()}
 
 
 def obstacles(bundle: Bundle) -> Iterator[str]:
@@ -214,7 +214,7 @@ def _text_proj(decoder: dict, embed_dim: int) -> dict:
 def _unet(unet: dict) -> dict:
     sizes = [unet["image_size"] // 2**level for level in range(len(unet["channel_mult"]))]
     attends = [size in unet.get("attention_resolutions", ()) for size in sizes]
-    pairs = [karlo.CROSS if cross else karlo.PLAIN for cross in attends]
+    pairs = [karlo_config.CROSS if cross else karlo_config.PLAIN for cross in attends]
     return {
         "sample_size": unet["image_size"],
         "out_channels": unet["out_channels"],
