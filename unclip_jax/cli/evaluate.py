@@ -122,6 +122,8 @@ def _evaluate_clip(args: argparse.Namespace) -> None:
     from unclip_jax.metrics.zeroshot import templates_of
     from unclip_jax.sampling.programs import Sampler
 
+    if args.train and args.task != "probe":
+        raise InputError(f"--train is for probe: leave it out of {args.task}")
     templates = templates_of(args.templates)
     source_args = {
         "name": "emoji",
