@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen, read_description, read_part
+from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen, check_sizes, read_description, read_part
 from unclip_jax.checkpoint.files import keep
 from unclip_jax.checkpoint.providers import find_provider
 from unclip_jax.checkpoint.store import folder as checkpoint_folder
@@ -69,6 +69,7 @@ def load_bundle(name_or_path: str | os.PathLike, *, mesh: Mesh | None = None) ->
         for name, folder in found.folders.items()
     }
     check_frozen(parts)
+    check_sizes(parts, str(path))
     top = found.top
     return Bundle(parts, top["system"], top["sampling"], top["provenance"], str(path), mesh)
 

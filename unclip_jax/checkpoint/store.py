@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from unclip_jax.checkpoint.files import finite
 from unclip_jax.checkpoint.format1 import upgrade_run_meta
 from unclip_jax.errors import InputError
 from unclip_jax.paths import absolute, check_store, is_store_error, user_path
@@ -266,7 +267,7 @@ def load_run(workdir: str | os.PathLike) -> tuple[dict, Any, int]:
 
     Raises:
       FileNotFoundError: when the folder holds no checkpoint.
-      ValueError: when the newest one is damaged.
+      ValueError: when the newest one is damaged, or its values are not finite.
     """
     if not folder(workdir).is_dir():
         raise FileNotFoundError(f"no checkpoint in {workdir}; train that stage first, or name another folder")
@@ -287,7 +288,8 @@ def load_run(workdir: str | os.PathLike) -> tuple[dict, Any, int]:
         with _reads_finished():
             params = reader.restore(path, getattr(target, "tree", target))
     _check(meta, {"ema_params": params})
-    return meta, jax.tree.map(np.asarray, params), step
+    check = lambda where, value: finite(np.asarray(value), path_name(where), f"step {step} of {workdir}")
+    return meta, jax.tree_util.tree_map_with_path(check, params), step
 
 
 class ParamsHash:

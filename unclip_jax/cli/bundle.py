@@ -87,7 +87,7 @@ def collect(runs: Any, base: str | None = None):
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    from unclip_jax.checkpoint.bundle import save_bundle, update_provenance
+    from unclip_jax.checkpoint.bundle import check_target, save_bundle, update_provenance
     from unclip_jax.checkpoint.load import load_bundle
     from unclip_jax.cli.options import part_options, progress_bar, use_compilation_cache
     from unclip_jax.evaluate import samples
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.rows < 0 or args.rows == 1:
         raise InputError(f"--rows must be 0 or at least 2, got {args.rows}")
+    check_target(args.out)
     use_compilation_cache()
     bundle = collect(user_path(args.runs), args.base)
     for part, options in part_options(args.sampling).items():

@@ -29,6 +29,7 @@ class Provider:
       when there is no such part.
     format: the name by which `unclip export --format` asks for this layout; None when it cannot be written.
     obstacles: bundle -> what keeps it from this layout, a sentence each; None when no bundle can be written.
+    check_target: path -> path; it raises ValueError or OSError when `write` could not write there.
     write: bundle, path, dtype of the tensors -> path; None when no bundle can be written.
     """
 
@@ -37,6 +38,7 @@ class Provider:
     read: Callable[[Path, str | None, Place], Bundle]
     format: str | None = None
     obstacles: Callable[[Bundle], Iterator[str]] | None = None
+    check_target: Callable[[Path], Path] | None = None
     write: Callable[[Bundle, Path, Any], Path] | None = None
 
 
@@ -47,6 +49,7 @@ PROVIDERS: dict[str, Provider] = {
         read=karlo.read,
         format="diffusers",
         obstacles=karlo_export.obstacles,
+        check_target=karlo_export.check_target,
         write=karlo_export.write,
     ),
     "clip": Provider(
