@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from unclip_jax.checkpoint.files import finite
 from unclip_jax.checkpoint.format1 import upgrade_run_meta
 from unclip_jax.errors import InputError
 from unclip_jax.paths import absolute, check_store, is_store_error, user_path
@@ -87,9 +86,13 @@ class CheckpointStore:
           OSError: when this checkpoint or the one before could not be written, naming the newest that is
             whole.
         """
+        self.write(step, {"state": _stored(state), "ema_params": state.ema_params}, meta)
+
+    def write(self, step: int, items: dict[str, Any], meta: dict) -> None:
+        """As `save`, from the checkpoint's items, trees of arrays. `ema_params` alone is a run to read from,
+        and not one to resume."""
         if self.latest() == step:
             return
-        items = {"state": _stored(state), "ema_params": state.ema_params}
         sums = {name: _checksum(tree) for name, tree in items.items()}
         saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         with self._writing():
@@ -263,11 +266,20 @@ def folder(workdir: str | os.PathLike) -> Any:
 
 def load_run(workdir: str | os.PathLike) -> tuple[dict, Any, int]:
     """The newest checkpoint of a run: its meta in format 2, its averaged parameters as NumPy arrays, and its
-    step.
+    step. Raises as `read_items`."""
+    meta, items, step = read_items(workdir, ("ema_params",))
+    return meta, items["ema_params"], step
+
+
+def read_items(workdir: str | os.PathLike, names: tuple[str, ...]) -> tuple[dict, dict[str, Any], int]:
+    """The newest checkpoint of a run: its meta in format 2, its items of these names, and its step.
+
+    The items are trees of dicts and lists with NumPy arrays, whatever devices wrote them. None stands for a
+    node without arrays.
 
     Raises:
       FileNotFoundError: when the folder holds no checkpoint.
-      ValueError: when the newest one is damaged, or its values are not finite.
+      ValueError: when the newest one is damaged.
     """
     if not folder(workdir).is_dir():
         raise FileNotFoundError(f"no checkpoint in {workdir}; train that stage first, or name another folder")
@@ -278,18 +290,19 @@ def load_run(workdir: str | os.PathLike) -> tuple[dict, Any, int]:
                 f"no complete checkpoint in {workdir}; train that stage first, or name another folder"
             )
         meta = _read_meta(manager, step)
+    # The devices that wrote it need not be here: it is read onto the host.
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    items = {}
     with ocp.StandardCheckpointer() as reader:
-        path = folder(workdir) / str(step) / "ema_params"
-        shapes = reader.metadata(path)
-        # The devices that wrote it need not be here: it is read onto the host.
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        shapes = getattr(shapes, "item_metadata", shapes)
-        target = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=host), shapes)
-        with _reads_finished():
-            params = reader.restore(path, getattr(target, "tree", target))
-    _check(meta, {"ema_params": params})
-    check = lambda where, value: finite(np.asarray(value), path_name(where), f"step {step} of {workdir}")
-    return meta, jax.tree_util.tree_map_with_path(check, params), step
+        for name in names:
+            path = folder(workdir) / str(step) / name
+            shapes = reader.metadata(path)
+            shapes = getattr(shapes, "item_metadata", shapes)
+            target = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=host), shapes)
+            with _reads_finished():
+                items[name] = reader.restore(path, getattr(target, "tree", target))
+    _check(meta, items)
+    return meta, jax.tree.map(np.asarray, items), step
 
 
 class ParamsHash:

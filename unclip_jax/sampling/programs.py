@@ -202,12 +202,14 @@ def stage_options(
     options = {}
     for name in names:
         config = bundle.part(name).config
-        settings = bundle.sampling.get(name, {})
+        chosen = options_from(
+            bundle.sampling.get(name, {}), config["kind"], **(overrides or {}).get(name, {})
+        )
         try:
-            options[name] = options_from(settings, config["kind"], **(overrides or {}).get(name, {}))
-            check_options(options[name], config)
-        except InputError as error:
+            check_options(chosen, config)
+        except ValueError as error:
             raise InputError(f"{name}: {error}") from None
+        options[name] = chosen
     return options
 
 
