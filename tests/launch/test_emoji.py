@@ -25,7 +25,7 @@ def emoji():
 
 @pytest.mark.parametrize("variant", ["", "tiny", "quick"])
 def test_commands_parse_and_their_settings_exist(emoji, variant, tmp_path):
-    """Every stage but those without a CLIP reads embeddings; the decoder that inpaints starts from another."""
+    """Stages with a CLIP read embeddings; the decoder that inpaints starts from the other one."""
     for stage in emoji.stages(variant):
         command = emoji.train_command(stage, tmp_path, tmp_path / "e", "emoji_next", {"steps": "40"})
         args = build_parser().parse_args(command)
