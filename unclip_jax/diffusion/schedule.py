@@ -170,9 +170,9 @@ def time_steps(num_steps: int, steps: int | str | Sequence[int]) -> np.ndarray:
             if num_steps != 1000:
                 raise InputError(f"the steps {steps} are made for 1000 steps, not {num_steps}")
             return np.array(NAMED_STEPS[steps])[::-1].copy()
-        if match := re.fullmatch(r"ddim(\d+)", steps):
+        if match := re.fullmatch(r"ddim([0-9]{1,18})", steps):
             return integer_stride_steps(num_steps, int(match[1]))
-        if re.fullmatch(r"\d+(,\d+)*", steps):
+        if re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})*", steps):
             counts = [int(c) for c in steps.split(",")]
             return (
                 segment_steps(num_steps, counts) if len(counts) > 1 else strided_steps(num_steps, counts[0])
