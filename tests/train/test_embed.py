@@ -167,7 +167,7 @@ def test_bad_records(tiny_run, source, tmp_path, caplog):
     assert (manifest["images"], manifest["bad"]) == (COUNT - 2, 2) and "skipped record 40" in caplog.text
     embedded = sources.make_source({"name": "embeddings", "path": str(tmp_path / "some")})
     assert embedded.read(3).captions == source.read(4).captions
-    with pytest.raises(BadDataError, match="1 of 32 records cannot be used.*record 3 of"):
+    with pytest.raises(BadDataError, match="1 of 16 records cannot be used.*record 3 of"):
         run(tiny_run("clip"), broken, tmp_path / "none", max_bad_fraction=0.0)
 
 
@@ -366,3 +366,18 @@ def test_embeddings_of_another_source_are_refused(folder, source):
     whole = sources.with_embeddings(sources.make_source({"name": "emoji", "split": "val"}), str(folder))
     with pytest.raises(ValueError, match=f"record {COUNT} of emoji/val has no embedding in"):
         whole.read(COUNT)
+
+
+def test_too_many_bad_records_are_told_before_the_rest_is_embedded(tiny_run, source, tmp_path, monkeypatch):
+    """The batch with one bad record too many is the last that is read, and nothing of it is embedded."""
+    read, made = [], stage._towers
+    bare = lambda i: read.append(i) or dataclasses.replace(source.fetch(i), captions=())
+    broken = dataclasses.replace(source, fetch=lambda i: bare(i) if i % 2 else source.fetch(i))
+
+    def towers(*args):
+        return dataclasses.replace(made(*args), image=lambda pictures: 1 / 0, text=lambda captions: 1 / 0)
+
+    monkeypatch.setattr(stage, "_towers", towers)
+    with pytest.raises(BadDataError, match="16 of 32 records cannot be used"):
+        run(tiny_run("clip"), broken, tmp_path / "out", batch_size=32)
+    assert max(read) < 3 * 32 and not (tmp_path / "out").exists()

@@ -130,15 +130,16 @@ def embed(
             records = range(number * shard_records, min((number + 1) * shard_records, len(source)))
             described = _finished(folder)
             if described is None:
-                arrays, described, skipped = _embed_shard(towers, source, records, pool, stop)
+                more = _allowed(max_bad_fraction, len(source)) - bad
+                arrays, described, skipped = _embed_shard(towers, source, records, more, pool, stop)
                 if stop:
                     break
             else:
                 arrays, skipped = None, []
-            seen, bad = seen + len(records), bad + described["bad"]
+            seen, bad = seen + described["images"] + described["bad"], bad + described["bad"]
             if bad == len(source):
                 raise BadDataError(f"none of the {bad} records can be used, as {described['last_bad']}")
-            if bad > max(MIN_BAD if max_bad_fraction else 0, max_bad_fraction * seen):
+            if bad > _allowed(max_bad_fraction, seen):
                 raise BadDataError(
                     f"{bad} of {seen} records cannot be used, more than max_bad_fraction={max_bad_fraction}; "
                     f"the last is {described['last_bad']}; mend the data, or leave them out with --skip-bad"
@@ -158,6 +159,11 @@ def embed(
         _finish(out, plan, towers, source, count)
     wait_for_hosts("embedded_manifest")
     return embeddings.read_json(out / "manifest.json")
+
+
+def _allowed(max_bad_fraction: float, records: int) -> float:
+    # How many of so many records may be bad.
+    return max(MIN_BAD if max_bad_fraction else 0, max_bad_fraction * records)
 
 
 # ------------------------------------------------------------------------------------------ one shard
@@ -221,10 +227,15 @@ def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...
 
 
 def _embed_shard(
-    towers: _Towers, source: Source, records: range, pool: ThreadPoolExecutor, stop: Stop
+    towers: _Towers,
+    source: Source,
+    records: range,
+    allowed: float,
+    pool: ThreadPoolExecutor,
+    stop: Stop,
 ) -> tuple[dict[str, np.ndarray], dict, list[str]]:
     # The arrays of one shard, the content of its shard.json, and why records were skipped. They are not valid
-    # if `stop` interrupted it.
+    # if `stop` interrupted it, and hold a part only if more records than `allowed` are bad.
     kept, captions, bad, size, dim = [], [], [], towers.rows, towers.clip.config["model"]["embed_dim"]
     chunks = [records[i : i + size] for i in range(0, len(records), size)]
     load = functools.partial(_load, source, clip_image_size(towers.clip))
@@ -239,6 +250,8 @@ def _embed_shard(
             bad.extend(row for _, row in loaded if isinstance(row, str))
             kept.extend(i for i, _, _ in rows)
             captions.extend(record_captions for _, _, record_captions in rows)
+            if len(bad) > allowed:
+                return
             if rows and not stop:
                 yield (
                     towers.image(ops.to_float(np.stack(_filled([picture for _, picture, _ in rows], size)))),
@@ -246,7 +259,8 @@ def _embed_shard(
                 )
 
     z = np.concatenate([np.zeros((0, dim), np.float32), *(np.float32(each) for each in _behind(images()))])
-    texts = [caption for record_captions in captions for caption in record_captions] if not stop else []
+    useless = stop or len(bad) > allowed
+    texts = [] if useless else [caption for record_captions in captions for caption in record_captions]
     batches = (texts[i : i + size] for i in range(0, len(texts), size))
     encoded = list(_behind((towers.text(_filled(batch, size)), len(batch)) for batch in batches))
     full = np.concatenate([np.zeros(0, bool), *(mask[:, -1] for _, _, mask in encoded)])
