@@ -116,7 +116,9 @@ def karlo(folder, pipeline="UnCLIPPipeline"):
         made = UnCLIPPipeline(prior=randomize(prior, 6), prior_scheduler=scheduler, **parts)
     else:
         encoder = randomize(CLIPVisionModelWithProjection(image), 7)
-        extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        sizes = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        statistics = dict(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.5, 0.7])
+        extractor = CLIPImageProcessor(**sizes, **statistics)
         made = UnCLIPImageVariationPipeline(image_encoder=encoder, feature_extractor=extractor, **parts)
     made.set_progress_bar_config(disable=True)
     made.save_pretrained(folder)

@@ -17,6 +17,7 @@ from unclip_jax.checkpoint.bundle import (
     Bundle,
     Part,
     check_frozen,
+    check_target,
     last_step,
     save_bundle,
     update_provenance,
@@ -353,6 +354,63 @@ def test_values_that_cannot_be_stored_are_refused(value, message, tmp_path):
     with pytest.raises(ValueError, match=f"the part a: {message}"):
         save_bundle(Bundle({"a": part}), tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
+
+
+def without_frozen(part, **changes):
+    config = {key: value for key, value in part.config.items() if key != "frozen"}
+    return Part(config | changes, part.params)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            lambda p: {"codec": small_codec(p["codec"])},
+            "codec takes embeddings of 8, but those here are of 16",
+        ),
+        (
+            lambda p: {"codec": small_codec(p["codec"]), "clip": None},
+            "takes embeddings of 16, but those here are of 8",
+        ),
+        (
+            lambda p: {"upsampler_16": without_frozen(p["upsampler_16"], last_step_of="none")},
+            "upsampler_16 makes the last step of none, which is no upsampler here",
+        ),
+        (
+            lambda p: {"upsampler_16": without_frozen(p["upsampler_16"], last_step_of="clip")},
+            "upsampler_16 makes the last step of clip, which is no upsampler here",
+        ),
+    ],
+)
+def test_parts_of_other_sizes_are_refused(changes, message, made, tmp_path):
+    """Also where no part names the hash of another."""
+    parts = {name: without_frozen(part) for name, part in made.parts.items()}
+    parts = {name: part for name, part in (parts | changes(parts)).items() if part is not None}
+    path = save_bundle(Bundle(parts), tmp_path / "b")
+    with pytest.raises(ValueError, match=message) as error:
+        load_bundle(path)
+    assert "\n" not in str(error.value)
+
+
+def small_codec(part):
+    params = {name: value[:8, :8] if value.ndim == 2 else value[:8] for name, value in part.params.items()}
+    return Part({"kind": "codec", "embed_dim": 8, "dims": 8}, params)
+
+
+def test_what_lies_in_a_bundle_is_not_lost(bundle, tmp_path):
+    """A bundle is replaced whole, so nothing else may lie in it; and the folder is tried first."""
+    path = save_bundle(bundle, tmp_path / "b")
+    (path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="b is a bundle that also holds notes.txt, which would be lost"):
+        save_bundle(bundle, path)
+    (path / "notes.txt").unlink()
+    assert load_bundle(save_bundle(bundle, path)).parts.keys() == bundle.parts.keys()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot be written: Not a directory"):
+        check_target(tmp_path / "file" / "b")
+    with pytest.raises(ValueError, match="file exists and is not a bundle"):
+        check_target(tmp_path / "file")
+    assert check_target(tmp_path / "new" / "b") and not (tmp_path / "new").exists()
 
 
 def test_a_full_disk_is_one_line(bundle, tmp_path, monkeypatch):

@@ -82,5 +82,10 @@ def test_bad_inputs_are_refused_in_one_line(kind, table, monkeypatch):
 
 
 def test_there_are_many_and_no_two_are_the_same(table):
-    rows = [row for kind in KINDS for row in table(kind)[1]]
-    assert len({row.name for row in rows}) == len({tuple(row.argv) for row in rows}) == len(rows) >= 10
+    rows = [(kind, row) for kind in KINDS for row in table(kind)[1]]
+    assert (
+        len({(kind, row.name) for kind, row in rows})
+        == len({tuple(row.argv) for _, row in rows})
+        == len(rows)
+    )
+    assert len(rows) >= 200

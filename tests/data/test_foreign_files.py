@@ -176,6 +176,23 @@ def test_a_link_in_a_tar_is_a_bad_record(tmp_path):
     assert good == ("red",) and "member '1.txt' is a link" in bad
 
 
+@pytest.mark.parametrize("kind", ["joined", "damaged", "junk", "no end", "cut"])
+def test_what_follows_the_last_member_is_not_lost_in_silence(tmp_path, kind):
+    one = write_tar(tmp_path / "1.tar", [("0.png", png(0)), ("0.txt", b"red"), ("1.png", png(1))])
+    data = (tmp_path / "1.tar").read_bytes()
+    changed = {
+        "joined": data + data,
+        "damaged": data[:2048] + b"x" + data[2049:],  # in the header of 1.png
+        "junk": data + b"x",
+        "no end": data[: 6 * 512],
+        "cut": data[: 4 * 512],
+    }
+    (tmp_path / "1.tar").write_bytes(changed[kind])
+    words = r"1\.tar: no member and no end of the tar at byte \d+: it is truncated or damaged, or"
+    with pytest.raises(ValueError, match=words):
+        make_source({"name": "webdataset", "pattern": one})
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Folders
 # ------------------------------------------------------------------------------------------------------------
@@ -222,6 +239,11 @@ def test_texts_in_other_spellings_are_found(tmp_path):
         tmp_path / "data", a_png=1, a_TXT="one", b_png=2, b_png_txt="two", c_PNG=3, c_PNG_txt="three", d_gif=4
     )
     assert read_all(folder_source(tmp_path / "data")) == [("one",), ("two",), ("three",), ()]
+
+
+def test_only_ends_of_lines_part_captions(tmp_path):
+    fill(tmp_path / "data", a_png=1, a_txt="\ufeffone\r\ntwo\rthree\u2028and more\x0b\n\n four\n")
+    assert read_all(folder_source(tmp_path / "data")) == [("one", "two", "three\u2028and more", "four")]
 
 
 def test_a_text_that_may_be_of_two_images_is_of_neither(tmp_path):
@@ -286,6 +308,12 @@ def test_a_shard_of_another_kind_is_named_as_such(tmp_path, name, head, words):
     with pytest.raises(ValueError, match=rf"a\.shard is {words}") as error:
         make_source({"name": name, "pattern": str(tmp_path / "*.shard")})
     assert "write this shard again" not in str(error.value)
+
+
+def test_a_shard_in_two_spellings_is_read_once(tmp_path):
+    one = write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.txt", b"red")])
+    patterns = [one, str(tmp_path / "." / "*.tar"), f"{tmp_path}/./a.tar"]
+    assert len(make_source({"name": "webdataset", "pattern": patterns})) == 1
 
 
 def test_hidden_shards_are_skipped_unless_they_are_named(tmp_path):

@@ -250,12 +250,47 @@ def test_bad_folder_and_config(tmp_path):
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(ValueError, match="damaged tokenizer"):
         ClipTokenizer.from_folder(tmp_path)
+    for vocab, merges in (("[]", "a b"), ("{}", "a b c"), ('{"!": 0}', "a b")):
+        (tmp_path / "vocab.json").write_text(vocab)
+        (tmp_path / "merges.txt").write_text(merges)
+        with pytest.raises(ValueError, match="is not a CLIP tokenizer"):
+            ClipTokenizer.from_folder(tmp_path)
     with pytest.raises(ValueError, match="lenght"):
         ClipTokenizer.from_config({"kind": "clip_bpe", "lenght": 3})
     with pytest.raises(ValueError, match="vocab_size=9"):
         ClipTokenizer(vocab_size=9)
     with pytest.raises(ValueError, match="length=1"):
         ClipTokenizer(length=1)
+
+
+def test_other_ids_than_those_of_the_merges_are_refused(tmp_path):
+    """The ends of the vocabulary may be right and two ids between them exchanged."""
+    small = ClipTokenizer(8, 600)
+    small.save_folder(tmp_path)
+    assert ClipTokenizer.from_folder(tmp_path, 8).config() == small.config()
+    vocab = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
+    vocab["b"], vocab["c"] = vocab["c"], vocab["b"]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), "utf-8")
+    with pytest.raises(ValueError, match="is not a CLIP tokenizer"):
+        ClipTokenizer.from_folder(tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"length": "8"}, "length='8': expected a whole number"),
+        ({"length": True}, "length=True: expected a whole number"),
+        ({"vocab_size": None}, "vocab_size=None: expected a whole number"),
+        ({"merges": 5}, "merges that are no list"),
+        ({"merges": ["a", "b"]}, "merges that are no list of two words each"),
+        ({"merges": [5]}, "merges that are no list of two words each"),
+        ({"merges": ["ab cd"], "vocab_size": 515}, "not those of a CLIP vocabulary"),
+    ],
+)
+def test_a_config_of_other_types_is_refused(change, words):
+    config = {"kind": "clip_bpe", "length": 8, "vocab_size": 600}
+    with pytest.raises(ValueError, match=words):
+        ClipTokenizer.from_config({**config, **change})
 
 
 def test_another_vocabulary_file_is_refused(tmp_path, monkeypatch):

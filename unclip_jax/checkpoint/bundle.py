@@ -39,13 +39,14 @@ from unclip_jax.checkpoint.files import (
     check_floats,
     finite,
     keep,
+    list_names,
     open_weights,
     read_json,
     save_tensors,
 )
 from unclip_jax.checkpoint.store import ParamsHash, params_hash
 from unclip_jax.errors import InputError, MissingError, input_errors
-from unclip_jax.paths import store_errors, user_path, whole_folder, write_json
+from unclip_jax.paths import check_writable, store_errors, user_path, whole_folder, write_json
 from unclip_jax.typed import check_value, shown
 
 FORMAT_VERSION = 2
@@ -142,6 +143,36 @@ def check_frozen(parts: Mapping[str, Part]) -> None:
                 )
 
 
+def check_sizes(parts: Mapping[str, Part], where: str) -> None:
+    """The parts of a bundle must make what the others take, whether or not they name one another's hashes.
+
+    Raises:
+      ValueError: naming both parts and their sizes.
+    """
+    clip = parts["clip"].config["model"] if "clip" in parts else {}
+    text, codec = clip.get("text"), parts["codec"].config if "codec" in parts else {}
+    size = clip.get("embed_dim", codec.get("embed_dim"))
+    for name, part in parts.items():
+        model, kind = part.config.get("model", {}), part.config["kind"]
+        takes = {"codec": part.config.get("embed_dim"), "prior_diffusion": model.get("embed_dim")}.get(kind)
+        if kind == "decoder":
+            takes = np.shape(part.params["conditioning"]["null_image_embed"])[0]
+        if size is not None and takes not in (None, size):
+            raise InputError(f"{where}: {name} takes embeddings of {takes}, but those here are of {size}")
+        if text and kind in ("prior_diffusion", "prior_ar") and model.get("text") is None:
+            if model["length"] != text["length"]:
+                raise InputError(
+                    f"{where}: {name} takes {model['length']} text states, and CLIP makes {text['length']}"
+                )
+        if kind == "prior_ar" and model["codes"] > codec.get("embed_dim", model["codes"]):
+            raise InputError(
+                f"{where}: {name} makes {model['codes']} codes, and the codec reads {codec['embed_dim']}"
+            )
+        refined = last_step_of(part)
+        if refined is not None and (refined not in parts or parts[refined].config["kind"] != "upsampler"):
+            raise InputError(f"{where}: {name} makes the last step of {refined}, which is no upsampler here")
+
+
 @dataclass(frozen=True)
 class Description:
     """What a bundle's JSON files hold, in format 2.
@@ -234,6 +265,32 @@ def read_part(
     return Part(config, traverse_util.unflatten_dict(flat), computed.digest())
 
 
+def check_target(path: str | os.PathLike) -> Any:
+    """Checks that a bundle can be written to a folder; call it before long work.
+
+    Returns:
+      The folder, with pathlib's methods.
+
+    Raises:
+      ValueError: when something is there that is no bundle, or that lies in a bundle and is not its own, so
+        that replacing it would lose it.
+      OSError: when it cannot be written.
+    """
+    path = user_path(path)
+    with store_errors(path):
+        there = list(path.iterdir()) if path.is_dir() else []
+        if path.is_file() or (there and not (path / "bundle.json").is_file()):
+            raise InputError(f"{path} exists and is not a bundle; choose another folder")
+        others = [p.name for p in there if p.name != "bundle.json" and not (p / "config.json").is_file()]
+    if others:
+        raise InputError(
+            f"{path} is a bundle that also holds {list_names(others)}, which would be lost; "
+            "choose another folder"
+        )
+    check_writable(path / "bundle.json")
+    return path
+
+
 def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16) -> Any:
     """Writes a bundle. It appears whole or not at all, and it replaces an older bundle at the same place.
 
@@ -246,22 +303,15 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
       The folder, with pathlib's methods.
 
     Raises:
-      ValueError: when parts do not belong together, `path` is a folder that is not a bundle, or the
-        parameters were placed on a mesh.
+      ValueError: when parts do not belong together, a name of a part is none, values are not finite or too
+        large for `dtype`, or the parameters were placed on a mesh; and as `check_target`.
     """
     if bundle.mesh is not None:
         raise InputError(
             f"the bundle {bundle.path} was loaded onto a mesh, where weights may be rounded; "
             "load it without one to save it"
         )
-    path = user_path(path)
-    with store_errors(path):
-        if (
-            path.exists()
-            and not (path / "bundle.json").is_file()
-            and (not path.is_dir() or any(path.iterdir()))
-        ):
-            raise InputError(f"{path} exists and is not a bundle; choose another folder")
+    path = check_target(path)
     for name in bundle.parts:
         check_name(name, "the bundle")
     check_frozen(bundle.parts)

@@ -10,15 +10,15 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import flax
-import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from unclip_jax.checkpoint.convert import array, shapes_of
 from unclip_jax.checkpoint.files import list_names
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.diffusion.embedding_space import KINDS as SPACES
@@ -310,63 +310,55 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     if kind == "codec":
         dim = config["embed_dim"]
         made = {name: (dim, dim) if name == "components" else (dim,) for name in Codec._fields}
-        return {name: _array(*shape) for name, shape in made.items()}
+        return {name: array(*shape) for name, shape in made.items()}
     model = config["model"]
-    module = MODULES[kind][0](**model)
     if kind == "clip":
-        return clip_shapes(module, model)
+        return clip_shapes(model)
+    module = MODULES[kind][0](**model)
     if kind == "upsampler":
-        return _shapes(module.init, *_pixels(model), low_res=_array(1, 1, 1, 3))
+        return shapes_of(module.init, *_pixels(model), low_res=array(1, 1, 1, 3))
     own = model.get("text")
     length = model["length"] if "length" in model else own["length"] if own else 1
     if kind == "prior_diffusion":
         dim = model["embed_dim"]
-        inputs = [_array(1, dim), _array(1)]
+        inputs = [array(1, dim), array(1)]
     elif kind == "prior_ar":
         dim = embed_dim
-        inputs = [_array(1, model["codes"], dtype=jnp.int32), _array(1, dtype=jnp.int32)]
+        inputs = [array(1, model["codes"], dtype=jnp.int32), array(1, dtype=jnp.int32)]
     else:
         dim, inputs = embed_dim, _pixels(model)
-    texts = {"text_embed": _array(1, dim)}
+    texts = {"text_embed": array(1, dim)}
     if own is None or kind == "decoder":
-        texts |= {"text_states": _array(1, length, width), "text_mask": _array(1, length, dtype=bool)}
+        texts |= {"text_states": array(1, length, width), "text_mask": array(1, length, dtype=bool)}
     if own is not None:
         texts |= {
-            "tokens": _array(1, length, dtype=jnp.int32),
-            "token_mask": _array(1, length, dtype=bool),
+            "tokens": array(1, length, dtype=jnp.int32),
+            "token_mask": array(1, length, dtype=bool),
         }
     if kind == "decoder":
-        texts |= {"image_embed": _array(1, dim), "drop_image": _array(1, dtype=bool)}
+        texts |= {"image_embed": array(1, dim), "drop_image": array(1, dtype=bool)}
         if model.get("inpaint"):
-            texts |= {"known_image": inputs[0], "known": _array(*inputs[0].shape[:3], 1, dtype=bool)}
-    return _shapes(module.init, *inputs, **texts)
+            texts |= {"known_image": inputs[0], "known": array(*inputs[0].shape[:3], 1, dtype=bool)}
+    return shapes_of(module.init, *inputs, **texts)
 
 
 def _pixels(model: Mapping[str, Any]) -> list:
     # An image and a time.
     side = model["unet"]["image_size"]
-    return [_array(1, side, side, 3), _array(1)]
+    return [array(1, side, side, 3), array(1)]
 
 
-def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _shapes(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return jax.eval_shape(lambda a, k: init(jax.random.key(0), *a, **k), args, kwargs)["params"]
-
-
-def clip_shapes(module: CLIP, model: Mapping[str, Any]) -> Any:
+def clip_shapes(model: Mapping[str, Any]) -> Any:
     """The parameters' shapes of a `CLIP` with these keyword arguments; a half that is None has none."""
-    image, text = model["image"], model["text"]
+    module, image, text = CLIP(**model), model["image"], model["text"]
     side = image and image["image_size"]
-    images = image and _array(1, side, side, 3)
-    tokens = text and _array(1, text["length"], dtype=jnp.int32)
+    images = image and array(1, side, side, 3)
+    tokens = text and array(1, text["length"], dtype=jnp.int32)
     if image is not None and text is not None:
-        return _shapes(module.init, images, tokens)
+        return shapes_of(module.init, images, tokens)
     shapes: dict = {}
     if image is not None:
-        shapes |= _shapes(lambda key, x: module.init(key, x, method="encode_image"), images)
+        shapes |= shapes_of(lambda key, x: module.init(key, x, method="encode_image"), images)
     if text is not None:
-        shapes |= _shapes(lambda key, x: module.init(key, x, method="encode_text"), tokens)
+        shapes |= shapes_of(lambda key, x: module.init(key, x, method="encode_text"), tokens)
     return shapes

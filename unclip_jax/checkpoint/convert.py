@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -233,17 +233,11 @@ def export(params: Any, rules: Sequence[Rule], name: str) -> dict[str, np.ndarra
 
 
 def shapes_of(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The parameter shapes of a module's `init` on inputs of these shapes, without computing anything."""
-    return jax.eval_shape(lambda key: init(key, *args, **kwargs), jax.random.key(0))["params"]
+    """The parameter shapes of a module's `init` on inputs of these shapes (`array`), without computing
+    anything."""
+    return jax.eval_shape(lambda a, k: init(jax.random.key(0), *a, **k), args, kwargs)["params"]
 
 
-def expect(config: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> None:
-    """Checks that a configuration describes what our network does. An absent key stands for the library's
-    default, which must be the wanted value.
-
-    Raises:
-      ValueError: naming the first setting with another value, and both values.
-    """
-    for key, value in wanted.items():
-        if key in config and config[key] != value:
-            raise InputError(f"{name}: {key} is {config[key]!r}, but the network here has {value!r}")
+def array(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+    """The shape and type of an array, in place of one."""
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -3,10 +3,10 @@ executed."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ DTYPES = {
     },
     **{"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64},
 }
+
+PRECISIONS = ("fp16", "bf16", "fp32")  # variants of a file that hold the same weights in another precision
 
 Place = Callable[[str, np.ndarray], Any]  # a parameter's path and its values -> the array to keep
 
@@ -70,16 +72,6 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!a} stands there twice")
     return value
-
-
-@contextlib.contextmanager
-def missing_settings(path: Path) -> Iterator[None]:
-    """Turns the KeyError of a setting that a folder's configurations lack into a ValueError that names
-    both."""
-    try:
-        yield
-    except KeyError as error:
-        raise InputError(f"{path}: a configuration lacks {error.args[0]!r}; copy the folder again") from None
 
 
 class Weights(Mapping):
@@ -136,7 +128,8 @@ def open_weights(
     folder: Path, names: Iterable[str] = ("model", "diffusion_pytorch_model"), whole: str = "folder"
 ) -> Weights:
     """The safetensors of a folder: one file (`<name>.safetensors`), or several with an index
-    (`<name>.safetensors.index.json`).
+    (`<name>.safetensors.index.json`). Where there are none, those of the one precision in PRECISIONS that is
+    there (`<name>.fp16.safetensors`).
 
     Args:
       names: of the file without its ending, in the order in which they are looked for.
@@ -144,26 +137,16 @@ def open_weights(
 
     Raises:
       FileNotFoundError: when there are none.
-      ValueError: when a file is damaged, when a file lacks a tensor that the index lists, or when the weights
-        are pickled. A pickle can run code, so it is refused.
+      ValueError: when a file is damaged, when a file lacks a tensor that the index lists, when two files hold
+        the same one, when only other variants are there, or several, or when the weights are pickled. A
+        pickle can run code, so it is refused.
     """
-    for name in names:
-        index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
-        if index.is_file():
-            listed = read_json(index, whole).get("weight_map")
-            if not isinstance(listed, dict) or any(Path(str(file)).name != file for file in listed.values()):
-                raise InputError(f"{index} has no weight_map of files beside it; copy the {whole} again")
-            files = {tensor: folder / file for tensor, file in listed.items()}
-            found = {path: set(_names(path, whole)) for path in set(files.values())}
-            lost = [tensor for tensor, path in files.items() if tensor not in found[path]]
-            if lost:
-                raise InputError(
-                    f"{files[lost[0]]} lacks {list_names(lost)}, which {index.name} lists; "
-                    f"copy the {whole} again"
-                )
-            return Weights({tensor: path for path, tensors in found.items() for tensor in tensors})
-        if single.is_file():
-            return Weights({tensor: single for tensor in _names(single, whole)})
+    names = list(names)
+    for reader in (_full, _variant):
+        for name in names:
+            found = reader(folder, name, whole)
+            if found is not None:
+                return found
     pickled = sorted(
         path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{suffix}")
     )
@@ -176,6 +159,55 @@ def open_weights(
     raise FileNotFoundError(
         f"{folder / expected} is missing, and with it the weights; the {whole} is incomplete"
     )
+
+
+def _full(folder: Path, name: str, whole: str) -> Weights | None:
+    return _open(folder, name, "", whole)
+
+
+def _variant(folder: Path, name: str, whole: str) -> Weights | None:
+    # The weights of the folder's only variant, where it is a precision.
+    single = re.compile(rf"{re.escape(name)}\.(\w+)\.safetensors")
+    index = re.compile(rf"{re.escape(name)}\.safetensors\.index\.(\w+)\.json")
+    files = sorted(path.name for path in folder.glob(f"{name}.*"))
+    there = {m[1] for file in files if (m := single.fullmatch(file) or index.fullmatch(file))}
+    if len(there) > 1 or there - set(PRECISIONS):
+        raise InputError(
+            f"{folder} holds {name}.safetensors only as {', '.join(sorted(there))}: keep one of "
+            f"{', '.join(PRECISIONS)}, or save {name}.safetensors"
+        )
+    return _open(folder, name, f".{there.pop()}", whole) if there else None
+
+
+def _open(folder: Path, name: str, variant: str, whole: str) -> Weights | None:
+    # The weights of one variant; None where there are none.
+    index, single = (
+        folder / f"{name}.safetensors.index{variant}.json",
+        folder / f"{name}{variant}.safetensors",
+    )
+    if not index.is_file():
+        if not single.is_file():
+            return None
+        return Weights({tensor: single for tensor in _names(single, whole)})
+    listed = read_json(index, whole).get("weight_map")
+    if not isinstance(listed, dict) or any(Path(str(file)).name != file for file in listed.values()):
+        raise InputError(f"{index} has no weight_map of files beside it; copy the {whole} again")
+    files = {tensor: folder / file for tensor, file in listed.items()}
+    found: dict[str, Path] = {}
+    for path in sorted(set(files.values())):
+        tensors = _names(path, whole)
+        lost = [tensor for tensor, file in files.items() if file == path and tensor not in tensors]
+        if lost:
+            raise InputError(
+                f"{path} lacks {list_names(lost)}, which {index.name} lists; copy the {whole} again"
+            )
+        twice = found.keys() & set(tensors)
+        if twice:
+            raise InputError(
+                f"{path} holds {list_names(list(twice))}, which another file of {folder} holds too"
+            )
+        found |= dict.fromkeys(tensors, path)
+    return Weights(found)
 
 
 def _names(path: Path, whole: str) -> list[str]:

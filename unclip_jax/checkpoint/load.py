@@ -10,13 +10,13 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen, read_description, read_part
+from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen, check_sizes, read_description, read_part
 from unclip_jax.checkpoint.files import keep
 from unclip_jax.checkpoint.providers import find_provider
 from unclip_jax.checkpoint.store import folder as checkpoint_folder
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.errors import InputError, MissingError, MissingPackageError
-from unclip_jax.paths import is_remote, local_copy, store_errors
+from unclip_jax.paths import is_remote, local_copy, store_errors, user_path
 from unclip_jax.sharding import placer
 
 SHIPPED = Path(__file__).resolve().parent.parent / "bundles"
@@ -28,7 +28,7 @@ def bundle_path(name_or_path: str | os.PathLike) -> Path:
     Raises:
       FileNotFoundError: when there is no bundle there.
     """
-    path = Path(name_or_path).expanduser()
+    path = user_path(name_or_path)
     if not path.exists() and (SHIPPED / str(name_or_path)).is_dir():
         path = SHIPPED / str(name_or_path)
     if not (path / "bundle.json").is_file():
@@ -57,7 +57,7 @@ def load_bundle(name_or_path: str | os.PathLike, *, mesh: Mesh | None = None) ->
       FileNotFoundError, ValueError: when it is missing, incomplete, damaged, or made of parts that do not
         belong together.
     """
-    path, place = Path(_local(name_or_path)).expanduser(), keep if mesh is None else placer(mesh)
+    path, place = user_path(_local(name_or_path)), keep if mesh is None else placer(mesh)
     provider = find_provider(path)
     if provider is not None:
         return dataclasses.replace(provider.read(path, None, place), mesh=mesh)
@@ -69,6 +69,7 @@ def load_bundle(name_or_path: str | os.PathLike, *, mesh: Mesh | None = None) ->
         for name, folder in found.folders.items()
     }
     check_frozen(parts)
+    check_sizes(parts, str(path))
     top = found.top
     return Bundle(parts, top["system"], top["sampling"], top["provenance"], str(path), mesh)
 
@@ -96,7 +97,7 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
             raise MissingError(f"{path} is a run of {meta['name']!r}, not of {name!r}")
         meta["provenance"]["step"] = step
         return Part(meta["part"], params), meta
-    path = Path(_local(path)).expanduser()
+    path = user_path(_local(path))
     provider = find_provider(path)
     if provider is not None:
         read = provider.read(path, name, keep)
@@ -118,7 +119,7 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
 
 def stored_bytes(name_or_path: str | os.PathLike) -> int:
     """The size on disk of the tensors of a bundle or of public weights, in bytes; 0 where there are none."""
-    path = Path(_local(name_or_path)).expanduser()
+    path = user_path(_local(name_or_path))
     path = path if path.exists() else SHIPPED / path
     return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
 

@@ -11,6 +11,7 @@ from typing import Any
 from unclip_jax.errors import InputError
 from unclip_jax.typed import check_value, shown
 
+MOST_LAYERS, LARGEST = 1000, 2**20  # more is a mistake, and would take all memory
 STATED = object()  # in place of a default: the file must say it
 
 
@@ -18,7 +19,7 @@ STATED = object()  # in place of a default: the file must say it
 class Settings:
     """What one library's configuration may say.
 
-    read: key -> (type, the library's default or STATED). Integers must be positive.
+    read: key -> (type, the library's default or STATED). Integers are sizes and counts.
     same: key -> the values under which our network computes the same. An absent key stands for the library's
       default, which is one of them.
     stated: as `same`, but the library's default is another value, so the file must say it.
@@ -53,8 +54,9 @@ class Settings:
             taken[key] = config.get(key, default)
             check_value(taken[key], kind, f"{name}: {key}")
             counts = {int: lambda n: [n], tuple[int, ...]: list}.get(kind, lambda n: [])(taken[key])
-            if any(n < 1 for n in counts):
-                raise InputError(f"{name}: {key} must be positive, not {shown(taken[key])}")
+            largest = MOST_LAYERS if "layers" in key else LARGEST
+            if any(not 1 <= n <= largest for n in counts):
+                raise InputError(f"{name}: {key} must be between 1 and {largest}, not {shown(taken[key])}")
         known = self.read.keys() | self.same.keys() | self.stated.keys() | set(self.free)
         for key, value in config.items():
             if key in known or (key.startswith("_") and key != "_class_name"):

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from unclip_jax.checkpoint.files import finite
 from unclip_jax.checkpoint.format1 import upgrade_run_meta
 from unclip_jax.errors import InputError
 from unclip_jax.paths import absolute, check_store, is_store_error, user_path
@@ -266,9 +267,10 @@ def folder(workdir: str | os.PathLike) -> Any:
 
 def load_run(workdir: str | os.PathLike) -> tuple[dict, Any, int]:
     """The newest checkpoint of a run: its meta in format 2, its averaged parameters as NumPy arrays, and its
-    step. Raises as `read_items`."""
+    step. Raises as `read_items`, and ValueError where the parameters are not finite."""
     meta, items, step = read_items(workdir, ("ema_params",))
-    return meta, items["ema_params"], step
+    check = lambda where, value: finite(value, path_name(where), f"step {step} of {workdir}")
+    return meta, jax.tree_util.tree_map_with_path(check, items["ema_params"]), step
 
 
 def read_items(workdir: str | os.PathLike, names: tuple[str, ...]) -> tuple[dict, dict[str, Any], int]:

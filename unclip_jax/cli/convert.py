@@ -29,10 +29,13 @@ def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     import numpy as np
 
-    from unclip_jax.checkpoint.bundle import save_bundle
+    from unclip_jax.checkpoint.bundle import check_target, save_bundle
     from unclip_jax.checkpoint.load import load_bundle
     from unclip_jax.paths import total_bytes
+    from unclip_jax.sampling.programs import stage_options
 
+    check_target(args.out)
     bundle = load_bundle(args.folder)
+    stage_options(bundle)
     path = save_bundle(bundle, args.out, np.dtype(args.dtype))
     print(f"{path}: {', '.join(bundle.parts)}; {total_bytes(path) / 2**20:.1f} MiB")

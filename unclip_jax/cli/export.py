@@ -33,4 +33,5 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.checkpoint.providers import PROVIDERS
 
     provider = next(provider for provider in PROVIDERS.values() if provider.format == args.format)
+    provider.check_target(args.out)
     print(provider.write(load_bundle(args.bundle), args.out, np.dtype(args.dtype)))

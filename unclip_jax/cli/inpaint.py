@@ -7,7 +7,6 @@ import os
 
 from unclip_jax.cli.options import add_image_arguments
 from unclip_jax.errors import InputError
-from unclip_jax.paths import store_errors, user_path
 
 WORDS = (
     "MASK (optional): a picture of the same size as IMAGE. If any of its pixels is transparent, only its "
@@ -61,17 +60,14 @@ def read_redrawn(image: str, mask: str | None):
     Raises:
       InputError, OSError: one line that names the file.
     """
+    from unclip_jax.cli.options import read_picture
     from unclip_jax.data import masks
 
     path, read = (image, masks.redrawn_by_alpha) if mask is None else (mask, masks.redrawn)
-    try:
-        with store_errors(path):
-            data = user_path(path).read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no picture {path}") from None
+    data = read_picture(path)
     try:
         return read(data)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 

@@ -74,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def is_text(word: str) -> bool:
+    """Whether a word of the command line was valid UTF-8 without NUL characters."""
+    return "\0" not in word and not any(0xD800 <= ord(character) <= 0xDFFF for character in word)
+
+
 def is_expected(error: Exception, distributed: bool) -> bool:
     """Whether the user can fix the cause of an exception, so that one line of message is enough.
 
@@ -108,7 +113,11 @@ def main(argv: list[str] | None = None) -> int:
       gets SIGTERM or hangs. It has then saved its state, and the same command resumes it.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    for word in argv:
+        if not is_text(word):
+            parser.error(f"{word!a} is not text in UTF-8, or has NUL characters")
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     debug = bool(os.environ.get("UNCLIP_DEBUG"))
     for noisy in ("absl", "asyncio", "jax", "orbax", "tensorflow"):

@@ -82,8 +82,8 @@ def part_options(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
     hints = {name: hint for kind in OPTIONS.values() for name, hint in get_type_hints(kind).items()}
     options: dict[str, dict[str, Any]] = {}
     for key, text in parse_assignments(assignments).items():
-        part, dot, option = key.partition(".")
-        if not dot:
+        part, _, option = key.partition(".")
+        if not part or not option:
             raise InputError(f"{key!r} is not PART.OPTION, e.g. decoder.steps=50")
         value = read_text(key, text, kinds_of(hints.get(option, str)))
         options.setdefault(part, {})[option] = value
@@ -287,13 +287,23 @@ def read_image(path: str):
     """
     from unclip_jax.data import ops
 
+    data = read_picture(path)
+    try:
+        return ops.decode_image(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def read_picture(path: str) -> bytes:
+    """Reads the bytes of a picture's file. Raises an OSError of one line that names the file."""
+    file = user_path(path)
     try:
         with store_errors(path):
-            return ops.decode_image(user_path(path).read_bytes())
+            return file.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"no picture {path}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def add_image_arguments(

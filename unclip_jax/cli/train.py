@@ -169,9 +169,7 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
             del groups[key][key]
             groups[key][key] = {"name": "embeddings", "path": absolute(folder)}
         read = [groups[key][key] for key in groups]
-        places = [
-            source.path if source.name == "embeddings" else source.get("embeddings") for source in read
-        ]
+        places = [source.path if source.name == "embeddings" else source.get("embeddings") for source in read]
         if not keep_clip and all(places):
             config.frozen.clip = places[0]
 

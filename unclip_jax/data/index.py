@@ -269,7 +269,9 @@ def match_shards(pattern: str | Sequence[str]) -> list[str]:
                 f"no shard matches {item!r}: check the path; it is a glob such as /data/shards/*.tfrecord"
             )
         shards.extend(matches)
-    return sorted(set(shards))
+    # Two patterns may spell one path in two ways.
+    unique = {path if is_remote(path) else os.path.abspath(path): path for path in sorted(shards)}
+    return sorted(unique.values())
 
 
 def file_stamps(paths: Sequence[str]) -> list[list]:

@@ -117,9 +117,14 @@ def _engine(merges: tuple[tuple[str, str], ...]):
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise InputError("the merges of this vocabulary repeat a token: it is not a CLIP vocabulary")
-    engine = Tokenizer(
-        models.BPE(vocab=vocab, merges=list(merges), end_of_word_suffix="</w>", continuing_subword_prefix="")
-    )
+    try:
+        model = models.BPE(
+            vocab=vocab, merges=list(merges), end_of_word_suffix="</w>", continuing_subword_prefix=""
+        )
+    except Exception as error:  # the library has no class of its own
+        reason = " ".join(str(error).split())
+        raise InputError(f"these merges are not those of a CLIP vocabulary: {reason}") from None
+    engine = Tokenizer(model)
     engine.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
@@ -147,13 +152,20 @@ def _folder_merges(folder: Path) -> tuple[tuple[tuple[str, str], ...], int]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{folder} holds a damaged tokenizer ({reason}): download it again") from error
+    if not isinstance(vocab, dict) or not all(_is_merge(pair) for pair in pairs):
+        raise InputError(f"{folder} is not a CLIP tokenizer: its vocabulary or a merge is of another type")
     merges = tuple(tuple(pair) for pair in pairs)
     total = BYTE_TOKENS + len(merges) + SPECIAL_TOKENS
-    wanted = [("<|startoftext|>", total - 2), ("<|endoftext|>", total - 1), ("!", 0), ("!</w>", 256)]
-    if any(len(pair) != 2 for pair in merges) or any(vocab.get(token) != i for token, i in wanted):
+    ids = {token: i for i, token in enumerate(_tokens(merges))}
+    ids |= {"<|startoftext|>": total - 2, "<|endoftext|>": total - 1}
+    if any(vocab.get(token) != i for token, i in ids.items()):
         expected = "512 byte tokens, the merges, <|startoftext|>, <|endoftext|>"
         raise InputError(f"{folder} is not a CLIP tokenizer: expected {expected}")
     return merges, total
+
+
+def _is_merge(pair: object) -> bool:
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -273,12 +285,20 @@ class ClipTokenizer:
                 )
         if config.get("kind") != "clip_bpe":
             raise InputError(f"unknown tokenizer kind {config.get('kind')!r}: this version reads 'clip_bpe'")
+        for key in ("length", "vocab_size"):
+            if type(config.get(key)) is not int:
+                given = f"{key}={config.get(key)!r}"
+                raise InputError(f"the tokenizer config has {given}: expected a whole number")
         if "merges" not in config:
             if config.get("vocab_sha256", VOCAB_SHA256) != VOCAB_SHA256:
                 reason = "the tokenizer config names another vocabulary (vocab_sha256) than the shipped one"
                 raise InputError(f"{reason}: update unclip_jax")
             return cls(length=config["length"], vocab_size=config["vocab_size"])
-        merges = tuple(tuple(pair.split()) for pair in config["merges"])
+        pairs = config["merges"] if isinstance(config["merges"], list) else [None]
+        pairs = [pair.split() if isinstance(pair, str) else None for pair in pairs]
+        if not all(_is_merge(pair) for pair in pairs):
+            raise InputError("the tokenizer config has merges that are no list of two words each")
+        merges = tuple(map(tuple, pairs))
         if BYTE_TOKENS + len(merges) + SPECIAL_TOKENS != config["vocab_size"]:
             given = f"{len(merges)} merges, which does not fit vocab_size={config['vocab_size']}"
             raise InputError(f"the tokenizer config lists {given}")

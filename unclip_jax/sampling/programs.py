@@ -202,14 +202,12 @@ def stage_options(
     options = {}
     for name in names:
         config = bundle.part(name).config
-        chosen = options_from(
-            bundle.sampling.get(name, {}), config["kind"], **(overrides or {}).get(name, {})
-        )
+        settings = bundle.sampling.get(name, {})
         try:
-            check_options(chosen, config)
-        except ValueError as error:
+            options[name] = options_from(settings, config["kind"], **(overrides or {}).get(name, {}))
+            check_options(options[name], config)
+        except InputError as error:
             raise InputError(f"{name}: {error}") from None
-        options[name] = chosen
     return options
 
 

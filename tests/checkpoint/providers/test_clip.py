@@ -213,7 +213,7 @@ def test_images_prepared_in_another_way_are_refused(changes, message, tmp_path):
         ({"quantization_config": {"bits": 8}}, "'quantization_config' is .* not known here"),
         ({"text_config": []}, "text_config must be an object or null, not"),
         ({"projection_dim": "512"}, "projection_dim must be an integer, not '512'"),
-        ({"vision_config": {"hidden_size": 0}}, "hidden_size must be positive, not 0"),
+        ({"vision_config": {"hidden_size": 0}}, "hidden_size must be between 1 and 1048576, not 0"),
         ({"vision_config": {"num_attention_heads": 7}}, "no multiple of its 7 heads"),
         ({"vision_config": {"use_mean_pooling": True}}, "'use_mean_pooling' is True, a setting"),
         ({"vision_config": {"image_size": [224, 224]}}, "image_size must be an integer"),

@@ -86,7 +86,7 @@ def test_embeddings(quick, custom, library, tmp_path):
         ("text_cfg", {"no_causal_mask": True}, "'no_causal_mask' is True"),
         ("text_cfg", {"hf_tokenizer_name": "xlm-roberta"}, "'hf_tokenizer_name' is"),
         ("text_cfg", {"pool_type": "last"}, "pool_type is 'last'"),
-        ("text_cfg", {"heads": 0}, "heads must be positive, not 0"),
+        ("text_cfg", {"heads": 0}, "heads must be between 1 and 1048576, not 0"),
         ("preprocess_cfg", {"resize_mode": "squash"}, "resize_mode is 'squash', but the network here has"),
         ("preprocess_cfg", {"interpolation": "bilinear"}, "interpolation is 'bilinear'"),
         ("preprocess_cfg", {"size": 384}, "size is 384, but the image tower takes 16 pixels"),

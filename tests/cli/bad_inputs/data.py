@@ -56,7 +56,7 @@ def _configurations() -> list[tuple[str, list[str], str]]:
         ("a folder without its path", ["name=folder"], "data source 'folder' needs 'path'"),
         ("an empty path", ["name=folder", "path="], "data source 'folder' needs 'path'"),
         ("a path that is not there", ["name=folder", "path=nowhere"], "no folder 'nowhere'"),
-        ("a path with a NUL", ["name=folder", "path=a\0b"], "a path has no NUL characters"),
+        ("a path with a NUL", ["name=folder", "path=a\0b"], "NUL characters"),
         (
             "a folder in S3",
             ["name=folder", "path=s3://bucket/a"],

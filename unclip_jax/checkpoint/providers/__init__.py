@@ -29,6 +29,7 @@ class Provider:
       when there is no such part.
     format: the name by which `unclip export --format` asks for this layout; None when it cannot be written.
     obstacles: bundle -> what keeps it from this layout, a sentence each; None when no bundle can be written.
+    check_target: path -> path; it raises ValueError or OSError when `write` could not write there.
     write: bundle, path, dtype of the tensors -> path; None when no bundle can be written.
     """
 
@@ -37,6 +38,7 @@ class Provider:
     read: Callable[[Path, str | None, Place], Bundle]
     format: str | None = None
     obstacles: Callable[[Bundle], Iterator[str]] | None = None
+    check_target: Callable[[Path], Path] | None = None
     write: Callable[[Bundle, Path, Any], Path] | None = None
 
 
@@ -47,6 +49,7 @@ PROVIDERS: dict[str, Provider] = {
         read=karlo.read,
         format="diffusers",
         obstacles=karlo_export.obstacles,
+        check_target=karlo_export.check_target,
         write=karlo_export.write,
     ),
     "clip": Provider(
@@ -76,7 +79,7 @@ def find_provider(path: Path) -> Provider | None:
         found = f"is a {read_json(path / 'model_index.json').get('_class_name')}"
     elif (path / "config.json").is_file():
         found = f"holds a {read_json(path / 'config.json').get('model_type')!r} model"
-    elif (path / "model.safetensors").is_file() and not (path / "bundle.json").is_file():
+    elif any(path.glob("model*.safetensors*")) and not (path / "bundle.json").is_file():
         found = "has no config.json, and its tensors are not those of a network known here"
     else:
         return None

@@ -13,17 +13,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, no_part
-from unclip_jax.checkpoint.convert import Rule, convert, linear, norm, shapes_of
-from unclip_jax.checkpoint.files import Place, missing_settings, open_weights, read_json
+from unclip_jax.checkpoint.check import clip_shapes
+from unclip_jax.checkpoint.convert import Rule, convert, linear, norm
+from unclip_jax.checkpoint.files import Place, open_weights, read_json
 from unclip_jax.checkpoint.providers import preprocess
 from unclip_jax.checkpoint.settings import Settings
 from unclip_jax.data.tokenizer import VOCAB_SIZE, ClipTokenizer
 from unclip_jax.errors import InputError
-from unclip_jax.models.clip import CLIP
 from unclip_jax.typed import check_value
 
 HALVES = ("clip_text_model", "clip_vision_model")
@@ -110,7 +109,7 @@ OPENAI: tuple[Rule, ...] = (
 # ------------------------------------------------------------------------------------------- configurations
 # What any configuration of transformers may hold, and what does not change a CLIP that is applied.
 _GENERAL = (
-    *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "id2label", "label2id"),
+    *("architectures", "transformers_version", "torch_dtype", "dtype", "id2label", "label2id"),
     *("initializer_range", "initializer_factor", "logit_scale_init_value", "attention_dropout", "dropout"),
     *("bos_token_id", "pad_token_id", "sep_token_id", "use_cache", "gradient_checkpointing", "return_dict"),
     *("output_attentions", "output_hidden_states", "tie_word_embeddings", "chunk_size_feed_forward", "top_k"),
@@ -131,7 +130,7 @@ TEXT_SETTINGS = Settings(
         "eos_token_id": (int, 49407),
         **_SHARED,
     },
-    same=_SAME,
+    same=_SAME | {"model_type": (HALVES[0],)},
     free=_GENERAL,
 )
 IMAGE_SETTINGS = Settings(
@@ -144,7 +143,7 @@ IMAGE_SETTINGS = Settings(
         "patch_size": (int, 32),
         **_SHARED,
     },
-    same=_SAME | {"num_channels": (3,)},
+    same=_SAME | {"num_channels": (3,), "model_type": (HALVES[1],)},
     free=_GENERAL,
 )
 WHOLE_SETTINGS = Settings(
@@ -294,9 +293,8 @@ def read(path: Path, only: str | None, place: Place) -> Bundle:
         raise no_part(path, only, ["clip"])
     if (path / "adapter_config.json").is_file():
         raise InputError(f"{path} holds an adapter (adapter_config.json): merge it into the weights first")
-    with missing_settings(path):
-        read_folder = _transformers if (path / "config.json").is_file() else _openai
-        return as_bundle(path, *read_folder(path, place))
+    read_folder = _transformers if (path / "config.json").is_file() else _openai
+    return as_bundle(path, *read_folder(path, place))
 
 
 def as_bundle(path: Path, model: dict, params: dict) -> Bundle:
@@ -329,21 +327,6 @@ def read_halves(model: dict, folders: Mapping[str, Path], place: Place) -> dict:
         # The folders of halves do not hold the temperature. This is the limit to which training clamps it.
         params["logit_scale"] = place("logit_scale", np.float32(np.log(100.0)))
     return params
-
-
-def clip_shapes(model: dict) -> Any:
-    """The parameters' shapes of a `CLIP`."""
-    module, shapes = CLIP(**model), {}
-    image, text = model["image"], model["text"]
-    images = image and jnp.zeros((1, image["image_size"], image["image_size"], 3))
-    tokens = text and jnp.zeros((1, text["length"]), jnp.int32)
-    if image is not None and text is not None:
-        return shapes_of(module.init, images, tokens)
-    if image is not None:
-        shapes |= shapes_of(module.init, images, method="encode_image")
-    if text is not None:
-        shapes |= shapes_of(module.init, tokens, method="encode_text")
-    return shapes
 
 
 def _transformers(path: Path, place: Place) -> tuple[dict, dict]:

@@ -9,18 +9,16 @@ Our networks have Karlo's topology, so the rules only rename: a tensor of Karlo'
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, no_part
-from unclip_jax.checkpoint.convert import Rule, convert, expect, linear, norm, shapes_of
-from unclip_jax.checkpoint.files import Place, keep, missing_settings, open_weights, read_json
-from unclip_jax.checkpoint.providers import clip
+from unclip_jax.checkpoint.convert import Rule, array, convert, linear, norm, shapes_of
+from unclip_jax.checkpoint.files import Place, finite, keep, open_weights, read_json
+from unclip_jax.checkpoint.providers import clip, karlo_config, preprocess
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.errors import InputError
@@ -30,19 +28,6 @@ from unclip_jax.models.upsampler import Upsampler
 from unclip_jax.sharding import path_name
 
 PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
-# The pipelines' own defaults, by kind of part.
-SAMPLING = {
-    "prior_diffusion": {
-        "steps": 25,
-        "sampler": "ddpm",
-        "variance": "small",
-        "guidance_scale": 4.0,
-        "clip": 5.0,
-    },
-    "decoder": {"steps": 25, "sampler": "ddpm", "variance": "learned", "guidance_scale": 8.0, "clip": 1.0},
-    "upsampler": {"steps": 7, "sampler": "ddpm", "variance": "small", "clip": 1.0},
-}
-VARIANCES = {"fixed_small_log": "small", "learned_range": "learned"}  # diffusers' name -> ours
 
 
 # ------------------------------------------------------------------------------------------- names
@@ -129,136 +114,6 @@ def unet(levels: int) -> tuple[Rule, ...]:
     )
 
 
-# ------------------------------------------------------------------------------------------- configurations
-def prior_model(config: Mapping[str, Any]) -> dict:
-    """`PriorTransformer`'s configuration -> keyword arguments of `DiffusionPrior`.
-
-    Raises:
-      ValueError: when it is another transformer than Karlo's.
-    """
-    same = {
-        "additional_embeddings": 4,
-        "time_embed_act_fn": "silu",
-        "norm_in_type": None,
-        "embedding_proj_norm_type": None,
-    }
-    same |= {"encoder_hid_proj_type": "linear", "added_emb_type": "prd", "time_embed_dim": None}
-    expect(config, same, "prior")
-    heads, size = config.get("num_attention_heads", 32), config.get("attention_head_dim", 64)
-    dim = config.get("embedding_dim", 768)
-    for key in ("embedding_proj_dim", "clip_embed_dim"):
-        if config.get(key) not in (None, dim):
-            raise InputError(
-                f"prior: {key} is {config[key]}, but the network here works on embeddings of one size, {dim}"
-            )
-    layers, length = config.get("num_layers", 20), config.get("num_embeddings", 77)
-    return {"embed_dim": dim, "length": length, "width": heads * size, "heads": heads, "layers": layers}
-
-
-_UNET = {
-    **{
-        "act_fn": "silu",
-        "norm_eps": 1e-5,
-        "freq_shift": 0,
-        "flip_sin_to_cos": True,
-        "center_input_sample": False,
-    },
-    **{"mid_block_scale_factor": 1, "time_embedding_type": "positional", "time_embedding_dim": None},
-}
-# The pairs of blocks that a level may have: on the way down, and on the way up.
-PLAIN = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-CROSS = ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
-
-
-def _unet_model(config: Mapping[str, Any], name: str) -> dict:
-    widths, down, up = config["block_out_channels"], config["down_block_types"], config["up_block_types"]
-    pairs = list(zip(down, reversed(up)))
-    other = [pair for pair in pairs if pair not in (PLAIN, CROSS)]
-    if other or not len(widths) == len(down) == len(up):
-        raise InputError(
-            f"{name}: the U-Net here has levels of {PLAIN[0]} or {CROSS[0]}, the same on both ways, "
-            f"not {down} and {up}"
-        )
-    if any(width % widths[0] for width in widths):
-        raise InputError(f"{name}: widths {widths} are not multiples of the first")
-    size = config["sample_size"]
-    return {
-        "image_size": size,
-        "out_channels": config["out_channels"],
-        "channels": widths[0],
-        "channel_mult": [width // widths[0] for width in widths],
-        "res_blocks": config["layers_per_block"],
-        "attention_resolutions": [size // 2**level for level, pair in enumerate(pairs) if pair == CROSS],
-        "groups": config.get("norm_num_groups", 32),
-    }
-
-
-def decoder_model(config: Mapping[str, Any], text_proj: Mapping[str, Any]) -> dict:
-    """The decoder's `UNet2DConditionModel` and its `UnCLIPTextProjModel` -> keyword arguments of `Decoder`.
-
-    Raises:
-      ValueError: when they are other networks than Karlo's; KeyError when a number is missing.
-    """
-    same = _UNET | {
-        "in_channels": 3,
-        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-        "class_embed_type": "identity",
-    }
-    same |= {
-        "only_cross_attention": False,
-        "resnet_time_scale_shift": "scale_shift",
-        "resnet_skip_time_act": False,
-    }
-    same |= {
-        "encoder_hid_dim_type": None,
-        "addition_embed_type": None,
-        "dual_cross_attention": False,
-        "cross_attention_norm": None,
-    }
-    expect(config, same, "decoder")
-    if text_proj["cross_attention_dim"] != config["cross_attention_dim"]:
-        raise InputError(
-            f"text_proj makes tokens of {text_proj['cross_attention_dim']}, "
-            f"the decoder takes {config['cross_attention_dim']}"
-        )
-    tokens = text_proj.get("clip_extra_context_tokens", 4)
-    return {
-        "unet": _unet_model(config, "decoder") | {"head_channels": config["attention_head_dim"]},
-        "conditioning": {"context_dim": config["cross_attention_dim"], "clip_tokens": tokens},
-    }
-
-
-def upsampler_model(config: Mapping[str, Any], name: str) -> dict:
-    """A super-resolution `UNet2DModel`'s configuration -> keyword arguments of `Upsampler`.
-
-    Raises:
-      ValueError: when it is another network than Karlo's; KeyError when a number is missing.
-    """
-    expect(config, _UNET | {"in_channels": 6, "add_attention": False, "class_embed_type": None}, name)
-    shift = config.get("resnet_time_scale_shift", "default") == "scale_shift"
-    return {
-        "unet": _unet_model(config, name) | {"middle_attention": False, "scale_shift": shift},
-        "resize": "cubic",
-    }
-
-
-def schedule(config: Mapping[str, Any], prediction: str, name: str) -> dict:
-    """`UnCLIPScheduler`'s configuration -> the part's `diffusion`.
-
-    Raises:
-      ValueError: when it is another schedule.
-    """
-    theirs = {"x0": "sample", "eps": "epsilon"}[prediction]
-    expect(
-        config, {"prediction_type": theirs, "clip_sample": True, "beta_schedule": "squaredcos_cap_v2"}, name
-    )
-    return {
-        "schedule": "cosine",
-        "num_steps": config.get("num_train_timesteps", 1000),
-        "prediction": prediction,
-    }
-
-
 # ------------------------------------------------------------------------------------------- reading
 def recognises(path: Path) -> bool:
     """Whether a folder is one of Karlo's pipelines."""
@@ -269,8 +124,7 @@ def recognises(path: Path) -> bool:
 def read(path: Path, only: str | None, place: Place) -> Bundle:
     """Reads a folder as a bundle; see `providers.Provider`. The other parts hold the hash of CLIP, so CLIP's
     text encoder is read even when `only` names another part."""
-    with missing_settings(path):
-        makers, sampling = _plan(path, place)
+    makers, sampling = _plan(path, place)
     if only is not None and only not in makers:
         raise no_part(path, only, makers)
     parts = {name: make() for name, make in makers.items() if only in (None, name)}
@@ -280,10 +134,15 @@ def read(path: Path, only: str | None, place: Place) -> Bundle:
 def _plan(path: Path, place: Place) -> tuple[dict[str, Callable[[], Part]], dict]:
     # A function that makes each part, and the sampling defaults. It checks all configurations and reads no
     # weights.
-    varies = read_json(path / "model_index.json")["_class_name"] == PIPELINES[1]
+    index = read_json(path / "model_index.json")
+    karlo_config.check_index(index, str(path / "model_index.json"))
+    varies = index["_class_name"] == PIPELINES[1]
     text = read_json(path / "text_encoder" / "config.json")
     image = read_json(path / "image_encoder" / "config.json") if varies else None
     model = clip.two_halves(text, image)
+    if varies:
+        size = model["image"]["image_size"]
+        model["image"] |= preprocess.of_transformers(path / "feature_extractor", size, required=True)
     tokenizer = ClipTokenizer.from_folder(path / "tokenizer", model["text"]["length"]).config()
 
     @functools.cache
@@ -299,61 +158,61 @@ def _plan(path: Path, place: Place) -> tuple[dict[str, Callable[[], Part]], dict
     makers, sampling = {"clip": clip_part}, {}
     if not varies:
         makers["prior_diffusion"] = _prior(path, model, frozen, place)
-        sampling["prior_diffusion"] = _sampling(path, "prior_scheduler", "prior_diffusion")
+        sampling["prior_diffusion"] = _sampling(path, "prior", "prior_diffusion")
     makers["decoder"] = _decoder(path, model, frozen, place)
-    sampling["decoder"] = _sampling(path, "decoder_scheduler", "decoder")
+    sampling["decoder"] = _sampling(path, "decoder", "decoder")
     low = read_json(path / "decoder" / "config.json")["sample_size"]
     folders = ("super_res_first", "super_res_last")
-    models = [upsampler_model(read_json(path / folder / "config.json"), folder) for folder in folders]
+    models = [
+        karlo_config.upsampler_model(read_json(path / folder / "config.json"), folder) for folder in folders
+    ]
     sizes = [upsampler["unet"]["image_size"] for upsampler in models]
     if sizes[0] != sizes[1]:
         raise InputError(f"{folders[0]} makes {sizes[0]} px, but {folders[1]}, its last step, {sizes[1]} px")
     name = f"upsampler_{sizes[0]}"
     makers[name] = _upsampler(path, folders[0], models[0], low, None, place)
     makers[f"{name}_last"] = _upsampler(path, folders[1], models[1], low, name, place)
-    sampling[name] = _sampling(path, "super_res_scheduler", "upsampler")
+    sampling[name] = _sampling(path, "super_res", "upsampler")
     return makers, sampling
 
 
-def _sampling(path: Path, scheduler: str, kind: str) -> dict:
-    config = read_json(path / scheduler / "scheduler_config.json")
-    variance = config.get("variance_type", "fixed_small_log")
-    if variance not in VARIANCES:
-        raise InputError(
-            f"{scheduler}: variance_type is {variance!r}, but only {', '.join(VARIANCES)} are known here"
-        )
-    bound = float(config.get("clip_sample_range", 1.0))
-    return SAMPLING[kind] | {"variance": VARIANCES[variance], "clip": bound}
+def _sampling(path: Path, part: str, kind: str) -> dict:
+    config = read_json(path / f"{part}_scheduler" / "scheduler_config.json")
+    return karlo_config.sampling(config, kind, f"{part}_scheduler")
 
 
-def _diffusion(path: Path, scheduler: str, prediction: str) -> dict:
-    return schedule(read_json(path / scheduler / "scheduler_config.json"), prediction, scheduler)
+def _diffusion(path: Path, part: str, prediction: str) -> dict:
+    config = read_json(path / f"{part}_scheduler" / "scheduler_config.json")
+    return karlo_config.schedule(config, prediction, f"{part}_scheduler")
 
 
 def _prior(path: Path, clip_model: dict, frozen: Callable[[], dict], place: Place) -> Callable[[], Part]:
-    model = prior_model(read_json(path / "prior" / "config.json"))
+    model = karlo_config.prior_model(read_json(path / "prior" / "config.json"))
     dim, length = clip_model["embed_dim"], clip_model["text"]["length"]
     if model["embed_dim"] != dim or model["length"] != length:
         raise InputError(
             f"the prior works on {model['length']} states and embeddings of {model['embed_dim']}, "
             f"but the text encoder makes {length} and {dim}: they are of different CLIPs"
         )
-    diffusion = _diffusion(path, "prior_scheduler", "x0")
+    diffusion = _diffusion(path, "prior", "x0")
 
     def make() -> Part:
         weights = open_weights(path / "prior")
-        shapes = shapes_of(
-            DiffusionPrior(**model).init, jnp.zeros((1, dim)), jnp.zeros(1), **_text_inputs(clip_model)
-        )
+        shapes = shapes_of(DiffusionPrior(**model).init, array(1, dim), array(1), **_text_inputs(clip_model))
         params = convert(weights, PRIOR, shapes, "the prior", place)
         missing = [name for name in ("clip_mean", "clip_std") if name not in weights]
         if missing:
             raise InputError(f"the prior's file lacks {', '.join(missing)}")
-        mean, std = (np.asarray(weights[name], np.float32).reshape(-1) for name in ("clip_mean", "clip_std"))
+        mean, std = (
+            finite(np.asarray(weights[name], np.float32).reshape(-1), name, "the prior")
+            for name in ("clip_mean", "clip_std")
+        )
         if mean.shape != (dim,) or std.shape != (dim,):
             raise InputError(
                 f"the prior's clip_mean and clip_std are of {mean.size} and {std.size}, not of {dim}"
             )
+        if std.min() <= 0:
+            raise InputError("the prior's clip_std must be positive")
         space = {"kind": "whitened", "scale": None, "mean": mean.tolist(), "std": std.tolist()}
         config = {"kind": "prior_diffusion", "model": model, "diffusion": diffusion, "embedding_space": space}
         return Part(config | {"frozen": frozen()}, params)
@@ -363,23 +222,23 @@ def _prior(path: Path, clip_model: dict, frozen: Callable[[], dict], place: Plac
 
 def _decoder(path: Path, clip_model: dict, frozen: Callable[[], dict], place: Place) -> Callable[[], Part]:
     config, text_proj = (read_json(path / folder / "config.json") for folder in ("decoder", "text_proj"))
-    model, diffusion = decoder_model(config, text_proj), _diffusion(path, "decoder_scheduler", "eps")
+    model, diffusion = karlo_config.decoder_model(config, text_proj), _diffusion(path, "decoder", "eps")
     dim = clip_model["embed_dim"]
-    if text_proj.get("clip_embeddings_dim", 768) != dim:
+    takes = karlo_config.projected_dim(text_proj)
+    if takes != dim:
         raise InputError(
-            f"text_proj takes embeddings of {text_proj['clip_embeddings_dim']}, CLIP makes {dim}: "
-            "they are of different CLIPs"
+            f"text_proj takes embeddings of {takes}, CLIP makes {dim}: they are of different CLIPs"
         )
 
     def make() -> Part:
         inputs = {
-            "image_embed": jnp.zeros((1, dim)),
-            "drop_image": jnp.zeros(1, bool),
+            "image_embed": array(1, dim),
+            "drop_image": array(1, dtype=bool),
             **_text_inputs(clip_model),
         }
         levels = len(model["unet"]["channel_mult"])
         side = 2 ** (levels - 1)  # the parameters do not depend on it
-        shapes = shapes_of(Decoder(**model).init, jnp.zeros((1, side, side, 3)), jnp.zeros(1), **inputs)
+        shapes = shapes_of(Decoder(**model).init, array(1, side, side, 3), array(1), **inputs)
         params: dict = {}
         for folder, name, half, rules in (
             ("text_proj", "text_proj", "conditioning", TEXT_PROJ),
@@ -394,16 +253,16 @@ def _decoder(path: Path, clip_model: dict, frozen: Callable[[], dict], place: Pl
 def _text_inputs(clip_model: dict) -> dict:
     length, width = clip_model["text"]["length"], clip_model["text"]["width"]
     return {
-        "text_embed": jnp.zeros((1, clip_model["embed_dim"])),
-        "text_states": jnp.zeros((1, length, width)),
-        "text_mask": jnp.ones((1, length), bool),
+        "text_embed": array(1, clip_model["embed_dim"]),
+        "text_states": array(1, length, width),
+        "text_mask": array(1, length, dtype=bool),
     }
 
 
 def _upsampler(
     path: Path, folder: str, model: dict, low: int, last_step_of: str | None, place: Place
 ) -> Callable[[], Part]:
-    diffusion, size = _diffusion(path, "super_res_scheduler", "eps"), model["unet"]["image_size"]
+    diffusion, size = _diffusion(path, "super_res", "eps"), model["unet"]["image_size"]
     if size % low:
         raise InputError(f"{folder} makes {size} px, which is no multiple of the decoder's {low}")
     config = {"kind": "upsampler", "model": model, "diffusion": diffusion, "factor": size // low}
@@ -412,10 +271,8 @@ def _upsampler(
 
     def make() -> Part:
         levels = len(model["unet"]["channel_mult"])
-        side, low_res = 2 ** (levels - 1), jnp.zeros((1, 1, 1, 3))
-        shapes = shapes_of(
-            Upsampler(**model).init, jnp.zeros((1, side, side, 3)), jnp.zeros(1), low_res=low_res
-        )
+        side, low_res = 2 ** (levels - 1), array(1, 1, 1, 3)
+        shapes = shapes_of(Upsampler(**model).init, array(1, side, side, 3), array(1), low_res=low_res)
         return Part(config, convert(open_weights(path / folder), unet(levels), shapes, folder, place))
 
     return make

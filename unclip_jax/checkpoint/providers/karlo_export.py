@@ -4,6 +4,7 @@ same rules."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle, Part, last_step, upsamplers
 from unclip_jax.checkpoint.convert import Rule, export
 from unclip_jax.checkpoint.files import cast, save_tensors
-from unclip_jax.checkpoint.providers import clip, karlo
+from unclip_jax.checkpoint.providers import clip, karlo, karlo_config
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.errors import InputError
-from unclip_jax.paths import store_errors, user_path, whole_folder
+from unclip_jax.paths import check_writable, store_errors, user_path, whole_folder
 
 VERSION = "0.33.1"  # of diffusers: the last in which the pipeline is not deprecated
 # The class that reads each folder: (library, name).
@@ -33,7 +34,7 @@ CLASSES = {
     },
     "tokenizer": ("transformers", "CLIPTokenizer"),
 }
-VARIANCES = {ours: theirs for theirs, ours in karlo.VARIANCES.items()}
+VARIANCES = {ours: theirs for theirs, ours in karlo_config.VARIANCES.items()}
 
 
 def obstacles(bundle: Bundle) -> Iterator[str]:
@@ -88,6 +89,23 @@ def obstacles(bundle: Bundle) -> Iterator[str]:
         yield "Karlo's upsampler enlarges with the cubic filter"
 
 
+def check_target(path: str | os.PathLike) -> Any:
+    """Checks that `write` can write to a folder; call it before long work.
+
+    Returns:
+      The folder, with pathlib's methods.
+
+    Raises:
+      ValueError: when it is not empty. OSError: when it cannot be written.
+    """
+    path = user_path(path)
+    with store_errors(path):
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise InputError(f"{path} exists and is not empty; choose another folder")
+    check_writable(path / "model_index.json")
+    return path
+
+
 def write(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Path:
     """Writes a bundle in the layout of diffusers' `UnCLIPPipeline`. The folder appears whole or not at all.
 
@@ -103,14 +121,11 @@ def write(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Path:
     Raises:
       ValueError: naming everything that keeps the bundle from this layout, or when the folder is not empty.
     """
-    path = user_path(path)
+    path = check_target(path)
     reasons = list(obstacles(bundle))
     if reasons:
         name = bundle.path or "(unsaved)"
         raise InputError(f"the bundle {name} cannot be exported to diffusers: {'; '.join(reasons)}")
-    with store_errors(path):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"{path} exists and is not empty; choose another folder")
     with whole_folder(path, "model_index.json") as temporary:
         _write_folders(bundle, temporary, dtype)
     return path
@@ -214,7 +229,7 @@ def _text_proj(decoder: dict, embed_dim: int) -> dict:
 def _unet(unet: dict) -> dict:
     sizes = [unet["image_size"] // 2**level for level in range(len(unet["channel_mult"]))]
     attends = [size in unet.get("attention_resolutions", ()) for size in sizes]
-    pairs = [karlo.CROSS if cross else karlo.PLAIN for cross in attends]
+    pairs = [karlo_config.CROSS if cross else karlo_config.PLAIN for cross in attends]
     return {
         "sample_size": unet["image_size"],
         "out_channels": unet["out_channels"],

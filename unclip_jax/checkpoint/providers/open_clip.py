@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip_jax.checkpoint.bundle import Bundle, no_part
+from unclip_jax.checkpoint.check import clip_shapes
 from unclip_jax.checkpoint.convert import Rule, convert
 from unclip_jax.checkpoint.files import Place, open_weights, read_json
 from unclip_jax.checkpoint.providers import clip, preprocess
@@ -111,5 +112,5 @@ def read(path: Path, only: str | None, place: Place) -> Bundle:
     if only not in (None, "clip"):
         raise no_part(path, only, ["clip"])
     model = model_config(read_json(path / CONFIG), f"{path}/{CONFIG}")
-    params = convert(open_weights(path, WEIGHTS), RULES, clip.clip_shapes(model), "CLIP", place)
+    params = convert(open_weights(path, WEIGHTS), RULES, clip_shapes(model), "CLIP", place)
     return clip.as_bundle(path, model, params)

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -75,7 +76,8 @@ def folder_source(
         if len(texts) > 1:
             names = " and ".join(os.path.basename(text) for text in texts)
             raise InputError(f"{key} has several texts, {names}: keep one")
-        captions = tuple(line.strip() for text in texts for line in _read_text(text).splitlines())
+        lines = [line for text in texts for line in re.split(r"\r\n|\r|\n", _read_text(text))]
+        captions = tuple(line.strip() for line in lines)
         return Record(key, data, caption_texts(captions), {}, str(root))
 
     stamps = file_stamps([*images, *sorted({text for texts in listed.texts.values() for text in texts})])

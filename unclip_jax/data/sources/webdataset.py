@@ -72,6 +72,10 @@ def _find_records(file: BinaryIO, size: int, path: str) -> np.ndarray:
                 spans.append([member.offset, end - member.offset])
                 headers.append(member.offset_data - member.offset)
                 current = key
+            # tarfile ends without a word at a header that it cannot read, and where the file ends.
+            if not _only_zeros(file, tar.offset):
+                reason = f"no member and no end of the tar at byte {tar.offset}"
+                raise InputError(f"{path}: {reason}: it is truncated or damaged, or tars were joined")
     except (tarfile.TarError, ValueError, OverflowError) as error:  # tarfile lets some of the latter through
         if isinstance(error, InputError):
             raise
@@ -82,6 +86,19 @@ def _find_records(file: BinaryIO, size: int, path: str) -> np.ndarray:
     for number in repeated:
         spans[number][1] = headers[number]
     return np.array(spans, np.int64).reshape(-1, 2)
+
+
+def _only_zeros(file: BinaryIO, offset: int) -> bool:
+    # Whether the file goes on at the offset, with zeros alone: that is how a tar ends.
+    file.seek(offset)
+    chunk = file.read(1 << 20)
+    if not chunk:
+        return False
+    while chunk:
+        if chunk.count(0) != len(chunk):
+            return False
+        chunk = file.read(1 << 20)
+    return True
 
 
 def parse_tar(data: bytes, path: str) -> Record:
