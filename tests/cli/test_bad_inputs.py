@@ -33,11 +33,12 @@ def table(tmp_path_factory):
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and modification time of everything below a folder; links are not followed."""
-    return {
-        str(Path(root, name)): (os.lstat(Path(root, name)).st_size, os.lstat(Path(root, name)).st_mtime_ns)
-        for root, folders, names in os.walk(folder)
-        for name in [*names, *folders]
-    }
+    found = {}
+    for root, folders, names in os.walk(folder):
+        for name in [*names, *folders]:
+            there = os.lstat(path := f"{root}/{name}")
+            found[path] = there.st_size, there.st_mtime_ns
+    return found
 
 
 def run(argv: list[str]) -> tuple[int, str]:
@@ -71,11 +72,11 @@ def test_bad_inputs_are_refused_in_one_line(kind, table, monkeypatch):
     monkeypatch.delenv("UNCLIP_DEBUG", raising=False)
     box, rows = table(kind)
     monkeypatch.chdir(box)
-    faults = []
+    faults, before = [], files(box)
     for row in rows:
-        before = files(box)
         status, err = run(row.argv)
-        wrong = fault(status, err, row.says, before, files(box))
+        after = files(box)
+        wrong, before = fault(status, err, row.says, before, after), after
         if wrong is not None:
             faults.append(f"{row.name}: unclip {' '.join(row.argv)}: {wrong}")
     assert not faults, "\n" + "\n".join(faults)
