@@ -98,9 +98,14 @@ def source_options(assignments: Sequence[str], source: str | None = None) -> dic
       source: the source's name where they do not give it.
 
     Raises:
-      ValueError: if an item is not KEY=VALUE, or the value is not of the argument's type.
+      ValueError: if an item is not KEY=VALUE, or the value is not of the argument's type; if two items give
+        a key two values.
     """
     pairs = parse_assignments(assignments)
+    for item in assignments:
+        key, _, value = item.partition("=")
+        if value != pairs[key]:
+            raise InputError(f"{key} is given twice: {value!r} and {pairs[key]!r}")
     kinds = {key: source_kinds(pairs.get("name", source), key) for key in pairs}
     return {key: read_text(key, text, kinds[key]) for key, text in pairs.items()}
 

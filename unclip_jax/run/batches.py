@@ -17,6 +17,8 @@ from unclip_jax.errors import InputError
 from unclip_jax.run.hosts import on_every_host
 from unclip_jax.sharding import Mesh, own_rows, shard_batch
 
+CHECKED = 64  # rows that `check_held_out` holds at a time
+
 
 class Data(NamedTuple):
     """The training source, and the evaluation sources by name. The name of a single source is `eval`."""
@@ -108,6 +110,25 @@ def eval_batches(
 
     for batch, valid in pipeline.eval_batches(source, example, -(-batch_size // ways) * ways, limit):
         yield shard_batch(batch, mesh, whole=True), valid
+
+
+def check_held_out(config: ConfigDict, make_example: Callable, data: Data) -> None:
+    """Reads the rows of all evaluations once, so that a bad one is told before the first step.
+
+    Raises:
+      ValueError: naming a record that cannot be used (`pipeline.eval_batches`).
+    """
+    settings = config.get("eval", {})
+    rows = max(settings.get("rows", 0), settings.get("samples", 0))
+    if not config.eval_every or not rows:
+        return
+
+    def example(record, rng):
+        return make_example(record, rng, training=False)
+
+    for source in data.held_out.values():
+        for _ in pipeline.eval_batches(source, example, min(rows, CHECKED), rows):
+            pass
 
 
 def joined_rows(outputs: Iterable[tuple[Any, int]]) -> Any:

@@ -68,6 +68,7 @@ class Run:
     ):
         self.config, self.workdir, self.stage, self.mesh, self.data = config, workdir, stage, mesh, data
         self.figures: dict[str, float] = {}
+        batches.check_held_out(config, stage.example, data)
         self.optimizers = make_optimizers(config, stage.players)
         self.shardings = abstract_state(stage, self.optimizers, mesh)[1]
         state = create_state(stage, self.optimizers, config.seed, self.shardings)

@@ -51,6 +51,7 @@ def _configurations() -> list[tuple[str, list[str], str]]:
         ("an unknown source", ["name=imagenet"], "unknown data source 'imagenet'"),
         ("no equals sign", ["folder"], "'folder' is not KEY=VALUE"),
         ("no key", ["=folder"], "'=folder' is not KEY=VALUE"),
+        ("a key with two values", ["name=folder", "path=a", "path=b"], "path is given twice: 'a' and 'b'"),
         ("an unknown split", ["name=emoji", "split=test"], "unknown split 'test' of the emoji data"),
         ("an unknown key", ["name=emoji", "spilt=val"], "unknown key 'spilt' for data source 'emoji'"),
         ("a folder without its path", ["name=folder"], "data source 'folder' needs 'path'"),
