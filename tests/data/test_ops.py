@@ -93,6 +93,11 @@ def test_thirty_two_bits_need_a_stated_range(dtype):
             ops.decode_image(tiff(np.array([[np.nan, 1]], dtype), lowest=0, highest=1))
 
 
+def test_a_transparent_value_of_sixteen_bits_is_white():
+    deep = Image.fromarray(np.array([[0, 257, 65535]], np.uint16))
+    assert ops.decode_image(encode(deep, "PNG", transparency=257))[0, :, 0].tolist() == [0, 255, 255]
+
+
 def test_sixteen_bits_of_a_tiff():
     """White may be 0, and the picture may lie on its side."""
     deep = np.array([[0, 257, 65535]], np.uint16)

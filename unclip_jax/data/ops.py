@@ -133,6 +133,10 @@ def _to_grey(opened: Image.Image, black: float, white: float) -> Image.Image:
     grey = (np.asarray(opened).astype(np.float64) - black) / (white - black)
     if not np.isfinite(grey).all():
         raise InputError("it has pixels that are not finite")
+    if isinstance(
+        opened.info.get("transparency"), int
+    ):  # one value of a PNG, composited on white as elsewhere
+        grey[np.asarray(opened) == opened.info["transparency"]] = 1
     return Image.fromarray(np.round(np.clip(grey, 0, 1) * 255).astype(np.uint8))
 
 
