@@ -343,3 +343,17 @@ def test_evaluation_names_a_bad_record():
     ) as error:
         list(eval_batches(memory(10, {6}), make_example, 4))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_captions_that_fill_all_tokens_are_counted(backend):
+    def example(record, rng):
+        last = record.meta["i"] % 3 == 0
+        return {
+            "clip_token_mask": np.array([True, last]),
+            "token_mask": np.array([True, record.meta["i"] == 1]),
+        }
+
+    batches = train_batches(memory(9), example, batch_size=3, seed=0, num_steps=3, workers=Workers(backend))
+    counted = [batches.stats.full for _ in batches]
+    assert counted[-1] == 4 and counted == sorted(counted)

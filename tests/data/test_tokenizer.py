@@ -191,7 +191,7 @@ def test_what_captions_lose_is_said_once(caplog):
     tokenizer_module.warn_of_cuts(["a fox", "a b c d e f"], None, tokenizer)
     assert not caplog.messages
     tokenizer_module.warn_of_cuts(["a b c d e f and a party hat"] * 3, tokenizer, ClipTokenizer(77))
-    reads = "the 8 tokens that the text encoder reads"
+    reads = "the 8 tokens that a text encoder reads"
     assert caplog.messages == [f'the caption cut to {reads}; lost: "and a party hat"']
     caplog.clear()
     tokenizer_module.warn_of_cuts(["a fox", *(f"a b c d e f {i}" for i in range(10))], tokenizer)

@@ -110,3 +110,15 @@ def test_positions_out_of_range(sampler, positions):
 def test_embeddings_that_do_not_fit(sampler, z):
     with pytest.raises(InputError, match="z_image"):
         inversion.decode(sampler, inversion.Latents(z))
+
+
+def test_the_words_that_a_caption_loses_are_said_once(caplog):
+    """Two captions that differ only in their ends may draw the same: the shipped bundle reads 24 tokens."""
+    sampler = Sampler(unclip_jax.load_bundle("emoji"))
+    start = "a 3d emoji of a grinning squinting face with medium-dark skin tone and a small"
+    arrays = sampler.captions([f"{start} party hat", f"{start} blue umbrella"])
+    assert (arrays["clip_tokens"][0] == arrays["clip_tokens"][1]).all()
+    (said,) = caplog.messages
+    assert said.startswith("2 of 2 captions cut to the 24 tokens") and 'party hat", "' in said
+    sampler.captions(["a fox"])
+    assert len(caplog.messages) == 1
