@@ -192,11 +192,11 @@ def test_what_captions_lose_is_said_once(caplog):
     assert not caplog.messages
     tokenizer_module.warn_of_cuts(["a b c d e f and a party hat"] * 3, tokenizer, ClipTokenizer(77))
     reads = "the 8 tokens that a text encoder reads"
-    assert caplog.messages == [f'the caption cut to {reads}; lost: "and a party hat"']
+    assert caplog.messages == [f'the caption is cut to {reads}; lost: "and a party hat"']
     caplog.clear()
     tokenizer_module.warn_of_cuts(["a fox", *(f"a b c d e f {i}" for i in range(10))], tokenizer)
     shown = ", ".join(f'"{i}"' for i in range(8))
-    assert caplog.messages == [f"10 of 11 captions cut to {reads}; lost: {shown} and 2 more"]
+    assert caplog.messages == [f"10 of 11 captions are cut to {reads}; lost: {shown} and 2 more"]
 
 
 def test_config_round_trip():

@@ -119,6 +119,6 @@ def test_the_words_that_a_caption_loses_are_said_once(caplog):
     arrays = sampler.captions([f"{start} party hat", f"{start} blue umbrella"])
     assert (arrays["clip_tokens"][0] == arrays["clip_tokens"][1]).all()
     (said,) = caplog.messages
-    assert said.startswith("2 of 2 captions cut to the 24 tokens") and 'party hat", "' in said
+    assert said.startswith("2 of 2 captions are cut to the 24 tokens") and 'party hat", "' in said
     sampler.captions(["a fox"])
     assert len(caplog.messages) == 1

@@ -156,8 +156,10 @@ def _caption_text(value: Any) -> str:
         raise InputError(f"a caption is {type_in_words(value)}, expected a text")
     if "\0" in value:
         raise InputError("a caption holds a NUL character (is it UTF-16?): save it as UTF-8")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise InputError("a caption holds half of a surrogate pair: save it as UTF-8")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("a caption holds half of a surrogate pair: save it as UTF-8") from None
     return value
 
 

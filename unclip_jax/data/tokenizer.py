@@ -337,6 +337,6 @@ def warn_of_cuts(captions: Sequence[str], *tokenizers: ClipTokenizer | None) -> 
         return
     shown = ", ".join(f'"{end[:200]}{"..." if len(end) > 200 else ""}"' for end in lost[:MAX_SHOWN])
     more = f" and {len(lost) - MAX_SHOWN} more" if len(lost) > MAX_SHOWN else ""
-    count = f"{len(lost)} of {len(unique)} captions" if len(unique) > 1 else "the caption"
+    count = f"{len(lost)} of {len(unique)} captions are" if len(unique) > 1 else "the caption is"
     slots = f"the {shortest.length} tokens that a text encoder reads"
     log.warning("%s cut to %s; lost: %s%s", count, slots, shown, more)
