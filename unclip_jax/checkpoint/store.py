@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 from unclip_jax.checkpoint.files import finite
 from unclip_jax.checkpoint.format1 import upgrade_run_meta
 from unclip_jax.errors import InputError
-from unclip_jax.paths import absolute, check_store, is_store_error, user_path
+from unclip_jax.paths import absolute, check_writable, is_store_error, user_path
 from unclip_jax.sharding import path_name
 
 FOLDER = "checkpoints"
@@ -44,14 +44,16 @@ class CheckpointStore:
       keep: how many of the newest checkpoints stay.
 
     Raises:
-      ValueError: when `keep` is less than 1.
-      OSError: when the store that holds the folder is out of reach.
+      ValueError: when `keep` is less than 1, or the folder has no name.
+      OSError: when the folder cannot be written, or the store that holds it is out of reach.
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2):
-        check_store(workdir)
+        if not os.fspath(workdir):
+            raise InputError("the run's folder must have a name, got ''")
         if keep < 1:
             raise InputError(f"at least one checkpoint must be kept, got keep={keep}")
+        check_writable(folder(workdir) / "checkpoint")
         self.workdir, self.keep = workdir, keep
 
     @functools.cached_property

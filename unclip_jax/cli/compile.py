@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from unclip_jax.errors import InputError, MemoryNeededError
-from unclip_jax.paths import user_path
+from unclip_jax.paths import check_writable
 
 ADVICE = (
     "raise mesh.fsdp or (except for clip) grad_accumulation, lower --batch, set remat=full or "
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.sample and args.embeddings:
         raise InputError("--embeddings is for a train step; a sampler reads captions")
-    if args.save and user_path(args.save).is_dir():
-        raise InputError(f"--save {args.save} is a folder; name a file")
+    if args.save is not None:
+        check_writable(args.save)
     config = load_config(args.config)
     for key, value in parse_assignments(args.assignments).items():
         override(config, key, value)
@@ -99,13 +99,16 @@ def run(args: argparse.Namespace) -> None:
         path, _, variant = args.config.partition(":")
         beside = f"{Path(path).parent / 'clip.py'}" + (":tiny" if variant == "tiny" else "")
         clip_config = load_config(args.clip or beside)
+        if clip_config.get("stage") != "clip":
+            raise InputError(f"{args.clip or beside} is not a CLIP's configuration; name one with --clip")
+        check_stage(clip_config)
     if args.sample:
         report, compiled = step.compile_sampler(config, clip_config, mesh)
     else:
         report, compiled = step.compile_step(config, clip_config, mesh, args.embeddings)
     print(describe(report, args.topology), flush=True)
     print(verdict(report), end="\n" if report.chip else "")
-    if args.save:
+    if args.save is not None:
         save(compiled, args.save)
         print(f"saved {args.save}")
 

@@ -69,10 +69,10 @@ class Run:
         self.config, self.workdir, self.stage, self.mesh, self.data = config, workdir, stage, mesh, data
         self.figures: dict[str, float] = {}
         batches.check_held_out(config, stage.example, data)
+        self.store = CheckpointStore(workdir, config.keep)
         self.optimizers = make_optimizers(config, stage.players)
         self.shardings = abstract_state(stage, self.optimizers, mesh)[1]
         state = create_state(stage, self.optimizers, config.seed, self.shardings)
-        self.store = CheckpointStore(workdir, config.keep)
         meta = {
             "name": stage.name,
             "part": stage.part,
@@ -151,9 +151,9 @@ class Run:
             )
             stack.callback(self._batches.close)
             # A start that failed before this line has made no folder.
+            self.store.open()
             self.logger = Logger(self.config, self.workdir, self.stage.name, first, self._batches.stats)
             stack.callback(self.logger.close)
-            self.store.open()
             self._closing = stack.pop_all()
         return self
 

@@ -251,7 +251,9 @@ def check_settings(config: Mapping, table: Mapping[str, Any], figures: Sequence[
     """
     config = config.to_dict() if isinstance(config, ConfigDict) else config
     _check_table(config, table, "")
-    parse_profile(config["profile"])
+    first = parse_profile(config["profile"])[:1]
+    if first and first[0] >= config["steps"]:
+        raise InputError(f"profile={config['profile']} begins after the last of steps={config['steps']}")
     _check_keep_best(config, figures)
     if "optimizer" in table and config["optimizer"]["warmup_steps"] >= config["steps"]:
         warmup, steps = config["optimizer"]["warmup_steps"], config["steps"]

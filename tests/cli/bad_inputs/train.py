@@ -172,7 +172,9 @@ def rows(box: Path) -> list[Row]:
     """Makes the configuration files and returns the rows."""
     for name, (content, _) in FILES.items():
         (box / name).write_text(content)
-    clip, upsampler = (str(CONFIGS / f"emoji/{name}.py:tiny") for name in ("clip", "upsampler"))
+    clip, prior, upsampler = (
+        str(CONFIGS / f"emoji/{name}.py:tiny") for name in ("clip", "prior_diffusion", "upsampler")
+    )
     train = ["train", clip, "--workdir", "run"]
     compiled = ["compile", upsampler, "--topology"]
     return [
@@ -205,6 +207,27 @@ def rows(box: Path) -> list[Row]:
         Row("a CLIP for CLIP", [*train, "--clip", "emoji"], "no frozen CLIP; leave out --clip"),
         Row("embeddings for CLIP", [*train, "--embeddings", "there"], "the clip stage reads no embeddings"),
         Row("a bad profile", [*train, "--profile", "2"], "profile must be FIRST:LAST"),
+        Row("a profile after the end", [*train, "--profile", "4:9"], "profile=4:9 begins after the last of"),
+        Row("a run without a name", ["train", clip, "--workdir", ""], "the run's folder must have a name"),
+        Row(
+            "a file for a run",
+            ["train", clip, "--workdir", "empty.py"],
+            "empty.py/checkpoints/checkpoint cannot be written",
+        ),
+        Row("a run below a file", ["train", clip, "--workdir", "empty.py/run"], "cannot be written: "),
+        Row(
+            "an unknown scheme", ["train", clip, "--workdir", "s3://bucket/run"], "s3://bucket/run: paths may"
+        ),
+        Row(
+            "more candidates than rows",
+            [*train, "--set", "eval.candidates=30000", "--set", "eval.rows=30000"],
+            "eval.candidates=30000 needs as many rows, but data.eval",
+        ),
+        Row(
+            "a CLIP that is not there",
+            ["train", prior, "--workdir", "run", "--clip", "no"],
+            "train 'clip' first",
+        ),
         Row("a batch of no rows", [*compiled, "cpu:8", "--batch", "0"], "batch_size must be a whole number"),
         Row("a negative batch", [*compiled, "cpu:8", "--batch", "-8"], "batch_size must be a whole number"),
         Row("a mesh of words", [*compiled, "cpu:8", "--mesh", "data=x"], "sizes must be whole numbers"),
@@ -217,5 +240,12 @@ def rows(box: Path) -> list[Row]:
             [*compiled, "cpu:8", "--set", "diffusion.num_steps=0"],
             "diffusion.num_steps must be",
         ),
-        Row("a folder to save to", [*compiled, "cpu:8", "--save", "."], "--save . is a folder"),
+        Row("an empty name to save to", [*compiled, "cpu:8", "--save", ""], "'' is a folder; name a file"),
+        Row("a file to save below", [*compiled, "cpu:8", "--save", "empty.py/x"], "cannot be written"),
+        Row(
+            "no CLIP",
+            ["compile", prior, "--topology", "cpu:8", "--clip", upsampler],
+            "is not a CLIP's configuration",
+        ),
+        Row("a folder to save to", [*compiled, "cpu:8", "--save", "."], ". is a folder; name a file"),
     ]
