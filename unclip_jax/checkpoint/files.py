@@ -299,5 +299,6 @@ def keep(name: str, value: np.ndarray) -> np.ndarray:
     if owned and value.dtype == np.float32 and value.ctypes.data % ALIGNMENT == 0:
         return value
     copy = aligned(value.shape)
-    copy[...] = value
+    with np.errstate(over="ignore"):  # infinite values are found by `finite`
+        copy[...] = value
     return copy

@@ -11,8 +11,9 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen, check_sizes, read_description, read_part
-from unclip_jax.checkpoint.files import keep
-from unclip_jax.checkpoint.providers import find_provider
+from unclip_jax.checkpoint.check import check_config
+from unclip_jax.checkpoint.files import Place, keep
+from unclip_jax.checkpoint.providers import Provider, find_provider
 from unclip_jax.checkpoint.store import folder as checkpoint_folder
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.errors import InputError, MissingError, MissingPackageError
@@ -60,7 +61,7 @@ def load_bundle(name_or_path: str | os.PathLike, *, mesh: Mesh | None = None) ->
     path, place = user_path(_local(name_or_path)), keep if mesh is None else placer(mesh)
     provider = find_provider(path)
     if provider is not None:
-        return dataclasses.replace(provider.read(path, None, place), mesh=mesh)
+        return dataclasses.replace(_public(provider, path, None, place), mesh=mesh)
     path = bundle_path(path)
     found = read_description(path)
     shipped = path.is_relative_to(SHIPPED)
@@ -100,7 +101,7 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
     path = user_path(_local(path))
     provider = find_provider(path)
     if provider is not None:
-        read = provider.read(path, name, keep)
+        read = _public(provider, path, name, keep)
         return read.parts[name], {"sampling": read.sampling.get(name, {}), "provenance": read.provenance}
     try:
         path = bundle_path(path)
@@ -115,6 +116,15 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
         "provenance": provenance.get("training", {}).get(name, provenance),
     }
     return read_part(found.folders[name], found.configs[name], found.top["parts"][name]["hash"]), meta
+
+
+def _public(provider: Provider, path: Path, name: str | None, place: Place) -> Bundle:
+    # Public weights as a bundle: what is read must be what a bundle may hold.
+    read = provider.read(path, name, place)
+    for part, value in read.parts.items():
+        check_config(value.config, f"{path}: {part}")
+    check_sizes(read.parts, str(path))
+    return read
 
 
 def stored_bytes(name_or_path: str | os.PathLike) -> int:

@@ -322,7 +322,8 @@ class ParamsHash:
 
     def update(self, name: str, value: Any) -> None:
         """Adds the next parameter."""
-        value = np.asarray(value, np.float16)
+        with np.errstate(over="ignore"):
+            value = np.asarray(value, np.float16)
         self._digest.update(f"{name}{value.shape}".encode())
         self._digest.update(np.ascontiguousarray(value).data)
 

@@ -227,3 +227,45 @@ def test_settings_of_another_clip_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         load_bundle(tmp_path)
     assert "\n" not in str(error.value)
+
+
+# What transformers 4.16 wrote into each half of openai/clip-vit-large-patch14, beside the sizes.
+OLD = {
+    "_name_or_path": "", "add_cross_attention": False, "architectures": None, "attention_dropout": 0.0,
+    "bad_words_ids": None, "bos_token_id": 0, "chunk_size_feed_forward": 0, "decoder_start_token_id": None,
+    "diversity_penalty": 0.0, "do_sample": False, "dropout": 0.0, "early_stopping": False, "eos_token_id": 2,
+    "encoder_no_repeat_ngram_size": 0, "finetuning_task": None, "id2label": {"0": "LABEL_0"},
+    "initializer_factor": 1.0, "initializer_range": 0.02, "is_decoder": False, "is_encoder_decoder": False,
+    "label2id": {"LABEL_0": 0}, "layer_norm_eps": 1e-05, "length_penalty": 1.0, "max_length": 20,
+    "min_length": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1, "pruned_heads": {},
+    "num_return_sequences": 1, "output_attentions": False, "pad_token_id": 1, "repetition_penalty": 1.0,
+    "return_dict": True, "temperature": 1.0, "tie_word_embeddings": True, "tokenizer_class": None,
+    "top_k": 50, "top_p": 1.0, "torch_dtype": None, "torchscript": False, "transformers_version": "4.16.0.dev0",
+    "typical_p": 1.0, "use_bfloat16": False, "hidden_act": "quick_gelu",
+}  # fmt: skip
+
+
+def test_the_published_configuration_is_known():
+    """No key of OpenAI's ViT-L/14 is refused: those that generate text change nothing."""
+    text = OLD | {"model_type": "clip_text_model", "hidden_size": 768, "intermediate_size": 3072}
+    text |= {"num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768, "vocab_size": 49408}
+    image = OLD | {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096}
+    image |= {"num_attention_heads": 16, "num_hidden_layers": 24, "projection_dim": 768, "patch_size": 14}
+    model = clip.transformers_config(text, image, 768)
+    assert model["text"] == {
+        **{"width": 768, "layers": 12, "heads": 12, "mlp_ratio": 4.0, "vocab_size": 49408, "length": 77}
+    }
+    assert model["image"] == {
+        **{"width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4.0, "image_size": 224, "patch_size": 14}
+    }
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    """Its ids would be read as other words."""
+    from transformers import CLIPTextModelWithProjection
+
+    text = peers.clip_configs(vocab_size=700)[0]
+    CLIPTextModelWithProjection(text).save_pretrained(tmp_path)
+    peers.write_tokenizer(tmp_path, 600)
+    with pytest.raises(ValueError, match="reads 10 of 700 tokens, and the tokenizer makes 10 of 600"):
+        load_bundle(tmp_path)

@@ -58,6 +58,7 @@ def test_embeddings(quick, custom, library, tmp_path):
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(tensors, tmp_path / "open_clip_model.safetensors")
     peers.write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')  # LAION's have it for other files
     pixels = np.float32(RNG.uniform(-1, 1, (2, 16, 16, 3)))
     tokens = np.zeros((2, 10), np.int64)
     tokens[:, :4] = [[598, 5, 7, 599], [598, 599, 0, 0]]

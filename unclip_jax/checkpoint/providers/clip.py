@@ -116,6 +116,7 @@ _GENERAL = (
     *("diversity_penalty", "length_penalty", "max_length", "min_length", "num_beam_groups", "num_beams"),
     *("num_return_sequences", "repetition_penalty", "temperature", "top_p", "typical_p", "early_stopping"),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "problem_type", "is_encoder_decoder"),
+    "transformers.js_config",
 )
 _SAME = {"layer_norm_eps": (1e-5,), "is_decoder": (False,)}
 _SHARED = {"hidden_act": (str, "quick_gelu"), "projection_dim": (int, 512)}
@@ -144,7 +145,7 @@ IMAGE_SETTINGS = Settings(
         **_SHARED,
     },
     same=_SAME | {"num_channels": (3,), "model_type": (HALVES[1],)},
-    free=_GENERAL,
+    free=(*_GENERAL, "eos_token_id"),
 )
 WHOLE_SETTINGS = Settings(
     read={"projection_dim": (int, 512), "model_type": (str, "clip")},
@@ -278,11 +279,11 @@ def recognises(path: Path) -> bool:
     """Whether a folder holds CLIP in one of the two layouts."""
     if (path / "model_index.json").is_file():
         return False
-    if (path / "config.json").is_file():
+    weights = any(path.glob("model*.safetensors*"))
+    of_open_clip = (path / "open_clip_config.json").is_file()
+    if (path / "config.json").is_file() and (weights or not of_open_clip):
         return read_json(path / "config.json").get("model_type") in ("clip", *HALVES)
-    if any((path / name).is_file() for name in ("bundle.json", "open_clip_config.json")):
-        return False
-    if not any(path.glob("model*.safetensors*")):
+    if of_open_clip or not weights or (path / "bundle.json").is_file():
         return False
     return "visual.conv1.weight" in open_weights(path)
 
