@@ -240,7 +240,7 @@ OLD = {
     "min_length": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1, "pruned_heads": {},
     "num_return_sequences": 1, "output_attentions": False, "pad_token_id": 1, "repetition_penalty": 1.0,
     "return_dict": True, "temperature": 1.0, "tie_word_embeddings": True, "tokenizer_class": None,
-    "top_k": 50, "top_p": 1.0, "torch_dtype": None, "torchscript": False, "transformers_version": "4.16.0.dev0",
+    "top_k": 50, "top_p": 1.0, "torch_dtype": None, "torchscript": False, "transformers_version": "4.16",
     "typical_p": 1.0, "use_bfloat16": False, "hidden_act": "quick_gelu",
 }  # fmt: skip
 
