@@ -28,13 +28,9 @@ from unclip_jax.diffusion.schedule import SCHEDULES
 from unclip_jax.errors import InputError, one_line
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower
 from unclip_jax.models.codec import Codec
-from unclip_jax.models.decoder import ClipConditioning, Decoder
+from unclip_jax.models.decoder import ClipConditioning
+from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.layers import ACTIVATIONS
-from unclip_jax.models.prior_ar import ARPrior
-from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.models.text_encoder import TextEncoder
-from unclip_jax.models.unet import UNet
-from unclip_jax.models.upsampler import Upsampler
 from unclip_jax.typed import check_fields, check_value, fields_of, listed, shown
 
 NAME = re.compile(r"[a-z0-9_]+")
@@ -71,14 +67,6 @@ KEYS: dict[str, dict[str, tuple[Any, bool]]] = {
     "prior_ar": SHARED | {"model": (dict, True), "dot_edges": (tuple[float, ...], True)},
     "decoder": DIFFUSES,
     "upsampler": DIFFUSES | {"factor": (int, True), "last_step_of": (str, False)},
-}
-# kind -> its module, and the modules whose keyword arguments its fields hold.
-MODULES: dict[str, tuple[type, dict[str, type]]] = {
-    "clip": (CLIP, {"image": ImageTower, "text": TextTower}),
-    "prior_diffusion": (DiffusionPrior, {}),
-    "prior_ar": (ARPrior, {"text": TextEncoder}),
-    "decoder": (Decoder, {"unet": UNet, "conditioning": ClipConditioning, "text": TextEncoder}),
-    "upsampler": (Upsampler, {"unet": UNet}),
 }
 CHOICES = {"activation": tuple(ACTIVATIONS), "resize": ("cubic", "linear")}
 # The largest values that a file may ask for. A larger one is a mistake, and would take all memory.
@@ -168,8 +156,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             ClipTokenizer.from_config(config["tokenizer"])
         except ValueError as error:
             raise InputError(f"{where}: tokenizer: {one_line(error)}") from None
-    if kind in MODULES:
-        module, inner = MODULES[kind]
+    if kind in KINDS:
+        module, inner = KINDS[kind]
         _check_model(config["model"], module, inner, f"{where}: model")
         if kind == "prior_diffusion" and config["model"].get("text") is not None:
             words = {"num_embeddings": (int, True)}
@@ -314,7 +302,7 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     model = config["model"]
     if kind == "clip":
         return clip_shapes(model)
-    module = MODULES[kind][0](**model)
+    module = KINDS[kind][0](**model)
     if kind == "upsampler":
         return shapes_of(module.init, *_pixels(model), low_res=array(1, 1, 1, 3))
     own = model.get("text")

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         metavar="FOLDER",
-        help="a diffusers folder of Karlo, a CLIP of transformers or OpenAI, or a bundle of any format",
+        help="a diffusers folder of Karlo, a CLIP of transformers, open_clip or OpenAI, or any bundle",
     )
     parser.add_argument(
         "--out",

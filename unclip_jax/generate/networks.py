@@ -13,21 +13,9 @@ import numpy as np
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace
 from unclip_jax.diffusion.schedule import Schedule, make_schedule
 from unclip_jax.errors import InputError, input_errors
-from unclip_jax.models.clip import CLIP
-from unclip_jax.models.decoder import Decoder
+from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.layers import Dtype
-from unclip_jax.models.prior_ar import ARPrior
-from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.models.upsampler import Upsampler
 from unclip_jax.sharding import Mesh, compute_dtype, make_gather
-
-MODELS = {
-    "clip": CLIP,
-    "prior_diffusion": DiffusionPrior,
-    "prior_ar": ARPrior,
-    "decoder": Decoder,
-    "upsampler": Upsampler,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +54,10 @@ def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> 
       ValueError: on an unknown kind, or an unknown model option.
     """
     kind, settings = part_config.get("kind"), part_config.get("model")
-    if kind not in MODELS:
-        raise InputError(f"unknown kind of network {kind!r}; known: {', '.join(MODELS)}")
+    if kind not in KINDS:
+        raise InputError(f"unknown kind of network {kind!r}; known: {', '.join(KINDS)}")
     with input_errors(f"the model of a {kind}", TypeError):
-        return MODELS[kind](**settings, dtype=dtype, **hooks)
+        return KINDS[kind][0](**settings, dtype=dtype, **hooks)
 
 
 def sampling_model(part_config: dict, mesh: Mesh) -> nn.Module:
