@@ -346,7 +346,8 @@ def test_the_decoder_sees_the_same_with_embeddings(folder, source, clip):
 
 def test_the_decoder_trains_with_embeddings(folder, source, tiny_run, tmp_path, monkeypatch):
     """It reads pictures and embeddings, and no CLIP; the part records the CLIP's hash."""
-    config = tiny_config("decoder", **SMALL, steps=2, eval_every=2, optimizer__warmup_steps=1)
+    small = SMALL | {"model__unet__attention_resolutions": ()}
+    config = tiny_config("decoder", **small, steps=2, eval_every=2, optimizer__warmup_steps=1)
     monkeypatch.setitem(sources.SOURCES, "emoji", lambda split: source)
     use_embeddings(config, [str(folder), f"eval={folder}"], False)
     assert config.frozen.clip == config.data.train.embeddings == str(folder)

@@ -150,6 +150,8 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
     if config.get("stage") not in EMBEDDABLE + BESIDE_PICTURES:
         readers = ", ".join(EMBEDDABLE + BESIDE_PICTURES)
         raise InputError(f"the {config.get('stage')} stage reads no embeddings; these stages do: {readers}")
+    if not hasattr(config.get("data"), "train"):
+        raise InputError("the configuration lacks the setting data.train")
     evaluations = config.data.get("eval", {})
     single = isinstance(evaluations.get("name"), str)
     groups = {"train": config.data} | (
@@ -169,7 +171,9 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
             del groups[key][key]
             groups[key][key] = {"name": "embeddings", "path": absolute(folder)}
         read = [groups[key][key] for key in groups]
-        places = [source.path if source.name == "embeddings" else source.get("embeddings") for source in read]
+        places = [
+            source.path if source.get("name") == "embeddings" else source.get("embeddings") for source in read
+        ]
         if not keep_clip and all(places):
             config.frozen.clip = places[0]
 

@@ -54,6 +54,7 @@ from unclip_jax.run.state import TrainState, abstract_state, make_update
 from unclip_jax.sharding import BATCH, compute_dtype, infer_shardings, make_mesh
 from unclip_jax.train import STAGES
 
+LARGEST_SLICE = 2**14  # chips; no slice has more
 HELD = ("parameters", "averages", "optimizer", "frozen", "batch")  # what a device holds before a step
 
 
@@ -145,8 +146,8 @@ def topology(name: str) -> list[Any]:
         return devices[: int(shape)]
     # The compiler ends the process when it gets a size of zero.
     size = r"[1-9]\d{0,2}"
-    parsed = re.fullmatch(rf"(?:([1-9]\d{{0,3}})\*)?(v\d{{1,2}}[a-z]*:{size}x{size}(?:x{size})?)", name)
-    if parsed is None:
+    parsed = re.fullmatch(rf"(?:([1-9]\d{{0,2}})\*)?(v\d{{1,2}}[a-z]*:({size}x{size}(?:x{size})?))", name)
+    if parsed is None or math.prod(map(int, parsed[3].split("x"))) > LARGEST_SLICE:
         raise InputError(
             f"unknown topology {name!r}; write v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2, 2*v5e:4x4 or cpu:8"
         )

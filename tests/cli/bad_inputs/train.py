@@ -22,6 +22,10 @@ FILES = {
         f'{RETURNS}ConfigDict({{"stage": ["clip"]}})\n',
         "unknown stage ['clip']",
     ),
+    "prior.py": (
+        f'{RETURNS}ConfigDict({{"stage": "prior_ar"}})\n',
+        "the configuration lacks the setting",
+    ),
     "bare.py": (
         f'{RETURNS}ConfigDict({{"stage": "clip"}})\n',
         "the configuration lacks the setting",
@@ -165,7 +169,18 @@ SETTINGS = {
         "grad_accumulation=0": "grad_accumulation must be a whole number in [1, inf), got 0",
     },
 }
-TOPOLOGIES = ("cpu:0", "cpu:-1", "cpu:x", "cpu:99999", "v5e", "v5e:0x0", "v5e:2", "v5e:2x0", "0*v5e:2x2")
+TOPOLOGIES = (
+    "cpu:0",
+    "cpu:-1",
+    "cpu:x",
+    "cpu:99999",
+    "v5e",
+    "v5e:0x0",
+    "v5e:2",
+    "v5e:2x0",
+    "0*v5e:2x2",
+    "v5e:999x999",
+)
 
 
 def rows(box: Path) -> list[Row]:
@@ -206,6 +221,11 @@ def rows(box: Path) -> list[Row]:
         Row("a setting without a value", [*train, "--set", "steps"], "'steps' is not KEY=VALUE"),
         Row("a CLIP for CLIP", [*train, "--clip", "emoji"], "no frozen CLIP; leave out --clip"),
         Row("embeddings for CLIP", [*train, "--embeddings", "there"], "the clip stage reads no embeddings"),
+        Row(
+            "embeddings without data",
+            ["train", "prior.py", "--workdir", "run", "--embeddings", "there"],
+            "the configuration lacks the setting data.train",
+        ),
         Row("a bad profile", [*train, "--profile", "2"], "profile must be FIRST:LAST"),
         Row("a profile after the end", [*train, "--profile", "4:9"], "profile=4:9 begins after the last of"),
         Row("a run without a name", ["train", clip, "--workdir", ""], "the run's folder must have a name"),
