@@ -190,6 +190,13 @@ def test_bad_records_are_refused_before_anything_is_embedded(compose, monkeypatc
         evaluation.probe(None, source, source)
 
 
+def test_embeddings_alone_are_refused(compose):
+    embeddings = dataclasses.replace(compose, name="embeddings:a", pictures=False)
+    for task in (evaluation.retrieval, evaluation.zeroshot):
+        with pytest.raises(ValueError, match="embeddings:a holds embeddings and no images"):
+            task(None, embeddings, **({} if task is evaluation.retrieval else {"templates": ["{}"]}))
+
+
 @pytest.mark.parametrize("value, words", [(["a"], "is a list"), ({}, "is a dict"), (b"\xff", "is a bytes")])
 def test_a_label_is_a_text_or_a_number(value, words):
     with pytest.raises(ValueError, match=f"its style {words}"):

@@ -49,7 +49,8 @@ def read_text(name: str, text: str, kinds: Sequence[type]) -> Any:
     if str in kinds:
         return text
     words = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list such as (1, 2)"}
-    expected = " or ".join(words.get(kind, "None" if kind is type(None) else "a group") for kind in kinds)
+    named = [words.get(kind, "None" if kind is type(None) else "a group") for kind in kinds]
+    expected = " or ".join(dict.fromkeys(named))
     raise InputError(f"{name} must be {expected}, got {text!r}")
 
 

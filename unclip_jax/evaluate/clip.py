@@ -82,6 +82,9 @@ def _usable(
 ) -> tuple[np.ndarray, list]:
     # Those of `rows` that `read` takes and whose image can be decoded, and what `read` returns for them. All
     # are tried before any is embedded.
+    if not source.pictures:
+        raise InputError(f"{source.name} holds embeddings and no images: name the source that was embedded")
+
     def tried(i: int) -> Any:
         try:
             record = source.read(int(i))
