@@ -91,6 +91,13 @@ def check(config) -> None:
     settings.check_settings(config, SETTINGS, FIGURES)
     if config.freeze_text and (text_tokenizer(config) is None or config.optimizer.weight_decay):
         raise InputError("freeze_text keeps the decoder's text encoder: it needs one, and no weight decay")
+    text, conditioning = config.model.text, config.model.conditioning
+    if text is not None and text.width != conditioning.context_dim:
+        raise InputError(
+            f"model.text.width={text.width} must be model.conditioning.context_dim={conditioning.context_dim}"
+        )
+    if text is not None and conditioning.use_text_states:
+        raise InputError("model.conditioning.use_text_states is CLIP's, and model.text replaces CLIP's")
 
 
 def stage(config, mesh, frozen) -> Stage:

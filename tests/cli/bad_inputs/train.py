@@ -191,6 +191,7 @@ def rows(box: Path) -> list[Row]:
         str(CONFIGS / f"emoji/{name}.py:tiny") for name in ("clip", "prior_diffusion", "upsampler")
     )
     train = ["train", clip, "--workdir", "run"]
+    own = ["train", str(CONFIGS / "dalle2/decoder.py:tiny"), "--workdir", "run"]
     compiled = ["compile", upsampler, "--topology"]
     return [
         *(
@@ -225,6 +226,21 @@ def rows(box: Path) -> list[Row]:
             "embeddings without data",
             ["train", "prior.py", "--workdir", "run", "--embeddings", "there"],
             "the configuration lacks the setting data.train",
+        ),
+        Row(
+            "two widths",
+            [*own, "--set", "model.text.width=8"],
+            "=8 must be model.conditioning.context_dim=16",
+        ),
+        Row(
+            "two texts",
+            [*own, "--set", "model.conditioning.use_text_states=true"],
+            "use_text_states is CLIP's",
+        ),
+        Row(
+            "a text encoder of no layers",
+            [*own, "--set", "model.text.layers=0"],
+            "model.text.layers must be a whole",
         ),
         Row("a bad profile", [*train, "--profile", "2"], "profile must be FIRST:LAST"),
         Row("a profile after the end", [*train, "--profile", "4:9"], "profile=4:9 begins after the last of"),
