@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-bad",
         type=float,
         metavar="F",
-        help="largest allowed fraction of records without a caption, or with a damaged image (0.01)",
+        help="largest allowed fraction of records without a caption, or with a damaged image; eight are "
+        "always allowed, unless it is 0 (0.01)",
     )
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out such records, however many there are"
