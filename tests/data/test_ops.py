@@ -1,6 +1,7 @@
 """Decoding of images of every kind, whole and damaged; the properties of resizing, cropping and the range."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -91,6 +92,14 @@ def test_thirty_two_bits_need_a_stated_range(dtype):
     if dtype == np.float32:
         with pytest.raises(ValueError, match="pixels that are not finite"):
             ops.decode_image(tiff(np.array([[np.nan, 1]], dtype), lowest=0, highest=1))
+
+
+def test_twelve_bits_of_a_tiff():
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    pixels = bytes([0x00, 0x0F, 0xFF, 0])  # two values, 0 and 4095
+    data = b"II*\0" + struct.pack("<I", 12) + pixels + struct.pack("<H", len(tags)) + directory + bytes(4)
+    assert ops.decode_image(data)[0, :, 0].tolist() == [0, 255]
 
 
 def test_a_transparent_value_of_sixteen_bits_is_white():
