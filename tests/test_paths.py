@@ -37,6 +37,8 @@ def test_this_machines_paths(tmp_path, monkeypatch):
         and absolute("gs://bucket/runs/a/../b") == "gs://bucket/runs/b"
     )
     assert str(user_path("gs://bucket/a") / "b") == "gs://bucket/a/b"
+    (tmp_path / "loop").symlink_to("loop")
+    assert absolute(tmp_path / "loop") == str(tmp_path / "loop")
     with pytest.raises(ValueError, match="ftp://x: paths may begin with gs://"):
         user_path("ftp://x")
 
@@ -123,7 +125,7 @@ def test_devices_and_pipes_are_written_to(tmp_path):
         ("/proc/grid.png", "/proc/grid.png cannot be written: "),
         ("/proc/new/grid.png", "/proc/new/grid.png cannot be written: "),
         ("folder", "folder is a folder; name a file"),
-        ("", "'' is a folder; name a file"),
+        ("", "'': a path is not empty"),
         ("a\0b", "a path has no NUL characters"),
         ("~nobody-of-this-name/grid.png", "~nobody-of-this-name/grid.png: "),
         ("s3://bucket/grid.png", "s3://bucket/grid.png: paths may begin with gs://"),

@@ -43,8 +43,11 @@ def user_path(path: str | os.PathLike) -> Any:
     """A path with pathlib's methods: a `pathlib.Path` with `~` expanded, or an `etils.epath.Path` in a store.
 
     Raises:
-      ValueError: when the URI's scheme is not gs, `~` names an unknown user, or the path has a NUL character.
+      ValueError: when the URI's scheme is not gs, `~` names an unknown user, or the path is empty or has a
+        NUL character.
     """
+    if not os.fspath(path):
+        raise InputError("'': a path is not empty")
     if "\0" in os.fspath(path):
         raise InputError(f"{os.fspath(path)!r}: a path has no NUL characters")
     if not is_remote(path):
@@ -66,7 +69,7 @@ def check_scheme(path: str | os.PathLike) -> None:
 def absolute(path: str | os.PathLike) -> str:
     """The absolute path, without `..`."""
     if not is_remote(path):
-        return str(Path(path).expanduser().resolve())
+        return os.path.realpath(user_path(path))
     scheme, _, rest = os.fspath(path).partition("://")
     return f"{scheme}://{posixpath.normpath(rest)}"
 
@@ -234,7 +237,7 @@ def check_writable(path: str | os.PathLike) -> None:
         return
     try:
         if path.is_dir():
-            raise InputError(f"{named or repr(named)} is a folder; name a file")
+            raise InputError(f"{named} is a folder; name a file")
         if not _is_special(path):
             path = Path(os.path.realpath(path))
             with new_folders(path.parent, keep=False):

@@ -298,6 +298,8 @@ def test_values_of_a_bundles_description_are_typed(path, new, message, saved):
     "text, message",
     [
         ('{"kind": NaN}', "NaN is no number of JSON"),
+        ('{"kind": 1e400}', "1e400 is no number of 64 bits"),
+        ('{"kind": 1' + "0" * 9000 + "}", "10000000000000000000 is no whole number of 64 bits"),
         ('{"kind": "clip", "kind": "codec"}', "the key 'kind' stands there twice"),
         ("[" * 100_000, "is not valid JSON"),
         ('{"kind": ' + "1" * 5000 + "}", "is not valid JSON"),
@@ -379,6 +381,10 @@ def without_frozen(part, **changes):
         (
             lambda p: {"upsampler_16": without_frozen(p["upsampler_16"], last_step_of="clip")},
             "upsampler_16 makes the last step of clip, which is no upsampler here",
+        ),
+        (
+            lambda p: {"upsampler_16": without_frozen(p["upsampler_16"], factor=10**6)},
+            "upsampler_16 enlarges pictures to 16 pixels by 1000000, but decoder draws 8 pixels",
         ),
     ],
 )

@@ -273,6 +273,20 @@ def test_options_out_of_range(settings, message):
     check_options(SamplingOptions(4), config)
 
 
+@pytest.mark.parametrize(
+    "kind, settings, message",
+    [
+        ("upsampler", {"guidance_scale": 2.0}, "an upsampler is not guided"),
+        ("upsampler", {"candidates": 2}, "only a prior chooses among candidates"),
+        ("decoder", {"candidates": 2}, "only a prior chooses among candidates"),
+    ],
+)
+def test_options_that_a_stage_would_ignore(kind, settings, message):
+    config = {"kind": kind, "diffusion": {"schedule": "cosine", "num_steps": 1000}}
+    with pytest.raises(InputError, match=message):
+        check_options(SamplingOptions(4, **settings), config)
+
+
 def test_guidance_costs_nothing_at_one():
     """Only the Python number 1 switches the second half off."""
     guided = lambda scale: is_guided(SamplingOptions(1, guidance_scale=scale))

@@ -21,6 +21,7 @@ on disk and float32 in memory. `load.load_bundle` reads a bundle by name, from a
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -171,6 +172,14 @@ def check_sizes(parts: Mapping[str, Part], where: str) -> None:
         refined = last_step_of(part)
         if refined is not None and (refined not in parts or parts[refined].config["kind"] != "upsampler"):
             raise InputError(f"{where}: {name} makes the last step of {refined}, which is no upsampler here")
+    unets = [name for name in ("decoder",) if name in parts] + upsamplers(parts)
+    for small, large in itertools.pairwise(unets):
+        low, size = (parts[name].config["model"]["unet"]["image_size"] for name in (small, large))
+        if low * parts[large].config["factor"] != size:
+            raise InputError(
+                f"{where}: {large} enlarges pictures to {size} pixels by {parts[large].config['factor']}, "
+                f"but {small} draws {low} pixels"
+            )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ executed."""
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,7 +49,11 @@ def read_json(path: Path, whole: str = "folder") -> dict:
     """
     try:
         value = json.loads(
-            path.read_text(encoding="utf-8"), parse_constant=_no_number, object_pairs_hook=_each_once
+            path.read_text(encoding="utf-8"),
+            parse_constant=_no_number,
+            parse_float=_finite_float,
+            parse_int=_int64,
+            object_pairs_hook=_each_once,
         )
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; the {whole} is incomplete") from None
@@ -63,6 +68,19 @@ def read_json(path: Path, whole: str = "folder") -> dict:
 
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number of JSON")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no number of 64 bits")
+    return value
+
+
+def _int64(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"{text[:20]} is no whole number of 64 bits")
+    return int(text)
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict:

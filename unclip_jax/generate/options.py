@@ -164,6 +164,13 @@ def check_options(options: Options, part_config: dict) -> None:
     if isinstance(options, CodeSamplingOptions):
         _check_code_options(options, part_config["model"]["buckets"])
         return
+    kind = part_config.get("kind")
+    if kind == "upsampler" and options.guidance_scale != 1:
+        raise InputError(
+            f"an upsampler is not guided: guidance_scale must be 1, got {options.guidance_scale}"
+        )
+    if kind in ("decoder", "upsampler") and options.candidates != 1:
+        raise InputError(f"only a prior chooses among candidates: they must be 1, got {options.candidates}")
     time_steps(part_schedule(part_config).num_steps, options.steps)
     if options.sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")

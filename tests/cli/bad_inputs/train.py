@@ -276,7 +276,7 @@ def rows(box: Path) -> list[Row]:
             [*compiled, "cpu:8", "--set", "diffusion.num_steps=0"],
             "diffusion.num_steps must be",
         ),
-        Row("an empty name to save to", [*compiled, "cpu:8", "--save", ""], "'' is a folder; name a file"),
+        Row("an empty name to save to", [*compiled, "cpu:8", "--save", ""], "'': a path is not empty"),
         Row("a file to save below", [*compiled, "cpu:8", "--save", "empty.py/x"], "cannot be written"),
         Row(
             "no CLIP",

@@ -281,7 +281,7 @@ def verb_rows(box):
     return [
         Row("convert nothing", ["convert", "nowhere", "--out", "made"], "nowhere is not a bundle"),
         Row("convert a file", ["convert", "file", "--out", "made"], "file is not a bundle"),
-        Row("convert an empty name", ["convert", "", "--out", "made"], "is not a bundle"),
+        Row("convert an empty name", ["convert", "", "--out", "made"], "a path is not empty"),
         Row("convert from an unknown store", ["convert", "s3://b/x", "--out", "made"], "s3://b/x"),
         Row("convert an unpinned repository", ["convert", "hf:a/b", "--out", "made"], "@revision"),
         Row("convert onto a file", ["convert", BASE, "--out", "file"], "file exists and is not a bundle"),
