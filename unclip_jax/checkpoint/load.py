@@ -14,8 +14,8 @@ from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen, check_sizes
 from unclip_jax.checkpoint.check import check_config
 from unclip_jax.checkpoint.files import Place, keep
 from unclip_jax.checkpoint.providers import Provider, find_provider
+from unclip_jax.checkpoint.store import META, load_run
 from unclip_jax.checkpoint.store import folder as checkpoint_folder
-from unclip_jax.checkpoint.store import load_run
 from unclip_jax.errors import InputError, MissingError, MissingPackageError
 from unclip_jax.paths import is_remote, local_copy, store_errors, user_path
 from unclip_jax.sharding import placer
@@ -75,6 +75,19 @@ def load_bundle(name_or_path: str | os.PathLike, *, mesh: Mesh | None = None) ->
     return Bundle(parts, top["system"], top["sampling"], top["provenance"], str(path), mesh)
 
 
+def load_trained(workdir: str | os.PathLike) -> tuple[Part, dict, int]:
+    """The part that a run trains, with its newest averaged weights; the run's meta; and its step.
+
+    Raises:
+      FileNotFoundError, ValueError: as `store.load_run`; and when the description is not whole.
+    """
+    meta, params, step = load_run(workdir)
+    for key in META:
+        if key not in meta:
+            raise InputError(f"the description of step {step} of {workdir} lacks {key!r}")
+    return Part(meta["part"], params), meta, step
+
+
 def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
     """Reads one part of a bundle, or the newest averaged weights of a training run.
 
@@ -93,11 +106,11 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
     with store_errors(path):
         trained = checkpoint_folder(path).is_dir()
     if trained:
-        meta, params, step = load_run(path)
+        part, meta, step = load_trained(path)
         if meta["name"] != name:
             raise MissingError(f"{path} is a run of {meta['name']!r}, not of {name!r}")
         meta["provenance"]["step"] = step
-        return Part(meta["part"], params), meta
+        return part, meta
     path = user_path(_local(path))
     provider = find_provider(path)
     if provider is not None:

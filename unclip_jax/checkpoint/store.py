@@ -31,8 +31,10 @@ from unclip_jax.checkpoint.format1 import upgrade_run_meta
 from unclip_jax.errors import InputError
 from unclip_jax.paths import absolute, check_writable, is_store_error, user_path
 from unclip_jax.sharding import path_name
+from unclip_jax.typed import check_value
 
 FOLDER = "checkpoints"
+META = {"name": str, "part": dict, "sampling": dict | None, "config": dict, "provenance": dict}
 log = logging.getLogger("unclip_jax")
 
 
@@ -221,9 +223,25 @@ def _stored(state: Any) -> dict:
 
 
 def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict:
-    return upgrade_run_meta(
-        manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    )
+    with _damaged(step, manager.directory):
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    where = f"the description of checkpoint {step} in {manager.directory}"
+    check_value(meta, dict, where)
+    for key, kind in META.items():
+        if key in meta:
+            check_value(meta[key], kind, f"{where}: {key}")
+    return upgrade_run_meta(meta)
+
+
+@contextlib.contextmanager
+def _damaged(step: int, directory: Any) -> Iterator[None]:
+    # What Orbax raises about the files of a checkpoint, as a ValueError of one line.
+    try:
+        yield
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        if _out_of_reach(error):
+            raise
+        raise InputError(f"checkpoint {step} in {directory} is damaged ({_line(error)})") from error
 
 
 def _checksum(tree: Any) -> int:
@@ -271,7 +289,7 @@ def load_run(workdir: str | os.PathLike) -> tuple[dict, Any, int]:
     """The newest checkpoint of a run: its meta in format 2, its averaged parameters as NumPy arrays, and its
     step. Raises as `read_items`, and ValueError where the parameters are not finite."""
     meta, items, step = read_items(workdir, ("ema_params",))
-    check = lambda where, value: finite(value, path_name(where), f"step {step} of {workdir}")
+    check = lambda path, value: finite(value, path_name(path), f"step {step} of {workdir}")
     return meta, jax.tree_util.tree_map_with_path(check, items["ema_params"]), step
 
 
@@ -297,7 +315,7 @@ def read_items(workdir: str | os.PathLike, names: tuple[str, ...]) -> tuple[dict
     # The devices that wrote it need not be here: it is read onto the host.
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     items = {}
-    with ocp.StandardCheckpointer() as reader:
+    with ocp.StandardCheckpointer() as reader, _damaged(step, folder(workdir)):
         for name in names:
             path = folder(workdir) / str(step) / name
             shapes = reader.metadata(path)
@@ -305,7 +323,7 @@ def read_items(workdir: str | os.PathLike, names: tuple[str, ...]) -> tuple[dict
             target = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=host), shapes)
             with _reads_finished():
                 items[name] = reader.restore(path, getattr(target, "tree", target))
-    _check(meta, items)
+        _check(meta, items)
     return meta, jax.tree.map(np.asarray, items), step
 
 

@@ -56,9 +56,10 @@ def collect(runs: Any, base: str | None = None):
       FileNotFoundError: if the folder has no run, or a part of the system is missing.
       ValueError: if two runs trained the same part, or a part was trained with other frozen parts.
     """
-    from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen
-    from unclip_jax.checkpoint.load import load_bundle
-    from unclip_jax.checkpoint.store import FOLDER, load_run
+    from unclip_jax.checkpoint.bundle import Bundle, check_frozen
+    from unclip_jax.checkpoint.check import check_config
+    from unclip_jax.checkpoint.load import load_bundle, load_trained
+    from unclip_jax.checkpoint.store import FOLDER
 
     folders = sorted(p for p in runs.iterdir() if (p / FOLDER).is_dir()) if runs.is_dir() else []
     if not folders:
@@ -67,12 +68,13 @@ def collect(runs: Any, base: str | None = None):
     parts, sampling = dict(start.parts), dict(start.sampling)
     training, origin = dict(start.provenance.get("training", {})), {}
     for folder in folders:
-        meta, params, step = load_run(folder)
+        part, meta, step = load_trained(folder)
         name = meta["name"]
+        check_config(meta["part"], f"step {step} of {folder}: part")
         if name in origin:
             raise InputError(f"{origin[name]} and {folder} are both runs of {name}; move one of them away")
         origin[name] = folder
-        parts[name] = Part(meta["part"], params)
+        parts[name] = part
         training[name] = meta["provenance"] | {"config": meta["config"], "step": step}
         if meta["sampling"]:
             sampling[name] = meta["sampling"]

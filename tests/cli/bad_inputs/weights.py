@@ -256,6 +256,32 @@ SAMPLED = ("NaN in clip", "a link as a part", "a pickle", "a short tensor")
 
 
 # ------------------------------------------------------------------------------------------- verbs
+def runs(box, name, meta=None):
+    """A folder with one run, whose newest checkpoint holds this description alone."""
+    step = box / name / "run" / "checkpoints" / "5"
+    step.mkdir(parents=True)
+    if meta is not None:
+        write_json(step / "meta" / "metadata", meta)
+    return ["bundle", name, "--out", "made"]
+
+
+def run_rows(box):
+    """Runs whose checkpoints are damaged."""
+    (box / "none" / "run" / "checkpoints").mkdir(parents=True)
+    return [
+        Row("a run without checkpoints", ["bundle", "none", "--out", "made"], "no complete checkpoint in"),
+        Row("a checkpoint without files", runs(box, "bare"), "checkpoint 5 in"),
+        Row("a checkpoint of half a word", runs(box, "half", '{"na'), "is damaged"),
+        Row("a checkpoint of a list", runs(box, "list", "[]"), "must be an object, not []"),
+        Row("a checkpoint with a list as part", runs(box, "partly", {"part": []}), "part must be an object"),
+        Row(
+            "a checkpoint with a number as name", runs(box, "number", {"name": 3}), "name must be text, not 3"
+        ),
+        Row("a checkpoint without weights", runs(box, "empty", {"name": "clip"}), "is damaged"),
+        Row("a base that is none", [*runs(box, "based"), "--base", "nowhere"], "nowhere is not a bundle"),
+    ]
+
+
 def verb_rows(box):
     """Places to read and write that are none."""
     (box / "file").write_text("x")
@@ -307,4 +333,4 @@ def verb_rows(box):
 def rows(box: Path) -> list[Row]:
     """Makes the files and returns the rows."""
     small_bundle(box / BASE, *PARTS)
-    return [*bundle_rows(box), *public_rows(box), *verb_rows(box)]
+    return [*bundle_rows(box), *public_rows(box), *run_rows(box), *verb_rows(box)]
