@@ -312,8 +312,8 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
       The folder, with pathlib's methods.
 
     Raises:
-      ValueError: when parts do not belong together, a name of a part is none, values are not finite or too
-        large for `dtype`, or the parameters were placed on a mesh; and as `check_target`.
+      ValueError: when parts do not belong together, a name of a part is none, values are too large for
+        `dtype`, or the parameters were placed on a mesh; and as `check_target`.
     """
     if bundle.mesh is not None:
         raise InputError(

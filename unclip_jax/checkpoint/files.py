@@ -280,15 +280,15 @@ def finite(value: np.ndarray, name: str, where: str) -> np.ndarray:
 
 
 def cast(value: Any, dtype: Any, name: str, where: str) -> np.ndarray:
-    """A parameter as it is written, in a type that may be narrower.
+    """A parameter as it is written, in a type that may be narrower. NaN and infinity are refused on load.
 
     Raises:
-      ValueError: when it holds NaN or infinity, or a value that is too large for the type.
+      ValueError: when it holds a value that is too large for the type.
     """
-    value = finite(np.asarray(value), name, where)
+    value = np.asarray(value)
     with np.errstate(over="ignore"):
         stored = np.asarray(value, dtype, order="C")
-    if not np.isfinite(np.sum(stored, dtype=np.float64)):
+    if np.any(np.isfinite(value) & ~np.isfinite(stored)):
         raise InputError(
             f"{where}: {name} reaches {np.abs(value).max():.3g}, too large for {np.dtype(dtype)}; "
             "write float32"
