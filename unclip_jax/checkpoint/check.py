@@ -1,7 +1,7 @@
 """What the JSON files of a bundle may say, and whether its tensors are those of the networks they describe.
 
 Every value is compared with the type that its dataclass or module declares, so that nothing of another type
-reaches a network. The table of keys is in `bundle`.
+reaches a network. `models.kinds` has the keys of each kind of network.
 """
 
 from __future__ import annotations
@@ -56,17 +56,6 @@ TOKENIZER = {
     "vocab_size": (int, True),
     "vocab_sha256": (str, False),
     "merges": (tuple[str, ...], False),
-}
-SHARED = {"kind": (str, True), "frozen": (dict, False), "tokenizer": (dict, False)}
-DIFFUSES = SHARED | {"model": (dict, True), "diffusion": (dict, True)}
-# kind -> the keys of its `config.json`.
-KEYS: dict[str, dict[str, tuple[Any, bool]]] = {
-    "clip": SHARED | {"model": (dict, True)},
-    "codec": SHARED | {"embed_dim": (int, True), "dims": (int, False)},
-    "prior_diffusion": DIFFUSES | {"embedding_space": (dict, True), "x0_error": (tuple[float, ...], False)},
-    "prior_ar": SHARED | {"model": (dict, True), "dot_edges": (tuple[float, ...], True)},
-    "decoder": DIFFUSES,
-    "upsampler": DIFFUSES | {"factor": (int, True), "last_step_of": (str, False)},
 }
 CHOICES = {"activation": tuple(ACTIVATIONS), "resize": ("cubic", "linear")}
 # The largest values that a file may ask for. A larger one is a mistake, and would take all memory.
@@ -138,9 +127,9 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
       ValueError: naming `where`, the key and the value at fault.
     """
     kind = config.get("kind")
-    if not isinstance(kind, str) or kind not in KEYS:
-        raise InputError(f"{where}: unknown kind of network {shown(kind)}; known: {listed(KEYS)}")
-    check_fields(config, KEYS[kind], where)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(f"{where}: unknown kind of network {shown(kind)}; known: {listed(KINDS)}")
+    check_fields(config, KINDS[kind].keys, where)
     for role, digest in config.get("frozen", {}).items():
         check_name(role, f"{where}: frozen")
         check_value(digest, str, f"{where}: frozen: {role}")
@@ -156,9 +145,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             ClipTokenizer.from_config(config["tokenizer"])
         except ValueError as error:
             raise InputError(f"{where}: tokenizer: {one_line(error)}") from None
-    if kind in KINDS:
-        module, inner = KINDS[kind]
-        _check_model(config["model"], module, inner, f"{where}: model")
+    if KINDS[kind].module is not None:
+        _check_model(config["model"], KINDS[kind].module, KINDS[kind].inner, f"{where}: model")
         if kind == "prior_diffusion" and config["model"].get("text") is not None:
             words = {"num_embeddings": (int, True)}
             check_fields(config["model"]["text"], words, f"{where}: model: text")
@@ -302,7 +290,7 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     model = config["model"]
     if kind == "clip":
         return clip_shapes(model)
-    module = KINDS[kind][0](**model)
+    module = KINDS[kind].module(**model)
     if kind == "upsampler":
         return shapes_of(module.init, *_pixels(model), low_res=array(1, 1, 1, 3))
     own = model.get("text")

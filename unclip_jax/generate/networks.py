@@ -54,10 +54,11 @@ def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> 
       ValueError: on an unknown kind, or an unknown model option.
     """
     kind, settings = part_config.get("kind"), part_config.get("model")
-    if kind not in KINDS:
-        raise InputError(f"unknown kind of network {kind!r}; known: {', '.join(KINDS)}")
+    if kind not in KINDS or KINDS[kind].module is None:
+        known = ", ".join(name for name, row in KINDS.items() if row.module is not None)
+        raise InputError(f"unknown kind of network {kind!r}; known: {known}")
     with input_errors(f"the model of a {kind}", TypeError):
-        return KINDS[kind][0](**settings, dtype=dtype, **hooks)
+        return KINDS[kind].module(**settings, dtype=dtype, **hooks)
 
 
 def sampling_model(part_config: dict, mesh: Mesh) -> nn.Module:

@@ -1,6 +1,9 @@
-"""The kinds of networks: their modules, and the modules whose keyword arguments the fields of those hold."""
+"""The kinds of networks that a bundle's parts may be, a row each."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 
@@ -12,10 +15,34 @@ from unclip_jax.models.text_encoder import TextEncoder
 from unclip_jax.models.unet import UNet
 from unclip_jax.models.upsampler import Upsampler
 
-KINDS: dict[str, tuple[type[nn.Module], dict[str, type[nn.Module]]]] = {
-    "clip": (CLIP, {"image": ImageTower, "text": TextTower}),
-    "prior_diffusion": (DiffusionPrior, {}),
-    "prior_ar": (ARPrior, {"text": TextEncoder}),
-    "decoder": (Decoder, {"unet": UNet, "conditioning": ClipConditioning, "text": TextEncoder}),
-    "upsampler": (Upsampler, {"unet": UNet}),
+
+class Kind(NamedTuple):
+    """A kind of network.
+
+    keys: of a part's `config.json`: name -> (type, whether it must be there).
+    module: what the network is built of; None for parts that are arrays alone.
+    inner: field of the module -> the module whose keyword arguments the field holds.
+    """
+
+    keys: Mapping[str, tuple[Any, bool]]
+    module: type[nn.Module] | None = None
+    inner: Mapping[str, type[nn.Module]] = {}
+
+
+SHARED = {"kind": (str, True), "frozen": (dict, False), "tokenizer": (dict, False)}
+NETWORK = SHARED | {"model": (dict, True)}
+DIFFUSES = NETWORK | {"diffusion": (dict, True)}
+KINDS: dict[str, Kind] = {
+    "clip": Kind(NETWORK, CLIP, {"image": ImageTower, "text": TextTower}),
+    "codec": Kind(SHARED | {"embed_dim": (int, True), "dims": (int, False)}),
+    "prior_diffusion": Kind(
+        DIFFUSES | {"embedding_space": (dict, True), "x0_error": (tuple[float, ...], False)}, DiffusionPrior
+    ),
+    "prior_ar": Kind(NETWORK | {"dot_edges": (tuple[float, ...], True)}, ARPrior, {"text": TextEncoder}),
+    "decoder": Kind(
+        DIFFUSES, Decoder, {"unet": UNet, "conditioning": ClipConditioning, "text": TextEncoder}
+    ),
+    "upsampler": Kind(
+        DIFFUSES | {"factor": (int, True), "last_step_of": (str, False)}, Upsampler, {"unet": UNet}
+    ),
 }
