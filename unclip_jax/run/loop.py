@@ -150,10 +150,10 @@ class Run:
                 self.config, self.data.train, self.stage.example, self.mesh, first, last
             )
             stack.callback(self._batches.close)
-            # A start that failed before this line has made no folder.
-            self.store.open()
+            # The logger asks the trackers' servers first. A start that fails there has made no folder.
             self.logger = Logger(self.config, self.workdir, self.stage.name, first, self._batches.stats)
             stack.callback(self.logger.close)
+            self.store.open()
             self._closing = stack.pop_all()
         return self
 

@@ -12,6 +12,7 @@ training. All figures are in `metrics.jsonl`, too.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 from flax import traverse_util
 
 from unclip_jax.errors import MissingPackageError
-from unclip_jax.paths import is_remote, user_path
+from unclip_jax.paths import is_remote, new_folders, user_path
 
 log = logging.getLogger("unclip_jax")
 
@@ -205,14 +206,17 @@ class Trackers:
     ):
         self.all: dict[str, Tracker] = {}
         self.failures = dict.fromkeys(TRACKERS, 0)
-        for key, make in TRACKERS.items():
-            if settings.get(key):
-                try:
-                    self.all[key] = make(user_path(workdir), name, config, settings, start)
-                except ImportError:
-                    if key != "tensorboard":  # TensorBoard is on by default
-                        raise
-                    log.warning("tensorboard is not installed; metrics go to metrics.jsonl only")
+        place = user_path(workdir)
+        # A tracker that refuses leaves no folder behind.
+        with contextlib.nullcontext() if is_remote(workdir) else new_folders(place):
+            for key, make in TRACKERS.items():
+                if settings.get(key):
+                    try:
+                        self.all[key] = make(place, name, config, settings, start)
+                    except ImportError:
+                        if key != "tensorboard":  # TensorBoard is on by default
+                            raise
+                        log.warning("tensorboard is not installed; metrics go to metrics.jsonl only")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Sends figures by name to all trackers."""
