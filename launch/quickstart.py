@@ -52,7 +52,7 @@ def draw(bundles: dict[str, str], captions: list[str], out: Path) -> None:
 
     from unclip_jax.checkpoint.load import load_bundle
     from unclip_jax.cli.options import progress_bar, use_compilation_cache
-    from unclip_jax.evaluate.samples import describe
+    from unclip_jax.evaluate.samples import summarise
     from unclip_jax.grid import save_grid
     from unclip_jax.sampling.text_to_image import text_to_image
 
@@ -65,7 +65,7 @@ def draw(bundles: dict[str, str], captions: list[str], out: Path) -> None:
         )
         labels += [f"{name}: {caption}" if len(bundles) > 1 else caption for caption in captions]
         if "figures" in bundle.provenance:
-            reports.append((name, describe(bundle.provenance["figures"])))
+            reports.append((name, summarise(bundle.provenance["figures"])))
     save_grid(
         out,
         np.concatenate(images),

@@ -61,3 +61,17 @@ def tiny_bundle(tmp_path_factory):
     from unclip_jax.checkpoint.bundle import save_bundle
 
     return save_bundle(random_bundle(), tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_judge(tmp_path_factory):
+    """The folder of a bundle with a tiny random CLIP, another one than that of `tiny_bundle`."""
+    import jax
+    import numpy as np
+
+    from tests.runs import random_bundle
+    from unclip_jax.checkpoint.bundle import Bundle, Part, save_bundle
+
+    clip = random_bundle().parts["clip"]
+    other = Part(clip.config, jax.tree.map(np.negative, clip.params))
+    return save_bundle(Bundle({"clip": other}), tmp_path_factory.mktemp("judge") / "judge")

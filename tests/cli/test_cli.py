@@ -68,17 +68,15 @@ def test_sample_draws_a_grid(tiny_bundle, tmp_path, capsys):
     assert image.ndim == 3 and image.std() > 10
 
 
-def test_measure(tiny_bundle, capsys):
-    """A table per prior."""
-    assert (
-        main(["evaluate", "samples", "--bundle", str(tiny_bundle), "--rows", "2", "--prior", "null,none"])
-        == 0
-    )
+def test_measure(tiny_bundle, tiny_judge, tmp_path, capsys):
+    """A table for a prior, and a picture of the pairs; the judge must be another CLIP."""
+    args = ["evaluate", "samples", "--bundle", str(tiny_bundle), "--rows", "2", "--prior", "null"]
+    assert main([*args, "--judge", str(tiny_judge), "--pairs", str(tmp_path / "pairs.png")]) == 0
     out = capsys.readouterr().out
-    assert (
-        out.index("prior null") < out.index("prior none")
-        and out.count("own caption first of 2, samples") == 2
-    )
+    assert "prior null, first 2 captions" in out and out.count("own caption first of 2  ") == 3
+    assert Image.open(tmp_path / "pairs.png").width > 600
+    assert main([*args, "--judge", str(tiny_bundle)]) == 1
+    assert "holds the CLIP that guides the samples" in capsys.readouterr().err
 
 
 def test_sample_compares_priors_and_scales(tiny_bundle, tmp_path, capsys):

@@ -5,11 +5,7 @@ import numpy as np
 import pytest
 
 import unclip_jax
-from unclip_jax.data import ops
-from unclip_jax.data.sources import make_source
-from unclip_jax.evaluate.samples import describe, measure
 from unclip_jax.sampling import programs, unclip
-from unclip_jax.sampling.edits.inversion import embed_captions, embed_images
 from unclip_jax.sampling.programs import Sampler
 from unclip_jax.sampling.unclip import PRIORS, sample_stages
 from unclip_jax.sharding import make_mesh
@@ -103,30 +99,6 @@ def test_bad_input_is_one_line(bundle, captions, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_figures(bundle):
-    """The figures of both splits equal those computed again from the embeddings.
-
-    With the text embedding in place of z_i, the prior's cosine equals the text embedding's.
-    """
-    figures = measure(bundle, rows=8, prior="none")
-    assert figures["chance"] == 0.125
-    for split in ("val", "compose"):
-        source = make_source({"name": "emoji", "split": split})
-        records = [source.read(i) for i in range(8)]
-        z_image = embed_images(bundle, [ops.decode_image(record.image) for record in records])
-        z_text = embed_captions(bundle, [record.captions[0] for record in records])
-        cosines = (z_image / np.linalg.norm(z_image, axis=1)[:, None]) @ (
-            z_text / np.linalg.norm(z_text, axis=1)[:, None]
-        ).T
-        best = np.array([np.argmax(row) == i for i, row in enumerate(cosines)])
-        assert figures[split]["retrieval"] == pytest.approx(best.mean(), abs=1e-3)
-        assert figures[split]["text_embedding_cosine"] == pytest.approx(np.diag(cosines).mean(), abs=2e-3)
-        assert figures[split]["prior_cosine"] == figures[split]["text_embedding_cosine"]
-        assert np.isclose(figures[split]["caption_first"] * 8 % 1, 0)
-    table = describe(figures)
-    assert len(table) == 6 and f"{figures['val']['retrieval']:.3f}" in table[1]
-
-
 def test_a_sampler_of_a_bundle_on_a_mesh(tiny_bundle):
     """A sampler keeps the mesh that the bundle was loaded onto, and rejects another one."""
     mesh = make_mesh({"data": 2}, jax.devices()[:2])
@@ -155,8 +127,6 @@ def test_shipped_bundle_is_sound():
     for name, run in shipped.provenance["training"].items():
         assert run["seconds"] > 0 and run["step"] > 0 and run["hardware"] and run["data_checksum"], name
     figures = shipped.provenance["figures"]
-    assert (
-        figures["compose"]["retrieval"] > 0.5
-        and figures["compose"]["caption_first"] >= 20 * figures["chance"]
-    )
+    for split in ("train", "compose"):
+        assert figures["splits"][split]["samples"]["caption_first"]["low"] >= 20 * figures["chance"]
     assert jax.tree.leaves(shipped.parts["decoder"].params)[0].dtype == np.float32

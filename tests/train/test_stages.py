@@ -222,7 +222,7 @@ def test_what_the_decoder_loss_teaches(inpaint, frozen):
     np.testing.assert_array_equal(taught["text"] != 0, unknown & (not frozen))
 
 
-def test_bundle_of_runs(tiny_run, tmp_path, capsys):
+def test_bundle_of_runs(tiny_run, tiny_judge, tmp_path, capsys):
     """`unclip bundle` collects the runs' averaged weights and measures the bundle."""
     runs = {name: tiny_run(name) for name in STAGES}
     assert (
@@ -234,6 +234,8 @@ def test_bundle_of_runs(tiny_run, tmp_path, capsys):
                 str(tmp_path / "b"),
                 "--rows",
                 "8",
+                "--judge",
+                str(tiny_judge),
                 "--sampling",
                 "decoder.steps=2",
             ]

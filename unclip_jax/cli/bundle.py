@@ -36,14 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=100,
         metavar="N",
-        help="number of held-out rows of each split to measure on; 0 measures nothing (100)",
+        help="number of rows of each split to measure on; 0 measures nothing (100)",
+    )
+    parser.add_argument(
+        "--judge",
+        default="judge",
+        metavar="BUNDLE",
+        help="a bundle whose CLIP judges the samples (judge: the shipped one)",
     )
 
 
 def collect(runs: Any, base: str | None = None):
     """Collects the runs in a folder into a bundle.
 
-    Each subfolder with checkpoints is a run and gives one part. The run's metadata name the part.
+    Each subfolder with checkpoints is a run and gives one part. The run's metadata name the part. A CLIP
+    alone makes a bundle too: it can be evaluated, stand under other stages, or judge samples.
 
     Args:
       runs: the folder, a path with pathlib's methods.
@@ -78,7 +85,8 @@ def collect(runs: Any, base: str | None = None):
         training[name] = meta["provenance"] | {"config": meta["config"], "step": step}
         if meta["sampling"]:
             sampling[name] = meta["sampling"]
-    missing = [name for name in ("clip", "prior_diffusion", "decoder") if name not in parts]
+    needed = ("clip",) if set(parts) == {"clip"} else ("clip", "prior_diffusion", "decoder")
+    missing = [name for name in needed if name not in parts]
     if missing:
         raise FileNotFoundError(
             f"{runs} has no run of {', '.join(missing)}; train it first (it has: {', '.join(origin)})"
@@ -89,25 +97,27 @@ def collect(runs: Any, base: str | None = None):
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    from unclip_jax.checkpoint.bundle import check_target, save_bundle, update_provenance
+    from unclip_jax.checkpoint.bundle import save_bundle, update_provenance
     from unclip_jax.checkpoint.load import load_bundle
     from unclip_jax.cli.options import part_options, progress_bar, use_compilation_cache
     from unclip_jax.evaluate import samples
     from unclip_jax.paths import total_bytes, user_path
-    from unclip_jax.sampling.programs import stage_options
+    from unclip_jax.sampling.programs import Sampler, stage_options
 
-    if args.rows < 0 or args.rows == 1:
-        raise InputError(f"--rows must be 0 or at least 2, got {args.rows}")
-    check_target(args.out)
+    if args.rows:
+        samples.check_rows(args.rows)
     use_compilation_cache()
     bundle = collect(user_path(args.runs), args.base)
     for part, options in part_options(args.sampling).items():
         bundle.sampling.setdefault(part, {}).update(options)
     stage_options(bundle)
+    measures = args.rows > 0 and "decoder" in bundle.parts
+    judge = samples.open_judge(bundle, args.judge) if measures else None
     path = save_bundle(bundle, args.out)
     print(f"{path}: {', '.join(bundle.parts)}; {total_bytes(path) / 2**20:.1f} MiB")
-    if args.rows:
+    if judge is not None:
         # Measures the bundle as it was written, in half precision.
-        measured = samples.measure(load_bundle(path), rows=args.rows, progress=progress_bar("measuring"))
-        update_provenance(path, figures=measured)
-        print("\n".join(samples.describe(measured)))
+        progress = progress_bar("measuring")
+        measured = samples.measure(Sampler(load_bundle(path)), judge, rows=args.rows, progress=progress)
+        update_provenance(path, figures=measured.figures)
+        print("\n".join(samples.describe(measured.figures)))

@@ -13,6 +13,7 @@ from unclip_jax.errors import InputError
 TASKS = ("samples", "retrieval", "zeroshot", "probe")
 SAMPLE_ROWS = 100
 MOST_ROWS = 2**31 - 1
+SHOWN_PAIRS = 12  # of each split
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "task",
         choices=TASKS,
-        help="samples: measure CLIP, the prior and the samples on held-out rows of the embedded emoji. "
-        "The others measure only CLIP, on --data: retrieval (recall of captions and images), "
+        help="samples: measure what the bundle draws, on the embedded emoji, with another CLIP as the judge. "
+        "The others measure only the bundle's CLIP, on --data: retrieval (recall of captions and images), "
         "zeroshot (classification by captions), probe (a linear classifier of image features)",
     )
     add_bundle_arguments(parser)
@@ -77,6 +78,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="samples: where z_i comes from: prior_diffusion, prior_ar, none or null, see `unclip sample`. "
         "Separate several with commas: the command prints a table for each (prior_diffusion)",
     )
+    parser.add_argument(
+        "--judge",
+        default="judge",
+        metavar="BUNDLE",
+        help="samples: a bundle whose CLIP judges; it must not guide the samples (judge: the shipped one)",
+    )
+    parser.add_argument(
+        "--pairs",
+        metavar="FILE",
+        help="samples: save a picture of the samples nearest to a training picture, each beside it (nothing)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -95,6 +107,8 @@ def run(args: argparse.Namespace) -> None:
 def _evaluate_samples(args: argparse.Namespace) -> None:
     from unclip_jax.cli.options import open_bundle, progress_bar
     from unclip_jax.evaluate import samples
+    from unclip_jax.grid import save_grid
+    from unclip_jax.paths import check_writable
     from unclip_jax.sampling.programs import Sampler
     from unclip_jax.sampling.unclip import check_prior, check_prior_name
 
@@ -106,13 +120,22 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
     samples.check_rows(rows)
     for prior in priors:
         check_prior_name(prior)
+    if args.pairs and len(priors) > 1:
+        raise InputError("--pairs shows the samples of one prior: give one with --prior")
+    if args.pairs:
+        check_writable(args.pairs)
     sampler = Sampler(open_bundle(args))
     for prior in priors:
         check_prior(sampler.bundle, prior)
+    judge = samples.open_judge(sampler, args.judge)
     for prior in priors:
         progress = progress_bar(f"measuring, prior {prior}")
-        measured = samples.measure(sampler, rows=rows, seed=args.seed, prior=prior, progress=progress)
-        print("\n".join([f"prior {prior}", *samples.describe(measured)]), flush=True)
+        measured = samples.measure(sampler, judge, rows=rows, seed=args.seed, prior=prior, progress=progress)
+        print("\n".join(samples.describe(measured.figures)), flush=True)
+        if args.pairs:
+            shown = [pair for pairs in measured.pairs.values() for pair in pairs[:SHOWN_PAIRS]]
+            save_grid(args.pairs, *samples.pair_grid(shown), columns=6)
+            print(f"nearest pairs: {args.pairs}")
 
 
 def _evaluate_clip(args: argparse.Namespace) -> None:
@@ -122,8 +145,6 @@ def _evaluate_clip(args: argparse.Namespace) -> None:
     from unclip_jax.metrics.zeroshot import templates_of
     from unclip_jax.sampling.programs import Sampler
 
-    if args.train and args.task != "probe":
-        raise InputError(f"--train is for probe: leave it out of {args.task}")
     templates = templates_of(args.templates)
     source_args = {
         "name": "emoji",

@@ -21,9 +21,8 @@ def unit(z: np.ndarray) -> np.ndarray:
     return z / np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
 
 
-def retrieval_at_1(queries: np.ndarray, candidates: np.ndarray, group: int = 100) -> float:
-    """Fraction of queries whose true candidate (same row) is nearest by cosine among the candidates of its
-    group.
+def first_in_group(queries: np.ndarray, candidates: np.ndarray, group: int = 100) -> np.ndarray:
+    """For each query, whether its true candidate (same row) is nearest by cosine among those of its group.
 
     Groups are `group` consecutive rows. An incomplete last group is left out, so that chance is exactly 1 /
     group. A tie counts as a miss.
@@ -31,6 +30,9 @@ def retrieval_at_1(queries: np.ndarray, candidates: np.ndarray, group: int = 100
     Args:
       queries, candidates: (N, D).
       group: number of candidates G.
+
+    Returns:
+      (N // G * G,) bool.
 
     Raises:
       ValueError: when there are fewer than `group` rows.
@@ -43,7 +45,12 @@ def retrieval_at_1(queries: np.ndarray, candidates: np.ndarray, group: int = 100
     similarity = np.einsum("gid,gjd->gij", q, c)
     true_similarity = np.einsum("gii->gi", similarity).copy()
     np.einsum("gii->gi", similarity)[...] = -np.inf
-    return float(np.mean(true_similarity > similarity.max(axis=-1)))
+    return (true_similarity > similarity.max(axis=-1)).reshape(-1)
+
+
+def retrieval_at_1(queries: np.ndarray, candidates: np.ndarray, group: int = 100) -> float:
+    """The share of queries that `first_in_group` finds right; same arguments and errors."""
+    return float(np.mean(first_in_group(queries, candidates, group)))
 
 
 def recall_at_k(
