@@ -97,7 +97,7 @@ def collect(runs: Any, base: str | None = None):
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    from unclip_jax.checkpoint.bundle import save_bundle, update_provenance
+    from unclip_jax.checkpoint.bundle import check_target, save_bundle, update_provenance
     from unclip_jax.checkpoint.load import load_bundle
     from unclip_jax.cli.options import part_options, progress_bar, use_compilation_cache
     from unclip_jax.evaluate import samples
@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.rows:
         samples.check_rows(args.rows)
+    check_target(args.out)
     use_compilation_cache()
     bundle = collect(user_path(args.runs), args.base)
     for part, options in part_options(args.sampling).items():

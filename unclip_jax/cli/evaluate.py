@@ -80,9 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--judge",
-        default="judge",
         metavar="BUNDLE",
-        help="samples: a bundle whose CLIP judges; it must not guide the samples (judge: the shipped one)",
+        help="samples: a bundle whose CLIP judges; it must not guide the samples (the shipped `judge`)",
     )
     parser.add_argument(
         "--pairs",
@@ -127,7 +126,7 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
     sampler = Sampler(open_bundle(args))
     for prior in priors:
         check_prior(sampler.bundle, prior)
-    judge = samples.open_judge(sampler, args.judge)
+    judge = samples.open_judge(sampler, args.judge or samples.JUDGE)
     for prior in priors:
         progress = progress_bar(f"measuring, prior {prior}")
         measured = samples.measure(sampler, judge, rows=rows, seed=args.seed, prior=prior, progress=progress)
@@ -145,6 +144,10 @@ def _evaluate_clip(args: argparse.Namespace) -> None:
     from unclip_jax.metrics.zeroshot import templates_of
     from unclip_jax.sampling.programs import Sampler
 
+    if args.train and args.task != "probe":
+        raise InputError(f"--train is for probe: leave it out of {args.task}")
+    if args.judge or args.pairs:
+        raise InputError(f"--judge and --pairs are for samples: leave them out of {args.task}")
     templates = templates_of(args.templates)
     source_args = {
         "name": "emoji",
