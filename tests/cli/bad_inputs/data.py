@@ -234,6 +234,12 @@ def _arguments(box: Path) -> list[Row]:
         Row("evaluate broken images", ["evaluate", "zeroshot", *folder("broken")], "has 1 class by caption"),
         Row("a probe of its own data", probe, "name a training source with --train"),
         Row("a probe of no data", [*probe, "--train", "path=nowhere"], "no folder 'nowhere'"),
+        Row("judge of a CLIP", ["evaluate", "retrieval", "--judge", "judge"], "leave them out of retrieval"),
+        Row(
+            "pairs of two priors",
+            ["evaluate", "samples", "--pairs", "p.png", "--prior", "none,null"],
+            "--pairs shows the samples of one prior",
+        ),
         Row("samples of data", ["evaluate", "samples", "--data", "name=emoji"], "leave out --data, --train"),
         Row(
             "samples without bad ones",
