@@ -16,6 +16,8 @@ colour of a large area is no longer divided by a small signal.
 
 variant   what it is
 (none)    the one in the shipped bundle
+:long     for the next bundle: 5,000,000 images, drawn by concept, at a constant learning rate, so that it can
+          end at any time
 :inpaint  the decoder that inpaints, fine-tuned from the other one
 :quick    for `launch/quickstart --train`
 :tiny     runs in seconds on a CPU, for tests
@@ -25,7 +27,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.run import defaults
 
-VARIANTS = ("", "inpaint", "quick", "tiny")
+VARIANTS = ("", "long", "inpaint", "quick", "tiny")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -77,6 +79,14 @@ def get_config(variant: str = "") -> ConfigDict:
             "clip": 1.0,
         }
         config.eval = {"batch_size": 32, "rows": 256, "samples": 16}
+    if variant == "long":
+        config.steps = 156_250
+        config.eval_every = 2500
+        config.checkpoint_every = 250
+        config.ema_decay = 0.9995
+        config.optimizer.schedule = "constant"
+        with config.unlocked():
+            config.data.train.balance = {"by": "base", "power": 0.5}
     if variant == "inpaint":
         config.steps = 2000
         config.model.inpaint = True
