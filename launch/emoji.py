@@ -142,7 +142,7 @@ def main() -> None:
         "--carry", metavar="DIR", help="where the files to carry lie, and are written (nothing is carried)"
     )
     parser.add_argument("--variant", default="", metavar="V", help="quick or tiny (the shipped recipe)")
-    parser.add_argument("--clip", metavar="BUNDLE", help="use this CLIP and train none, e.g. emoji_next")
+    parser.add_argument("--clip", metavar="BUNDLE", help="use the CLIP of this bundle and train none")
     parser.add_argument(
         "--set",
         action="append",

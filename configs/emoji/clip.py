@@ -4,7 +4,7 @@
     unclip train configs/emoji/clip.py:judge --workdir runs/judge
 
 variant   what it is
-(none)    the one in the shipped folder `emoji_next`
+(none)    for the next bundle
 :judge    another size and seed, trained on all splits: it judges samples and never guides them
 :quick    for `launch/quickstart --train`
 :tiny     runs in seconds on a CPU, for tests
@@ -13,11 +13,15 @@ Patches of 8 px give the image tower 64 patches of an emoji. The CLIP of the shi
 patches of 16 px. `balance` draws a concept of n drawings in proportion to the square root of n. The run saw
 358,400 images in 7,949 s on two shared CPU cores, with jax 0.11.2.
 
-figure                                              `emoji`, 153,600 images    `emoji_next`
+figure                                              `emoji`, 153,600 images    this recipe
 recall@1 among all 604 of compose, image to text    0.548                      0.619
 recall@1 among all 604 of compose, text to image    0.552                      0.648
 
-    unclip evaluate retrieval --bundle emoji_next --data name=emoji --data split=compose
+    unclip evaluate retrieval --bundle BUNDLE --data name=emoji --data split=compose
+
+The shipped bundle `judge` is `:judge` after 1,200 steps: 307,200 images in 5,835 s on two busy CPU cores, with
+jax 0.11.2. It ranks the own caption of a real picture first of 100 for 0.99 of 400 rows of `compose`, and for
+0.98 of 400 rows of `val`; it was trained on both.
 """
 
 from ml_collections import ConfigDict

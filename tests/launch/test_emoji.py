@@ -27,7 +27,7 @@ def emoji():
 def test_commands_parse_and_their_settings_exist(emoji, variant, tmp_path):
     """Stages with a CLIP read embeddings; the decoder that inpaints starts from the other one."""
     for stage in emoji.stages(variant):
-        command = emoji.train_command(stage, tmp_path, tmp_path / "e", "emoji_next", {"steps": "40"})
+        command = emoji.train_command(stage, tmp_path, tmp_path / "e", "emoji", {"steps": "40"})
         args = build_parser().parse_args(command)
         config = load_config(args.config)
         for assignment in args.assignments:
