@@ -19,9 +19,9 @@ recall@1 among all 604 of compose, text to image    0.552                      0
 
     unclip evaluate retrieval --bundle BUNDLE --data name=emoji --data split=compose
 
-The shipped bundle `judge` is `:judge` after 1,200 steps: 307,200 images in 5,835 s on two busy CPU cores, with
-jax 0.11.2. It ranks the own caption of a real picture first of 100 for 0.99 of 400 rows of `compose`, and for
-0.98 of 400 rows of `val`; it was trained on both.
+The shipped bundle `judge` is `:judge` after 1,200 steps: 307,200 images in 5,835 s on two busy CPU cores,
+with jax 0.11.2. It ranks the own caption of a real picture first of 100 for 0.99 of 400 rows of `compose`,
+and for 0.98 of 400 rows of `val`. It was trained on both.
 """
 
 from ml_collections import ConfigDict
