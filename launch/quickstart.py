@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,8 +47,26 @@ def train(runs: Path) -> None:
         sys.exit(status)
 
 
-def draw(bundles: dict[str, str], captions: list[str], out: Path) -> None:
-    """Samples the captions from each bundle into one grid and prints the bundles' figures."""
+def going_on(training: Mapping[str, Mapping]) -> list[str]:
+    """What the full recipe of each stage takes, at the rate at which `training` (a bundle's provenance) ran."""
+    from unclip_jax.cli.train import load_config
+
+    lines = [f"{'stage':16}{'images here':>12}{'full recipe':>12}{'time':>10}  command"]
+    for config, name in STAGES:
+        made, recipe = training[name], load_config(f"{ROOT}/configs/emoji/{config}.py")
+        seen, wanted = made["step"] * made["config"]["batch_size"], recipe.steps * recipe.batch_size
+        minutes = made["seconds"] * wanted / seen / 60
+        command = f"unclip train configs/emoji/{config}.py --workdir runs/emoji/{name}"
+        lines.append(f"{name:16}{seen:12,}{wanted:12,}{minutes:6.0f} min  {command}")
+    return [*lines, "unclip bundle runs/emoji --out runs/emoji/bundle"]
+
+
+def draw(bundles: dict[str, str], captions: list[str], out: Path) -> Mapping[str, Mapping]:
+    """Samples the captions from each bundle into one grid and prints the bundles' figures.
+
+    Returns:
+      How the parts of the last bundle were trained.
+    """
     import numpy as np
 
     from unclip_jax.checkpoint.load import load_bundle
@@ -75,6 +94,7 @@ def draw(bundles: dict[str, str], captions: list[str], out: Path) -> None:
     for name, lines in reports:
         print(f"\nfigures of the {name} bundle\n  " + "\n  ".join(lines))
     print(f"\npicture: {out}")
+    return bundle.provenance["training"]
 
 
 def main() -> None:
@@ -101,12 +121,15 @@ def main() -> None:
         bundles["trained"] = str(runs / "bundle")
         out = out.with_name("quickstart_trained.png")
     try:
-        draw(bundles, captions, out)
+        training = draw(bundles, captions, out)
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f"launch/quickstart: error: {error}")
     print(f"took {time.time() - started:.0f} s after installation\n\nnext:")
     print(f'  {ROOT}/.venv/bin/unclip sample "a flat emoji of a fox" --samples 4 --out fox.png')
-    if not args.train:
+    if args.train:
+        print("\nto train for longer, at the rate of this machine (CLIP's full recipe has a larger network):")
+        print("  " + "\n  ".join(going_on(training)))
+    else:
         print(f"  {ROOT}/launch/quickstart --train      trains all stages from nothing")
     print(f"  {ROOT}/.venv/bin/unclip train --help")
 
