@@ -48,7 +48,7 @@ def train(runs: Path) -> None:
 
 
 def going_on(training: Mapping[str, Mapping]) -> list[str]:
-    """What the full recipe of each stage takes, at the rate at which `training` (a bundle's provenance) ran."""
+    """What the full recipe of each stage takes, at the rate of `training` (a bundle's provenance)."""
     from unclip_jax.cli.train import load_config
 
     lines = [f"{'stage':16}{'images here':>12}{'full recipe':>12}{'time':>10}  command"]
