@@ -61,6 +61,7 @@ class CheckpointStore:
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
         """Orbax's manager of the folder. The first access makes the folder if it is absent."""
+        _finish_loops()
         return ocp.CheckpointManager(
             folder(self.workdir),
             options=ocp.CheckpointManagerOptions(
@@ -158,8 +159,7 @@ class CheckpointStore:
         failed: dict[int, Exception] = {}
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                with _reads_finished():
-                    items = self.manager.restore(step, args=wanted)
+                items = self.manager.restore(step, args=wanted)
                 _check(self.meta(step), {name: items[name] for name in ("state", "ema_params")})
             except (ValueError, KeyError, OSError) as error:
                 if _out_of_reach(error):
@@ -190,7 +190,7 @@ class CheckpointStore:
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """An event loop that finishes its tasks before it closes."""
+    """An event loop that finishes its tasks before it closes, and drops what comes after that."""
 
     def close(self) -> None:
         """Closes the loop. Tasks that still run finish first; their exceptions are dropped."""
@@ -198,21 +198,26 @@ class _Loop(asyncio.SelectorEventLoop):
             self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         super().close()
 
+    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
+        """As for any loop. Once the loop is closed, nobody waits for the callback, and it is dropped."""
+        try:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+        return None
+
 
 class _LoopPolicy(asyncio.DefaultEventLoopPolicy):
     _loop_factory = _Loop
 
 
-@contextlib.contextmanager
-def _reads_finished() -> Iterator[None]:
-    # When one read of a checkpoint fails, Orbax closes its event loop while other reads still run. They then
-    # print "Event loop is closed". Inside this context the loop waits for them.
-    policy = asyncio.get_event_loop_policy()
-    asyncio.set_event_loop_policy(_LoopPolicy())
-    try:
-        yield
-    finally:
-        asyncio.set_event_loop_policy(policy)
+def _finish_loops() -> None:
+    # When one read or write of a checkpoint fails, Orbax closes its event loop while others still run. They
+    # then print "Event loop is closed". New loops of this process wait for them, or drop their callbacks. A
+    # policy that the caller has chosen stays.
+    if type(asyncio.get_event_loop_policy()) is asyncio.DefaultEventLoopPolicy:
+        asyncio.set_event_loop_policy(_LoopPolicy())
 
 
 def _stored(state: Any) -> dict:
@@ -305,6 +310,7 @@ def read_items(workdir: str | os.PathLike, names: tuple[str, ...]) -> tuple[dict
     """
     if not folder(workdir).is_dir():
         raise FileNotFoundError(f"no checkpoint in {workdir}; train that stage first, or name another folder")
+    _finish_loops()
     with ocp.CheckpointManager(folder(workdir), item_names=("state", "ema_params", "meta")) as manager:
         step = manager.latest_step()
         if step is None:
@@ -321,8 +327,7 @@ def read_items(workdir: str | os.PathLike, names: tuple[str, ...]) -> tuple[dict
             shapes = reader.metadata(path)
             shapes = getattr(shapes, "item_metadata", shapes)
             target = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=host), shapes)
-            with _reads_finished():
-                items[name] = reader.restore(path, getattr(target, "tree", target))
+            items[name] = reader.restore(path, getattr(target, "tree", target))
         _check(meta, items)
     return meta, jax.tree.map(np.asarray, items), step
 
