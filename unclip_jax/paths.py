@@ -236,7 +236,7 @@ def check_writable(path: str | os.PathLike) -> None:
         check_store(path)
         return
     try:
-        if path.is_dir():
+        if path.is_dir() or named.endswith("/"):
             raise InputError(f"{named} is a folder; name a file")
         if not _is_special(path):
             path = Path(os.path.realpath(path))

@@ -390,6 +390,10 @@ def without_frozen(part, **changes):
             "upsampler_16 makes the last step of clip, which is no upsampler here",
         ),
         (
+            lambda p: {"upsampler_16": without_frozen(p["upsampler_16"], last_step_of="upsampler_16")},
+            "upsampler_16 makes the last step of upsampler_16, which is no upsampler here",
+        ),
+        (
             lambda p: {"upsampler_16": without_frozen(p["upsampler_16"], factor=10**6)},
             "upsampler_16 enlarges pictures to 16 pixels by 1000000, but decoder draws 8 pixels",
         ),

@@ -234,6 +234,13 @@ def test_dead_links_are_bad_records(tmp_path, filters):
     assert "the text c.txt is a link that leads nowhere" in second and "d.png is a link" in third
 
 
+def test_a_caption_that_keeps_its_length_changes_the_checksum(tmp_path):
+    """Embeddings of the folder are then those of other data, and so is a run that reads it."""
+    before = folder_source(fill(tmp_path / "data", a_png=1, a_txt="a cat")).checksum
+    assert folder_source(fill(tmp_path / "data", a_txt="a dog")).checksum != before
+    assert folder_source(fill(tmp_path / "data", a_txt="a cat")).checksum == before
+
+
 def test_texts_in_other_spellings_are_found(tmp_path):
     fill(
         tmp_path / "data", a_png=1, a_TXT="one", b_png=2, b_png_txt="two", c_PNG=3, c_PNG_txt="three", d_gif=4

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -105,6 +106,26 @@ def test_twelve_bits_of_a_tiff():
 def test_a_transparent_value_of_sixteen_bits_is_white():
     deep = Image.fromarray(np.array([[0, 257, 65535]], np.uint16))
     assert ops.decode_image(encode(deep, "PNG", transparency=257))[0, :, 0].tolist() == [0, 255, 255]
+
+
+def png(depth: int, colour: int, row: bytes, transparent: tuple[int, ...], width: int) -> bytes:
+    """A PNG of one row of any depth, with one transparent value."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    parts = {b"IHDR": header, b"tRNS": struct.pack(f">{len(transparent)}H", *transparent)}
+    parts |= {b"IDAT": zlib.compress(b"\0" + row), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, parts, parts.values()))
+
+
+def test_a_transparent_value_has_the_depth_of_the_file():
+    two, four = png(2, 0, bytes([0b00011011]), (1,), 4), png(4, 0, bytes([0x3E]), (3,), 2)
+    colours = png(16, 2, struct.pack(">6H", 1000, 2000, 3000, 9, 9, 9), (1000, 2000, 3000), 2)
+    assert ops.decode_image(two)[0, :, 0].tolist() == [0, 255, 170, 255]
+    assert ops.decode_image(four)[0, :, 0].tolist() == [255, 238]
+    assert ops.decode_image(colours)[0].tolist() == [[255] * 3, [0] * 3]
 
 
 def test_sixteen_bits_of_a_tiff():

@@ -226,6 +226,19 @@ def test_folder_of_transformers(tmp_path, tokenizer):
         assert ours.config() == tokenizer.config()  # recognised as the shipped vocabulary
 
 
+def test_two_formats_that_differ_are_refused(tmp_path):
+    """transformers reads tokenizer.json where it is there, and other libraries the other two files."""
+    ClipTokenizer(8, 600).save_folder(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
+    merges = (tmp_path / "merges.txt").read_text("utf-8").split("\n")[1:-1]
+    new = {"model": {"vocab": vocab, "merges": merges}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(new), "utf-8")
+    assert ClipTokenizer.from_folder(tmp_path, 8).vocab_size == 600
+    ClipTokenizer(8, 599).save_folder(tmp_path)
+    with pytest.raises(ValueError, match="holds two tokenizers"):
+        ClipTokenizer.from_folder(tmp_path, 8)
+
+
 def test_folder_with_other_merges_travels_in_the_config(tmp_path):
     merges = (("x", "y"), ("xy", "z</w>"))
     (tmp_path / "merges.txt").write_text(

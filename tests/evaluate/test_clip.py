@@ -187,6 +187,8 @@ def test_bad_records_are_refused_before_anything_is_embedded(compose, monkeypatc
     assert embedded == [len(owner), 4] and sorted(set(owner)) == [0, 1, 2, 3]
     assert "2 of 6 records of emoji/compose cannot be used and are left out" in caplog.text
     with pytest.raises(ValueError, match="2 of 6 records"):
+        evaluation.probe(None, dataclasses.replace(source, checksum="another"), source)
+    with pytest.raises(ValueError, match="hold the same data"):
         evaluation.probe(None, source, source)
 
 

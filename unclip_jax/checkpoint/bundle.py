@@ -170,7 +170,7 @@ def check_sizes(parts: Mapping[str, Part], where: str) -> None:
                 f"{where}: {name} makes {model['codes']} codes, and the codec reads {codec['embed_dim']}"
             )
         refined = last_step_of(part)
-        if refined is not None and (refined not in parts or parts[refined].config["kind"] != "upsampler"):
+        if refined is not None and refined not in upsamplers(parts):
             raise InputError(f"{where}: {name} makes the last step of {refined}, which is no upsampler here")
     unets = [name for name in ("decoder",) if name in parts] + upsamplers(parts)
     for small, large in itertools.pairwise(unets):

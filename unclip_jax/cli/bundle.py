@@ -109,9 +109,10 @@ def run(args: argparse.Namespace) -> None:
     check_target(args.out)
     use_compilation_cache()
     bundle = collect(user_path(args.runs), args.base)
-    for part, options in part_options(args.sampling).items():
+    defaults = part_options(args.sampling)
+    stage_options(bundle, defaults)
+    for part, options in defaults.items():
         bundle.sampling.setdefault(part, {}).update(options)
-    stage_options(bundle)
     measures = args.rows > 0 and "decoder" in bundle.parts
     judge = samples.open_judge(bundle, args.judge) if measures else None
     path = save_bundle(bundle, args.out)

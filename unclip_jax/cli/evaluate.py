@@ -155,6 +155,8 @@ def _evaluate_clip(args: argparse.Namespace) -> None:
         **source_options(args.data, "emoji"),
     }
     source = make_source(source_args)
+    if "balance" in source_args:
+        raise InputError("balance repeats records, which only training wants: leave it out of --data")
     train = None
     if args.task == "probe":
         differs = source_options(args.train, source_args["name"]) or (

@@ -40,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resamples",
         type=int,
-        default=5,
         metavar="N",
         help="passes per sampling step of --method resample (5)",
     )
@@ -76,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
 
     from unclip_jax.cli.options import image_task, read_image
+    from unclip_jax.data.ops import center_crop_square
     from unclip_jax.sampling.edits.inpaint import METHODS, inpaint
     from unclip_jax.sampling.edits.inversion import square
 
@@ -85,6 +85,10 @@ def run(args: argparse.Namespace) -> None:
     if redrawn.shape != image.shape[:2]:
         sizes = [f"{width}x{height}" for height, width in (redrawn.shape, image.shape[:2])]
         raise InputError(f"{args.mask} is {sizes[0]}, but {args.image} is {sizes[1]}")
+    if not center_crop_square(redrawn[..., None]).any():
+        raise InputError(
+            f"{args.mask or args.image}: nothing is to be drawn anew in the centred square"
+        )
     task = image_task(args)
     settings = {
         k: v for k, v in {"guidance_scale": args.guidance, "steps": task.steps}.items() if v is not None

@@ -54,17 +54,20 @@ def read_text(name: str, text: str, kinds: Sequence[type]) -> Any:
     raise InputError(f"{name} must be {expected}, got {text!r}")
 
 
-def parse_assignments(assignments: Sequence[str]) -> dict[str, str]:
+def parse_assignments(assignments: Sequence[str], *, once: bool = False) -> dict[str, str]:
     """Splits assignments: ["a.b=1", ...] -> {"a.b": "1"}. Whoever knows what a key is reads its text.
 
     Raises:
-      ValueError: if an item has no "=".
+      ValueError: if an item has no "="; with `once`, if two items give a key two values. Otherwise the last
+        one counts.
     """
-    pairs = {}
+    pairs: dict[str, str] = {}
     for item in assignments:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise InputError(f"{item!r} is not KEY=VALUE")
+        if once and pairs.get(key, value) != value:
+            raise InputError(f"{key} is given twice: {pairs[key]!r} and {value!r}")
         pairs[key] = value
     return pairs
 
@@ -75,14 +78,15 @@ def part_options(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
     Steps such as 10,10,3,2,2 stay text; only a list in brackets becomes a list.
 
     Raises:
-      ValueError: if an item is not PART.OPTION=VALUE, or the value is not of the option's type.
+      ValueError: if an item is not PART.OPTION=VALUE, or the value is not of the option's type; if two items
+        give an option two values.
     """
     from unclip_jax.generate.options import OPTIONS
     from unclip_jax.run.settings import kinds_of
 
     hints = {name: hint for kind in OPTIONS.values() for name, hint in get_type_hints(kind).items()}
     options: dict[str, dict[str, Any]] = {}
-    for key, text in parse_assignments(assignments).items():
+    for key, text in parse_assignments(assignments, once=True).items():
         part, _, option = key.partition(".")
         if not part or not option:
             raise InputError(f"{key!r} is not PART.OPTION, e.g. decoder.steps=50")
@@ -102,11 +106,7 @@ def source_options(assignments: Sequence[str], source: str | None = None) -> dic
       ValueError: if an item is not KEY=VALUE, or the value is not of the argument's type; if two items give
         a key two values.
     """
-    pairs = parse_assignments(assignments)
-    for item in assignments:
-        key, _, value = item.partition("=")
-        if value != pairs[key]:
-            raise InputError(f"{key} is given twice: {value!r} and {pairs[key]!r}")
+    pairs = parse_assignments(assignments, once=True)
     kinds = {key: source_kinds(pairs.get("name", source), key) for key in pairs}
     return {key: read_text(key, text, kinds[key]) for key, text in pairs.items()}
 

@@ -68,10 +68,18 @@ def read_options(args: argparse.Namespace, priors: list[str]) -> list[dict[str, 
         if not drawn:
             raise InputError(f"--prior-guidance needs a prior that draws z_i, not --prior {args.prior}")
         for prior in drawn:
+            _check_given_once(options, prior, "--prior-guidance")
             options.setdefault(prior, {})["guidance_scale"] = args.prior_guidance
     scales = parse_numbers("--guidance", args.guidance)
+    if scales:
+        _check_given_once(options, "decoder", "--guidance")
     decoder = options.get("decoder", {})
     return [{**options, "decoder": {**decoder, "guidance_scale": scale}} for scale in scales] or [options]
+
+
+def _check_given_once(options: dict[str, dict], part: str, argument: str) -> None:
+    if "guidance_scale" in options.get(part, {}):
+        raise InputError(f"{argument} and --set {part}.guidance_scale say the same thing: give one of them")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.grid import save_grid
     from unclip_jax.sampling.programs import Sampler
     from unclip_jax.sampling.text_to_image import text_to_image
-    from unclip_jax.sampling.unclip import check_prior, check_prior_name
+    from unclip_jax.sampling.unclip import check_prior, check_prior_name, made_by
 
     priors = args.prior.split(",")
     for prior in priors:
@@ -111,6 +119,10 @@ def run(args: argparse.Namespace) -> None:
         check_prior(sampler.bundle, prior)
     for options in chosen:
         sampler.options(options)
+    used = {name for prior in priors for name in made_by(sampler.bundle, prior)}
+    for part in chosen[0]:
+        if part not in used:
+            raise InputError(f"{part} does not draw with --prior {args.prior}: leave its options out")
     captions = [caption for caption in args.captions for _ in range(args.samples)]
     images, labels = [], []
     for prior, options in itertools.product(priors, chosen):

@@ -58,8 +58,9 @@ def decode_image(image: bytes | np.ndarray) -> np.ndarray:
     """The pixels of an encoded or decoded image: uint8 (H, W, 3), RGB in [0, 255].
 
     Transparency is composited on white, palettes and CMYK are converted, 16-bit greys are divided by 257, and
-    the EXIF orientation is applied. An animation gives its first frame. Pixels of 32 bits are scaled by the
-    smallest and largest sample value that a TIFF states.
+    the EXIF orientation is applied. Colours of 16 bits keep their higher 8 bits, which is at most one level
+    less. An animation gives its first frame. Pixels of 32 bits are scaled by the smallest and largest sample
+    value that a TIFF states.
 
     Args:
       image: encoded bytes in one of `FORMATS`, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
@@ -109,7 +110,18 @@ def open_image(data: bytes) -> Image.Image:
     width, height = opened.size
     if width * height > MAX_PIXELS:
         raise InputError(f"cannot decode image: {width}x{height} is more than {MAX_PIXELS} pixels")
+    _scale_transparency(opened)
     return opened
+
+
+def _scale_transparency(opened: Image.Image) -> None:
+    # PIL makes 8 bits of a PNG's pixels of 2, 4 or three times 16 bits. It leaves the value that stands for
+    # transparent pixels as the file has it.
+    key, mode = opened.info.get("transparency"), opened.tile[0][3] if opened.format == "PNG" else None
+    if isinstance(key, int) and mode in ("L;2", "L;4"):
+        opened.info["transparency"] = key * (85 if mode == "L;2" else 17)
+    elif isinstance(key, tuple) and mode == "RGB;16B":
+        opened.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def _reason(error: Exception) -> str:

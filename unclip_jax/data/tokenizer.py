@@ -28,6 +28,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -136,22 +137,30 @@ def _engine(merges: tuple[tuple[str, str], ...]):
 
 def _folder_merges(folder: Path) -> tuple[tuple[tuple[str, str], ...], int]:
     # (merges, number of tokens) of a folder of a transformers tokenizer, in its old format (vocab.json,
-    # merges.txt) or its new one (tokenizer.json).
+    # merges.txt) or its new one (tokenizer.json). A folder that has both must say the same in both.
+    read = []
     try:
         if (folder / "merges.txt").exists() and (folder / "vocab.json").exists():
-            vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
             lines = (folder / "merges.txt").read_text("utf-8").split("\n")
             pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-        elif (folder / "tokenizer.json").exists():
+            read.append((json.loads((folder / "vocab.json").read_text("utf-8")), pairs))
+        if (folder / "tokenizer.json").exists():
             model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
-            vocab = model["vocab"]
             pairs = [pair.split() if isinstance(pair, str) else pair for pair in model["merges"]]
-        else:
-            expected = "vocab.json and merges.txt, or tokenizer.json"
-            raise FileNotFoundError(f"{folder} holds no CLIP tokenizer: expected {expected}")
+            read.append((model["vocab"], pairs))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{folder} holds a damaged tokenizer ({reason}): download it again") from error
+    if not read:
+        expected = "vocab.json and merges.txt, or tokenizer.json"
+        raise FileNotFoundError(f"{folder} holds no CLIP tokenizer: expected {expected}")
+    found = [_clip_merges(folder, vocab, pairs) for vocab, pairs in read]
+    if found[0] != found[-1]:
+        raise InputError(f"{folder} holds two tokenizers: tokenizer.json and merges.txt differ; keep one")
+    return found[0]
+
+
+def _clip_merges(folder: Path, vocab: Any, pairs: list) -> tuple[tuple[tuple[str, str], ...], int]:
     if not isinstance(vocab, dict) or not all(_is_merge(pair) for pair in pairs):
         raise InputError(f"{folder} is not a CLIP tokenizer: its vocabulary or a merge is of another type")
     merges = tuple(tuple(pair) for pair in pairs)

@@ -143,9 +143,11 @@ def retrieval(
       progress: called with (images done, total images).
 
     Raises:
-      ValueError: before anything is embedded, if a record cannot be used.
+      ValueError: before anything is embedded, if a record cannot be used, or there is only one.
     """
     chosen, captions = _usable(source, _rows(source, rows, seed), _captions, skip_bad)
+    if len(chosen) < 2:
+        raise InputError(f"{source.name} has 1 record to rank; retrieval needs two")
     image_of_caption = np.repeat(np.arange(len(chosen)), [len(c) for c in captions])
     sampler = as_sampler(bundle)
     z_text = embed_captions(sampler, [caption for group in captions for caption in group], max_batch=BATCH)
@@ -211,10 +213,15 @@ def probe(
 
     Raises:
       ImportError: if scikit-learn is not installed.
-      ValueError: before anything is embedded, if a record has no label, a class has too few training rows, or
-        one of the test rows' classes has none.
+      ValueError: before anything is embedded, if both sources hold the same data, a record has no label, a
+        class has too few training rows, or one of the test rows' classes has none.
     """
     check_installed()
+    if train.checksum == test.checksum:
+        raise InputError(
+            f"{train.name} and {test.name} hold the same data: a probe must not train on the records that it "
+            "is tested on"
+        )
     (train_rows, train_labels), (test_rows, test_labels) = (
         _usable(source, _rows(source, rows, seed), lambda record: label_of(record, label), skip_bad)
         for source in (train, test)

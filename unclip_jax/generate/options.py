@@ -21,7 +21,7 @@ class SamplingOptions:
 
     steps: an argument of `schedule.time_steps`: a number, "10,10,3,2,2", "fast27", or a tuple of time steps.
     sampler: one of `SAMPLERS`.
-    eta: DDIM's.
+    eta: DDIM's. Other samplers take only 0.
     variance: DDPM's (`small`, `large`, `learned`, `analytic`).
     guidance_scale: 1 is the conditional model.
     guidance_schedule, guidance_interval, guidance_rescale: see `guidance.Guidance`.
@@ -176,12 +176,24 @@ def check_options(options: Options, part_config: dict) -> None:
         raise InputError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
     if options.variance not in VARIANCES:
         raise InputError(f"unknown variance {options.variance!r}; choose one of {', '.join(VARIANCES)}")
+    if options.sampler == "ddpm":
+        _check_variance(options.variance, part_config)
     if not 0 <= options.eta <= 1:
         raise InputError(f"eta must be in [0, 1], got {options.eta}")
+    if options.eta and options.sampler != "ddim":
+        raise InputError(f"eta={options.eta} is for the sampler ddim, not for {options.sampler}: set it to 0")
     options.guidance.check()
     if options.clip is not None and not options.clip > 0:
         raise InputError(f"clip must be positive or None, got {options.clip}")
     check_threshold(options.threshold, options.clip)
+
+
+def _check_variance(variance: str, part_config: dict) -> None:
+    unet = part_config.get("model", {}).get("unet", {"out_channels": 3})
+    if variance == "learned" and unet["out_channels"] != 6:
+        raise InputError("variance 'learned' needs a network that predicts it; use 'small' or 'large'")
+    if variance == "analytic" and part_config.get("x0_error") is None:
+        raise InputError("variance 'analytic' needs measured errors (x0_error), which this network lacks")
 
 
 def _check_code_options(options: CodeSamplingOptions, buckets: int) -> None:

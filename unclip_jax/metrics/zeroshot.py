@@ -45,7 +45,7 @@ def templates_of(name: str) -> tuple[str, ...]:
             "or a file with one template a line"
         )
     with input_errors(str(path), UnicodeDecodeError):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     templates = tuple(line.strip() for line in lines if line.strip())
     bad = [t for t in templates if t.count("{}") != 1]
     if bad or not templates:

@@ -273,6 +273,10 @@ def check_settings(config: Mapping, table: Mapping[str, Any], figures: Sequence[
     if "eval" in table and config["eval_every"] and not evaluations(config):
         every = config["eval_every"]
         raise InputError(f"eval_every={every} needs data.eval; name a source, or set eval_every=0")
+    held_out = config["data"].get("eval", {})
+    for name, source in _sections(held_out, "data.eval"):
+        if source.get("balance") is not None:
+            raise InputError(f"{name}.balance repeats records, which only training wants: leave it out")
     if "candidates" in config.get("eval", {}) and config["eval"]["candidates"] > config["eval"]["rows"]:
         candidates, rows = config["eval"]["candidates"], config["eval"]["rows"]
         raise InputError(f"eval.candidates={candidates} must be at most eval.rows={rows}")
@@ -401,9 +405,6 @@ def _check_unet(unet: Mapping, name: str) -> None:
 def _check_sampling(config: Mapping) -> None:
     options = options_from(dict(config["sampling"]), config["stage"])
     part = {"diffusion": dict(config.get("diffusion", {})), "model": config["model"]}
+    if "unet" not in config["model"]:
+        part["x0_error"] = ()  # a prior measures its errors in training
     check_options(options, part)
-    variance, unet = getattr(options, "variance", "small"), config["model"].get("unet")
-    # Only a prior measures its errors, and only a U-Net of six channels predicts a variance.
-    possible = {"learned": unet is not None and unet["out_channels"] == 6, "analytic": unet is None}
-    if getattr(options, "sampler", "") == "ddpm" and not possible.get(variance, True):
-        raise InputError(f"sampling.variance={variance} is not for this network; choose small or large")

@@ -233,6 +233,21 @@ def _arguments(box: Path) -> list[Row]:
         ),
         Row("evaluate broken images", ["evaluate", "zeroshot", *folder("broken")], "has 1 class by caption"),
         Row("a probe of its own data", probe, "name a training source with --train"),
+        Row(
+            "a probe of the same data",
+            [*probe, "--train", "path=./bare/", "--skip-bad"],
+            "hold the same data: a probe must not train on the records that it is tested on",
+        ),
+        Row(
+            "retrieval of one record",
+            ["evaluate", "retrieval", *folder("bare"), "--skip-bad", "--bundle", "emoji"],
+            "has 1 record to rank; retrieval needs two",
+        ),
+        Row(
+            "retrieval of repeated records",
+            ["evaluate", "retrieval", "--data", "split=val", "--data", "balance={'by': 'base', 'power': 0}"],
+            "balance repeats records",
+        ),
         Row("a probe of no data", [*probe, "--train", "path=nowhere"], "no folder 'nowhere'"),
         Row("judge of a CLIP", ["evaluate", "retrieval", "--judge", "judge"], "leave them out of retrieval"),
         Row(

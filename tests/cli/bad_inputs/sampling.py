@@ -78,6 +78,31 @@ SAMPLE = {
     "a mesh that does not fit": ([*FOX, "--mesh", "data=3"], "does not fit"),
     "an unknown axis": ([*FOX, "--mesh", "rows=2"], "unknown mesh axis rows"),
     "two sizes that are left open": ([*FOX, "--mesh", "data=-1,fsdp=-1"], "does not fit"),
+    "two values of an option": (
+        [*FOX, "--set", "decoder.steps=2", "--set", "decoder.steps=3"],
+        "decoder.steps is given twice: '2' and '3'",
+    ),
+    "steps by two arguments": (
+        [*FOX, "--steps", "2", "--set", "decoder.steps=3"],
+        "decoder.steps is given twice: '2' and '3'",
+    ),
+    "guidance by two arguments": (
+        [*FOX, "--guidance", "1,2", "--set", "decoder.guidance_scale=3"],
+        "--guidance and --set decoder.guidance_scale say the same thing",
+    ),
+    "the prior's guidance by two arguments": (
+        [*FOX, "--prior-guidance", "2", "--set", "prior_diffusion.guidance_scale=3"],
+        "--prior-guidance and --set prior_diffusion.guidance_scale say the same thing",
+    ),
+    "options of another prior": (
+        [*FOX, *TINY, "--prior", "none", "--set", "prior_diffusion.steps=2"],
+        "prior_diffusion does not draw with --prior none: leave its options out",
+    ),
+    "options of a decoder that inpaints": (
+        [*FOX, *TINY, "--set", "decoder_inpaint.steps=2"],
+        "decoder_inpaint does not draw with --prior prior_diffusion",
+    ),
+    "a folder to come as output": ([*FOX, "--out", "new/"], "--out new/ is a folder; name a file"),
     "an unknown argument": ([*FOX, "--guidanec", "2"], "unrecognized arguments: --guidanec 2"),
     "an unknown verb": (["draw", "a fox"], "invalid choice: 'draw'"),
 }
@@ -99,6 +124,8 @@ OPTIONS = {
     "decoder.steps=0,0": "segment 1 of 2",
     "decoder.eta=nan": "the sampling option eta must be a finite number",
     "decoder.eta=2": "eta must be in [0, 1], got 2",
+    "decoder.eta=0.5": "eta=0.5 is for the sampler ddim, not for ddpm: set it to 0",
+    "decoder.variance=analytic": "decoder: variance 'analytic' needs measured errors",
     "decoder.variance=huge": "unknown variance 'huge'",
     "decoder.sampler=euler": "unknown sampler 'euler'",
     "decoder.sampler=[]": "unknown sampler '[]'",
@@ -114,6 +141,7 @@ OPTIONS = {
     "prior_ar.candidates=1000000": "candidates must be between 1 and 1024",
     "upsampler_16.guidance_scale=3": "upsampler_16: an upsampler is not guided",
     "decoder.candidates=2": "decoder: only a prior chooses among candidates",
+    "prior_diffusion.variance=learned": "prior_diffusion: variance 'learned' needs a network",
     "prior_diffusion.candidates=2.5": "candidates must be a whole number",
     "prior_ar.top_k=0": "top_k must be between 1 and",
     "prior_ar.temperature=-1": "temperature must be 0 or a positive number",
@@ -170,6 +198,11 @@ INPAINT = {
     "a broken mask": (["good.png", "broken.png", "a fox"], "broken.png: cannot decode image"),
     "a caption without quotes": (["good.png", "white.png", "a", "fox"], "IMAGE [MASK] CAPTION, got 1 more"),
     "no passes": ([*MASKED, "--resamples", "0"], "resamples must be between 1 and 1000, got 0"),
+    "passes of the trained method": ([*MASKED, "--resamples", "9"], "resamples is for the method resample"),
+    "a mask beside the square": (
+        ["wide.png", "side.png", "a fox", *TINY],
+        "side.png: nothing is to be drawn anew in the centred square",
+    ),
     "an unknown method": ([*MASKED, "--method", "gan"], "unknown way to inpaint 'gan'"),
 }
 EVALUATE = {
@@ -198,6 +231,10 @@ def rows(box: Path) -> list[Row]:
     """Makes the files and returns the rows."""
     for name, size, value in (("good", 8, 0), ("black", 8, 0), ("white", 8, 255), ("large", 9, 255)):
         Image.fromarray(np.full((size, size, 3), value, np.uint8)).save(box / f"{name}.png")
+    side = np.zeros((8, 20, 3), np.uint8)
+    Image.fromarray(side).save(box / "wide.png")
+    side[:, :3] = 255
+    Image.fromarray(side).save(box / "side.png")
     (box / "broken.png").write_bytes((box / "good.png").read_bytes()[:40])
     (box / "words.png").write_text("no picture")
     (box / "empty.png").write_bytes(b"")

@@ -300,6 +300,11 @@ def verb_rows(box):
             "text_projection": np.zeros((512, 512), np.float16),
         }
         save_file(tensors, box / name / "model.safetensors")
+    (box / "pointers").mkdir()
+    (box / "pointer").mkdir()
+    write_json(box / "pointers" / "config.json", CLIP)
+    for file in ("pointers/model.safetensors", "pointer/bundle.json"):
+        (box / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     (box / "variants").mkdir()
     write_json(box / "variants" / "config.json", CLIP)
     for precision in ("fp16", "bf16"):
@@ -323,6 +328,8 @@ def verb_rows(box):
         Row("bundle nothing", ["bundle", "nowhere", "--out", "made"], "nowhere has no run"),
         Row("bundle onto a folder", ["bundle", "full", "--out", "full"], "full exists and is not a bundle"),
         Row("bundle one row", ["bundle", "full", "--out", "made", "--rows", "1"], "rows must be between 2"),
+        Row("weights of Git LFS", ["convert", "pointers", "--out", "made"], "is a pointer of Git LFS"),
+        Row("JSON of Git LFS", ["sample", "x", "--bundle", "pointer"], "bundle.json is a pointer of Git LFS"),
         Row("unknown tensors", ["convert", "odd", "--out", "made"], "are not those of a network known here"),
         Row("OpenAI's names, other sizes", ["convert", "openai", "--out", "made"], "are not OpenAI's own"),
         Row("OpenAI's sizes alone", ["convert", "laion", "--out", "made"], "copy open_clip_config.json"),

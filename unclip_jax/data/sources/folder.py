@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -80,7 +82,8 @@ def folder_source(
         captions = tuple(line.strip() for line in lines)
         return Record(key, data, caption_texts(captions), {}, str(root))
 
-    stamps = file_stamps([*images, *sorted({text for texts in listed.texts.values() for text in texts})])
+    texts = sorted({text for texts in listed.texts.values() for text in texts})
+    stamps = file_stamps([*images, *texts])
 
     def build():
         return build_index(images, _whole_file, parse, filters)
@@ -88,7 +91,7 @@ def folder_source(
     key = json_checksum(["folder", INDEX_VERSION, stamps, dataclasses.asdict(filters)])
     index = cached_index(key, build, cache_dir) if filters.active else build()
     sizes = [[os.path.relpath(name, root), size] for name, size, _ in stamps]
-    checksum = json_checksum([sizes, index_checksum(index)])
+    checksum = json_checksum([sizes, _hashes(texts), index_checksum(index)])
     if listed.passed_over:
         counted = ", ".join(f"{count} {what}" for what, count in sorted(listed.passed_over.items()))
         log.warning("folder %s has %d images; passed over: %s", path, len(images), counted)
@@ -100,6 +103,16 @@ def _read_text(path: str) -> str:
         raise InputError(f"the text {os.path.basename(path)} is a link that leads nowhere")
     with store_errors(path):
         return "".join(caption_texts(user_path(path).read_bytes()))
+
+
+def _hashes(texts: list[str]) -> list[str]:
+    # A caption may change and keep its length, so the sizes of texts do not identify them.
+    def digest(path: str) -> str:
+        with store_errors(path):
+            return hashlib.sha256(b"" if _is_dead_link(path) else user_path(path).read_bytes()).hexdigest()
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(digest, texts))
 
 
 def _is_dead_link(path: str) -> bool:

@@ -45,7 +45,7 @@ def inpaint(
     *,
     count: int = 4,
     method: str | None = None,
-    resamples: int = RESAMPLES,
+    resamples: int | None = None,
     seed: int = 0,
     prior: str = "prior_diffusion",
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -60,8 +60,8 @@ def inpaint(
       caption: describes the whole image.
       count: number of images to draw.
       method: one of METHODS. None means `trained` if the bundle has its decoder, else `resample`.
-      resamples: passes per step of the method `resample`. More passes match the drawn part better to the kept
-        part and take proportionally longer.
+      resamples: passes per step of the method `resample` (None: RESAMPLES). More passes match the drawn part
+        better to the kept part and take proportionally longer. The method `trained` takes only None.
       seed: whole number below 2**32.
       prior: as in `text_to_image`.
       options: overrides of the bundle's sampling defaults per part. The method `resample` ignores the
@@ -74,7 +74,7 @@ def inpaint(
 
     Raises:
       ValueError: if the mask is not boolean or its size is not the image's, the method is unknown, or an
-        option is out of range.
+        option is out of range or not for the method.
       KeyError: if the bundle lacks a part.
     """
     image, mask = np.asarray(image), np.asarray(mask)
@@ -85,13 +85,15 @@ def inpaint(
         )
     if count < 1:
         raise InputError(f"the number of pictures must be at least 1, got {count}")
-    if not 1 <= resamples <= MAX_RESAMPLES:
+    if resamples is not None and not 1 <= resamples <= MAX_RESAMPLES:
         raise InputError(f"resamples must be between 1 and {MAX_RESAMPLES}, got {resamples}")
     sampler, number = as_sampler(bundle), as_seed(seed)
     method = method or ("trained" if METHODS["trained"] in sampler.bundle.parts else "resample")
     if method not in METHODS:
         raise InputError(f"unknown way to inpaint {method!r}; choose one of {', '.join(METHODS)}")
-    name = METHODS[method]
+    if method == "trained" and resamples is not None:
+        raise InputError("resamples is for the method resample, not for trained: leave it out")
+    resamples, name = resamples or RESAMPLES, METHODS[method]
     for needed in ("clip", name):
         sampler.bundle.part(needed)
     check_prior(sampler.bundle, prior)
