@@ -1,5 +1,6 @@
 """What a run survives: lost hosts, kills at any moment, damaged checkpoints, hanging devices, NaN."""
 
+import contextlib
 import json
 import os
 import random
@@ -17,10 +18,10 @@ import numpy as np
 import pytest
 
 from tests.runs import SMALL, STEPS, Repeating, losses, tiny_config, train_tiny, wrap_batches
-from unclip_jax.checkpoint.store import load_run
+from unclip_jax.checkpoint.store import CheckpointStore, load_run
 from unclip_jax.run.hosts import RESTART
 from unclip_jax.run.logger import Logger, parse_profile
-from unclip_jax.run.resume import resumed_provenance
+from unclip_jax.run.resume import check_best, restore_or_init, resumed_provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -246,6 +247,42 @@ def test_changed_data_is_noted():
         first,
         {"until_step": 9, "data_checksum": "b"},
     ]
+    start = {"data_checksum": "a", "eval_checksums": {"val": "x"}}
+    noted = resumed_provenance(start, start | {"eval_checksums": {"val": "y"}}, 6)
+    assert noted["eval_checksums"] == {"val": "y"} and noted["data_checksum"] == "a"
+    assert noted["earlier_data"] == [{"until_step": 6, "eval_checksums": {"val": "x"}}]
+    assert resumed_provenance({"data_checksum": "a"}, start, 6) == {"data_checksum": "a"}  # an older run
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"provenance": {"eval_checksums": {"val": "y"}}}, "another evaluation data"),
+        ({"config": {"keep_best": "cosine", "eval": {"rows": 4}}}, "another keep_best"),
+        ({"config": {"keep_best": "-loss", "eval": {"rows": 8}}}, "another eval,"),
+    ],
+)
+def test_a_best_checkpoint_of_another_evaluation_is_not_compared(tmp_path, change, words):
+    """The figures would be of other data, or another figure; `best/` is not replaced by such a one."""
+    settings = {"keep_best": "-loss", "eval": {"rows": 4}}
+    best = {"config": settings, "provenance": {"eval_checksums": {"val": "x"}}}
+    config = SimpleNamespace(keep_best="-loss")
+    check_best(config, tmp_path, best)  # there is none yet
+    with contextlib.closing(CheckpointStore(tmp_path / "best", keep=1)) as store:
+        store.write(4, {"ema_params": {"a": np.zeros(1)}}, best)
+    check_best(config, tmp_path, best)
+    check_best(SimpleNamespace(keep_best=None), tmp_path, best | change)
+    with pytest.raises(ValueError, match=f"best was chosen with {words}"):
+        check_best(config, tmp_path, best | change)
+
+
+def test_a_run_of_another_part_is_not_resumed():
+    store = SimpleNamespace(
+        workdir="run", latest=lambda: 4, newest_meta=lambda: {"name": "decoder", "part": {}}
+    )
+    meta = {"name": "clip", "config": {"steps": 8}, "part": {"frozen": {}}}
+    with pytest.raises(ValueError, match="run is a run of decoder, not of clip; use another workdir"):
+        restore_or_init(store, None, None, meta, None)
 
 
 def test_bad_lines_of_the_metrics_are_set_aside(tmp_path, caplog):

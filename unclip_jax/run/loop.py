@@ -30,7 +30,14 @@ from unclip_jax.run.hardware import CHIPS, flops
 from unclip_jax.run.hosts import compiled_together, leave_if_stopped, print_once, stop_signals
 from unclip_jax.run.logger import Logger, due
 from unclip_jax.run.optim import make_optimizers
-from unclip_jax.run.resume import config_json, keep_best, new_provenance, restore_or_init, with_time
+from unclip_jax.run.resume import (
+    check_best,
+    config_json,
+    keep_best,
+    new_provenance,
+    restore_or_init,
+    with_time,
+)
 from unclip_jax.run.stage import Stage
 from unclip_jax.run.state import abstract_state, create_state, gradients_of, make_update
 from unclip_jax.sharding import Mesh, replicate, shard_batch
@@ -78,8 +85,12 @@ class Run:
             "part": stage.part,
             "sampling": config_json(config.get("sampling", ConfigDict())),
             "config": config_json(config),
-            "provenance": new_provenance(data.train.checksum),
+            "provenance": new_provenance(
+                data.train.checksum, {name: source.checksum for name, source in data.held_out.items()}
+            ),
         }
+        if (self.store.latest() or config.steps) < config.steps:
+            check_best(config, workdir, meta)
         self.start = restore_or_init(self.store, state, self.shardings, meta, init_from, load)
         self.state, self.meta = self.start.state, {**self.start.meta, "part": dict(stage.part)}
         self.stopping = False

@@ -26,6 +26,8 @@ from unclip_jax.run.hosts import print_once
 from unclip_jax.run.state import TrainState
 from unclip_jax.sharding import path_name
 
+CHECKSUMS = ("data_checksum", "eval_checksums")  # of a run's data, in its provenance
+
 
 def resolve(path: str, workdir: str | os.PathLike) -> str:
     """A path from a configuration. Paths that begin with "." are relative to the run's folder."""
@@ -41,13 +43,19 @@ def hardware() -> str:
     )
 
 
-def new_provenance(data_checksum: str) -> dict:
-    """The provenance of a run that starts now: where, when and with what. `with_time` adds wall time."""
+def new_provenance(data_checksum: str, eval_checksums: Mapping[str, str]) -> dict:
+    """The provenance of a run that starts now: where, when and with what. `with_time` adds wall time.
+
+    Args:
+      data_checksum: of the training data.
+      eval_checksums: of the evaluation data, by name.
+    """
     return {
         "hardware": hardware(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": 0.0,
         "data_checksum": data_checksum,
+        "eval_checksums": dict(eval_checksums),
         "jax": jax.__version__,
         "commit": _git_commit(),
     }
@@ -56,14 +64,15 @@ def new_provenance(data_checksum: str) -> dict:
 def resumed_provenance(before: dict, now: dict, step: int) -> dict:
     """The provenance of a run that goes on after `step` steps.
 
-    It is that of its start. When the training data has changed, `data_checksum` is that of the data from now
-    on, and `earlier_data` gains the old checksum and the step up to which it holds.
+    It is that of its start. When data has changed, `data_checksum` and `eval_checksums` are those of the data
+    from now on, and `earlier_data` gains the old ones that differ and the step up to which they hold.
     """
-    old, new = before.get("data_checksum"), now["data_checksum"]
-    if old is None or old == new:
+    held = {key: before[key] for key in CHECKSUMS if before.get(key) and key in now}
+    changed = {key: old for key, old in held.items() if old != now[key]}
+    if not changed:
         return before
-    earlier = [*before.get("earlier_data", ()), {"until_step": step, "data_checksum": old}]
-    return {**before, "data_checksum": new, "earlier_data": earlier}
+    earlier = [*before.get("earlier_data", ()), {"until_step": step, **changed}]
+    return {**before, **{key: now[key] for key in changed}, "earlier_data": earlier}
 
 
 def _git_commit() -> str | None:
@@ -128,6 +137,33 @@ def keep_best(
             store.save(step, state, meta | {"best": value, "figures": dict(figures)})
 
 
+def check_best(config: ConfigDict, workdir: str | os.PathLike, meta: dict) -> None:
+    """Checks that the figure of the best checkpoint so far can be compared with those to come.
+
+    Raises:
+      ValueError: when `best/` was chosen by another figure, or by an evaluation of other data or settings.
+    """
+    store = CheckpointStore(user_path(workdir) / "best", keep=1)
+    with contextlib.closing(store):
+        if config.keep_best is None or store.latest() is None:
+            return
+        before = store.newest_meta()
+    was, now = _measured(before), _measured(meta)
+    differing = [name for name in was if was[name] is not None and was[name] != now[name]]
+    if differing:
+        raise InputError(
+            f"{workdir}/best was chosen with another {differing[0]}, so its figure cannot be compared: move "
+            "it to another folder to go on"
+        )
+
+
+def _measured(meta: dict) -> dict:
+    # What a figure of an evaluation depends on, beside the weights.
+    config = meta["config"]
+    values = {name: config.get(name) for name in ("keep_best", "eval", "sampling", "diffusion", "seed")}
+    return values | {"evaluation data": meta["provenance"].get("eval_checksums")}
+
+
 class Start(NamedTuple):
     """Where a run starts.
 
@@ -161,8 +197,10 @@ def restore_or_init(
     """
     if store.latest() is not None:
         old = store.newest_meta()
-        _check_frozen(old["part"].get("frozen", {}), meta["part"]["frozen"])
         name, steps, done = meta["name"], meta["config"]["steps"], store.latest()
+        if old.get("name", name) != name:
+            raise InputError(f"{store.workdir} is a run of {old['name']}, not of {name}; use another workdir")
+        _check_frozen(old["part"].get("frozen", {}), meta["part"]["frozen"])
         if done > steps:
             raise InputError(
                 f"{name}: {done} steps are done already, more than steps={steps}; "
@@ -172,9 +210,11 @@ def restore_or_init(
         before, now = store.meta(step)["provenance"], meta["provenance"]
         provenance = resumed_provenance(before, now, step)
         words = f"resuming from step {step}" if step < steps else f"all {steps} steps are done already"
-        if provenance != before:
+        if provenance.get("data_checksum") != before.get("data_checksum"):
             checksums = f"was {before['data_checksum'][:12]}, is {now['data_checksum'][:12]}"
             words += f"\n  the training data has changed since then: its checksum {checksums}"
+        if provenance.get("eval_checksums") != before.get("eval_checksums"):
+            words += "\n  the evaluation data has changed since then: figures from now on are of other data"
         print_once(f"{name}: {words}" + _differences(old["config"], meta["config"]))
         return Start(state, {**meta, "provenance": provenance}, step, old["part"])
     if init_from is None:
