@@ -23,7 +23,6 @@ from unclip_jax.errors import InputError
 from unclip_jax.run.hosts import RESTART
 
 ROOT = Path(__file__).resolve().parent.parent
-SPLITS = ("train", "compose", "val")
 EVALUATIONS = {"decoder": {"eval": "compose"}, "prior": {"val": "val", "compose": "compose"}}
 COMMAND = (sys.executable, "-m", "unclip_jax.cli.main")
 RESERVE = 60  # seconds that a stage may take to save its state once it is asked to stop

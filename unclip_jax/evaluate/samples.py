@@ -130,7 +130,9 @@ def measure(
     records = {split: _records(split) for split in SPLITS}
     real = {split: _see(judge, [ops.decode_image(r.image) for r in records[split]]) for split in SPLITS}
     listed = [record for split in SPLITS for record in records[split]]
-    z_captions = embed_captions(judge, [record.captions[0] for record in listed], max_batch=BATCH)
+    z_captions = unit(embed_captions(judge, [record.captions[0] for record in listed], max_batch=BATCH))
+    ends = np.cumsum([len(records[split]) for split in SPLITS])
+    z_own = dict(zip(SPLITS, np.split(z_captions, ends[:-1]), strict=True))
     figures: dict = {
         "judge": params_hash(judge.bundle.part("clip").params),
         "prior": prior,
@@ -148,12 +150,14 @@ def measure(
         stages = sample_stages(sampler, captions, seed=seed, prior=prior, progress=progress)
         pictures = list(ops.to_uint8(stages.images[-1]))
         drawn, true = _see(judge, pictures), _head(real[split], rows)
-        z_own = embed_captions(judge, captions, max_batch=BATCH)
         sets = {"real": true.features, "samples": drawn.features, "shuffled": np.roll(drawn.features, 1, 0)}
         found = _nearest(drawn, real["train"])
         held_out = nearest_real[HELD_OUT[split]]
         figures["splits"][split] = {
-            **{name: _rates(f, z_own, chosen, z_captions, listed, group) for name, f in sets.items()},
+            **{
+                name: _rates(features, z_own[split][:rows], chosen, z_captions, listed, group)
+                for name, features in sets.items()
+            },
             "fid": {name: _round(frechet_distance(sets[name], rest)) for name in ("real", "samples")},
             "kid": {name: _round(kernel_distance(sets[name], rest)) for name in ("real", "samples")},
             "copies": {way: _copies(found[way], held_out[way]) for way in found},
@@ -200,8 +204,9 @@ def _rates(
     listed: Sequence[Record],
     group: int,
 ) -> dict[str, dict[str, float]]:
-    # RATES of pictures (N, D) whose captions are z_own (N, D); z_captions (M, D) are those of `listed`.
-    best = np.argmax(features @ unit(z_captions).T, axis=1)
+    # RATES of pictures (N, D) whose captions are z_own (N, D); z_captions (M, D) are those of `listed`. All
+    # are of unit norm.
+    best = np.argmax(features @ z_captions.T, axis=1)
     same = {
         field: np.array([r.meta[field] == listed[j].meta[field] for r, j in zip(chosen, best)])
         for field in ("style", "base")
