@@ -51,6 +51,7 @@ setup(
             "google-cloud-storage>=2.18,<4",
             "hypothesis>=6.100,<7",
             "mlflow>=3,<4",
+            "prdc==0.2",
             "pytest>=8,<10",
             "pytest-xdist>=3.5,<4",
             "ruff>=0.9,<1",

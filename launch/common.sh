@@ -32,8 +32,10 @@ ensure_venv() {
   say "installing unclip_jax${want:+[$want]} (a few minutes, once)"
   "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${want:+[$want]}"
   if [ "$want" = test ]; then
-    # Only its tokenizer is used, as the reference; its own requirements would bring gigabytes.
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps open-clip-torch==3.3.0
+    # References for the tests. Both ask for torchvision, which need not fit the torch that is there. The
+    # tests use the parts that do without.
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+      open-clip-torch==3.3.0 torch-fidelity==0.4.0
   fi
   printf '%s' "$wanted" >"$stamp"
 }

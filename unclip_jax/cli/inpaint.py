@@ -86,9 +86,7 @@ def run(args: argparse.Namespace) -> None:
         sizes = [f"{width}x{height}" for height, width in (redrawn.shape, image.shape[:2])]
         raise InputError(f"{args.mask} is {sizes[0]}, but {args.image} is {sizes[1]}")
     if not center_crop_square(redrawn[..., None]).any():
-        raise InputError(
-            f"{args.mask or args.image}: nothing is to be drawn anew in the centred square"
-        )
+        raise InputError(f"{args.mask or args.image}: nothing is to be drawn anew in the centred square")
     task = image_task(args)
     settings = {
         k: v for k, v in {"guidance_scale": args.guidance, "steps": task.steps}.items() if v is not None

@@ -39,9 +39,7 @@ KINDS: dict[str, Kind] = {
         DIFFUSES | {"embedding_space": (dict, True), "x0_error": (tuple[float, ...], False)}, DiffusionPrior
     ),
     "prior_ar": Kind(NETWORK | {"dot_edges": (tuple[float, ...], True)}, ARPrior, {"text": TextEncoder}),
-    "decoder": Kind(
-        DIFFUSES, Decoder, {"unet": UNet, "conditioning": ClipConditioning, "text": TextEncoder}
-    ),
+    "decoder": Kind(DIFFUSES, Decoder, {"unet": UNet, "conditioning": ClipConditioning, "text": TextEncoder}),
     "upsampler": Kind(
         DIFFUSES | {"factor": (int, True), "last_step_of": (str, False)}, Upsampler, {"unet": UNet}
     ),
