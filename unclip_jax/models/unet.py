@@ -46,7 +46,7 @@ RESAMPLE = {None: lambda x: x, "down": downsample, "up": upsample}
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation: epsilon 1e-5, statistics in float32; `groups` groups (32 in the papers).
+    """Group normalisation: statistics in float32; `groups` groups (32 in the papers), epsilon 1e-5.
 
     The statistics equal those of flax's GroupNorm. Here they are reduced per channel first and then per
     group, so that channels stay the minor axis. This vectorises; a (..., groups, channels / groups) view of
@@ -55,6 +55,7 @@ class GroupNorm(nn.Module):
 
     groups: int
     dtype: Dtype = jnp.float32
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -72,7 +73,7 @@ class GroupNorm(nn.Module):
 
         h = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
         h = h - group_mean(h)
-        h = h * (jax.lax.rsqrt(group_mean(jnp.square(h)) + 1e-5) * scale) + bias
+        h = h * (jax.lax.rsqrt(group_mean(jnp.square(h)) + self.epsilon) * scale) + bias
         return h.astype(self.dtype).reshape(x.shape)
 
 

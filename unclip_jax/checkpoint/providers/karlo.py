@@ -33,7 +33,8 @@ PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
 # ------------------------------------------------------------------------------------------- names
 
 
-def _attention(theirs: str, ours: str) -> list[Rule]:
+def attention(theirs: str, ours: str) -> list[Rule]:
+    """Rules of an attention layer by diffusers' names."""
     return [
         *linear(rf"{theirs}to_q", f"{ours}/query", "heads"),
         *linear(rf"{theirs}to_k", f"{ours}/key", "heads"),
@@ -52,7 +53,7 @@ PRIOR: tuple[Rule, ...] = (
     *linear("embedding_proj", "text_embed_in"),
     *linear("encoder_hidden_states_proj", "text_states_in"),
     *norm(rf"{_BLOCK}norm1", f"{_OURS}/ln1/norm"),
-    *_attention(rf"{_BLOCK}attn1\.", f"{_OURS}/attn"),
+    *attention(rf"{_BLOCK}attn1\.", f"{_OURS}/attn"),
     *norm(rf"{_BLOCK}norm3", f"{_OURS}/ln2/norm"),
     *linear(rf"{_BLOCK}ff\.net\.0\.proj", f"{_OURS}/fc1"),
     *linear(rf"{_BLOCK}ff\.net\.2", f"{_OURS}/fc2"),
@@ -70,7 +71,8 @@ TEXT_PROJ: tuple[Rule, ...] = (
 )
 
 
-def _res(theirs: str, ours: str) -> list[Rule]:
+def res_block(theirs: str, ours: str) -> list[Rule]:
+    """Rules of a residual block by diffusers' names."""
     return [
         *(rule for n in "12" for rule in norm(rf"{theirs}norm{n}", f"{ours}/norm{n}")),
         *(rule for n in "12" for rule in linear(rf"{theirs}conv{n}", f"{ours}/conv{n}", "conv")),
@@ -82,7 +84,7 @@ def _res(theirs: str, ours: str) -> list[Rule]:
 def _cross_attention(theirs: str, ours: str) -> list[Rule]:
     return [
         *norm(rf"{theirs}group_norm", f"{ours}/norm"),
-        *_attention(theirs, ours),
+        *attention(theirs, ours),
         *linear(rf"{theirs}add_k_proj", f"{ours}/context_key", "heads"),
         *linear(rf"{theirs}add_v_proj", f"{ours}/context_value", "heads"),
     ]
@@ -100,14 +102,14 @@ def unet(levels: int) -> tuple[Rule, ...]:
             rule
             for way, sampler, resample, at, level in ways
             for rule in (
-                *_res(rf"{way}_blocks\.{at}\.resnets\.(\d+)\.", rf"unet/{way}_{level}_res_\1"),
-                *_res(rf"{way}_blocks\.{at}\.{sampler}\.0\.", f"unet/{way}_{level}_{resample}"),
+                *res_block(rf"{way}_blocks\.{at}\.resnets\.(\d+)\.", rf"unet/{way}_{level}_res_\1"),
+                *res_block(rf"{way}_blocks\.{at}\.{sampler}\.0\.", f"unet/{way}_{level}_{resample}"),
                 *_cross_attention(
                     rf"{way}_blocks\.{at}\.attentions\.(\d+)\.", rf"unet/{way}_{level}_attn_\1"
                 ),
             )
         ),
-        *_res(r"mid_block\.resnets\.([01])\.", r"unet/middle_res_\1"),
+        *res_block(r"mid_block\.resnets\.([01])\.", r"unet/middle_res_\1"),
         *_cross_attention(r"mid_block\.attentions\.0\.", "unet/middle_attn"),
         *norm("conv_norm_out", "unet/norm_out"),
         *linear("conv_out", "unet/conv_out", "conv"),
