@@ -4,7 +4,7 @@ uses.
 It is ADM's U-Net (`unet`) on the latents of an autoencoder, with these differences:
 
 - Attention is a spatial transformer: x + proj_out(blocks(proj_in(norm(x)))), where a block is
-  x <- x + self_attention(norm(x)); x <- x + cross_attention(norm(x), context); x <- x + feed_forward(norm(x)).
+  x <- x + self_attention(norm(x)); x <- x + cross_attention(norm(x), context); x <- x + geglu(norm(x)).
   The feed-forward layer is a GEGLU: (a * gelu(g)) W with (a, g) = split(norm(x) V), the exact GELU, and a
   hidden width of 4 C. Keys and values come from the context alone, and all its tokens are seen: there is no
   mask.
