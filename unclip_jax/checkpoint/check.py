@@ -135,7 +135,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         check_value(digest, str, f"{where}: frozen: {role}")
     if "last_step_of" in config:
         check_name(config["last_step_of"], f"{where}: last_step_of")
-    for key in ("embed_dim", "dims", "factor"):
+    for key in ("embed_dim", "dims", "factor", "scale_factor"):
         _check_range(key, config.get(key), where)
     if "tokenizer" in config:
         check_fields(config["tokenizer"], TOKENIZER, f"{where}: tokenizer")
@@ -198,6 +198,8 @@ def _check_range(key: str, value: Any, where: str) -> None:
     largest = LARGEST.get(key, LARGE)
     if key == "mean":
         return
+    if key == "attention_levels":  # they count from 0
+        value = [level + 1 for level in value]
     if key == "dropout":
         if not 0 <= value < 1:
             raise InputError(f"{where}: dropout must be in [0, 1), not {shown(value)}")
@@ -291,6 +293,8 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     if kind == "clip":
         return clip_shapes(model)
     module = KINDS[kind].module(**model)
+    if kind in ("kl_autoencoder", "vq_autoencoder"):
+        return shapes_of(module.init, array(1, module.factor, module.factor, module.image_channels))
     if kind == "upsampler":
         return shapes_of(module.init, *_pixels(model), low_res=array(1, 1, 1, 3))
     own = model.get("text")

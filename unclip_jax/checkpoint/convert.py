@@ -96,6 +96,12 @@ TRANSFORMS: dict[str, Transform] = {
         lambda a, shape: _transposed(a, 2, 3, 1, 0),
         lambda a: a.transpose(3, 2, 0, 1),
     ),
+    # torch's (out, in), or (out, in, 1, 1) of a 1x1 convolution -> (in, out); written back as a convolution
+    "pointwise": Transform(
+        lambda ours, theirs: ours == tuple(theirs[1::-1]) and math.prod(theirs[2:]) == 1,
+        lambda a, shape: _transposed(a.reshape(a.shape[:2]), 1, 0),
+        lambda a: a.T[:, :, None, None],
+    ),
     "drop_ones": Transform(  # (1, N, W) -> (N, W), (1, 1, W) -> (W,)
         lambda ours, theirs: (
             ours == tuple(theirs)[len(theirs) - len(ours) :] and math.prod(theirs) == math.prod(ours)
@@ -107,7 +113,7 @@ TRANSFORMS: dict[str, Transform] = {
 
 
 def linear(theirs: str, ours: str, transform: str = "linear") -> tuple[Rule, Rule]:
-    """Rules of a layer's weight and bias; `transform` is that of the weight: linear, heads, merge or conv."""
+    """Rules of a layer's weight and bias; `transform` is the weight's: linear, heads, merge, conv, ..."""
     bias = "head_bias" if transform == "heads" else "same"
     return Rule(rf"{theirs}\.weight", f"{ours}/kernel", transform), Rule(
         rf"{theirs}\.bias", f"{ours}/bias", bias

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
+from unclip_jax.models.autoencoder import KLAutoencoder, VQAutoencoder
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower
 from unclip_jax.models.decoder import ClipConditioning, Decoder
 from unclip_jax.models.prior_ar import ARPrior
@@ -31,6 +32,7 @@ class Kind(NamedTuple):
 
 SHARED = {"kind": (str, True), "frozen": (dict, False), "tokenizer": (dict, False)}
 NETWORK = SHARED | {"model": (dict, True)}
+ENCODES = NETWORK | {"scale_factor": (float, True)}
 DIFFUSES = NETWORK | {"diffusion": (dict, True)}
 KINDS: dict[str, Kind] = {
     "clip": Kind(NETWORK, CLIP, {"image": ImageTower, "text": TextTower}),
@@ -43,4 +45,6 @@ KINDS: dict[str, Kind] = {
     "upsampler": Kind(
         DIFFUSES | {"factor": (int, True), "last_step_of": (str, False)}, Upsampler, {"unet": UNet}
     ),
+    "kl_autoencoder": Kind(ENCODES, KLAutoencoder),
+    "vq_autoencoder": Kind(ENCODES, VQAutoencoder),
 }
