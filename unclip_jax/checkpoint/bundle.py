@@ -6,7 +6,7 @@ parameters, the samplers' defaults by part, and the provenance. A part's `config
 
 | key | value | parts that have it |
 |---|---|---|
-| `kind` | which network it is: `clip`, `prior_diffusion`, `prior_ar`, `codec`, `decoder`, `upsampler` | all |
+| `kind` | which network it is, of `models.kinds`: `clip`, `prior_diffusion`, `decoder`, ... | all |
 | `model` | the network's keyword arguments | all but the codec |
 | `diffusion` | noise schedule and prediction | those that diffuse |
 | `frozen` | role -> hash of each network that stood frozen under it in training | those that had one |

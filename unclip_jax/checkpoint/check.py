@@ -29,6 +29,7 @@ from unclip_jax.errors import InputError, one_line
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower
 from unclip_jax.models.codec import Codec
 from unclip_jax.models.decoder import ClipConditioning
+from unclip_jax.models.inception import SIZE as INCEPTION_SIZE
 from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.layers import ACTIVATIONS
 from unclip_jax.typed import check_fields, check_value, fields_of, listed, shown
@@ -295,6 +296,8 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     module = KINDS[kind].module(**model)
     if kind in ("kl_autoencoder", "vq_autoencoder"):
         return shapes_of(module.init, array(1, module.factor, module.factor, module.image_channels))
+    if kind == "inception":
+        return shapes_of(module.init, array(1, INCEPTION_SIZE, INCEPTION_SIZE, 3))
     if kind == "upsampler":
         return shapes_of(module.init, *_pixels(model), low_res=array(1, 1, 1, 3))
     own = model.get("text")

@@ -238,6 +238,35 @@ def resize(
     return np.stack([np.asarray(picture, np.float32) for picture in resized], axis=2)
 
 
+def resize_tf1(image: np.ndarray, size: int) -> np.ndarray:
+    """The bilinear resize of TensorFlow 1 (`align_corners=False`): float32 (size, size, 3) in [0, 255].
+
+    FID is defined with it. The filter is not widened when the image shrinks. Pixel i of the result lies at
+    i * H / size of the image: the pixels' corners are aligned, not their centres. The result is equal to
+    TensorFlow's bit for bit.
+
+    Args:
+      image: uint8 or float32 (H, W, 3).
+      size: the side of the result in pixels.
+    """
+
+    def places(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        # The pixels before and after each place along an axis, and how far it lies between them.
+        place = np.arange(size, dtype=np.float32) * (np.float32(length) / np.float32(size))
+        before = place.astype(np.int64)
+        return before, np.minimum(before + 1, length - 1), place - before.astype(np.float32)
+
+    (top, bottom, down), (left, right, across) = places(image.shape[0]), places(image.shape[1])
+    across, down = across[None, :, None], down[:, None, None]
+    image = image.astype(np.float32)
+    # The rows that are needed, each resized along the width.
+    used = np.unique(np.concatenate([top, bottom]))
+    rows = image[used]
+    rows = rows[:, left] + (rows[:, right] - rows[:, left]) * across
+    above, below = rows[np.searchsorted(used, top)], rows[np.searchsorted(used, bottom)]
+    return above + (below - above) * down
+
+
 def center_crop_square(image: np.ndarray) -> np.ndarray:
     """The largest central square of an image (H, W, 3): (S, S, 3), S = min(H, W)."""
     height, width = image.shape[:2]

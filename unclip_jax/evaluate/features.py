@@ -1,0 +1,239 @@
+"""Networks that turn images into the features that figures of images are computed from.
+
+| name | network | image | outputs |
+|---|---|---|---|
+| `inception` | FID's, of 2015-12-05 | TensorFlow 1's bilinear resize to 299 | `pool`, `spatial`, `logits` |
+
+The resize is part of the figure: the same images resized in another way differ by several FID (Parmar et al.
+2022). A network computes in float32 on every device, with products of full precision.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from unclip_jax.checkpoint.bundle import Part
+from unclip_jax.checkpoint.load import load_part
+from unclip_jax.checkpoint.store import params_hash
+from unclip_jax.data import ops
+from unclip_jax.errors import InputError, MissingError, NumericalError
+from unclip_jax.generate.networks import build_model
+from unclip_jax.models.inception import SIZE, SPATIAL_CHANNELS
+from unclip_jax.paths import cache_folder
+from unclip_jax.sharding import BATCH, make_mesh, replicate
+from unclip_jax.typed import listed
+
+ROWS = {"cpu": 16}  # images of a batch on one device, by platform
+ROWS_ELSEWHERE = 64
+THREADS = min(16, os.cpu_count() or 1)  # images resized at a time
+
+
+# ------------------------------------------------------------------------------------------- the networks
+class Row(NamedTuple):
+    """What is known of a network.
+
+    part: the kind of part that holds its weights.
+    size: part -> side in pixels of the images that it sees.
+    prepare: image uint8 (H, W, 3), size -> float32 (size, size, 3), as the network takes it.
+    resize: what `prepare` does to the image, in words; {} is the size.
+    widths: part -> outputs by name, with their widths.
+    apply: module, params, images (B, size, size, 3) -> features by output's name.
+    fetch: what to do when there are no weights at the usual place; None without a usual place.
+    """
+
+    part: str
+    size: Callable[[Part], int]
+    prepare: Callable[[np.ndarray, int], np.ndarray]
+    resize: str
+    widths: Callable[[Part], dict[str, int]]
+    apply: Callable[[Any, Any, jax.Array], Mapping[str, jax.Array]]
+    fetch: str | None = None
+
+
+def _inception_image(image: np.ndarray, size: int) -> np.ndarray:
+    return (ops.resize_tf1(image, size) - np.float32(128)) / np.float32(128)
+
+
+def _inception_widths(part: Part) -> dict[str, int]:
+    classes = part.config["model"].get("logits")
+    widths = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS}
+    return widths | ({"logits": classes} if classes else {})
+
+
+NETWORKS: dict[str, Row] = {
+    "inception": Row(
+        part="inception",
+        size=lambda part: SIZE,
+        prepare=_inception_image,
+        resize="tf1-bilinear {}",
+        widths=_inception_widths,
+        apply=lambda module, params, x: module.apply({"params": params}, x),
+        fetch="unclip fetch inception",
+    ),
+}
+
+
+def fetched_folder(name: str) -> Path:
+    """The folder of the cache in which `unclip fetch NAME` keeps a network."""
+    return cache_folder() / "networks" / name
+
+
+# ------------------------------------------------------------------------------------------- running
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A network with its weights on a mesh.
+
+    name: a key of `NETWORKS`.
+    hash: of its weights (`checkpoint.store.params_hash`).
+    outputs: the features that it computes, by name, with their widths.
+    resize: what is done to an image before the network, in words, for files of statistics.
+    mesh: the devices that share a batch.
+    rows: images of a batch, on all devices together.
+    """
+
+    name: str
+    hash: str
+    outputs: Mapping[str, int]
+    resize: str
+    mesh: Mesh
+    rows: int
+    _prepare: Callable[[np.ndarray], np.ndarray] = field(repr=False)
+    _program: Callable[[jax.Array], Mapping[str, jax.Array]] = field(repr=False)
+
+    def __call__(
+        self, images: Sequence[np.ndarray], progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Features of images, in batches of `rows` that are padded, by one compiled program.
+
+        Args:
+          images: uint8 (H, W, 3), each of any size: each is resized on its own. An item may be made when it
+            is asked for. Each is asked for once, by several threads.
+          progress: called with (images done, total images) after each batch.
+
+        Returns:
+          Output's name -> float32 (N, width).
+
+        Raises:
+          ValueError: when there are no images, or one is not uint8 (H, W, 3).
+          NumericalError: when a feature is not finite.
+        """
+        if len(images) == 0:
+            raise InputError("no images: give at least one")
+        made: list[dict[str, np.ndarray]] = []
+        running: tuple[int, Mapping[str, jax.Array]] | None = None  # the devices' batch
+
+        def collect() -> None:
+            count, arrays = running
+            made.append({name: np.asarray(array)[:count] for name, array in arrays.items()})
+            for name, features in made[-1].items():
+                if not np.isfinite(features).all():
+                    raise NumericalError(
+                        f"{self.name} made {name} features that are not finite (NaN or infinity): "
+                        "its weights are damaged"
+                    )
+            if progress is not None:
+                progress(sum(len(next(iter(batch.values()))) for batch in made), len(images))
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            for first in range(0, len(images), self.rows):
+                count = min(self.rows, len(images) - first)
+                rows = list(pool.map(lambda i: self._row(images[i]), range(first, first + count)))
+                batch = np.stack(rows + rows[-1:] * (self.rows - count))
+                arrays = self._program(jax.device_put(batch, NamedSharding(self.mesh, BATCH)))
+                if running is not None:
+                    collect()  # the devices work on the next batch meanwhile
+                running = count, arrays
+        collect()
+        return {name: np.concatenate([batch[name] for batch in made]) for name in made[0]}
+
+    def _row(self, image: np.ndarray) -> np.ndarray:
+        if np.ndim(image) != 3 or np.shape(image)[2] != 3 or np.asarray(image).dtype != np.uint8:
+            raise InputError(
+                f"images must be uint8 (H, W, 3), got {np.asarray(image).dtype} {np.shape(image)}"
+            )
+        return self._prepare(np.asarray(image))
+
+
+def open_network(
+    name: str,
+    weights: str | os.PathLike | None = None,
+    *,
+    mesh: Mesh | None = None,
+    outputs: Sequence[str] | None = None,
+    rows: int | None = None,
+) -> FeatureNetwork:
+    """A network of `NETWORKS`, ready to run.
+
+    Args:
+      name: a key of `NETWORKS`.
+      weights: a folder or file of public weights, a bundle, or "hf:owner/name@revision". None: what `unclip
+        fetch` put into the cache.
+      mesh: the devices, which must be this process's own. None: all of them; on CPU one.
+      outputs: the features to compute. None: all that the weights allow.
+      rows: images of a batch on one device. None: 16 on CPU, 64 elsewhere.
+
+    Raises:
+      FileNotFoundError, ValueError, KeyError: one line each, when there are no weights, they are damaged or
+        of another network, or lack an output.
+    """
+    if name not in NETWORKS:
+        raise MissingError(f"unknown feature network {name!r}; choose one of {listed(NETWORKS)}")
+    row = NETWORKS[name]
+    part = _weights(name, weights)
+    widths = row.widths(part)
+    chosen = list(widths if outputs is None else outputs)
+    for output in chosen:
+        if output not in widths:
+            raise InputError(
+                f"{weights or fetched_folder(name)}: these weights of {name} make {listed(widths)}, "
+                f"but no {output!r}"
+            )
+    mesh = mesh or _own_mesh()
+    module = build_model(part.config)
+    size, params = row.size(part), replicate(part.params, mesh)
+
+    @jax.jit
+    def program(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        with jax.default_matmul_precision("float32"):  # accelerators round products to fewer bits otherwise
+            features = row.apply(module, params, images)
+        return {output: features[output] for output in chosen}
+
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    platform = mesh.devices.flat[0].platform
+    return FeatureNetwork(
+        name=name,
+        hash=part.hash or params_hash(part.params),
+        outputs={output: widths[output] for output in chosen},
+        resize=row.resize.format(size),
+        mesh=mesh,
+        rows=ways * (rows or ROWS.get(platform, ROWS_ELSEWHERE)),
+        _prepare=lambda image: row.prepare(image, size),
+        _program=lambda images: program(params, images),
+    )
+
+
+def _weights(name: str, weights: str | os.PathLike | None) -> Part:
+    row = NETWORKS[name]
+    if weights is None:
+        if row.fetch is None:
+            raise InputError(f"{name} needs its weights: name a folder, or hf:owner/name@revision")
+        weights = fetched_folder(name)
+        if not (weights / "bundle.json").is_file():
+            raise FileNotFoundError(
+                f"the weights of {name} are not here: run `{row.fetch}` once, or name a folder that has them"
+            )
+    return load_part(weights, row.part)[0]
+
+
+def _own_mesh() -> Mesh:
+    devices = jax.local_devices()
+    return make_mesh(devices=devices[:1] if devices[0].platform == "cpu" else devices)
