@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -101,8 +100,7 @@ def _counts(codes: jax.Array, size: int) -> jax.Array:
     return jnp.zeros(size, jnp.float32).at[codes.reshape(-1)].add(1.0)
 
 
-@flax.struct.dataclass
-class Averages:
+class Averages(NamedTuple):
     """The moving averages behind a codebook, float32.
 
     counts: (K,) how many outputs choose each code in a step.
@@ -195,7 +193,7 @@ def restart_dead(
     correction = 1.0 - decay ** averages.steps.astype(jnp.float32) if debias else 1.0
     dead = averages.counts / correction < threshold
     # The new code counts as if it had been chosen `threshold` times a step, so that it is not dead at once.
-    return averages.replace(
+    return averages._replace(
         counts=jnp.where(dead, threshold * correction, averages.counts),
         sums=jnp.where(dead[:, None], drawn * threshold * correction, averages.sums),
     )
