@@ -68,6 +68,19 @@ def test_sample_draws_a_grid(tiny_bundle, tmp_path, capsys):
     assert image.ndim == 3 and image.std() > 10
 
 
+def test_sample_writes_a_folder_for_a_benchmark(tiny_bundle, tmp_path, capsys):
+    """The folder is whole after the second command too, which draws nothing."""
+    (tmp_path / "p.txt").write_text("a red fox\na blue heart\n")
+    args = ["sample", "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out"), "--steps", "2"]
+    args += ["--bundle", str(tiny_bundle), "--prior", "null", "--layout", "folder", "--samples", "2"]
+    for kept in (0, 2):
+        assert main(args) == 0
+        assert f"2 prompts in the layout of folder, {kept} of them drawn before" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
+    assert main([*args, "--guidance", "3"]) == 1
+    assert "holds samples of other prompts, weights or options" in capsys.readouterr().err
+
+
 def test_measure(tiny_bundle, tiny_judge, tmp_path, capsys):
     """A table for a prior, and a picture of the pairs; the judge must be another CLIP."""
     args = ["evaluate", "samples", "--bundle", str(tiny_bundle), "--rows", "2", "--prior", "null"]

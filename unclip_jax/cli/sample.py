@@ -1,4 +1,7 @@
-"""`unclip sample "caption" ... --out grid.png`: draws pictures from captions, in a labelled grid."""
+"""`unclip sample "caption" ... --out grid.png`: draws pictures from captions, in a labelled grid.
+
+With `--prompts` and `--layout` it writes a folder for the tools of a benchmark instead.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,24 @@ from unclip_jax.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments to its parser."""
-    parser.add_argument("captions", nargs="+", metavar="CAPTION", help="what to draw")
+    parser.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw")
     add_bundle_arguments(parser)
-    parser.add_argument("--out", default="grid.png", metavar="FILE", help="the file to write (grid.png)")
+    parser.add_argument(
+        "--out", metavar="FILE", help="the file to write (grid.png); with --prompts: the folder to write"
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="draw these in place of captions: a text with a prompt a line, GenEval's JSON lines, "
+        "DPG-Bench's folder of texts, or a source (name=...,KEY=...)",
+    )
+    parser.add_argument(
+        "--layout",
+        metavar="L",
+        help="with --prompts, whose folder to write: geneval, dpg, t2i-compbench, or folder for plain "
+        "pictures with their captions. The same command continues a stopped one and "
+        "keeps the files that are there",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     parser.add_argument(
         "--position",
@@ -22,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="position of the first picture (0). A picture depends on its caption, seed and position: "
         "--position 2 draws the third picture of a longer call alone",
     )
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="pictures per caption (1)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="pictures per caption (1; with --layout what the benchmark asks for: 4, 4, 10, 1)",
+    )
     parser.add_argument(
         "--prior",
         default="prior_diffusion",
@@ -84,6 +107,13 @@ def _check_given_once(options: dict[str, dict], part: str, argument: str) -> Non
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
+    if args.prompts is not None or args.layout is not None:
+        _write_layout(args)
+        return
+    if not args.captions:
+        raise InputError("say what to draw: captions, or --prompts FILE --layout L")
+    args.samples = 1 if args.samples is None else args.samples
+    args.out = args.out if args.out is not None else "grid.png"
     import itertools
 
     import numpy as np
@@ -145,3 +175,44 @@ def run(args: argparse.Namespace) -> None:
     else:
         columns = args.samples if args.samples > 1 else min(len(captions), 4)
     print(save_grid(args.out, np.concatenate(images), labels, columns=columns))
+
+
+def _write_layout(args: argparse.Namespace) -> None:
+    from unclip_jax.cli.options import (
+        MOST_PICTURES,
+        check_range,
+        check_seed,
+        open_bundle,
+        progress_bar,
+        source_options,
+        use_compilation_cache,
+    )
+    from unclip_jax.evaluate import layouts
+    from unclip_jax.evaluate.sets import Drawing
+    from unclip_jax.sampling.programs import Sampler
+    from unclip_jax.sampling.unclip import check_prior_name
+
+    for name, value in (("--prompts", args.prompts), ("--layout", args.layout), ("--out", args.out)):
+        if not value:
+            raise InputError(f"a folder of samples needs --prompts, --layout and --out: give {name}")
+    if args.captions or args.position:
+        raise InputError("--prompts takes the place of captions and --position: leave them out")
+    check_prior_name(args.prior)
+    options = read_options(args, [args.prior])
+    if len(options) > 1:
+        raise InputError("a folder holds the samples of one guidance scale: give one with --guidance")
+    check_range("--samples", args.samples, 1, MOST_PICTURES)
+    check_seed(args.seed)
+    prompts = layouts.read_prompts(args.layout, args.prompts, source_options, args.samples)
+    layouts.check_folder(args.out)
+    use_compilation_cache()
+    kept = layouts.draw_prompts(
+        Sampler(open_bundle(args)),
+        args.layout,
+        prompts,
+        args.out,
+        Drawing([], args.prior, args.seed, options[0]),
+        samples=args.samples,
+        progress=progress_bar("prompts"),
+    )
+    print(f"{args.out}: {len(prompts)} prompts in the layout of {args.layout}, {kept} of them drawn before")

@@ -17,7 +17,7 @@ MASKED = ["good.png", "white.png", "a fox", *TINY]
 BETWEEN, AGAIN = ["interpolate", "good.png", "good.png", *TINY], ["reconstruct", "good.png", *TINY]
 # What is wrong with the words of `sample` -> those words, and words of the message.
 SAMPLE = {
-    "no caption": (["sample"], "the following arguments are required: CAPTION"),
+    "no caption": (["sample"], "say what to draw: captions, or --prompts FILE --layout L"),
     "an unknown prior": ([*FOX, "--prior", "gan"], "unknown prior 'gan'; choose one of"),
     "a second prior that is unknown": ([*FOX, "--prior", "prior_ar,foo"], "unknown prior 'foo'"),
     "an empty prior": ([*FOX, "--prior", ""], "unknown prior ''"),
@@ -103,6 +103,33 @@ SAMPLE = {
         "decoder_inpaint does not draw with --prior prior_diffusion",
     ),
     "a folder to come as output": ([*FOX, "--out", "new/"], "--out new/ is a folder; name a file"),
+    "prompts without a layout": (["sample", "--prompts", "p.txt", "--out", "o"], "give --layout"),
+    "a layout without prompts": (["sample", "--layout", "folder", "--out", "o"], "give --prompts"),
+    "a layout without a folder": (["sample", "--prompts", "p.txt", "--layout", "folder"], "give --out"),
+    "prompts and captions": (
+        [*FOX, "--prompts", "p.txt", "--layout", "folder", "--out", "o"],
+        "--prompts takes the place of captions and --position",
+    ),
+    "an unknown layout": (
+        ["sample", "--prompts", "p.txt", "--layout", "grid", "--out", "o"],
+        "unknown layout 'grid': choose one of geneval, dpg",
+    ),
+    "no file of prompts": (
+        ["sample", "--prompts", "nothing.txt", "--layout", "t2i-compbench", "--out", "o"],
+        "no file of prompts 'nothing.txt'",
+    ),
+    "prompts in latin-1": (
+        ["sample", "--prompts", "latin.txt", "--layout", "t2i-compbench", "--out", "o"],
+        "latin.txt: a caption is not UTF-8",
+    ),
+    "a folder of samples over other files": (
+        ["sample", "--prompts", "p.txt", "--layout", "folder", "--out", "tiny"],
+        "tiny holds files that this command did not write",
+    ),
+    "two scales for a folder": (
+        ["sample", "--prompts", "p.txt", "--layout", "folder", "--out", "o", "--guidance", "1,2"],
+        "a folder holds the samples of one guidance scale",
+    ),
     "an unknown argument": ([*FOX, "--guidanec", "2"], "unrecognized arguments: --guidanec 2"),
     "an unknown verb": (["draw", "a fox"], "invalid choice: 'draw'"),
 }
@@ -238,6 +265,7 @@ def rows(box: Path) -> list[Row]:
     (box / "broken.png").write_bytes((box / "good.png").read_bytes()[:40])
     (box / "words.png").write_text("no picture")
     (box / "empty.png").write_bytes(b"")
+    (box / "p.txt").write_text("a fox\na heart\n")
     (box / "latin.txt").write_bytes("ein Bär {}".encode("latin-1"))
     (box / "folder").mkdir()
     (box / "loop").symlink_to("loop")
