@@ -16,7 +16,7 @@ setup(
     package_data={
         "unclip_jax.data": ["vocab/*"],
         "unclip_jax.data.emoji": ["*.tfrecord", "manifest.json", "NOTICE.md"],
-        "unclip_jax": ["bundles/*/*.json", "bundles/*/*/*"],
+        "unclip_jax": ["bundles/*/*.json", "bundles/*/*/*", "serve/page/*"],
     },
     entry_points={"console_scripts": ["unclip = unclip_jax.cli.main:main"]},
     install_requires=[
