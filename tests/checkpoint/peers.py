@@ -210,3 +210,30 @@ def close(ours, theirs, atol=1e-5):
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert theirs.std() > 1e-2
     np.testing.assert_allclose(ours, theirs, atol=atol * max(1.0, np.abs(theirs).max()), rtol=0)
+
+
+def inception_state(seed=0):
+    """Tensors of FID's Inception by the names of `pt_inception-2015-12-05`: random filters that keep the size
+    of the signal, and statistics that normalise. The gains are 1, as in the published file."""
+    from unclip_jax.checkpoint.convert import array, shapes_of
+    from unclip_jax.checkpoint.providers.inception import CONVOLUTIONS
+    from unclip_jax.models.inception import SIZE, Inception
+
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape, np.float32))
+    shapes, state = shapes_of(Inception().init, array(1, SIZE, SIZE, 3)), {}
+    for ours, theirs in CONVOLUTIONS.items():
+        leaf = shapes
+        for name in ours.split("/"):
+            leaf = leaf[name]
+        height, width, channels, filters = leaf["kernel"].shape
+        scale = (2 / (height * width * channels)) ** 0.5
+        state[f"{theirs}.conv.weight"] = scale * normal(filters, channels, height, width)
+        state[f"{theirs}.bn.weight"] = torch.ones(filters)
+        state[f"{theirs}.bn.bias"] = 0.2 * normal(filters)
+        state[f"{theirs}.bn.running_mean"] = 0.2 * normal(filters)
+        state[f"{theirs}.bn.running_var"] = torch.from_numpy(
+            rng.uniform(0.5, 1.5, filters).astype(np.float32)
+        )
+        state[f"{theirs}.bn.num_batches_tracked"] = torch.tensor(0)
+    return state | {"fc.weight": 0.05 * normal(1008, 2048), "fc.bias": normal(1008)}

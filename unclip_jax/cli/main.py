@@ -39,6 +39,7 @@ VERBS = {
         "convert public weights (Karlo, CLIP) or an older bundle to a bundle",
     ),
     "export": ("unclip_jax.cli.export", "write a bundle of Karlo's topology as a diffusers folder"),
+    "fetch": ("unclip_jax.cli.fetch", "download the weights of the network that FID is computed with"),
     "evaluate": (
         "unclip_jax.cli.evaluate",
         "measure a bundle: its samples, or its CLIP by retrieval, zero-shot classification or a linear probe",

