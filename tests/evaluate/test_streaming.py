@@ -91,15 +91,6 @@ def test_bad_images_are_refused_or_left_out(tmp_path):
         image_features(FakeNetwork(), opened(folder), work=tmp_path / "w", skip_bad=True)
 
 
-def test_features_that_are_not_finite_are_refused(tmp_path):
-    class Broken(FakeNetwork):
-        def __call__(self, images):
-            return {name: values / 0 for name, values in super().__call__(images).items()}
-
-    with np.errstate(all="ignore"), pytest.raises(ValueError, match="pool of inception is not finite for"):
-        image_features(Broken(), opened(write_images(tmp_path / "a", 3)), work=tmp_path / "w")
-
-
 def test_preparation():
     """The crop, the size and the codec act on the pixels, in this order."""
     image = np.random.default_rng(0).integers(0, 256, (10, 16, 3), np.uint8)

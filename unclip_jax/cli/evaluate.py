@@ -1,30 +1,40 @@
-"""`unclip evaluate TASK`: measures a bundle's samples, or its CLIP on a dataset.
+"""`unclip evaluate TASK`: measures a bundle's samples, its CLIP on a dataset, or any two sets of images.
 
-TASK is one of `samples`, `retrieval`, `zeroshot` and `probe`.
+The tasks `samples`, `retrieval`, `zeroshot` and `probe` measure a bundle. `cli.figure` has the tasks that
+print the figures of papers, such as `fid`.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from unclip_jax.cli import figure
 from unclip_jax.cli.options import add_bundle_arguments
 from unclip_jax.errors import InputError
 
-TASKS = ("samples", "retrieval", "zeroshot", "probe")
+TASKS = {
+    "samples": "measure what a bundle draws, on the embedded emoji, with another CLIP as the judge",
+    "retrieval": "measure a bundle's CLIP on --data: recall of captions and images",
+    "zeroshot": "measure a bundle's CLIP on --data: classification by captions",
+    "probe": "measure a bundle's CLIP on --data: a linear classifier of image features",
+}
 SAMPLE_ROWS = 100
 MOST_ROWS = 2**31 - 1
 SHOWN_PAIRS = 12  # of each split
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's arguments to its parser."""
-    parser.add_argument(
-        "task",
-        choices=TASKS,
-        help="samples: measure what the bundle draws, on the embedded emoji, with another CLIP as the judge. "
-        "The others measure only the bundle's CLIP, on --data: retrieval (recall of captions and images), "
-        "zeroshot (classification by captions), probe (a linear classifier of image features)",
-    )
+    """Adds the verb's tasks to its parser, each with its arguments."""
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    for name, summary in (TASKS | figure.FIGURES).items():
+        task = tasks.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name in TASKS:
+            _add_task_arguments(task)
+        else:
+            figure.add_arguments(task, name)
+
+
+def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle_arguments(parser)
     parser.add_argument(
         "--data",
@@ -92,6 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
+    if args.task in figure.FIGURES:
+        figure.run(args)
+        return
     from unclip_jax.cli.options import check_range, check_seed, use_compilation_cache
 
     check_range("--rows", args.rows, 2, MOST_ROWS)

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from unclip_jax.errors import InputError, input_errors
-from unclip_jax.metrics.moments import Moments
+from unclip_jax.metrics.moments import Moments, moments
 from unclip_jax.paths import local_copy, write_whole
 
 FORMAT_VERSION = 1
@@ -133,7 +133,7 @@ def save_statistics(path: str | os.PathLike, statistics: Statistics, *, features
 
     Args:
       path: the file, ending in .npz.
-      statistics: with moments of the main output.
+      statistics: with moments of the main output, or with its features, which give them.
       features: whether to write the main features as well; the figures but FID need them.
     """
     about = {
@@ -145,8 +145,9 @@ def save_statistics(path: str | os.PathLike, statistics: Statistics, *, features
     }
     arrays: dict[str, Any] = {"about": np.asarray(json.dumps(about, sort_keys=True))}
     for output, names in MOMENTS.items():
-        if output in statistics.moments:
-            arrays |= dict(zip(names, statistics.moments[output][1:], strict=True))
+        if output in statistics.moments or output in statistics.features:
+            found = statistics.moments.get(output) or moments(statistics.features[output])
+            arrays |= dict(zip(names, found[1:], strict=True))
     if features:
         arrays["features"] = np.asarray(statistics.features[POOL])
     file = io.BytesIO()

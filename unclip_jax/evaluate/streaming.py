@@ -156,8 +156,8 @@ def image_features(
       progress: called with this host's (images done, images in all).
 
     Raises:
-      ValueError: naming the first image that cannot be used, unless `skip_bad`; if none can be used; if a
-        feature is not finite.
+      ValueError: naming the first image that cannot be used, unless `skip_bad`; if none can be used.
+      NumericalError: if a feature is not finite.
     """
     plan = {
         "format": FORMAT_VERSION,
@@ -182,12 +182,6 @@ def image_features(
         found = {name: np.zeros((0, width), np.float32) for name, width in network.outputs.items()}
         if kept:
             found = network([preparation(picture.pixels) for _, picture in kept])
-        for name, values in found.items():
-            if not np.isfinite(values).all():
-                raise InputError(
-                    f"{name} of {network.name} is not finite for images {rows[0]} to {rows[-1]} of "
-                    f"{images.name}: its weights are damaged"
-                )
         return {
             **{name: np.asarray(found[name], np.float32) for name in network.outputs},
             ROWS: np.asarray([i for i, _ in kept], np.int64),

@@ -233,8 +233,8 @@ INPAINT = {
     "an unknown method": ([*MASKED, "--method", "gan"], "unknown way to inpaint 'gan'"),
 }
 EVALUATE = {
-    "no task": ([], "the following arguments are required: task"),
-    "an unknown task": (["fid"], "invalid choice: 'fid'"),
+    "no task": ([], "the following arguments are required: TASK"),
+    "an unknown task": (["lpips"], "invalid choice: 'lpips'"),
     "one row": (["samples", "--rows", "1"], "--rows must be between 2 and"),
     "a part of a group of rows": (["samples", "--rows", "150"], "or a multiple of 100 up to 600, got 150"),
     "more rows than there are": (["samples", "--rows", "100000"], "or a multiple of 100 up to 600"),
