@@ -230,9 +230,9 @@ def test_options():
         options_from({})
     with pytest.raises(ValueError, match="unknown sampling option scale"):
         options_from({"steps": 25}, scale=2.0)
-    with pytest.raises(ValueError, match="'euler'; choose one of ddpm, ddim, dpmpp_2m"):
+    with pytest.raises(ValueError, match="'heun'; choose one of ddpm, ddim, dpmpp_2m"):
         model = build_model(UPSAMPLER)
-        sample_upsampler(Network(model, {}, UPSAMPLER), LOW, KEYS, SamplingOptions(2, sampler="euler"))
+        sample_upsampler(Network(model, {}, UPSAMPLER), LOW, KEYS, SamplingOptions(2, sampler="heun"))
 
 
 NEVER = [True, float("nan"), float("inf"), -float("inf"), 1e39, {}, b"1", ["a"], [1, None], [True, 2]]
@@ -242,7 +242,8 @@ NEVER = [True, float("nan"), float("inf"), -float("inf"), 1e39, {}, b"1", ["a"],
 def test_options_of_a_wrong_type(kind):
     """Every option says in one line what it takes. A number must be finite, also in float32."""
     for name in OPTIONS[kind].__dataclass_fields__:
-        text, number = name in ("sampler", "variance", "guidance_schedule"), name not in ("steps", "top_k")
+        texts = ("sampler", "variance", "guidance_schedule", "spacing", "last")
+        text, number = name in texts, name not in ("steps", "top_k")
         wrong = [0, None] if text else ["x"] * number + [None] * (name not in ("clip", "threshold", "top_k"))
         for value in [*NEVER, *wrong]:
             settings = {"steps": 4, name: value} if kind == "decoder" else {name: value}
@@ -255,7 +256,7 @@ def test_options_of_a_wrong_type(kind):
     [
         ({"steps": 0}, "between 1 and 1000"),
         ({"steps": "slow27"}, "'slow27'"),
-        ({"sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"sampler": "heun"}, "unknown sampler 'heun'"),
         ({"variance": "medium"}, "unknown variance 'medium'"),
         ({"eta": 2.0}, "eta must be in"),
         ({"guidance_scale": float("inf")}, "finite"),

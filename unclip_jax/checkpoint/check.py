@@ -24,7 +24,7 @@ from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.diffusion.embedding_space import KINDS as SPACES
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace
 from unclip_jax.diffusion.process import PREDICTIONS
-from unclip_jax.diffusion.schedule import SCHEDULES
+from unclip_jax.diffusion.schedule import SCHEDULES, schedule_of
 from unclip_jax.errors import InputError, one_line
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower
 from unclip_jax.models.codec import Codec
@@ -44,6 +44,8 @@ DIFFUSION = {
     "num_steps": (int, True),
     "prediction": (str, True),
     "vb_weight": (float, False),
+    "beta_ends": (tuple[float, ...] | None, False),
+    "zero_snr": (bool, False),
 }
 SPACE = {
     "kind": (str, True),
@@ -217,6 +219,15 @@ def _check_diffusion(diffusion: Any, where: str) -> None:
             raise InputError(f"{where}: unknown {key} {shown(diffusion[key])}; choose one of {listed(known)}")
     if not 2 <= diffusion["num_steps"] <= 100_000:
         raise InputError(f"{where}: num_steps must be between 2 and 100000, not {diffusion['num_steps']}")
+    ends = diffusion.get("beta_ends")
+    if ends is not None and len(ends) != 2:
+        raise InputError(f"{where}: beta_ends must be two numbers, not {len(ends)}")
+    if diffusion.get("zero_snr") and diffusion["prediction"] == "eps":
+        raise InputError(f"{where}: a network that predicts eps cannot start without signal (zero_snr)")
+    try:
+        schedule_of(diffusion)
+    except ValueError as error:
+        raise InputError(f"{where}: {one_line(error)}") from None
 
 
 def _check_space(space: Any, dim: int, where: str) -> None:

@@ -31,7 +31,7 @@ import numpy as np
 
 from unclip_jax.diffusion.losses import split_variance
 from unclip_jax.diffusion.process import eps_from_x0, to_x0_eps
-from unclip_jax.diffusion.schedule import Schedule
+from unclip_jax.diffusion.schedule import SMALLEST_ABAR, Schedule
 from unclip_jax.errors import InputError
 
 
@@ -125,6 +125,7 @@ def make_denoiser(
     guidance: Guidance | None = None,
     clip: float | None = None,
     threshold: float | None = None,
+    smallest_abar: float = 0.0,
 ) -> Denoise:
     """Turns a model into a denoiser.
 
@@ -137,9 +138,10 @@ def make_denoiser(
       guidance: None for no guidance (half the work).
       clip: bounds x0 to [-clip, clip] and recomputes eps from it. None changes neither.
       threshold: percentile of dynamic thresholding, which then replaces plain clipping; needs `clip`.
+      smallest_abar: a lower bound of abar, for samplers that divide by it.
 
     Returns:
-      The denoiser.
+      The denoiser. A step that is no whole number lies between two of the schedule's.
 
     Raises:
       ValueError: on guidance settings out of range, a percentile outside (0, 100], or one without a clip.
@@ -147,10 +149,18 @@ def make_denoiser(
     if guidance is not None:
         guidance.check()
     check_threshold(threshold, clip)
-    table, num_steps = np.asarray(schedule.alphas_cumprod), schedule.num_steps
+    table, num_steps = np.maximum(schedule.alphas_cumprod, smallest_abar), schedule.num_steps
+    floored = np.maximum(table, SMALLEST_ABAR)
+    sigmas = np.sqrt((1 - floored) / floored)
+
+    def abar_at(t: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        if jnp.issubdtype(t.dtype, jnp.integer):
+            return jnp.asarray(table, dtype)[t]
+        return 1 / (1 + jnp.square(jnp.interp(t, jnp.arange(num_steps), jnp.asarray(sigmas, dtype))))
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Denoised:
-        abar = jnp.asarray(table, x_t.dtype)[t]
+        t = jnp.asarray(t)
+        abar = abar_at(t, x_t.dtype)
         b, channels = x_t.shape[0], x_t.shape[-1]
         if guidance is None:
             out, v_frac = split_variance(model(x_t, jnp.full((b,), t)), channels)

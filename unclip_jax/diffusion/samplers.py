@@ -8,9 +8,20 @@ dpmpp_2m  DPM-Solver++(2M) (Lu et al. 2022), deterministic. Let lambda = ln(sqrt
       h = lambda_r - lambda_t, and h', x0' the values of the previous step. Then
       x_r = sqrt((1 - abar_r) / (1 - abar_t)) x_t + sqrt(abar_r) (1 - e^-h) D,
       D = x0 + min(h / h', 1) / 2 (x0 - x0').
-      The first and the last step (there h is infinite and x_r = D) are of first order: D = x0. The bound of 1
-      is ours: with steps even in t, h grows without limit towards the clean sample, and the published h / h'
-      extrapolates too far
+      The first step is of first order: D = x0. So is the last one where it leads to the clean sample (there h
+      is infinite and x_r = D), or where there are fewer than 15. The bound of 1 is ours: with steps even in
+      t, h grows without limit towards the clean sample, and the published h / h' extrapolates too far
+plms  the pseudo linear multistep method (Liu et al. 2022, F-PNDM without its Runge-Kutta steps): DDIM at eta
+      0 with a combination of the last four outputs of the network, (55 e - 59 e_1 + 37 e_2 - 9 e_3) / 24, in
+      place of the last one. It begins with one step of Heun's method, which calls the network once more, and
+      with the formulas of order two and three. What is combined is the network's own output: v where it
+      predicts v
+euler  Euler's method in y = x / sqrt(abar), whose noise is sigma = sqrt((1 - abar) / abar) (Karras et al.
+      2022): y_r = y + (sigma_r - sigma_t) eps. As y = x0 + sigma_t eps, this is y_r = x0 + sigma_r eps, which
+      is DDIM at eta 0
+euler_ancestral  goes down to sigma_d and adds noise sigma_u: sigma_u^2 = sigma_r^2 (1 - sigma_r^2 /
+      sigma_t^2) and sigma_d^2 = sigma_r^2 - sigma_u^2. As 1 - sigma_r^2 / sigma_t^2 =
+      (1 - abar_t / abar_r) / (1 - abar_t), abar_r sigma_u^2 is DDIM's sigma^2 at eta 1: it is DDIM at eta 1
 ddim_invert  DDIM's map from data to noise at eta 0: x_n = sqrt(abar_n) x0 + sqrt(1 - abar_n) eps; x0 is never
       clipped
 repaint  ancestral sampling of the unknown part of an image (Lugmayr et al. 2022)
@@ -20,7 +31,8 @@ learned between them, or the analytic one (Bao et al. 2022). The analytic varian
 reverse step: the posterior's plus c0^2 Var[x0 | x_t]. The mean of Var[x0 | x_t] is the squared error of a
 perfect denoiser. A table of the network's errors, measured once, estimates it.
 
-`steps` are descending integers in [0, T). The last one leads to the clean sample, where no noise is added.
+`steps` are descending integers in [0, T). Each leads to the next, and the last one to the clean sample, where
+no noise is added. `spacing.Moves` in their place say where each step leads.
 Coefficients are float64 until they multiply the samples. Samples may be (B, D) embeddings or (B, H, W, C)
 images.
 """
@@ -33,29 +45,33 @@ import numpy as np
 
 from unclip_jax.diffusion.guidance import Denoise
 from unclip_jax.diffusion.process import fold_in, learned_log_variance, posterior, standard_normal
-from unclip_jax.diffusion.schedule import CLEAN, Schedule
+from unclip_jax.diffusion.schedule import CLEAN, SMALLEST_ABAR, Schedule
+from unclip_jax.diffusion.spacing import Moves
 from unclip_jax.errors import InputError
 
 VARIANCES = ("small", "large", "learned", "analytic")
 
 
-def transitions(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def transitions(steps: np.ndarray | Moves) -> Moves:
     """Descending steps -> (t, r): each step t and the next step r. The last step leads to the clean sample.
+    Moves are returned as they are.
 
     Raises:
       ValueError: when the steps are empty or not strictly descending.
     """
+    if isinstance(steps, Moves):
+        return steps
     t = np.asarray(steps)
     if t.ndim != 1 or len(t) == 0 or np.any(np.diff(t) >= 0) or t[-1] < 0:
         raise InputError("sampling steps must be a non-empty, strictly descending list of steps >= 0")
-    return t, np.append(t[1:], CLEAN)
+    return Moves(t, np.append(t[1:], CLEAN))
 
 
 def ddpm(
     denoise: Denoise,
     x: jax.Array,
     schedule: Schedule,
-    steps: np.ndarray,
+    steps: np.ndarray | Moves,
     rng: jax.Array,
     *,
     variance: str = "small",
@@ -126,10 +142,11 @@ def ddim(
     denoise: Denoise,
     x: jax.Array,
     schedule: Schedule,
-    steps: np.ndarray,
+    steps: np.ndarray | Moves,
     rng: jax.Array | None = None,
     *,
     eta: float = 0.0,
+    smallest_abar: float = 0.0,
 ) -> jax.Array:
     """DDIM sampling.
 
@@ -137,6 +154,7 @@ def ddim(
       denoise, x, schedule, steps: as in `ddpm`.
       rng: as in `ddpm`; may be None when eta is 0.
       eta: 0 for the deterministic map, 1 for the variance of ancestral sampling; in [0, 1].
+      smallest_abar: a lower bound of abar_t in sigma.
 
     Returns:
       (B, ...) samples.
@@ -149,7 +167,7 @@ def ddim(
     if eta > 0 and rng is None:
         raise InputError("DDIM with eta > 0 needs a random key")
     t, r = transitions(steps)
-    abar_t, abar_r = schedule.abar(t), schedule.abar(r)
+    abar_t, abar_r = np.maximum(schedule.abar(t), smallest_abar), schedule.abar(r)
     sigma = eta * np.sqrt((1 - abar_r) / (1 - abar_t) * (1 - abar_t / abar_r))
     columns = (np.sqrt(abar_r), np.sqrt(np.maximum(1 - abar_r - sigma**2, 0)), sigma)
     xs = (jnp.asarray(t), *(jnp.asarray(c, x.dtype) for c in columns), jnp.arange(len(t)))
@@ -166,23 +184,31 @@ def ddim(
 
 
 def dpmpp_2m(
-    denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.ndarray, rng: jax.Array | None = None
+    denoise: Denoise,
+    x: jax.Array,
+    schedule: Schedule,
+    steps: np.ndarray | Moves,
+    rng: jax.Array | None = None,
+    *,
+    bound: float | None = 1.0,
 ) -> jax.Array:
     """DPM-Solver++(2M): second order, with one evaluation per step.
 
     Args:
       denoise, x, schedule, steps: as in `ddpm`.
       rng: not used; all samplers share one signature.
+      bound: of h / h'; None for the published method.
 
     Returns:
       (B, ...) samples.
     """
     t, r = transitions(steps)
-    abar_t, abar_r = schedule.abar(t), schedule.abar(r)
+    abar_t, abar_r = np.maximum(schedule.abar(t), SMALLEST_ABAR), schedule.abar(r)
     with np.errstate(divide="ignore"):
         h = 0.5 * (np.log(abar_r) - np.log1p(-abar_r) - np.log(abar_t) + np.log1p(-abar_t))
+    end = len(t) if r[-1] != CLEAN and len(t) >= 15 else len(t) - 1
     extrapolate = np.zeros(len(t))
-    extrapolate[1:-1] = np.minimum(h[1:-1] / (2 * h[:-2]), 0.5)
+    extrapolate[1:end] = np.minimum(h[1:end] / h[: max(end - 1, 0)], np.inf if bound is None else bound) / 2
     columns = (np.sqrt((1 - abar_r) / (1 - abar_t)), np.sqrt(abar_r) * -np.expm1(-h), extrapolate)
     xs = (jnp.asarray(t), *(jnp.asarray(c, x.dtype) for c in columns))
 
@@ -195,7 +221,113 @@ def dpmpp_2m(
     return jax.lax.scan(body, (x, jnp.zeros_like(x)), xs)[0][0]
 
 
-def ddim_invert(denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.ndarray) -> jax.Array:
+def euler(
+    denoise: Denoise,
+    x: jax.Array,
+    schedule: Schedule,
+    steps: np.ndarray | Moves,
+    rng: jax.Array | None = None,
+    *,
+    noise_scale: float = 1.0,
+    eta: float = 0.0,
+) -> jax.Array:
+    """Euler's method, or with eta 1 its ancestral form: DDIM (module docstring).
+
+    Args:
+      denoise, x, schedule, steps, rng: as in `ddim`.
+      noise_scale: x is multiplied by it first. It is 1 where x stands for a sample at the first step. Where
+        the steps begin at T - 1, diffusers starts without the signal's part of the variance: sqrt(1 - abar).
+      eta: 0, or 1 for the ancestral form.
+
+    Returns:
+      (B, ...) y at the last level: where that is not the clean sample, its noise is not scaled down.
+    """
+    moves = transitions(steps)
+    x = ddim(denoise, noise_scale * x, schedule, moves, rng, eta=eta, smallest_abar=SMALLEST_ABAR)
+    return x / float(np.sqrt(schedule.abar(moves.r[-1])))
+
+
+def euler_ancestral(
+    denoise: Denoise,
+    x: jax.Array,
+    schedule: Schedule,
+    steps: np.ndarray | Moves,
+    rng: jax.Array,
+    *,
+    noise_scale: float = 1.0,
+) -> jax.Array:
+    """Euler's method with noise; the arguments are those of `euler`."""
+    return euler(denoise, x, schedule, steps, rng, noise_scale=noise_scale, eta=1.0)
+
+
+# What `plms` combines at its first five calls: weights of the network's last outputs, the newest first.
+ADAMS_BASHFORTH = (
+    (1, 0, 0, 0),
+    (1 / 2, 1 / 2, 0, 0),
+    (3 / 2, -1 / 2, 0, 0),
+    (23 / 12, -16 / 12, 5 / 12, 0),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+def plms(
+    denoise: Denoise,
+    x: jax.Array,
+    schedule: Schedule,
+    steps: np.ndarray | Moves,
+    rng: jax.Array | None = None,
+    *,
+    prediction: str = "eps",
+) -> jax.Array:
+    """The pseudo linear multistep method (module docstring): one evaluation per step, and one more.
+
+    Args:
+      denoise, x, schedule, steps: as in `ddpm`.
+      rng: not used.
+      prediction: `eps` or `v`: what is combined.
+
+    Returns:
+      (B, ...) samples.
+
+    Raises:
+      ValueError: on another prediction.
+    """
+    if prediction not in ("eps", "v"):
+        raise InputError(f"plms combines predictions of eps or v, not of {prediction!r}")
+    t, r = transitions(steps)
+    stride = t[0] - r[0]
+    # The calls: (step that the network sees, level of the sample that is moved, level that it is moved to).
+    # The second call is at the end of the first move, and the move is made again from its start.
+    calls = [(t[0], t[0], r[0])]
+    if len(t) > 1:
+        calls += [(t[1], t[1] + stride, t[1]), *zip(t[1:], t[1:], r[1:])]
+    seen, start, end = np.array(calls).T
+    abar_s, abar_e, abar_seen = schedule.abar(start), schedule.abar(end), schedule.abar(seen)
+    scale = np.sqrt(abar_e / abar_s)
+    per_eps = np.sqrt(1 - abar_e) - scale * np.sqrt(1 - abar_s)
+    x_coef, e_coef = scale, per_eps
+    if prediction == "v":  # eps = sqrt(abar_s) v + sqrt(1 - abar_s) x at the start
+        x_coef, e_coef = scale + per_eps * np.sqrt(1 - abar_s), per_eps * np.sqrt(abar_s)
+    weights = np.array([ADAMS_BASHFORTH[min(i, 4)] for i in range(len(calls))])
+    columns = (x_coef, e_coef, np.sqrt(abar_seen), np.sqrt(1 - abar_seen), weights)
+    again = jnp.arange(len(calls)) == 1
+    xs = (jnp.asarray(seen), again, *(jnp.asarray(c, x.dtype) for c in columns))
+
+    def body(carry, call):
+        x, before, history = carry
+        t, again, x_coef, e_coef, signal, noise, weights = call
+        out = denoise(x, t)
+        e = out.eps if prediction == "eps" else signal * out.eps - noise * out.x0
+        combined = weights[0] * e + sum(w * old for w, old in zip(weights[1:], history))
+        moved = x_coef * jnp.where(again, before, x) + e_coef * combined
+        history = jax.tree.map(lambda new, old: jnp.where(again, old, new), (e, *history[:2]), history)
+        return (moved, x, history), None
+
+    zeros = jnp.zeros_like(x)
+    return jax.lax.scan(body, (x, x, (zeros, zeros, zeros)), xs)[0][0]
+
+
+def ddim_invert(denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.ndarray | Moves) -> jax.Array:
     """Runs DDIM backwards: finds the noise that DDIM (eta 0) over the same steps turns into the clean sample.
 
     The network predicts the noise of each step one step early, so the error of a round trip is
@@ -228,7 +360,7 @@ def repaint(
     denoise: Denoise,
     x: jax.Array,
     schedule: Schedule,
-    steps: np.ndarray,
+    steps: np.ndarray | Moves,
     rng: jax.Array,
     *,
     image: jax.Array,
@@ -279,4 +411,11 @@ def repaint(
     return jax.lax.scan(body, x, xs)[0]
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
+SAMPLERS = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "plms": plms,
+}

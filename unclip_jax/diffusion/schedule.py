@@ -8,22 +8,29 @@ cosine        f(u) = cos^2((u + 0.008) / 1.008 * pi/2), b_i = 1 - f((i+1)/T) / f
 linear        b from 1e-4 to 0.02 at T = 1000, both scaled by 1000/T (Ho et al. 2020)
 scaled_linear b = linspace(sqrt(0.00085), sqrt(0.012))^2, scaled likewise (latent diffusion)
 
+Their ends may be given, and they are then not scaled. With `zero_snr`, the roots of abar are shifted and
+scaled so that the last one is zero and the first one stays (Lin et al. 2024, section 3.1): x_{T-1} is noise
+alone.
+
 Steps are integers t in [0, T). The clean sample, which follows the last step, is written -1, with abar_{-1} =
-1.
+1. Between two steps, sigma = sqrt((1 - abar) / abar) is interpolated.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from unclip_jax.errors import InputError
 
 CLEAN = -1
+# abar of a last step without signal, where a sampler divides by it; so diffusers runs it.
+SMALLEST_ABAR = 2.0**-24
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +50,13 @@ class Schedule:
         return np.cumprod(1.0 - self.betas)
 
     def abar(self, steps: np.ndarray) -> np.ndarray:
-        """abar at integer steps in [-1, T), where -1 is the clean sample and has abar 1."""
-        steps = np.asarray(steps)
-        return np.where(steps < 0, 1.0, self.alphas_cumprod[np.maximum(steps, 0)])
+        """abar at steps in [-1, T), where -1 is the clean sample and has abar 1."""
+        steps, table = np.asarray(steps), self.alphas_cumprod
+        if steps.dtype.kind == "f":
+            table = np.maximum(table, SMALLEST_ABAR)
+            sigma = np.interp(steps, np.arange(len(table)), np.sqrt((1 - table) / table))
+            return np.where(steps < 0, 1.0, 1 / (1 + sigma**2))
+        return np.where(steps < 0, 1.0, table[np.maximum(steps, 0)])
 
 
 def cosine(num_steps: int, max_beta: float = 0.999) -> np.ndarray:
@@ -55,33 +66,74 @@ def cosine(num_steps: int, max_beta: float = 0.999) -> np.ndarray:
     return np.minimum(1.0 - f[1:] / f[:-1], max_beta)
 
 
-def linear(num_steps: int) -> np.ndarray:
-    """Betas from 1e-4 to 0.02 (times 1000/T), float64 (T,)."""
+def linear(num_steps: int, ends: tuple[float, float] | None = None) -> np.ndarray:
+    """Betas from 1e-4 to 0.02 (times 1000/T), or between the `ends`, float64 (T,)."""
     scale = 1000.0 / num_steps
-    return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
+    first, last = (scale * 1e-4, scale * 0.02) if ends is None else ends
+    return np.linspace(first, last, num_steps, dtype=np.float64)
 
 
-def scaled_linear(num_steps: int) -> np.ndarray:
-    """Betas with linear square roots from sqrt(0.00085) to sqrt(0.012) (betas times 1000/T), float64 (T,)."""
+def scaled_linear(num_steps: int, ends: tuple[float, float] | None = None) -> np.ndarray:
+    """Betas with linear square roots from sqrt(0.00085) to sqrt(0.012) (betas times 1000/T), or between the
+    `ends`, float64 (T,)."""
     scale = 1000.0 / num_steps
-    return np.linspace(math.sqrt(scale * 0.00085), math.sqrt(scale * 0.012), num_steps, dtype=np.float64) ** 2
+    first, last = (scale * 0.00085, scale * 0.012) if ends is None else ends
+    return np.linspace(math.sqrt(first), math.sqrt(last), num_steps, dtype=np.float64) ** 2
 
 
 SCHEDULES = {"cosine": cosine, "linear": linear, "scaled_linear": scaled_linear}
 
 
-def make_schedule(name: str, num_steps: int = 1000) -> Schedule:
+def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas whose last abar is zero (module docstring), float64 (T,)."""
+    roots = np.sqrt(np.cumprod(1.0 - betas))
+    roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    abar = roots**2
+    return 1.0 - np.append(abar[:1], abar[1:] / abar[:-1])
+
+
+def make_schedule(
+    name: str, num_steps: int = 1000, beta_ends: tuple[float, float] | None = None, zero_snr: bool = False
+) -> Schedule:
     """The named schedule.
 
+    Args:
+      name: one of SCHEDULES.
+      num_steps: T.
+      beta_ends: the first and the last beta, where they are not those of the name.
+      zero_snr: makes the last abar zero.
+
     Raises:
-      ValueError: on an unknown name, or on a number of steps for which the betas leave (0, 1).
+      ValueError: on an unknown name, on ends of `cosine`, or on betas that leave (0, 1).
     """
     if name not in SCHEDULES:
         raise InputError(f"unknown noise schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
-    betas = SCHEDULES[name](num_steps)
+    if beta_ends is None:
+        betas = SCHEDULES[name](num_steps)
+    elif name == "cosine":
+        raise InputError("the cosine schedule has no beta_ends")
+    elif not 0 < beta_ends[0] <= beta_ends[1] < 1:
+        raise InputError(f"beta_ends must be 0 < first <= last < 1, got {beta_ends[0]}, {beta_ends[1]}")
+    else:
+        betas = SCHEDULES[name](num_steps, tuple(beta_ends))
     if not (np.all(betas > 0) and np.all(betas < 1)):
         raise InputError(f"the {name} schedule has no valid betas with {num_steps} steps; use more steps")
-    return Schedule(betas)
+    return Schedule(zero_terminal_snr(betas) if zero_snr else betas)
+
+
+def schedule_of(diffusion: Mapping[str, Any]) -> Schedule:
+    """The schedule of a part's `diffusion` settings: schedule, num_steps, beta_ends, zero_snr.
+
+    Raises:
+      ValueError: as `make_schedule`.
+    """
+    ends = diffusion.get("beta_ends")
+    return make_schedule(
+        diffusion["schedule"],
+        diffusion["num_steps"],
+        None if ends is None else tuple(ends),
+        bool(diffusion.get("zero_snr", False)),
+    )
 
 
 def strided_steps(num_steps: int, count: int) -> np.ndarray:

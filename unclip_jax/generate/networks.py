@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace
-from unclip_jax.diffusion.schedule import Schedule, make_schedule
+from unclip_jax.diffusion.schedule import Schedule, schedule_of
 from unclip_jax.errors import InputError, input_errors
 from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.layers import Dtype
@@ -71,14 +72,14 @@ def sampling_model(part_config: dict, mesh: Mesh) -> nn.Module:
     return build_model(part_config, compute_dtype("auto", mesh), gather=make_gather(mesh), **hooks)
 
 
-@functools.cache
-def _schedule(name: str, num_steps: int) -> Schedule:
-    return make_schedule(name, num_steps)
+@functools.lru_cache(maxsize=64)
+def _schedule(described: str) -> Schedule:
+    return schedule_of(json.loads(described))
 
 
 def part_schedule(part_config: dict) -> Schedule:
     """The noise schedule that a part was trained with."""
-    return _schedule(part_config["diffusion"]["schedule"], part_config["diffusion"]["num_steps"])
+    return _schedule(json.dumps(part_config["diffusion"], sort_keys=True))
 
 
 def part_space(part_config: dict) -> EmbeddingSpace:

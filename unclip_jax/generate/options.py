@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from unclip_jax.diffusion.guidance import Guidance, check_threshold
-from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES
+from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, transitions
 from unclip_jax.diffusion.schedule import time_steps
+from unclip_jax.diffusion.spacing import Moves, spaced
 from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import part_schedule
 
@@ -20,6 +21,8 @@ class SamplingOptions:
     """How a diffusion stage is sampled.
 
     steps: an argument of `schedule.time_steps`: a number, "10,10,3,2,2", "fast27", or a tuple of time steps.
+      A number, where the spacing is not `even`.
+    spacing, offset, last: how the steps are spread, and where the last one leads (`diffusion.spacing`).
     sampler: one of `SAMPLERS`.
     eta: DDIM's. Other samplers take only 0.
     variance: DDPM's (`small`, `large`, `learned`, `analytic`).
@@ -42,6 +45,20 @@ class SamplingOptions:
     clip: float | None = 1.0
     threshold: float | None = None
     candidates: int = 1
+    spacing: str = "even"
+    offset: int = 0
+    last: str = "clean"
+
+    def moves(self, num_steps: int) -> Moves:
+        """The moves of the sampler; `num_steps` is T.
+
+        Raises:
+          ValueError: as `time_steps` and `spaced`.
+        """
+        if self.spacing == "even":
+            return transitions(time_steps(num_steps, self.steps))
+        settings = {"sampler": self.sampler, "offset": self.offset, "last": self.last}
+        return spaced(num_steps, self.steps, self.spacing, **settings)
 
     @property
     def guidance(self) -> Guidance:
@@ -131,6 +148,9 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "temperature": _NUMBER,
     "top_k": ("a whole number or None", _or_none(_is_whole)),
     "dot_quantile": _NUMBER,
+    "spacing": _TEXT,
+    "offset": ("a whole number", _is_whole),
+    "last": _TEXT,
 }
 
 
@@ -171,9 +191,16 @@ def check_options(options: Options, part_config: dict) -> None:
         )
     if kind in ("decoder", "upsampler") and options.candidates != 1:
         raise InputError(f"only a prior chooses among candidates: they must be 1, got {options.candidates}")
-    time_steps(part_schedule(part_config).num_steps, options.steps)
     if options.sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    schedule = part_schedule(part_config)
+    options.moves(schedule.num_steps)
+    if options.spacing == "even" and (options.offset or options.last != "clean"):
+        raise InputError("offset and last belong to the other spacings: leave them out where spacing is even")
+    if options.offset and options.spacing != "leading":
+        raise InputError(f"an offset belongs to the spacing leading, not to {options.spacing}: leave it out")
+    if options.sampler == "plms" and schedule.alphas_cumprod[-1] == 0:
+        raise InputError("plms cannot start at a step without signal (zero_snr): choose another sampler")
     if options.variance not in VARIANCES:
         raise InputError(f"unknown variance {options.variance!r}; choose one of {', '.join(VARIANCES)}")
     if options.sampler == "ddpm":

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from unclip_jax.diffusion.schedule import SCHEDULES, make_schedule
+from unclip_jax.diffusion.schedule import SCHEDULES, schedule_of
 from unclip_jax.errors import InputError
 from unclip_jax.generate.options import OPTIONS, check_options, options_from
 from unclip_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
@@ -281,7 +281,7 @@ def check_settings(config: Mapping, table: Mapping[str, Any], figures: Sequence[
         candidates, rows = config["eval"]["candidates"], config["eval"]["rows"]
         raise InputError(f"eval.candidates={candidates} must be at most eval.rows={rows}")
     if "diffusion" in table:
-        make_schedule(config["diffusion"]["schedule"], config["diffusion"]["num_steps"])
+        schedule_of(config["diffusion"])
     if "sampling" in table:
         _check_sampling(config)
 

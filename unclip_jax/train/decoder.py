@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from unclip_jax.checkpoint.load import load_part
 from unclip_jax.data.examples import decoder_example
 from unclip_jax.diffusion.losses import hybrid_loss, sample_noised, split_variance, target_of, training_tables
-from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.diffusion.schedule import schedule_of
 from unclip_jax.errors import InputError
 from unclip_jax.generate.decoder import Known, sample_decoder
 from unclip_jax.generate.networks import Network
@@ -112,7 +112,7 @@ def stage(config, mesh, frozen) -> Stage:
         part["tokenizer"] = own.config()
     hooks = {"remat": config.remat, "scan": config.scan_layers, "gather": make_gather(mesh)}
     model = Decoder(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
-    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
+    tables = training_tables(schedule_of(diffusion))
 
     def init(key):
         x = jnp.zeros((1, size, size, 3))

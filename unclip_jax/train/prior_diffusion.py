@@ -17,7 +17,7 @@ from unclip_jax.data.examples import clip_example
 from unclip_jax.diffusion.embedding_space import KINDS, EmbeddingSpace, normalize
 from unclip_jax.diffusion.losses import sample_noised, simple_loss, training_tables
 from unclip_jax.diffusion.process import add_noise, to_x0_eps
-from unclip_jax.diffusion.schedule import make_schedule, strided_steps
+from unclip_jax.diffusion.schedule import schedule_of, strided_steps
 from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import options_from
@@ -126,7 +126,7 @@ def stage(config, mesh, frozen) -> Stage:
         part["tokenizer"] = clip.own_tokenizer.config()
     hooks = {"remat": config.remat, "scan": config.scan_layers, "gather": make_gather(mesh)}
     model = DiffusionPrior(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
-    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
+    tables = training_tables(schedule_of(diffusion))
 
     def init(key):
         inputs = text_inputs(model, clip.zeros)
@@ -203,7 +203,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     def x0_error(params, frozen, batch, rng):
         z = normalize(space_of(prior.part, frozen[FITTED]), clip.images(frozen["clip"], batch))
         text = clip.captions(frozen["clip"], batch)
-        schedule = make_schedule(diffusion["schedule"], diffusion["num_steps"])
+        schedule = schedule_of(diffusion)
         times = strided_steps(diffusion["num_steps"], min(ERROR_TIMES, diffusion["num_steps"]))
         abar = jnp.asarray(schedule.alphas_cumprod, jnp.float32)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from unclip_jax.data.examples import upsampler_example
 from unclip_jax.diffusion.losses import hybrid_loss, sample_noised, split_variance, training_tables
-from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.diffusion.schedule import schedule_of
 from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import options_from
@@ -87,7 +87,7 @@ def stage(config, mesh, frozen) -> Stage:
     part["factor"] = factor
     hooks = {"remat": config.remat, "gather": make_gather(mesh)}
     model = Upsampler(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
-    tables = training_tables(make_schedule(diffusion["schedule"], diffusion["num_steps"]))
+    tables = training_tables(schedule_of(diffusion))
 
     def init(key):
         x = jnp.zeros((1, size, size, 3))

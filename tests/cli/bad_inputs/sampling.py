@@ -154,7 +154,7 @@ OPTIONS = {
     "decoder.eta=0.5": "eta=0.5 is for the sampler ddim, not for ddpm: set it to 0",
     "decoder.variance=analytic": "decoder: variance 'analytic' needs measured errors",
     "decoder.variance=huge": "unknown variance 'huge'",
-    "decoder.sampler=euler": "unknown sampler 'euler'",
+    "decoder.sampler=heun": "unknown sampler 'heun'",
     "decoder.sampler=[]": "unknown sampler '[]'",
     "decoder.clip=-1": "clip must be positive or None",
     "decoder.clip=1e400": "the sampling option clip must be a finite number or None",
