@@ -65,17 +65,14 @@ export async function health(signal) {
   }
 }
 
-/** The bundles that the server has. What a server does not say has the value that every bundle allows. */
+/** The bundles that the server has: {id, sizes: [pixels], priors, defaults: {steps, guidance_scale}}. */
 export async function models() {
   const { data } = await (await ask("v1/models")).json();
-  return data.map((model) => ({
-    id: model.id,
-    system: model.system ?? "unclip",
-    sizes: model.sizes ?? [],
-    priors: model.priors ?? [],
-    defaults: model.defaults ?? {},
-    verbs: model.verbs ?? null,
-  }));
+  return data.map(({ id, sizes = [], priors = [], defaults = {} }) => {
+    // The decoder's, or those of the first part that has any.
+    const { steps, guidance_scale } = defaults.decoder ?? Object.values(defaults)[0] ?? {};
+    return { id, sizes: sizes.map((size) => parseInt(size, 10)), priors, defaults: { steps, guidance_scale } };
+  });
 }
 
 /** The blocks of a stream of server-sent events, as {event, data}. */

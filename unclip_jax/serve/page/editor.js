@@ -104,7 +104,7 @@ export function createEditor({ settings, draw, store, onSaved }) {
     easel.locked = true;
     refresh();
     const files = await easel.sheet.request();
-    job = draw({ kind: "edit", title: fields.prompt, path: "v1/images/edits", fields, files, count: CANDIDATES, partials: settings.partials, quiet: true, settings: fields });
+    job = draw({ kind: "edit", title: fields.prompt, path: "v1/images/edits", fields, files, count: CANDIDATES, partials: settings.partials, quiet: true, settings: settings.complete(fields) });
     const mine = job;
     showProgress(job);
     try {
@@ -134,10 +134,10 @@ export function createEditor({ settings, draw, store, onSaved }) {
     candidates.hidden = false;
   }
 
-  async function offer({ blobs }) {
+  async function offer({ run, blobs }) {
     const bitmaps = await Promise.all(blobs.map((blob) => createImageBitmap(blob)));
     const urls = blobs.map((blob) => URL.createObjectURL(blob));
-    offered = { bitmaps, urls, at: 0 };
+    offered = { run, bitmaps, urls, at: 0 };
     const nodes = urls.map((url, index) => el("button", { type: "button", class: "tile", "aria-label": `Candidate ${index + 1}`, onclick: () => show(index) }, el("img", { src: url, alt: "" })));
     candidates.replaceChildren(...nodes, el("span", { class: "spacer" }),
       button("Discard", release), button("Use this one", accept, { class: "primary" }));
@@ -154,7 +154,7 @@ export function createEditor({ settings, draw, store, onSaved }) {
   }
 
   function accept() {
-    easel.sheet.accept(offered.bitmaps[offered.at]);
+    easel.sheet.accept(offered.bitmaps[offered.at], { ...offered.run.settings, picture: offered.at });
     release();
   }
 
@@ -171,7 +171,12 @@ export function createEditor({ settings, draw, store, onSaved }) {
     easel.canvas.focus({ preventScroll: true });
   }
 
-  const sheetSettings = () => ({ ...source.settings, kind: "sheet", prompt: prompt.value.trim(), size: `${easel.sheet.state.width}x${easel.sheet.state.height}` });
+  /** The settings of the first picture, and of every one that was put into the frame since. */
+  function sheetSettings() {
+    const { width, height, edits } = easel.sheet.state;
+    const { model } = source.settings;
+    return { kind: "sheet", model, prompt: prompt.value.trim(), size: `${width}x${height}`, from: source.settings, edits };
+  }
 
   async function keep() {
     const { sheet } = easel;

@@ -58,7 +58,7 @@ function submit() {
   const fields = settings.values();
   draw({
     kind: "generation", title: fields.prompt, path: "v1/images/generations", fields, count: fields.n,
-    partials: settings.partials, settings: fields,
+    partials: settings.partials, settings: settings.complete(fields),
   });
 }
 

@@ -1,7 +1,7 @@
 // Settings inside PNG files: reads and writes the text chunks (PNG specification, section 11.3.3).
 
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
-export const KEYWORD = "unclip_jax";
+export const KEYWORD = "unclip"; // the server writes the same chunk
 
 const TABLE = Uint32Array.from({ length: 256 }, (_, n) => {
   for (let bit = 0; bit < 8; bit++) n = n & 1 ? 0xedb88320 ^ (n >>> 1) : n >>> 1;
@@ -62,7 +62,7 @@ export function readSettings(bytes) {
   }
 }
 
-/** A copy of the PNG whose iTXt chunk `unclip_jax` holds the settings as JSON, in place of an earlier one. */
+/** A copy of the PNG whose iTXt chunk `unclip` holds the settings as JSON, in place of an earlier one. */
 export function writeSettings(bytes, settings) {
   if (!isPng(bytes)) throw new TypeError("not a PNG");
   const text = new TextEncoder().encode(`iTXt${KEYWORD}\0\0\0\0\0${JSON.stringify(settings)}`);

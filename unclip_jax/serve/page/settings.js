@@ -14,7 +14,7 @@ const PRIORS = {
 const nameOf = (prior) => (PRIORS[prior] ?? [prior, ""])[0];
 
 const NAMES = {
-  kind: "Made by", model: "Bundle", prompt: "Prompt", negative_prompt: "Not in the picture", source: "From", target: "To", seed: "Seed",
+  kind: "Made by", model: "Bundle", prompt: "Prompt", source: "From", target: "To", seed: "Seed",
   guidance_scale: "Guidance", steps: "Steps", prior: "Prior", eta: "Change (eta)", noise: "Noise",
   max_theta: "Largest theta", theta: "Theta", size: "Size", file: "File",
 };
@@ -52,10 +52,11 @@ export function createSettings() {
     find("#number-shown").textContent = state.n === 1 ? "1 picture" : `${state.n} pictures`;
     field("fewer").disabled = state.n <= 1;
     field("more").disabled = state.n >= 10;
-    find("#guidance-shown").textContent = field("guidance").value;
-    find("#steps-shown").textContent = field("steps").value;
+    const { guidance_scale: guidance = "", steps = "" } = { ...defaults(), ...state.touched };
+    find("#guidance-shown").textContent = guidance;
+    find("#steps-shown").textContent = steps;
     find("#prior-about").textContent = (PRIORS[field("prior").value] ?? ["", ""])[1];
-    const { seed, ...rest } = values();
+    const { seed, ...rest } = complete(values());
     find("#summary").textContent = summary(field("seed").value ? { seed, ...rest } : rest);
     field("seed").setAttribute("aria-invalid", String(Number(field("seed").value) >= MAX_SEED));
   };
@@ -73,13 +74,12 @@ export function createSettings() {
 
   const applyModel = () => {
     const { steps, guidance_scale: guidance, prior } = { ...defaults(), ...state.touched };
+    const dial = (name, value) => { if (typeof value === "number") field(name).value = value; };
     field("prior").replaceChildren(...(state.model?.priors ?? []).map((name) => el("option", { value: name, text: nameOf(name) })));
     if (prior && state.model?.priors.includes(prior)) field("prior").value = prior;
     field("prior").closest(".field").hidden = !state.model?.priors.length;
-    field("guidance").value = guidance ?? 2;
-    field("steps").max = Math.max(128, defaults().steps ?? 0);
-    field("steps").value = steps ?? 32;
-    field("negative-field").hidden = !state.model?.negative_prompt;
+    dial("guidance", guidance);
+    dial("steps", steps);
     show();
   };
 
@@ -89,14 +89,19 @@ export function createSettings() {
       prompt: field("prompt").value.trim(),
       n: state.n,
       seed: /^\d+$/.test(seed) && Number(seed) < MAX_SEED ? Number(seed) : randomSeed(),
-      guidance_scale: Number(field("guidance").value),
-      steps: Number(field("steps").value),
+      ...state.touched,
     };
     if (state.model) asked.model = state.model.id;
     if (field("prior").value) asked.prior = field("prior").value;
-    if (state.model?.negative_prompt && field("negative").value.trim()) asked.negative_prompt = field("negative").value.trim();
+    else delete asked.prior;
     return asked;
   }
+
+  /** What a request with these fields is drawn with: the fields, and the bundle's own values for the rest. */
+  const complete = (fields) => {
+    const own = Object.entries(defaults()).filter(([, value]) => value !== undefined && value !== null);
+    return { ...Object.fromEntries(own), ...fields };
+  };
 
   /** Why the form cannot be sent, or null. */
   function problem() {
@@ -106,14 +111,17 @@ export function createSettings() {
     return null;
   }
 
-  /** Fills the form with the settings of an earlier picture. */
+  /** Fills the form with the settings of an earlier picture. They may come from a file, so they are checked. */
   function use(settings) {
-    if (settings.model && settings.model !== state.model?.id) setModel(settings.model);
-    if (settings.prompt !== undefined) field("prompt").value = settings.prompt;
-    if (settings.seed !== undefined && settings.seed !== null) field("seed").value = settings.seed;
-    if (settings.n && settings.kind === "generation") state.n = settings.n;
-    for (const name of ["steps", "guidance_scale", "prior"]) if (settings[name] !== undefined) state.touched[name] = settings[name];
-    if (settings.negative_prompt !== undefined) field("negative").value = settings.negative_prompt;
+    if (state.models.some(({ id }) => id === settings.model)) setModel(settings.model);
+    if (typeof settings.prompt === "string") field("prompt").value = settings.prompt.slice(0, 1000);
+    if (Number.isInteger(settings.seed)) field("seed").value = settings.seed;
+    if (Number.isInteger(settings.n) && settings.kind === "generation") state.n = Math.min(10, Math.max(1, settings.n));
+    state.touched = {};
+    for (const name of ["steps", "guidance_scale"]) {
+      if (Number.isFinite(settings[name]) && settings[name] !== defaults()[name]) state.touched[name] = settings[name];
+    }
+    if (state.model?.priors.includes(settings.prior)) state.touched.prior = settings.prior;
     applyModel();
     keep();
   }
@@ -153,7 +161,7 @@ export function createSettings() {
       keep();
     });
   }
-  for (const id of ["prompt", "seed", "stream", "negative"]) field(id).addEventListener("input", keep);
+  for (const id of ["prompt", "seed", "stream"]) field(id).addEventListener("input", keep);
   field("reset").addEventListener("click", () => {
     state.touched = {};
     state.n = 4;
@@ -169,7 +177,7 @@ export function createSettings() {
   });
 
   return {
-    setModels, values, problem, use, defaults,
+    setModels, values, complete, problem, use,
     get model() { return state.model; },
     get partials() { return field("stream").checked ? 3 : 0; },
     /** The side of the pictures that the bundle draws, in pixels. */

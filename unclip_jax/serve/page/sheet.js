@@ -2,7 +2,8 @@
 // server. All coordinates are pixels of the sheet; the picture's first corner starts at (0, 0).
 //
 // A state is never changed after it was made, so undo and redo only change which state is shown:
-// {x, y, width, height, canvas, mask, frame: {x, y}}; mask has one byte per pixel, 1 where it is drawn anew.
+// {x, y, width, height, canvas, mask, frame: {x, y}, edits}; mask has one byte per pixel, 1 where it is drawn anew;
+// edits are the settings of the pictures that were put into the frame, in order.
 
 export const MAX_SIDE = 4096;
 const MAX_BYTES = 128 * 2 ** 20, MIN_STATES = 3, MAX_STATES = 60;
@@ -50,7 +51,7 @@ export class Sheet {
     context.drawImage(image, 0, 0, width, height);
     this.side = side;
     const frame = { x: Math.floor((width - side) / 2), y: Math.floor((height - side) / 2) };
-    this.states = [{ x: 0, y: 0, width, height, canvas, mask: new Uint8Array(width * height), frame }];
+    this.states = [{ x: 0, y: 0, width, height, canvas, mask: new Uint8Array(width * height), frame, edits: [] }];
     this.at = 0;
   }
 
@@ -124,7 +125,7 @@ export class Sheet {
   }
 
   /** Puts a drawn picture into the frame; the sheet grows to hold it, and the frame's mask is cleared. */
-  accept(picture) {
+  accept(picture, settings) {
     const { side, state } = this;
     const x = Math.min(state.x, state.frame.x), y = Math.min(state.y, state.frame.y);
     const width = Math.max(state.x + state.width, state.frame.x + side) - x;
@@ -142,7 +143,8 @@ export class Sheet {
       const from = (row + state.frame.y - y) * width + state.frame.x - x;
       mask.fill(0, from, from + side);
     }
-    this.push({ x, y, width, height, canvas, mask });
+    const edits = [...state.edits, { ...settings, frame: [state.frame.x, state.frame.y, side] }];
+    this.push({ x, y, width, height, canvas, mask, edits });
   }
 
   /** The whole sheet as a PNG. */

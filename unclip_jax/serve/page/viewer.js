@@ -101,7 +101,8 @@ export function createViewer({ store, addresses, verbs, onEdit, onUse, onDelete 
     if (!dialog.open) openDialog(dialog);
     await show(index);
     await openTab("about");
-    tabNodes[0].focus();
+    // Not on a tab, where the arrow keys would change tabs and not pictures.
+    (next.hidden ? find("#viewer-actions button") : next).focus();
   }
 
   /** Follows a run that a panel started, then shows what it drew, with the panel still open. */
@@ -116,7 +117,9 @@ export function createViewer({ store, addresses, verbs, onEdit, onUse, onDelete 
     const stop = button("Stop", () => started.cancel());
     const send = find("button.primary", panel);
     send?.replaceWith(stop);
-    stop.focus();
+    stop.focus({ preventScroll: true });
+    // On a phone the picture may be out of sight.
+    stage.scrollIntoView({ block: "nearest" });
     panel.append(box);
     started.addEventListener("change", () => {
       if (started.fraction === null) meter.removeAttribute("value");
@@ -136,7 +139,7 @@ export function createViewer({ store, addresses, verbs, onEdit, onUse, onDelete 
       box.remove();
       const focused = stop === document.activeElement;
       if (send) stop.replaceWith(send);
-      if (focused) send.focus();
+      if (focused) send.focus({ preventScroll: true });
       if (job !== started) return;
       job = null;
       run = shown;
@@ -180,7 +183,7 @@ export function createViewer({ store, addresses, verbs, onEdit, onUse, onDelete 
 
   async function turnTo(name) {
     await openTab(name);
-    find(`#tab-${name}`).focus();
+    find("input:not([hidden]), button", panel)?.focus();
   }
 
   async function edit() {
