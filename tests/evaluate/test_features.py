@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.checkpoint import peers
 from tests.fidelity import torch_fidelity
@@ -116,7 +117,96 @@ def test_missing_weights_and_outputs(inception_file, tmp_path, monkeypatch):
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="run `unclip fetch inception` once"):
         open_network("inception")
-    with pytest.raises(KeyError, match="unknown feature network 'vgg'; choose one of inception"):
+    with pytest.raises(
+        KeyError, match="unknown feature network 'vgg'; choose one of inception, dinov2, clip"
+    ):
         open_network("vgg")
     with pytest.raises(InputError, match="make pool, spatial, logits, but no 'softmax'"):
         open_network("inception", inception_file, outputs=["softmax"])
+
+
+# ------------------------------------------------------------------------------------------- DINOv2 and CLIP
+@pytest.mark.parametrize("registers", [False, True])
+def test_dinov2(registers, tmp_path):
+    """As FD-DINOv2's code: PIL's bicubic resize of the whole image to 224, ImageNet's statistics, the class
+    token; and the positions resized as in DINOv2's own repository, with an offset that transformers lacks."""
+    from tests.checkpoint.providers.test_dinov2 import saved
+
+    theirs = saved(tmp_path, registers, image_size=518)
+
+    def with_offset(embeddings, height, width):
+        table, (rows, columns) = theirs.embeddings.position_embeddings, (height // 14, width // 14)
+        square = table[:, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
+        scale = ((rows + 0.1) / 37, (columns + 0.1) / 37)
+        square = torch.nn.functional.interpolate(square, scale_factor=scale, mode="bicubic")
+        return torch.cat([table[:, :1], square.flatten(2).transpose(1, 2)], dim=1)
+
+    def features(pictures):
+        seen = [Image.fromarray(i).resize((224, 224), Image.Resampling.BICUBIC) for i in pictures]
+        pixels = (np.float32(seen) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        with torch.no_grad():
+            return theirs(peers.nchw(np.float32(pixels))).pooler_output.numpy()
+
+    pictures = images()
+    plain = features(pictures)
+    if not registers:
+        theirs.embeddings.interpolate_pos_encoding = with_offset
+    network = open_network("dinov2", tmp_path, rows=2)
+    ours = network(pictures)["pool"]
+    assert relative(ours, features(pictures)) < 1e-5
+    assert registers or relative(ours, plain) > 5e-5
+    assert (dict(network.outputs), network.resize) == ({"pool": 32}, "bicubic 224")
+    with pytest.raises(InputError, match="dinov2 has no text encoder"):
+        network.text(["a fox"])
+
+
+def test_clip(tmp_path):
+    """Images as CMMD's code prepares them, captions with the folder's tokenizer, in a padded batch."""
+    from transformers import CLIPConfig, CLIPModel
+
+    text, image = peers.clip_configs()
+    theirs = peers.randomize(
+        CLIPModel(
+            CLIPConfig(text_config=text.to_dict(), vision_config=image.to_dict(), projection_dim=peers.DIM)
+        )
+    )
+    theirs.save_pretrained(tmp_path)
+    tokenizer = peers.write_tokenizer(tmp_path)
+    network = open_network("clip", tmp_path, rows=2)
+    pictures, seen = images(), []
+    for picture in map(Image.fromarray, pictures):
+        width, height = picture.size
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        square = picture.crop((left, top, left + side, top + side))
+        seen.append(np.float32(square.resize((16, 16), Image.Resampling.BICUBIC)))
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    pixels = peers.nchw(np.float32((np.stack(seen) / 255 - mean) / std))
+    captions = ["a red fox", "two", ""]
+    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        z_image = theirs.visual_projection(theirs.vision_model(pixels).pooler_output).numpy()
+        z_text = theirs.text_projection(theirs.text_model(ids).pooler_output).numpy()
+    assert relative(network(pictures)["pool"], z_image) < 1e-5
+    assert relative(network.text(captions), z_text) < 1e-5
+    assert (dict(network.outputs), network.resize) == ({"pool": peers.DIM}, "centre square, bicubic 16")
+    with pytest.raises(InputError, match="no captions: give at least one"):
+        network.text([])
+
+
+def test_what_clip_lacks(tmp_path):
+    """A text encoder alone makes no features of images, and an image encoder none of captions."""
+    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+    text, image = peers.clip_configs()
+    CLIPTextModelWithProjection(text).save_pretrained(tmp_path / "text")
+    peers.write_tokenizer(tmp_path / "text")
+    CLIPVisionModelWithProjection(image).save_pretrained(tmp_path / "image")
+    with pytest.raises(InputError, match="no image encoder"):
+        open_network("clip", tmp_path / "text")
+    with pytest.raises(InputError, match="clip has no text encoder"):
+        open_network("clip", tmp_path / "image").text(["a fox"])
+    with pytest.raises(InputError, match="clip needs its weights: name a folder"):
+        open_network("clip")
+    with pytest.raises(KeyError, match="'dinov2'"):
+        open_network("dinov2", tmp_path / "image")

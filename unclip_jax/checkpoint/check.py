@@ -307,8 +307,9 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     module = KINDS[kind].module(**model)
     if kind in ("kl_autoencoder", "vq_autoencoder"):
         return shapes_of(module.init, array(1, module.factor, module.factor, module.image_channels))
-    if kind == "inception":
-        return shapes_of(module.init, array(1, INCEPTION_SIZE, INCEPTION_SIZE, 3))
+    if kind in ("inception", "dinov2"):
+        side = INCEPTION_SIZE if kind == "inception" else module.positions * module.patch_size
+        return shapes_of(module.init, array(1, side, side, 3))
     if kind == "upsampler":
         return shapes_of(module.init, *_pixels(model), low_res=array(1, 1, 1, 3))
     own = model.get("text")

@@ -3,6 +3,12 @@
 | name | network | image | outputs |
 |---|---|---|---|
 | `inception` | FID's, of 2015-12-05 | TensorFlow 1's bilinear resize to 299 | `pool`, `spatial`, `logits` |
+| `dinov2` | DINOv2 S, B, L | bicubic resize to 224, squeezed | `pool` |
+| `clip` | any CLIP of `PROVIDERS` | centred square, bicubic resize to the tower's size | `pool`, and `text` |
+
+`dinov2` prepares images as FD-DINOv2's code does (dgm-eval): positions are resized as in DINOv2's own
+repository, which differs a little from transformers. `clip` prepares them as CMMD's code does. Its features
+and those of captions are raw projections, whose lengths are not 1.
 
 The resize is part of the figure: the same images resized in another way differ by several FID (Parmar et al.
 2022). A network computes in float32 on every device, with products of full precision.
@@ -25,12 +31,14 @@ from unclip_jax.checkpoint.fetch import PACKAGED, fetched_folder, is_fetched
 from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.data import ops
+from unclip_jax.data.tokenizer import ClipTokenizer, warn_of_cuts
 from unclip_jax.errors import InputError, MissingError, NumericalError
 from unclip_jax.generate.networks import build_model
 from unclip_jax.models.inception import SIZE, SPATIAL_CHANNELS
 from unclip_jax.sharding import BATCH, make_mesh, replicate
 from unclip_jax.typed import listed
 
+DINOV2_SIZE, DINOV2_OFFSET = 224, 0.1  # of FD-DINOv2
 ROWS = {"cpu": 16}  # images of a batch on one device, by platform
 ROWS_ELSEWHERE = 64
 THREADS = min(16, os.cpu_count() or 1)  # images resized at a time
@@ -66,6 +74,18 @@ def _inception_widths(part: Part) -> dict[str, int]:
     return widths | ({"logits": classes} if classes else {})
 
 
+def _dinov2(module: Any, params: Any, x: jax.Array) -> dict[str, jax.Array]:
+    # The networks with registers came later, and with them a resize of the positions without offset.
+    offset = DINOV2_OFFSET if module.registers is None else 0.0
+    return {"pool": module.clone(position_offset=offset).apply({"params": params}, x)}
+
+
+def _clip_size(part: Part) -> int:
+    if part.config["model"]["image"] is None:
+        raise InputError("this CLIP has no image encoder, so it makes no features of images")
+    return part.config["model"]["image"]["image_size"]
+
+
 NETWORKS: dict[str, Row] = {
     "inception": Row(
         part="inception",
@@ -74,6 +94,22 @@ NETWORKS: dict[str, Row] = {
         resize="tf1-bilinear {}",
         widths=_inception_widths,
         apply=lambda module, params, x: module.apply({"params": params}, x),
+    ),
+    "dinov2": Row(
+        part="dinov2",
+        size=lambda part: DINOV2_SIZE,
+        prepare=lambda image, size: ops.to_float(ops.resize(image, size)),
+        resize="bicubic {}",
+        widths=lambda part: {"pool": part.config["model"]["width"]},
+        apply=_dinov2,
+    ),
+    "clip": Row(
+        part="clip",
+        size=_clip_size,
+        prepare=lambda image, size: ops.to_float(ops.resize(ops.center_crop_square(image), size)),
+        resize="centre square, bicubic {}",
+        widths=lambda part: {"pool": part.config["model"]["embed_dim"]},
+        apply=lambda module, params, x: {"pool": module.apply({"params": params}, x, method="encode_image")},
     ),
 }
 
@@ -99,6 +135,8 @@ class FeatureNetwork:
     rows: int
     _prepare: Callable[[np.ndarray], np.ndarray] = field(repr=False)
     _program: Callable[[jax.Array], Mapping[str, jax.Array]] = field(repr=False)
+    _text: Callable[[jax.Array], Mapping[str, jax.Array]] | None = field(default=None, repr=False)
+    _tokenizer: ClipTokenizer | None = field(default=None, repr=False)
 
     def __call__(
         self, images: Sequence[np.ndarray], progress: Callable[[int, int], None] | None = None
@@ -119,11 +157,46 @@ class FeatureNetwork:
         """
         if len(images) == 0:
             raise InputError("no images: give at least one")
+        with ThreadPoolExecutor(THREADS) as pool:
+            return self._batches(
+                lambda rows: list(pool.map(lambda i: self._row(images[i]), rows)),
+                len(images),
+                self._program,
+                progress,
+            )
+
+    def text(self, captions: Sequence[str], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
+        """Embeddings of captions, float32 (N, D), in the space of `pool`. Only CLIP has them.
+
+        Captions that are too long for the network are cut, and a warning says what they lose.
+
+        Raises:
+          ValueError: when the network has no text encoder, or there are no captions.
+          NumericalError: when a value is not finite.
+        """
+        if self._text is None:
+            raise InputError(f"{self.name} has no text encoder: its weights are of images alone")
+        captions = list(captions)
+        if not captions:
+            raise InputError("no captions: give at least one")
+        warn_of_cuts(captions, self._tokenizer)
+        tokens, _ = self._tokenizer(captions)
+        return self._batches(lambda rows: list(tokens[rows]), len(captions), self._text, progress)["text"]
+
+    def _batches(
+        self,
+        make: Callable[[range], list[np.ndarray]],
+        total: int,
+        program: Callable[[jax.Array], Mapping[str, jax.Array]],
+        progress: Callable[[int, int], None] | None,
+    ) -> dict[str, np.ndarray]:
+        # Runs a program on padded batches of what `make` returns for row numbers. The next batch is made
+        # while the devices work on one.
         made: list[dict[str, np.ndarray]] = []
-        running: tuple[int, Mapping[str, jax.Array]] | None = None  # the devices' batch
+        running: tuple[int, int, Mapping[str, jax.Array]] | None = None
 
         def collect() -> None:
-            count, arrays = running
+            first, count, arrays = running
             made.append({name: np.asarray(array)[:count] for name, array in arrays.items()})
             for name, features in made[-1].items():
                 if not np.isfinite(features).all():
@@ -132,17 +205,15 @@ class FeatureNetwork:
                         "its weights are damaged"
                     )
             if progress is not None:
-                progress(sum(len(next(iter(batch.values()))) for batch in made), len(images))
+                progress(first + count, total)
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            for first in range(0, len(images), self.rows):
-                count = min(self.rows, len(images) - first)
-                rows = list(pool.map(lambda i: self._row(images[i]), range(first, first + count)))
-                batch = np.stack(rows + rows[-1:] * (self.rows - count))
-                arrays = self._program(jax.device_put(batch, NamedSharding(self.mesh, BATCH)))
-                if running is not None:
-                    collect()  # the devices work on the next batch meanwhile
-                running = count, arrays
+        for first in range(0, total, self.rows):
+            rows = make(range(first, min(first + self.rows, total)))
+            batch = np.stack(rows + rows[-1:] * (self.rows - len(rows)))
+            arrays = program(jax.device_put(batch, NamedSharding(self.mesh, BATCH)))
+            if running is not None:
+                collect()
+            running = first, len(rows), arrays
         collect()
         return {name: np.concatenate([batch[name] for batch in made]) for name in made[0]}
 
@@ -192,12 +263,22 @@ def open_network(
     module = build_model(part.config)
     size, params = row.size(part), replicate(part.params, mesh)
 
-    @jax.jit
-    def program(params: Any, images: jax.Array) -> dict[str, jax.Array]:
-        with jax.default_matmul_precision("float32"):  # accelerators round products to fewer bits otherwise
-            features = row.apply(module, params, images)
-        return {output: features[output] for output in chosen}
+    def program(apply: Callable[[Any, jax.Array], Mapping[str, jax.Array]]) -> Callable:
+        @jax.jit
+        def run(params: Any, batch: jax.Array) -> Mapping[str, jax.Array]:
+            with jax.default_matmul_precision("float32"):  # accelerators would round what they multiply
+                return apply(params, batch)
 
+        return lambda batch: run(params, batch)
+
+    def features(params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        made = row.apply(module, params, images)
+        return {output: made[output] for output in chosen}
+
+    def text(params: Any, tokens: jax.Array) -> dict[str, jax.Array]:
+        return {"text": module.apply({"params": params}, tokens, method="encode_text").embed}
+
+    reads = "tokenizer" in part.config
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     platform = mesh.devices.flat[0].platform
     return FeatureNetwork(
@@ -208,7 +289,9 @@ def open_network(
         mesh=mesh,
         rows=ways * (rows or ROWS.get(platform, ROWS_ELSEWHERE)),
         _prepare=lambda image: row.prepare(image, size),
-        _program=lambda images: program(params, images),
+        _program=program(features),
+        _text=program(text) if reads else None,
+        _tokenizer=ClipTokenizer.from_config(part.config["tokenizer"]) if reads else None,
     )
 
 

@@ -10,6 +10,7 @@ import flax.linen as nn
 from unclip_jax.models.autoencoder import KLAutoencoder, VQAutoencoder
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower
 from unclip_jax.models.decoder import ClipConditioning, Decoder
+from unclip_jax.models.dinov2 import DINOv2
 from unclip_jax.models.inception import Inception
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.prior_diffusion import DiffusionPrior
@@ -49,4 +50,5 @@ KINDS: dict[str, Kind] = {
     "kl_autoencoder": Kind(ENCODES, KLAutoencoder),
     "vq_autoencoder": Kind(ENCODES, VQAutoencoder),
     "inception": Kind(NETWORK, Inception),
+    "dinov2": Kind(NETWORK, DINOv2),
 }

@@ -20,7 +20,8 @@ def test_unknown_public_weights_are_refused(tmp_path):
     """The error says what the folder holds, and which public weights can be read."""
     known = (
         "the public weights read here are: Karlo in diffusers' layout; CLIP of transformers or of OpenAI; "
-        "CLIP of open_clip; the Inception of FID (default_1.pt, pt_inception-2015-12-05-*.pth)"
+        "CLIP of open_clip; DINOv2 of transformers; "
+        "the Inception of FID (default_1.pt, pt_inception-2015-12-05-*.pth)"
     )
     for name, files, contents in (
         ("pipeline", {"model_index.json": '{"_class_name": "FluxPipeline"}'}, "is a FluxPipeline"),

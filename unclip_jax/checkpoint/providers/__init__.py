@@ -13,7 +13,7 @@ from typing import Any
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.checkpoint.files import Place, read_json
-from unclip_jax.checkpoint.providers import clip, inception, karlo, karlo_export, open_clip
+from unclip_jax.checkpoint.providers import clip, dinov2, inception, karlo, karlo_export, open_clip
 from unclip_jax.errors import InputError
 
 
@@ -61,6 +61,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="CLIP of open_clip",
         recognises=open_clip.recognises,
         read=open_clip.read,
+    ),
+    "dinov2": Provider(
+        layout="DINOv2 of transformers",
+        recognises=dinov2.recognises,
+        read=dinov2.read,
     ),
     "inception": Provider(
         layout="the Inception of FID (default_1.pt, pt_inception-2015-12-05-*.pth)",
