@@ -4,6 +4,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+SERVE = [
+    "fastapi>=0.115,<1",
+    "prometheus-client>=0.20,<1",
+    "python-multipart>=0.0.20,<1",
+    "uvicorn>=0.30,<1",
+]
+
 setup(
     name="unclip_jax",
     version="0.1.0",
@@ -45,12 +52,15 @@ setup(
         "web": ["huggingface_hub>=0.30,<2", "transformers>=4.50,<6"],
         "eval": ["scikit-learn>=1.5,<2"],
         "mlflow": ["mlflow>=3,<4"],
+        "serve": SERVE,
         "test": [
+            *SERVE,
             "diffusers>=0.35,<0.43",
             "filelock>=3,<5",
             "google-cloud-storage>=2.18,<4",
             "hypothesis>=6.100,<7",
             "mlflow>=3,<4",
+            "openai==3.57.0",
             "prdc==0.2",
             "pytest>=8,<10",
             "pytest-xdist>=3.5,<4",

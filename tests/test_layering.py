@@ -18,6 +18,7 @@ FLOORS = (
     ("run",),
     ("train", "sampling"),
     ("evaluate", "compile"),
+    ("serve",),
     ("cli",),
 )
 ROOMS = [room for floor in FLOORS for room in floor]

@@ -53,6 +53,7 @@ VERBS = {
         "draw a picture again from more and more principal components of its embedding",
     ),
     "inpaint": ("unclip_jax.cli.inpaint", "draw part of a picture anew"),
+    "serve": ("unclip_jax.cli.serve", "serve the images API and a page to draw on"),
 }
 
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.diffusion.losses import split_variance
-from unclip_jax.diffusion.process import eps_from_x0, to_x0_eps
+from unclip_jax.diffusion.process import eps_from_x0, expand, to_x0_eps
 from unclip_jax.diffusion.schedule import SMALLEST_ABAR, Schedule
 from unclip_jax.errors import InputError
 
@@ -61,8 +61,8 @@ GUIDANCE_SCHEDULES = {
 class Guidance(NamedTuple):
     """How the two halves are combined (module docstring).
 
-    scale: float or scalar array. schedule: one of `GUIDANCE_SCHEDULES`. interval: (low, high) in units of t /
-    T; the scale is 1 outside. rescale: phi in [0, 1].
+    scale: float, scalar array, or (B,) with one scale per row. schedule: one of `GUIDANCE_SCHEDULES`.
+    interval: (low, high) in units of t / T; the scale is 1 outside. rescale: phi in [0, 1].
     """
 
     scale: float | jax.Array
@@ -168,7 +168,7 @@ def make_denoiser(
             halves = model(jnp.concatenate([x_t, x_t]), jnp.full((2 * b,), t))
             halves, v_frac = split_variance(halves, channels)
             cond, uncond = halves[:b], halves[b:]
-            out = guide(cond, uncond, guidance.at(t / num_steps))
+            out = guide(cond, uncond, expand(guidance.at(t / num_steps), cond))
             if guidance.rescale:
                 out = rescaled(out, cond, guidance.rescale)
             v_frac = None if v_frac is None else v_frac[:b]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.diffusion.guidance import guide
-from unclip_jax.diffusion.process import fold_in
+from unclip_jax.diffusion.process import expand, fold_in
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import CodeSamplingOptions, is_guided
 from unclip_jax.generate.text import Texts, text_inputs, twice
@@ -44,7 +44,7 @@ def sample_codes(
 
     def choose(logits, n):
         if guided:
-            logits = guide(logits[:rows], logits[rows:], options.guidance_scale)
+            logits = guide(logits[:rows], logits[rows:], expand(options.guidance_scale, logits))
         finite = jnp.isfinite(logits).all(axis=-1)
         if options.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32), finite

@@ -26,7 +26,7 @@ class SamplingOptions:
     sampler: one of `SAMPLERS`.
     eta: DDIM's. Other samplers take only 0.
     variance: DDPM's (`small`, `large`, `learned`, `analytic`).
-    guidance_scale: 1 is the conditional model.
+    guidance_scale: 1 is the conditional model. Inside a program it may be traced, with one scale per row.
     guidance_schedule, guidance_interval, guidance_rescale: see `guidance.Guidance`.
     clip: bound on |x0| in the stage's own units; None for no bound.
     threshold: percentile of dynamic thresholding; None for plain clipping.

@@ -6,8 +6,11 @@ the empty caption with its start and end tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.diffusion.embedding_space import denormalize
 from unclip_jax.diffusion.process import fold_in, standard_normal
@@ -43,6 +46,8 @@ def sample_prior(
         raise InputError("the autoregressive prior needs the codec of the codec part")
     rows, count = texts.rows, options.candidates
     repeated = jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), texts.captions)
+    if np.ndim(options.guidance_scale):  # one scale per caption
+        options = replace(options, guidance_scale=jnp.repeat(options.guidance_scale, count))
     if count > 1:
         rng = rng if rng.ndim == 0 else jax.vmap(lambda key: jax.random.split(key, count))(rng).reshape(-1)
     if autoregressive:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,9 @@ from unclip_jax.sharding import BATCH, compute_dtype, path_name, placer, replica
 
 MAX_BATCH = 16
 Progress = Callable[[int, int], None]
+Overrides = (
+    Mapping[str, Mapping[str, Any]] | None
+)  # of the bundle's sampling defaults: part -> option -> value
 
 
 class Sampler:
@@ -53,7 +57,8 @@ class Sampler:
         place = None if bundle.mesh is not None else placer(self.mesh)
         self.networks = {name: self._network(part, place) for name, part in bundle.parts.items()}
         self.params = {name: network.params for name, network in self.networks.items()}
-        self._programs: dict[Hashable, Callable] = {}
+        self._programs: dict[Hashable, Program] = {}
+        self._compiling = threading.local()
 
     def _network(self, part: Part, place: Callable | None) -> Network:
         if part.config["kind"] == "codec":  # has no module, and is small
@@ -78,10 +83,35 @@ class Sampler:
         return {name: network.with_params(params[name]) for name, network in self.networks.items()}
 
     def program(self, key: Hashable, make: Callable[[], Callable]) -> Callable:
-        """Jits the function that `make()` returns, once per key. All devices get its whole results."""
+        """Jits the function that `make()` returns, once per key. All devices get its whole results.
+
+        Inside `compiling` the result only compiles its program, and returns noise in place of results.
+        """
         if key not in self._programs:
-            self._programs[key] = jax.jit(make(), out_shardings=NamedSharding(self.mesh, PartitionSpec()))
-        return self._programs[key]
+            self._programs[key] = Program(make(), NamedSharding(self.mesh, PartitionSpec()))
+        used = getattr(self._compiling, "keys", None)
+        if used is None:
+            return self._programs[key]
+        used.add(key)
+        return self._programs[key].stand_in
+
+    def compiling(self, call: Callable[[], Any]) -> set[Hashable]:
+        """Compiles the programs that `call()` uses and does not run them, while other threads may draw.
+
+        Returns:
+          The keys of these programs, for `forget`.
+        """
+        self._compiling.keys = used = set()
+        try:
+            call()
+        finally:
+            del self._compiling.keys
+        return used
+
+    def forget(self, keys: Iterable[Hashable]) -> None:
+        """Drops compiled programs, so that a process that serves many settings does not keep them all."""
+        for key in keys:
+            self._programs.pop(key, None)
 
     @functools.cached_property
     def tokenizer(self) -> ClipTokenizer:
@@ -118,6 +148,19 @@ class Sampler:
     def options(self, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Options]:
         """The bundle's sampling options with overrides; see `stage_options`."""
         return stage_options(self.bundle, overrides)
+
+    def row_options(self, overrides: Overrides | Sequence[Overrides], count: int) -> list[dict[str, Options]]:
+        """The options of `count` rows: the same overrides for all of them, or a list with one per row.
+
+        Raises:
+          ValueError: as `options`, or when the list has another length.
+        """
+        if overrides is None or isinstance(overrides, Mapping):
+            return [self.options(overrides)] * count
+        if len(overrides) != count:
+            raise InputError(f"expected options for {count} rows, got {len(overrides)}")
+        read = {id(row): self.options(row) for row in {id(row): row for row in overrides}.values()}
+        return [read[id(row)] for row in overrides]
 
     def in_batches(
         self,
@@ -162,6 +205,38 @@ class Sampler:
                 f"the part {part!r} of the bundle {self.bundle.path or '(unsaved)'} made values that are not "
                 "finite (NaN or infinity): its weights are damaged, or a sampling option is too large"
             )
+
+
+class Program:
+    """A function, and the programs compiled from it so far: one for each set of its arguments' shapes.
+
+    Threads may call it at the same time. The first one compiles, and the others wait for it.
+    """
+
+    def __init__(self, run: Callable, sharding: NamedSharding):
+        self._jitted = jax.jit(run, out_shardings=sharding)
+        self._compiled: dict[Hashable, Any] = {}
+        self._lock = threading.Lock()
+
+    def compiled(self, *args: Any) -> Any:
+        """The program for arguments of these shapes."""
+        leaves, tree = jax.tree.flatten(args)
+        shapes = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        with self._lock:
+            if shapes not in self._compiled:
+                self._compiled[shapes] = self._jitted.lower(*args).compile()
+            return self._compiled[shapes]
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the program; compiles it first where it must."""
+        return self.compiled(*args)(*args)
+
+    def stand_in(self, *args: Any) -> Any:
+        """Compiles the program, and returns noise of its results' shapes."""
+        rng = np.random.default_rng(0)
+        return jax.tree.map(
+            lambda info: rng.normal(size=info.shape).astype(info.dtype), self.compiled(*args).out_info
+        )
 
 
 def as_sampler(bundle: Sampler | Bundle) -> Sampler:
@@ -211,24 +286,40 @@ def stage_options(
     return options
 
 
-def split_scales(options: Mapping[str, Options]) -> tuple[dict[str, Options], dict[str, jax.Array]]:
-    """Separates the guidance scales from the other options.
+def split_scales(rows: Sequence[Mapping[str, Options]]) -> tuple[dict[str, Options], dict[str, np.ndarray]]:
+    """Separates the guidance scales of rows from their other options.
 
     The options become part of a program's key; the scales become arguments of the program. The options keep
     only whether there is guidance (scale 0) or not (scale 1). Inside the program, `with_scale` puts the scale
     back into the options.
 
+    Args:
+      rows: the options of each row by part (`Sampler.row_options`).
+
     Returns:
-      The options without their scales, and the scales as () float32, both by part.
+      The options without their scales, and the scales as (B,) float32, both by part.
+
+    Raises:
+      ValueError: when rows differ in more than the scale of a part that is guided in all of them.
     """
-    static = {
-        n: dataclasses.replace(o, guidance_scale=0.0 if is_guided(o) else 1.0) for n, o in options.items()
-    }
-    return static, {name: jnp.float32(o.guidance_scale) for name, o in options.items()}
+    distinct = {id(row): row for row in rows}.values()
+    static, *others = [
+        {n: dataclasses.replace(o, guidance_scale=0.0 if is_guided(o) else 1.0) for n, o in row.items()}
+        for row in distinct
+    ]
+    for other in others:
+        for name in static:
+            if other[name] != static[name]:
+                raise InputError(
+                    f"{name}: rows of one call may differ in their guidance scale, "
+                    "but all of them must be guided, or none, and their other options must be equal"
+                )
+    scales = {name: np.array([row[name].guidance_scale for row in rows], np.float32) for name in static}
+    return static, scales
 
 
 def with_scale(options: Options, scale: jax.Array) -> Options:
-    """Puts a (traced) scale back into options from `split_scales`, if they are guided."""
+    """Puts (traced) scales (B,) back into options from `split_scales`, if they are guided."""
     return dataclasses.replace(options, guidance_scale=scale) if is_guided(options) else options
 
 
@@ -249,6 +340,19 @@ def as_seed(seed: int, name: str = "seed") -> np.uint32:
     return np.uint32(seed)
 
 
+def as_seeds(seed: int | Sequence[int], count: int) -> np.ndarray:
+    """The seeds of `count` rows, (count,) uint32: one for all of them, or a list with one per row.
+
+    Raises:
+      ValueError: unless they are whole numbers that fit into 32 bits, one or `count` of them.
+    """
+    if np.ndim(seed) == 0:
+        return np.full(count, as_seed(seed))
+    if np.ndim(seed) != 1 or len(seed) != count:
+        raise InputError(f"expected one seed, or one per row, {count} in all, got {seed!r}")
+    return np.array([as_seed(one) for one in seed], np.uint32)
+
+
 def as_positions(positions: Sequence[int] | None, count: int) -> np.ndarray:
     """The positions of `count` rows (`row_keys`), (count,) uint32; 0 to count - 1 where they are None.
 
@@ -262,14 +366,14 @@ def as_positions(positions: Sequence[int] | None, count: int) -> np.ndarray:
     return np.array([as_seed(position, "a position") for position in positions], np.uint32)
 
 
-def row_keys(seed: jax.Array, positions: jax.Array) -> jax.Array:
+def row_keys(seeds: jax.Array, positions: jax.Array) -> jax.Array:
     """One random key per row, so that a sample depends on (seed, position) and not on the rest of the batch.
 
     Args:
-      seed: () uint32.
+      seeds: (B,) uint32.
       positions: (B,) uint32, the rows' numbers.
 
     Returns:
       (B,) keys.
     """
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(positions)
+    return jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(seeds, positions)

@@ -23,16 +23,27 @@ class System(NamedTuple):
     encode: inversion, images -> `edits.inversion.Latents`, which the edits change. None if the system cannot
       invert images.
     priors: the priors that a caller may choose from, each with the parts that it needs.
+    sizes: bundle -> the sides in pixels of what `sample` draws, in the order of `Stages.images`.
+    overrides: (bundle, prior, **options that people know) -> sampling options by part.
     """
 
     parts: tuple[str, ...]
     sample: Callable[..., Any]
     encode: Callable[..., Any] | None = None
     priors: Mapping[str, tuple[str, ...]] = {}
+    sizes: Callable[[Bundle], list[int]] | None = None
+    overrides: Callable[..., dict[str, dict[str, Any]]] | None = None
 
 
 SYSTEMS = {
-    "unclip": System(("clip", "decoder"), unclip.sample_stages, inversion.encode, unclip.PRIORS),
+    "unclip": System(
+        ("clip", "decoder"),
+        unclip.sample_stages,
+        inversion.encode,
+        unclip.PRIORS,
+        unclip.sizes,
+        unclip.overrides,
+    ),
 }
 
 

@@ -18,18 +18,19 @@ from unclip_jax.checkpoint.bundle import Bundle, Part, last_step, upsamplers
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError
 from unclip_jax.generate.decoder import sample_decoder
-from unclip_jax.generate.networks import Network
+from unclip_jax.generate.networks import Network, image_size
 from unclip_jax.generate.options import Options
 from unclip_jax.generate.prior import sample_prior
 from unclip_jax.generate.text import Texts, encode_text
 from unclip_jax.generate.upsampler import sample_upsampler
 from unclip_jax.models.codec import Codec
 from unclip_jax.sampling.programs import (
+    Overrides,
     Progress,
     Sampler,
     as_positions,
     as_sampler,
-    as_seed,
+    as_seeds,
     row_keys,
     split_scales,
     with_scales,
@@ -76,6 +77,47 @@ def check_prior(bundle: Bundle, prior: str) -> None:
 def made_by(bundle: Bundle, prior: str, decoder: str = "decoder") -> list[str]:
     """The parts that make z_text, z_image, the decoder's image, and each upsampler's, in this order."""
     return ["clip", *(PRIORS[prior] or ("clip",))[:1], decoder, *upsamplers(bundle.parts)]
+
+
+def sizes(bundle: Bundle) -> list[int]:
+    """The sides in pixels of the pictures that the stages draw, the decoder's first."""
+    return [image_size(bundle.part(name).config) for name in ("decoder", *upsamplers(bundle.parts))]
+
+
+def overrides(
+    bundle: Bundle,
+    prior: str,
+    *,
+    steps: int | str | None = None,
+    guidance_scale: float | None = None,
+    prior_guidance_scale: float | None = None,
+    eta: float | None = None,
+    candidates: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Overrides of the bundle's sampling defaults from the options that people know; None keeps a default.
+
+    Args:
+      bundle: the parts.
+      prior: one of PRIORS.
+      steps, guidance_scale: of the decoders.
+      prior_guidance_scale, candidates: of the prior.
+      eta: noise of DDIM, which then draws in place of the decoders' own sampler.
+
+    Raises:
+      ValueError: if an option of the prior is given and the prior draws nothing.
+    """
+    decoder = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
+    if eta is not None:
+        decoder["sampler"] = "ddim"
+    drawn = {"guidance_scale": prior_guidance_scale, "candidates": candidates}
+    chosen = {name: decoder for name, part in bundle.parts.items() if part.config["kind"] == "decoder"}
+    if any(value is not None for value in drawn.values()):
+        if not PRIORS[prior]:
+            named = ", ".join(name for name, value in drawn.items() if value is not None)
+            raise InputError(f"the prior {prior!r} draws nothing, so leave its options out: {named}")
+        chosen[prior] = drawn
+    given = {part: {k: v for k, v in values.items() if v is not None} for part, values in chosen.items()}
+    return {part: values for part, values in given.items() if values}
 
 
 def check_embeddings(sampler: Sampler, z_image: np.ndarray) -> np.ndarray:
@@ -144,9 +186,9 @@ def enlarge(
 
 def _cascade(sampler: Sampler, options: dict[str, Options], prior: str | None) -> Callable:
     # With prior None, the caller gives z_image.
-    def run(params, scales, captions, empty, z_image, seed, positions):
+    def run(params, scales, captions, empty, z_image, seeds, positions):
         networks, chosen = sampler.with_params(params), with_scales(options, scales)
-        keys = row_keys(seed, positions)
+        keys = row_keys(seeds, positions)
         texts = encode_captions(networks["clip"], captions, empty)
         if prior is not None:
             z_image = draw_z_image(prior, networks, texts, keys, chosen)
@@ -162,11 +204,11 @@ def sample_stages(
     bundle: Sampler | Bundle,
     captions: Sequence[str],
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     prior: str = "prior_diffusion",
     z_image: np.ndarray | None = None,
     positions: Sequence[int] | None = None,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
+    options: Overrides | Sequence[Overrides] = None,
     progress: Progress | None = None,
 ) -> Stages:
     """Runs the cascade and returns the output of every stage.
@@ -174,14 +216,15 @@ def sample_stages(
     Args:
       bundle: with the parts clip and decoder, the chosen prior's parts, and any number of upsamplers.
       captions: at least one text. The tokenizer truncates texts that are too long.
-      seed: whole number below 2**32.
+      seed: whole number below 2**32, or a list with one per caption.
       prior: how to get z_i. `prior_diffusion` and `prior_ar` draw it with that prior. The other two are those
         of the paper's ablation: `none` gives the decoder the text embedding in place of z_i; `null` gives it
         the null embedding, so that only the caption conditions it.
       z_image: (B, D) raw image embeddings, one per caption. If given, they replace the prior's.
       positions: one whole number per caption; None means 0 to B - 1. Row i draws its noise for
         (seed, positions[i]): caption i of a longer call is drawn alone by positions=[i].
-      options: overrides of the bundle's sampling defaults per part.
+      options: overrides of the bundle's sampling defaults per part; or a list with one per caption, which
+        may then differ in guidance scales only.
       progress: called with (images done, total images) after each batch.
 
     Returns:
@@ -196,7 +239,7 @@ def sample_stages(
     sampler, captions = as_sampler(bundle), list(captions)
     if not captions:
         raise InputError("no captions: give at least one")
-    number, places = as_seed(seed), as_positions(positions, len(captions))
+    seeds, places = as_seeds(seed, len(captions)), as_positions(positions, len(captions))
     for name in ("clip", "decoder"):
         sampler.bundle.part(name)
     chosen_prior = prior if z_image is None else None
@@ -204,15 +247,15 @@ def sample_stages(
         check_prior(sampler.bundle, chosen_prior)
     elif len(z_image) != len(captions):
         raise InputError(f"expected one embedding per caption, got {len(z_image)} and {len(captions)}")
-    static, scales = split_scales(sampler.options(options))
+    static, scales = split_scales(sampler.row_options(options, len(captions)))
     key = ("text_to_image", chosen_prior, *static.items())
     run = sampler.program(key, lambda: _cascade(sampler, static, chosen_prior))
     arrays, empty = sampler.captions(captions), sampler.captions([""])
     given = None if z_image is None else check_embeddings(sampler, z_image)
 
     def batch(rows):
-        texts, z, where = sampler.rows((arrays, given, places), rows)
-        return run(sampler.params, scales, texts, empty, z, number, where)
+        scale, texts, z, numbers, where = sampler.rows((scales, arrays, given, seeds, places), rows)
+        return run(sampler.params, scale, texts, empty, z, numbers, where)
 
     parts = made_by(sampler.bundle, chosen_prior or "none")
     return Stages(*sampler.in_batches(batch, len(captions), parts, progress))

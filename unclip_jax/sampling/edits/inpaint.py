@@ -10,7 +10,7 @@ known pixels. `resample` works with any decoder, without training, by RePaint (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,13 @@ from unclip_jax.generate.decoder import Known, inpaint_decoder, sample_decoder
 from unclip_jax.generate.networks import image_size
 from unclip_jax.sampling.edits.inversion import square
 from unclip_jax.sampling.programs import (
+    Overrides,
     Progress,
     Sampler,
+    as_positions,
     as_sampler,
     as_seed,
+    as_seeds,
     row_keys,
     split_scales,
     with_scales,
@@ -77,17 +80,56 @@ def inpaint(
         option is out of range or not for the method.
       KeyError: if the bundle lacks a part.
     """
-    image, mask = np.asarray(image), np.asarray(mask)
-    if mask.dtype != np.bool_ or mask.shape != image.shape[:2]:
-        raise InputError(
-            "the mask must be boolean and of the image's size "
-            f"{image.shape[:2]}, got {mask.dtype} {mask.shape}"
-        )
     if count < 1:
         raise InputError(f"the number of pictures must be at least 1, got {count}")
+    as_seed(seed)
+    return inpaint_rows(
+        bundle, [image] * count, [mask] * count, [caption] * count,
+        method=method, resamples=resamples, seed=seed, prior=prior, options=options, progress=progress,
+    )  # fmt: skip
+
+
+def inpaint_rows(
+    bundle: Sampler | Bundle,
+    images: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    captions: Sequence[str],
+    *,
+    method: str | None = None,
+    resamples: int | None = None,
+    seed: int | Sequence[int] = 0,
+    positions: Sequence[int] | None = None,
+    prior: str = "prior_diffusion",
+    options: Overrides | Sequence[Overrides] = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Draws the unknown parts of several images, each for its own caption.
+
+    Args:
+      bundle, method, resamples, prior, progress: as in `inpaint`.
+      images, masks, captions: as in `inpaint`, one per row.
+      seed, positions, options: as in `unclip.sample_stages`.
+
+    Returns:
+      uint8 (B, S, S, 3), as in `inpaint`.
+
+    Raises:
+      ValueError, KeyError: as in `inpaint`.
+    """
+    images, masks, captions = [np.asarray(i) for i in images], [np.asarray(m) for m in masks], list(captions)
+    if not 0 < len(images) == len(masks) == len(captions):
+        counts = f"{len(images)}, {len(masks)} and {len(captions)}"
+        raise InputError(f"expected one mask and one caption per image, and at least one, got {counts}")
+    for image, mask in zip(images, masks):
+        if mask.dtype != np.bool_ or mask.shape != image.shape[:2]:
+            raise InputError(
+                "the mask must be boolean and of the image's size "
+                f"{image.shape[:2]}, got {mask.dtype} {mask.shape}"
+            )
     if resamples is not None and not 1 <= resamples <= MAX_RESAMPLES:
         raise InputError(f"resamples must be between 1 and {MAX_RESAMPLES}, got {resamples}")
-    sampler, number = as_sampler(bundle), as_seed(seed)
+    sampler, count = as_sampler(bundle), len(images)
+    seeds, places = as_seeds(seed, count), as_positions(positions, count)
     method = method or ("trained" if METHODS["trained"] in sampler.bundle.parts else "resample")
     if method not in METHODS:
         raise InputError(f"unknown way to inpaint {method!r}; choose one of {', '.join(METHODS)}")
@@ -97,14 +139,14 @@ def inpaint(
     for needed in ("clip", name):
         sampler.bundle.part(needed)
     check_prior(sampler.bundle, prior)
-    static, scales = split_scales(sampler.options(options))
+    static, scales = split_scales(sampler.row_options(options, count))
     small = image_size(sampler.network(name).config)
-    target = Known(ops.to_float(square([image], small)), _shrink(mask, small)[None])
+    target = Known(ops.to_float(square(images, small)), np.stack([_shrink(mask, small) for mask in masks]))
 
     def make():
-        def run(params, scales, captions, empty, known, seed, positions):
+        def run(params, scales, captions, empty, known, seeds, positions):
             networks, chosen = sampler.with_params(params), with_scales(static, scales)
-            keys = row_keys(seed, positions)
+            keys = row_keys(seeds, positions)
             texts = encode_captions(networks["clip"], captions, empty)
             z_image = draw_z_image(prior, networks, texts, keys, chosen)
             decoder, key = networks[name], fold_in(keys, DECODER)
@@ -119,17 +161,17 @@ def inpaint(
         return run
 
     run = sampler.program(("inpaint", method, prior, resamples, *static.items()), make)
-    captions, empty = sampler.captions([caption]), sampler.captions([""])
+    texts, empty = sampler.captions(captions), sampler.captions([""])
 
     def batch(rows):
-        text, known = sampler.rows((captions, target), np.zeros(len(rows), int))
-        positions = sampler.rows(np.arange(count, dtype=np.uint32), rows)
-        return run(sampler.params, scales, text, empty, known, number, positions)
+        scale, text, known, numbers, where = sampler.rows((scales, texts, target, seeds, places), rows)
+        return run(sampler.params, scale, text, empty, known, numbers, where)
 
     parts = made_by(sampler.bundle, prior, name)
     drawn = ops.to_uint8(sampler.in_batches(batch, count, parts, progress)[-1][-1])
     size = drawn.shape[1]
-    return np.where(_shrink(mask, size), square([image], size), drawn)
+    kept = np.stack([_shrink(mask, size) for mask in masks])
+    return np.where(kept, square(images, size), drawn)
 
 
 def _shrink(mask: np.ndarray, size: int) -> np.ndarray:

@@ -31,6 +31,7 @@ from unclip_jax.sampling.programs import (
     as_positions,
     as_sampler,
     as_seed,
+    as_seeds,
     row_keys,
     split_scales,
     with_scale,
@@ -180,6 +181,17 @@ def check_edit(
     return sampler.options({"decoder": {"steps": steps, **settings}})["decoder"]
 
 
+def _row_options(
+    sampler: Sampler, steps: Any, guidance_scale: float | Sequence[float], eta: float, count: int
+) -> list[SamplingOptions]:
+    """The options of `count` rows, which differ in their guidance scales at most."""
+    if np.ndim(guidance_scale) == 0:
+        return [check_edit(sampler, steps, guidance_scale, eta=eta)] * count
+    if np.shape(guidance_scale) != (count,):
+        raise InputError(f"expected one guidance scale, or one per image, {count}, got {guidance_scale!r}")
+    return [check_edit(sampler, steps, scale, eta=eta) for scale in guidance_scale]
+
+
 def _texts(
     sampler: Sampler, captions: Sequence[str] | None, count: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -195,7 +207,7 @@ def encode(
     images: Sequence[np.ndarray] | np.ndarray,
     *,
     steps: int | str | tuple[int, ...] = STEPS,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Sequence[float] = 1.0,
     captions: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Latents:
@@ -206,7 +218,8 @@ def encode(
       images: uint8 (H, W, 3), any sizes.
       steps: DDIM steps, see `schedule.time_steps`. Twice as many steps halve the error of inverting and
         decoding.
-      guidance_scale: the decoder's. Use the same value in `decode`.
+      guidance_scale: the decoder's, one for all images or one per image. Use the same in `decode`. Images of
+        one call are all guided, or none is.
       captions: one per image. None means empty captions.
       progress: called with (images done, total images).
 
@@ -216,9 +229,10 @@ def encode(
     """
     sampler = as_sampler(bundle)
     size = image_size(sampler.network("decoder").config)
-    static, scales = split_scales({"decoder": check_edit(sampler, steps, guidance_scale)})
+    chosen = _row_options(sampler, steps, guidance_scale, 0.0, len(images))
     rows = ops.to_float(square(images, size))
     texts, empty = _texts(sampler, captions, len(rows))
+    static, scales = split_scales([{"decoder": options} for options in chosen])
     z_image = embed_images(sampler, images)
 
     def make():
@@ -232,8 +246,8 @@ def encode(
     run = sampler.program(("invert", static["decoder"]), make)
 
     def batch(index):
-        chosen, image, z = sampler.rows((texts, rows, z_image), index)
-        return run(sampler.params, scales["decoder"], chosen, empty, image, z)
+        scale, chosen, image, z = sampler.rows((scales["decoder"], texts, rows, z_image), index)
+        return run(sampler.params, scale, chosen, empty, image, z)
 
     return Latents(z_image, sampler.in_batches(batch, len(rows), ["decoder"], progress))
 
@@ -244,9 +258,9 @@ def decode(
     *,
     steps: int | str | tuple[int, ...] = STEPS,
     eta: float = 0.0,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Sequence[float] = 1.0,
     captions: Sequence[str] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     positions: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> list[np.ndarray]:
@@ -257,7 +271,7 @@ def decode(
       latents: z_image (N, D) raw embeddings; x_T (N, h, w, 3). If x_T is None, the seed determines the noise.
       steps, guidance_scale, captions: as in `encode`.
       eta: noise of DDIM, in [0, 1]. 0 is deterministic; 1 lets everything vary that z_i does not hold.
-      seed: whole number below 2**32.
+      seed: whole number below 2**32, or a list with one per image.
       positions: (N,) whole numbers; None means 0 to N - 1. Row i draws its noise for (seed, positions[i]),
         so rows of equal positions get equal noise.
       progress: called with (images done, total images).
@@ -275,19 +289,17 @@ def decode(
     count = len(z_image)
     if noise is not None and np.shape(noise) != (count, size, size, 3):
         raise InputError(f"x_T must be {(count, size, size, 3)}, got {np.shape(noise)}")
-    places = as_positions(positions, count)
+    seeds, places = as_seeds(seed, count), as_positions(positions, count)
+    chosen = _row_options(sampler, steps, guidance_scale, eta, count)
     texts, empty = _texts(sampler, captions, count)
     defaults, names = sampler.options(), upsamplers(sampler.bundle.parts)
-    chosen = {
-        "decoder": check_edit(sampler, steps, guidance_scale, eta=eta, seed=seed),
-        **{name: defaults[name] for name in names},
-    }
-    static, scales = split_scales(chosen)
+    shared = {name: defaults[name] for name in names}
+    static, scales = split_scales([{"decoder": options, **shared} for options in chosen])
 
     def make():
-        def run(params, scale, texts, empty, z, x_T, seed, positions):
+        def run(params, scale, texts, empty, z, x_T, seeds, positions):
             networks, options = sampler.with_params(params), with_scale(static["decoder"], scale)
-            keys = row_keys(seed, positions)
+            keys = row_keys(seeds, positions)
             encoded = encode_captions(networks["clip"], texts, empty)
             drawn = sample_decoder(networks["decoder"], z, encoded, fold_in(keys, DECODER), options, x_T=x_T)
             return enlarge(sampler.bundle.parts, networks, drawn, keys, static)
@@ -298,8 +310,10 @@ def decode(
     given = None if noise is None else np.asarray(noise, np.float32)
 
     def batch(index):
-        chosen, z, x, where = sampler.rows((texts, z_image, given, places), index)
-        return run(sampler.params, scales["decoder"], chosen, empty, z, x, as_seed(seed), where)
+        scale, text, z, x, numbers, where = sampler.rows(
+            (scales["decoder"], texts, z_image, given, seeds, places), index
+        )
+        return run(sampler.params, scale, text, empty, z, x, numbers, where)
 
     return sampler.in_batches(batch, count, ["decoder", *names], progress)
 

@@ -1,0 +1,175 @@
+"""The bundles that a server draws with, and the tasks that requests become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from unclip_jax.data import ops
+from unclip_jax.errors import InputError, MissingError, UserError, one_line
+from unclip_jax.sampling.programs import Sampler, split_scales
+from unclip_jax.sampling.text_to_image import System, system_of
+from unclip_jax.serve.errors import ApiError
+from unclip_jax.serve.worker import Task
+
+ALIAS = "dall-e-2"  # what clients of OpenAI send: the first bundle stands for it
+WARM = "a photo"  # the caption that programs are compiled for; its words do not matter
+
+
+class Model:
+    """A bundle that draws.
+
+    name: what requests call it. sampler: the bundle on its devices. system: its row of `SYSTEMS`.
+    sizes: the sides in pixels that its stages draw, ascending. priors: those whose parts the bundle has.
+    """
+
+    def __init__(self, name: str, sampler: Sampler):
+        self.name, self.sampler = name, sampler
+        self.system: System = system_of(sampler.bundle)
+        self.sizes = self.system.sizes(sampler.bundle)
+        parts = sampler.bundle.parts
+        self.priors = [
+            prior for prior, needed in self.system.priors.items() if all(name in parts for name in needed)
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """What `/v1/models` says of it, beside what all models have."""
+        options = self.sampler.options()
+        return {
+            "system": self.sampler.bundle.system,
+            "sizes": [f"{size}x{size}" for size in self.sizes],
+            "priors": self.priors,
+            "parts": list(self.sampler.bundle.parts),
+            "defaults": {
+                name: {
+                    field: getattr(chosen, field)
+                    for field in ("steps", "sampler", "guidance_scale", "eta", "candidates")
+                    if hasattr(chosen, field)
+                }
+                for name, chosen in options.items()
+            },
+        }
+
+    # ------------------------------------------------------------------------------------------- requests
+    def options(self, values: Mapping[str, Any], prior: str) -> dict[str, dict[str, Any]]:
+        """Sampling options from the fields of a request.
+
+        Raises:
+          ApiError: 400, where a field is out of range for the bundle.
+        """
+        names = ("steps", "guidance_scale", "prior_guidance_scale", "eta", "candidates")
+        given = {name: values[name] for name in names if values.get(name) is not None}
+        if values.get("negative_prompt"):
+            system = self.sampler.bundle.system
+            raise ApiError(400, f"the system {system} takes no negative prompt", "negative_prompt")
+        try:
+            chosen = self.system.overrides(self.sampler.bundle, prior, **given)
+            self.sampler.options(chosen)
+        except UserError as error:
+            param = next(iter(given)) if len(given) == 1 else None
+            raise ApiError(400, one_line(error), param=param) from None
+        return chosen
+
+    def prior(self, values: Mapping[str, Any]) -> str | None:
+        """The prior that a request asks for, or the system's first that the bundle has; None without priors.
+
+        Raises:
+          ApiError: 400, where the bundle does not have it.
+        """
+        asked = values.get("prior")
+        if asked is None:
+            return self.priors[0] if self.priors else None
+        if asked not in self.priors:
+            known = ", ".join(self.priors) or "none"
+            raise ApiError(400, f"the model {self.name} has no prior {asked!r}; it has {known}", "prior")
+        return asked
+
+    def own_size(self, size: int | None) -> int:
+        """The place in `sizes` of the size that is nearest to the one that a request asks for."""
+        if size is None:
+            return len(self.sizes) - 1
+        return int(np.argmin([abs(np.log(own / size)) for own in self.sizes]))
+
+    # ---------------------------------------------------------------------------------------------- tasks
+    def _key(
+        self, verb: str, *settings: Any, options: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> tuple:
+        static, _ = split_scales([self.sampler.options(options)])
+        return (verb, self.name, *settings, *static.items())
+
+    def generate(
+        self, prompt: str, n: int, seed: int, prior: str | None, options: dict[str, dict[str, Any]]
+    ) -> Task:
+        """Pictures of a caption. Picture i is that of `unclip sample` at (seed, position i).
+
+        Each result is a list of uint8 pictures (H, W, 3), one per size.
+        """
+        rows = [(prompt, seed, position, options) for position in range(n)]
+        chosen = {} if prior is None else {"prior": prior}
+
+        def draw(rows: list[tuple]) -> list[list[np.ndarray]]:
+            prompts, seeds, positions, overrides = (list(column) for column in zip(*rows))
+            stages = self.system.sample(
+                self.sampler, prompts, seed=seeds, positions=positions, options=overrides, **chosen
+            )
+            return [list(pictures) for pictures in zip(*map(ops.to_uint8, stages.images))]
+
+        key = self._key("generate", prior, options=options)
+        return Task(self.sampler, key, rows, draw, self.name, "generate")
+
+    def announced(self) -> list[Task]:
+        """The tasks that a server of this bundle compiles before they are asked for, the first one first."""
+        return [self.generate(WARM, 1, 0, self.prior({}), {})]
+
+
+class Models:
+    """The bundles of a server by their names."""
+
+    def __init__(self, models: Sequence[Model]):
+        self.by_name: dict[str, Model] = {}
+        for model in models:
+            if model.name in self.by_name:
+                raise InputError(f"two bundles are called {model.name!r}: rename one folder")
+            self.by_name[model.name] = model
+        self.first = models[0]
+
+    def find(self, name: str | None) -> Model:
+        """The model of a request. Without a name, and for `dall-e-2`, it is the first bundle.
+
+        Raises:
+          ApiError: 404, naming the models there are.
+        """
+        if name in self.by_name:
+            return self.by_name[name]
+        if name in (None, "", ALIAS):
+            return self.first
+        known = ", ".join(self.by_name)
+        raise ApiError(404, f"no model {name!r} here; there is {known}", "model", "model_not_found")
+
+
+def load_models(bundles: Sequence[str], mesh: Mapping[str, int] | None = None) -> Models:
+    """Loads bundles onto the devices.
+
+    Args:
+      bundles: names or folders, as `load_bundle` takes them. A bundle is called like its folder.
+      mesh: axes of the mesh, as `sharding.sampling_mesh` takes them.
+
+    Raises:
+      ValueError, OSError: with one line.
+    """
+    from unclip_jax.checkpoint.load import load_bundle, stored_bytes
+    from unclip_jax.sharding import sampling_mesh
+
+    if not bundles:
+        raise InputError("no bundle: name at least one with --bundle")
+    models = []
+    for name in bundles:
+        bundle = load_bundle(name, mesh=sampling_mesh(mesh, stored_bytes(name)))
+        short = name.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
+        try:
+            models.append(Model(short, Sampler(bundle)))
+        except MissingError as error:
+            raise InputError(f"{name} cannot draw pictures: {error}") from None
+    return Models(models)
