@@ -13,7 +13,9 @@ def models(tiny_bundle):
     from unclip_jax.serve.models import Model, Models
 
     bundle = load_bundle(tiny_bundle)
-    few = {name: {**settings, "steps": 4} for name, settings in bundle.sampling.items() if "steps" in settings}
+    few = {
+        name: {**settings, "steps": 4} for name, settings in bundle.sampling.items() if "steps" in settings
+    }
     return Models([Model("tiny", Sampler(dataclasses.replace(bundle, sampling=bundle.sampling | few)))])
 
 
