@@ -39,3 +39,19 @@ ensure_venv() {
   fi
   printf '%s' "$wanted" >"$stamp"
 }
+
+# ensure_chromium: the tests of the page need a browser. Where it cannot be installed they skip and say why.
+ensure_chromium() {
+  local as_root=()
+  if command -v chromium >/dev/null 2>&1 || ! command -v apt-get >/dev/null 2>&1; then
+    return 0
+  fi
+  if [ "$(id -u)" != 0 ]; then
+    sudo -n true 2>/dev/null || return 0
+    as_root=(sudo -n)
+  fi
+  say "installing chromium (once)"
+  if ! { "${as_root[@]}" apt-get update -q && "${as_root[@]}" apt-get install -y -q --no-install-recommends chromium; } >/dev/null 2>&1; then
+    say "chromium was not installed; the tests of the page will skip"
+  fi
+}

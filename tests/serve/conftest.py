@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.serve.browsing import address, browser, open_page, side  # noqa: F401
+
 
 @pytest.fixture(scope="session")
 def models(tiny_bundle):

@@ -68,6 +68,13 @@ export function duration(seconds) {
   return rest ? `${Math.floor(whole / 60)} min ${rest} s` : `${whole / 60} min`;
 }
 
+/** What a run under way says of its time: `job` has secondsLeft, elapsed and expected. */
+export function timeLeft({ secondsLeft, elapsed, expected }) {
+  if (expected && elapsed > 2 * expected + 2) return "longer than usual";
+  if (secondsLeft === null) return duration(elapsed);
+  return secondsLeft < 0.5 ? "almost done" : `${duration(secondsLeft)} left`;
+}
+
 /** Whether the person types into the element, so that a letter is text and no command. */
 export const isTyping = (target) =>
   target instanceof HTMLElement && target.closest("input:not([type=range]):not([type=checkbox]), textarea, select");

@@ -1,5 +1,5 @@
 // The editor: paint what is drawn anew, or move the frame past the edge and draw what lies beyond.
-import { button, duration, el, find, findAll, notify, openDialog, saveFile } from "./dom.js";
+import { button, el, find, findAll, notify, openDialog, saveFile, timeLeft } from "./dom.js";
 import { createEasel } from "./easel.js";
 import { toBlob } from "./jobs.js";
 import { Sheet } from "./sheet.js";
@@ -125,8 +125,7 @@ export function createEditor({ settings, draw, store, onSaved }) {
     current.addEventListener("change", () => {
       if (current.fraction === null) meter.removeAttribute("value");
       else meter.value = current.fraction;
-      left.textContent = current.secondsLeft === null ? duration(current.elapsed)
-        : current.secondsLeft < 0.5 ? "almost done" : `${duration(current.secondsLeft)} left`;
+      left.textContent = timeLeft(current);
       const first = current.pictures.find(Boolean);
       if (first && current === job) createImageBitmap(first).then((bitmap) => { if (easel.locked && !offered && current === job) { easel.candidate = bitmap; easel.changed(); } });
     });

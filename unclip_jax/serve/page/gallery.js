@@ -1,5 +1,5 @@
 // The feed: runs under way on top, then the history, newest first.
-import { button, duration, el, find, notify } from "./dom.js";
+import { button, duration, el, find, notify, timeLeft } from "./dom.js";
 import { kindName, summary } from "./settings.js";
 
 const PAGE = 24;
@@ -32,7 +32,8 @@ const when = (created) => {
   return date.toLocaleString([], today ? { timeStyle: "short" } : { dateStyle: "medium", timeStyle: "short" });
 };
 
-export function createGallery({ store, addresses, onOpen, onUse, onRetry }) {
+/** `onOpen(run, index)`, `onUse(settings)`, `onRetry(job)`, and `onKey()` where the server asks for a key. */
+export function createGallery({ store, addresses, onOpen, onUse, onRetry, onKey }) {
   const feed = find("#feed"), empty = find("#empty"), end = find("#feed-end");
   let runs = [], shown = 0;
 
@@ -106,8 +107,7 @@ export function createGallery({ store, addresses, onOpen, onUse, onRetry }) {
     job.addEventListener("change", () => {
       if (job.fraction === null) bar.removeAttribute("value");
       else bar.value = job.fraction;
-      left.textContent = job.secondsLeft === null ? duration(job.elapsed)
-        : job.secondsLeft < 0.5 ? "almost done" : `${duration(job.secondsLeft)} left`;
+      left.textContent = timeLeft(job);
       job.pictures.forEach((blob, index) => {
         if (!blob || sources.get(index)?.blob === blob) return;
         if (sources.has(index)) URL.revokeObjectURL(sources.get(index).url);
@@ -135,7 +135,9 @@ export function createGallery({ store, addresses, onOpen, onUse, onRetry }) {
     }, (error) => {
       finish(null);
       // Whoever started a quiet run tells of its error.
-      if (!job.options.quiet) notify(error.message, { kind: "error", action: { name: "Try again", run: () => onRetry(job) } });
+      if (job.options.quiet) return;
+      const action = error.status === 401 ? { name: "Enter the key", run: onKey } : { name: "Try again", run: () => onRetry(job) };
+      notify(error.message, { kind: "error", action });
     });
     return job;
   }

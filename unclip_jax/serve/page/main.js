@@ -33,6 +33,7 @@ const gallery = createGallery({
   onOpen: (run, index) => viewer.open(run, index),
   onUse: useSettings,
   onRetry: (job) => draw(job.options),
+  onKey: () => openConnection(),
 });
 const verbs = createVerbs({
   settings, draw, store, addresses,

@@ -14,7 +14,10 @@ const request = (asked) =>
 const finished = (transaction) =>
   new Promise((resolve, reject) => {
     transaction.oncomplete = resolve;
-    transaction.onerror = transaction.onabort = () => reject(transaction.error);
+    transaction.onerror = transaction.onabort = () => {
+      const full = transaction.error?.name === "QuotaExceededError";
+      reject(full ? new Error("The browser has no more room for pictures. Delete a part of the history.") : transaction.error);
+    };
   });
 
 /** A new name for a run or a picture; later ones sort after earlier ones. */

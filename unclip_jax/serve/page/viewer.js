@@ -1,5 +1,5 @@
 // One picture, large: its settings, the way to its neighbours, and what can be made of it.
-import { button, duration, el, find, findAll, notify, openDialog, saveFile } from "./dom.js";
+import { button, el, find, findAll, notify, openDialog, saveFile, timeLeft } from "./dom.js";
 import { altText } from "./gallery.js";
 import { settingsOf, toBlob } from "./jobs.js";
 import { described } from "./settings.js";
@@ -124,7 +124,7 @@ export function createViewer({ store, addresses, verbs, onEdit, onUse, onDelete 
     started.addEventListener("change", () => {
       if (started.fraction === null) meter.removeAttribute("value");
       else meter.value = started.fraction;
-      left.textContent = started.secondsLeft === null ? duration(started.elapsed) : `${duration(started.secondsLeft)} left`;
+      left.textContent = timeLeft(started);
       if (job !== started) return;
       started.pictures.forEach((blob, index) => {
         if (!blob || stripSources.get(index)?.blob === blob) return;
