@@ -1,14 +1,14 @@
 """`unclip evaluate TASK`: measures a bundle's samples, its CLIP on a dataset, or any two sets of images.
 
 The tasks `samples`, `retrieval`, `zeroshot` and `probe` measure a bundle. `cli.figure` has the tasks that
-print the figures of papers, such as `fid`.
+print the figures of papers, such as `fid`, and `cli.sweep` those that print them over guidance.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from unclip_jax.cli import figure
+from unclip_jax.cli import figure, sweep
 from unclip_jax.cli.options import add_bundle_arguments
 from unclip_jax.errors import InputError
 
@@ -26,12 +26,14 @@ SHOWN_PAIRS = 12  # of each split
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's tasks to its parser, each with its arguments."""
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
-    for name, summary in (TASKS | figure.FIGURES).items():
+    for name, summary in (TASKS | figure.FIGURES | sweep.TASKS).items():
         task = tasks.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name in TASKS:
             _add_task_arguments(task)
-        else:
+        elif name in figure.FIGURES:
             figure.add_arguments(task, name)
+        else:
+            sweep.add_arguments(task, name)
 
 
 def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,8 +104,8 @@ def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
-    if args.task in figure.FIGURES:
-        figure.run(args)
+    if args.task not in TASKS:
+        (figure if args.task in figure.FIGURES else sweep).run(args)
         return
     from unclip_jax.cli.options import check_range, check_seed, use_compilation_cache
 

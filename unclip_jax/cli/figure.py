@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("images", metavar="SET", help=f"the images to measure. {SETS}")
     if name not in ALONE:
         parser.add_argument("reference", metavar="REFERENCE", help="the set to compare them with")
+    add_captions_argument(parser)
     add_drawing_arguments(parser)
     parser.add_argument(
         "--rows", type=int, metavar="N", help="largest number of images of SET, chosen at random (all)"
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
             help="the tool that made a statistics file that does not say it: adm, torch-fidelity, clean-fid, "
             "clean-fid-legacy-tensorflow or pytorch-fid (such a file is refused)",
         )
+    add_preparation_arguments(parser)
     add_feature_arguments(parser, name in ANY_NETWORK)
     if name in ("fid", "fd-dinov2"):
         parser.add_argument(
@@ -59,21 +61,29 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON (nothing)")
 
 
-def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that say how `bundle=DIR` draws; `read_drawing` reads them."""
+def add_captions_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--captions`."""
     parser.add_argument(
         "--captions",
         metavar="FILE",
         help="what a bundle draws: a file with a caption a line, or a source (name=...,KEY=...), whose "
         "records give their first captions (the captions of REFERENCE)",
     )
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say how `bundle=DIR` draws; `read_drawing` reads them."""
     parser.add_argument(
         "--prior",
         default="prior_diffusion",
         metavar="P",
         help="a bundle: where z_i comes from, see `unclip sample` (prior_diffusion)",
     )
-    parser.add_argument("--guidance", metavar="S", help="a bundle: the decoder's guidance scale (its own)")
+    parser.add_argument(
+        "--guidance",
+        metavar="S",
+        help="a bundle: the decoder's guidance scale; a sweep takes several, 1,2,4 (its own)",
+    )
     parser.add_argument(
         "--prior-guidance", type=number, metavar="S", help="a bundle: the prior's guidance scale (its own)"
     )
@@ -106,15 +116,6 @@ def add_feature_arguments(parser: argparse.ArgumentParser, any_network: bool) ->
         "`unclip fetch inception` wrote)",
     )
     parser.add_argument(
-        "--crop", default="none", metavar="C", help="cut out the largest central square first: center (none)"
-    )
-    parser.add_argument(
-        "--size", type=int, metavar="N", help="bring that square to N px first, bicubic (its own size)"
-    )
-    parser.add_argument(
-        "--jpeg", type=int, metavar="Q", help="encode every image as JPEG of this quality first (none)"
-    )
-    parser.add_argument(
         "--work",
         metavar="DIR",
         help="folder for finished features, by which a stopped command continues (the package's cache)",
@@ -134,13 +135,26 @@ def add_feature_arguments(parser: argparse.ArgumentParser, any_network: bool) ->
     )
 
 
+def add_preparation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `streaming.Preparation`."""
+    parser.add_argument(
+        "--crop", default="none", metavar="C", help="cut out the largest central square first: center (none)"
+    )
+    parser.add_argument(
+        "--size", type=int, metavar="N", help="bring that square to N px first, bicubic (its own size)"
+    )
+    parser.add_argument(
+        "--jpeg", type=int, metavar="Q", help="encode every image as JPEG of this quality first (none)"
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs a figure."""
     from unclip_jax.cli.options import check_range, check_seed, progress_bar
     from unclip_jax.evaluate import distance, streaming
     from unclip_jax.evaluate.features import open_network
     from unclip_jax.evaluate.statistics import check_comparable, save_statistics
-    from unclip_jax.paths import check_writable, write_json
+    from unclip_jax.paths import write_json
 
     # -------------------------------------------------------------------------------- the command line
     name, figure = args.task, distance.FIGURES[args.task]
@@ -150,11 +164,7 @@ def run(args: argparse.Namespace) -> None:
     check_range("--batch", args.batch, 1, MOST_ROWS)
     preparation = streaming.Preparation(args.crop, args.size, args.jpeg)
     work = streaming.work_folder(args.work)
-    if args.save_statistics is not None and not args.save_statistics.endswith(".npz"):
-        raise InputError(f"--save-statistics {args.save_statistics}: end the name in .npz")
-    for path in (args.save_statistics, args.json):
-        if path is not None:
-            check_writable(path)
+    check_files(statistics=args.save_statistics, json=args.json)
 
     # -------------------------------------------------------------------------------- the sets
     texts = [args.images, *([args.reference] if figure.reference else [])]
@@ -201,6 +211,22 @@ def run(args: argparse.Namespace) -> None:
         if args.json is not None:
             write_json(args.json, distance.as_json(result))
         print("\n".join(distance.describe_result(result)), flush=True)
+
+
+def check_files(statistics: str | None = None, json: str | None = None, plot: str | None = None) -> None:
+    """Tries the files that a command is going to write, where they are given.
+
+    Raises:
+      ValueError, OSError: if one has the wrong ending or cannot be written.
+    """
+    from unclip_jax.paths import check_writable
+
+    named = {"--save-statistics": (statistics, ".npz"), "--json": (json, ""), "--plot": (plot, ".png")}
+    for option, (path, ending) in named.items():
+        if path is not None:
+            if not path.endswith(ending):
+                raise InputError(f"{option} {path}: end the name in {ending}")
+            check_writable(path)
 
 
 def is_first_host() -> bool:
@@ -282,7 +308,6 @@ def open_sets(args: argparse.Namespace, names: list[str], mesh: Any) -> list[Any
 
 def read_drawing(args: argparse.Namespace, others: list[Any]) -> Any:
     """How the bundle draws (`sets.Drawing`). Without `--captions` it draws those of another set."""
-    from unclip_jax.cli.options import source_options
     from unclip_jax.cli.sample import read_options
     from unclip_jax.evaluate import sets
     from unclip_jax.sampling.unclip import check_prior_name
@@ -293,15 +318,22 @@ def read_drawing(args: argparse.Namespace, others: list[Any]) -> Any:
         raise InputError(
             "a figure is measured at one guidance scale: `unclip evaluate sweep` measures several"
         )
-    if args.captions is not None:
-        captions = sets.read_captions(args.captions, source_options)
-    else:
-        known = [side.images for side in others if side.images and side.images.captions]
-        if not known:
-            raise InputError("say what the bundle draws: --captions FILE, or --captions name=...,KEY=...")
-        captions = known[0].captions(range(known[0].count))
-        print(f"captions: the first one of each record of {known[0].name}")
+    captions = captions_of(args.captions, [side.images for side in others if side.images])
     return sets.Drawing(captions, args.prior, args.seed, options[0])
+
+
+def captions_of(named: str | None, others: list[Any]) -> list[str]:
+    """The captions of `--captions`, or those of the first set that has any (`sets.ImageSet`)."""
+    from unclip_jax.cli.options import source_options
+    from unclip_jax.evaluate import sets
+
+    if named is not None:
+        return sets.read_captions(named, source_options)
+    known = [images for images in others if images.captions]
+    if not known:
+        raise InputError("say what the bundle draws: --captions FILE, or --captions name=...,KEY=...")
+    print(f"captions: the first one of each record of {known[0].name}")
+    return known[0].captions(range(known[0].count))
 
 
 def drawn_by(bundle: str, drawing: Any, mesh: Any) -> Any:

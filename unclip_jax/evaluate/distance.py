@@ -95,12 +95,14 @@ class Figure(NamedTuple):
 class Result(NamedTuple):
     """The numbers of a figure, and what was compared.
 
-    figure: its name. values: the numbers by name. partial: whether there were fewer images than asked for.
+    figure: its name. values: the numbers by name. least: number of images asked for. partial: whether there
+      were fewer.
     images, reference: what was compared; reference is None for a figure without one. notes: lines to print.
     """
 
     figure: str
     values: dict[str, Value]
+    least: int
     partial: bool
     images: Statistics
     reference: Statistics | None
@@ -305,6 +307,7 @@ def compare(
     settings: Settings | None = None,
     partial: bool = False,
     notes: Sequence[str] = (),
+    least: int | None = None,
 ) -> Result:
     """Computes a figure.
 
@@ -315,12 +318,13 @@ def compare(
       settings: what changes the computation; None for the defaults.
       partial: whether fewer images than the figure asks for are allowed.
       notes: further lines for the result.
+      least: number of images asked for; None means the figure's.
 
     Raises:
       ValueError: if the sets were described differently, or have too few images; otherwise as the functions
         of `metrics`.
     """
-    few = check_rows(name, images.count, partial, images.name)
+    few = check_rows(name, images.count, partial, images.name, least)
     told = [*notes]
     if reference is not None:
         check_rows(name, reference.count, True, reference.name)
@@ -328,9 +332,9 @@ def compare(
     for side in (images, reference):
         if side is not None and POOL in side.moments:
             told += remarks(side.name, side.moments[POOL])
-    return Result(
-        name, FIGURES[name].compute(images, reference, settings or Settings()), few, images, reference, told
-    )
+    values = FIGURES[name].compute(images, reference, settings or Settings())
+    least = FIGURES[name].least if least is None else least
+    return Result(name, values, least, few, images, reference, told)
 
 
 # ------------------------------------------------------------------------------------------ words
@@ -349,7 +353,7 @@ def as_json(result: Result) -> dict:
         "figure": result.figure,
         "values": {name: value._asdict() for name, value in result.values.items()},
         "partial": result.partial,
-        "asked_images": FIGURES[result.figure].least,
+        "asked_images": result.least,
         "images": of(result.images),
         "reference": None if result.reference is None else of(result.reference),
         "notes": result.notes,
@@ -359,9 +363,8 @@ def as_json(result: Result) -> dict:
 
 def describe_result(result: Result) -> list[str]:
     """A result as lines: the numbers, what was compared and how, and notes."""
-    least = FIGURES[result.figure].least
     count = "an unknown number of" if result.images.count is None else f"{result.images.count:,}"
-    partial = f"  (partial: {count} of {least:,} images)" if result.partial else ""
+    partial = f"  (partial: {count} of {result.least:,} images)" if result.partial else ""
     lines = [f"{name:18}{words(value)}{partial}" for name, value in result.values.items()]
     for what, statistics in (("images", result.images), ("reference", result.reference)):
         if statistics is not None:

@@ -105,7 +105,43 @@ FID = {
         "prior_ar does not draw with the prior null",
     ),
 }
+SWEEP = ["sweep", "bundle=tiny", "pictures", "--partial"]
+COCO = ["coco30k", "bundle=tiny", "--coco", "coco"]
 OTHERS = {
+    "a sweep of pictures": (["sweep", "pictures", "pictures"], "a sweep measures what a bundle draws"),
+    "a bundle as reference of a sweep": (
+        ["sweep", "bundle=tiny", "bundle=tiny"],
+        "the reference of a sweep is no",
+    ),
+    "an unknown figure of a sweep": (
+        [*SWEEP, "--figures", "fid,lpips"],
+        "unknown figure 'lpips' in --figures",
+    ),
+    "no figure of a sweep": ([*SWEEP, "--figures", ""], "unknown figure '' in --figures"),
+    "words as scales of a sweep": ([*SWEEP, "--guidance", "1,much"], "--guidance must be a finite number"),
+    "a plot of one scale": ([*SWEEP, "--plot", "p.png"], "--plot draws a line through several scales"),
+    "a plot in another format": ([*SWEEP, "--plot", "p.pdf", "--guidance", "1,2"], "end the name in .png"),
+    "a sweep without captions": (SWEEP, "has no caption"),
+    "COCO without its folder": (["coco30k", "bundle=tiny"], "the following arguments are required: --coco"),
+    "COCO that is not there": (COCO, "unpack MS-COCO's annotations of 2014 into coco"),
+    "COCO without pictures": (
+        ["coco30k", "bundle=tiny", "--coco", "annotated", "--rows", "2", "--partial"],
+        "unpack MS-COCO's validation images of 2014 into annotated",
+    ),
+    "more captions than COCO has": (
+        ["coco30k", "bundle=tiny", "--coco", "annotated"],
+        "has 2 captions, and 30,000",
+    ),
+    "an unknown table": ([*COCO, "--expect", "sdxl"], "no published table 'sdxl': choose one of karlo"),
+    "a table at another guidance": (
+        [*COCO, "--expect", "karlo", "--guidance", "3"],
+        "--expect sets the guidance, the steps and the rows itself",
+    ),
+    "a table of fewer rows": ([*COCO, "--expect", "karlo", "--rows", "100"], "--expect sets the guidance"),
+    "a table without its figures": (
+        [*COCO, "--expect", "karlo", "--figures", "kid"],
+        "must name fid and clip-score",
+    ),
     "a reference of the CLIP score": (["clip-score", "pictures", "pictures"], "unrecognized arguments"),
     "CLIP without weights": (["clip-score", "name=emoji,split=val"], "clip"),
     "an unknown network": (["kid", *PAIR, "--network", "vgg"], "unknown feature network 'vgg'"),
@@ -127,6 +163,9 @@ def rows(box: Path) -> list[Row]:
             pixels = np.random.default_rng(i).integers(0, 256, (8, 9, 3), np.uint8)
             Image.fromarray(pixels).save(box / folder / f"{i}.png")
     (box / "texts" / "a.txt").write_text("a")
+    (box / "annotated" / "annotations").mkdir(parents=True)
+    listed = {"annotations": [{"caption": "a fox"}, {"caption": "a heart"}]}
+    (box / "annotated" / "annotations" / "captions_val2014.json").write_text(json.dumps(listed))
     save_bundle(random_bundle(), box / "tiny")
     (box / "c.txt").write_text("a fox\na heart\n")
     (box / "blank.txt").write_text(" \n")
