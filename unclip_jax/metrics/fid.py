@@ -46,8 +46,43 @@ def frechet_distance(a: Set, b: Set) -> float:
     return _distance(a, b, _root(b.cov))
 
 
+def frechet_error(features: np.ndarray, reference: Set) -> float:
+    """The standard error of `frechet_distance` over draws of the samples, by the delta method.
+
+    One more row x changes the distance by 1 / N times
+
+        2 (mu - mu_r) . (x - mu) + (x - mu)^T (I - T) (x - mu) + a constant
+
+    where T = C^(-1/2) (C^(1/2) C_r C^(1/2))^(1/2) C^(-1/2) is the matrix that carries the samples' Gaussian
+    to the reference's: the derivative of the trace of the root by C is T / 2. The standard deviation of this
+    over the rows, divided by the root of N, is the error. On draws of Gaussians it is the deviation of the
+    distance within a third. It contains neither the bias of the distance nor the error of the reference.
+
+    Args:
+      features: (N, D), the samples, with N well above D; may be memory-mapped.
+      reference: (M, D) features, or their moments.
+
+    Raises:
+      ValueError: as `frechet_distance`.
+    """
+    own, reference = moments(np.asanyarray(features)), _as_moments(reference)
+    _check_widths(len(own.mean), len(reference.mean))
+    values, vectors = np.linalg.eigh(own.cov)
+    values = _significant(values)
+    root = (vectors * np.sqrt(values)) @ vectors.T
+    inverse = (vectors * np.where(values > 0, 1 / np.sqrt(np.where(values > 0, values, 1)), 0)) @ vectors.T
+    matrix = np.eye(len(values)) - inverse @ _root(root @ reference.cov @ root) @ inverse
+    influence = np.empty(len(features))
+    for first in range(0, len(features), 4096):
+        rows = np.asarray(features[first : first + 4096], np.float64) - own.mean
+        influence[first : first + 4096] = 2 * rows @ (own.mean - reference.mean) + np.einsum(
+            "nd,nd->n", rows @ matrix, rows
+        )
+    return float(influence.std(ddof=1) / np.sqrt(len(influence)))
+
+
 class Extrapolated(NamedTuple):
-    """distance: the value for infinitely many samples. error: the standard error of the line's intercept.
+    """distance: the value for infinitely many samples. error: its standard error.
 
     rows: (P,) int, sizes of the subsets. distances: (P,) float64, the distance of each.
     """
@@ -68,8 +103,10 @@ def frechet_distance_at_infinity(
     followed to 1 / N = 0. The reference stays whole: its own bias remains, so compare only values with the
     same reference.
 
-    The standard error is that of the regression's intercept. It measures how well a line fits. The subsets
-    share rows, so it does not contain how the distance varies between sets of N samples.
+    The standard error joins two parts: that of the line's intercept, and `frechet_error`, which is how much
+    the distance varies between sets of N samples. The first alone is too small, since the subsets share rows:
+    on draws of Gaussians the limit varied 2 to 2.7 times as much as it says, and 0.8 to 1.2 times as much as
+    the joined error.
 
     Args:
       features: (N, D), the samples.
@@ -82,7 +119,7 @@ def frechet_distance_at_infinity(
       ValueError: as `frechet_distance`, or when an option is out of its range.
     """
     reference = _as_moments(reference)
-    features = np.asarray(features)
+    features = np.asanyarray(features)
     if features.ndim != 2 or not 2 <= smallest < len(features) or points < 3:
         raise InputError(
             f"FID at infinity needs at least 3 subsets, and more samples than its smallest subset has: got "
@@ -101,7 +138,8 @@ def frechet_distance_at_infinity(
     slope, intercept = np.polyfit(x, distances, 1)
     spread = np.sum((x - x.mean()) ** 2)
     variance = np.sum((distances - intercept - slope * x) ** 2) / (points - 2)
-    error = np.sqrt(variance * (1 / points + x.mean() ** 2 / spread))
+    line = np.sqrt(variance * (1 / points + x.mean() ** 2 / spread))
+    error = np.hypot(line, frechet_error(features, reference))
     return Extrapolated(float(intercept), float(error), rows, distances)
 
 
@@ -126,7 +164,7 @@ def _check_widths(a: int, b: int) -> None:
 
 def _as_moments(features: Set) -> Moments:
     if not isinstance(features, Moments):
-        return moments(np.asarray(features))
+        return moments(np.asanyarray(features))
     mean, cov = (np.asarray(x, np.float64) for x in features[1:])
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise InputError(f"a mean (D,) and a covariance (D, D) do not fit: {mean.shape} and {cov.shape}")
