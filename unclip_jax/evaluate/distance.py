@@ -124,7 +124,8 @@ def _frechet(a: Statistics, b: Statistics | None, settings: Settings) -> dict[st
         smallest = min(SMALLEST, count // 2)
         line = frechet_distance_at_infinity(a.features[POOL], b.moments[POOL], smallest=smallest)
         kind = (
-            f"standard error of the line through {len(line.rows)} subsets of {smallest:,} to {count:,} images"
+            f"standard error by the delta method, and of a line through {len(line.rows)} subsets of "
+            f"{smallest:,} to {count:,} images"
         )
         values[f"{names[POOL]}_infinity"] = Value(line.distance, line.error, kind=kind)
     return values
