@@ -32,10 +32,10 @@ ensure_venv() {
   say "installing unclip_jax${want:+[$want]} (a few minutes, once)"
   "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${want:+[$want]}"
   if [ "$want" = test ]; then
-    # References for the tests. Both ask for torchvision, which need not fit the torch that is there. The
+    # References for the tests. They ask for torchvision, which need not fit the torch that is there. The
     # tests use the parts that do without.
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-      open-clip-torch==3.3.0 torch-fidelity==0.4.0
+      lpips==0.1.4 open-clip-torch==3.3.0 taming-transformers-rom1504==0.0.6 torch-fidelity==0.4.0
   fi
   printf '%s' "$wanted" >"$stamp"
 }

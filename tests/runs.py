@@ -15,7 +15,7 @@ from unclip_jax.cli.train import load_config, override
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.generate.networks import build_model
 from unclip_jax.run import batches
-from unclip_jax.train import clip, codec, decoder, prior_ar, prior_diffusion, upsampler
+from unclip_jax.train import autoencoder, clip, codec, decoder, prior_ar, prior_diffusion, upsampler
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
@@ -24,6 +24,7 @@ STAGES = {
     "prior_ar": (prior_ar, "configs/emoji/prior_ar.py:tiny"),
     "decoder": (decoder, "configs/emoji/decoder.py:tiny"),
     "upsampler_16": (upsampler, "configs/emoji/upsampler.py:tiny"),
+    "autoencoder": (autoencoder, "configs/emoji/autoencoder.py:tiny-vq"),
 }
 CODEC = {"codec": (codec, "configs/emoji/codec.py:tiny")}  # fitted, not trained
 BESIDE = {

@@ -111,7 +111,7 @@ def test_first_moment_in_half_the_memory():
 def test_what_is_projected_stays_in_bounds():
     """The projection applies to the parameters and their average, after every update."""
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    clamp = lambda params: jax.tree.map(lambda w: jnp.minimum(w, 0.5), params)
+    clamp = lambda params, extra: jax.tree.map(lambda w: jnp.minimum(w, 0.5), params)
     up = without_extra(lambda params, rng, batch, *, frozen: (-jnp.sum(params["w"]), {}))
     stage, optimizers = stage_of(up, players=(Player(project=clamp),)), (make_optimizer(**OPTIMIZER),)
     _, shardings = abstract_state(stage, optimizers, mesh)
@@ -126,7 +126,7 @@ def test_what_is_projected_stays_in_bounds():
 def test_two_players_move_in_turn():
     """Each player trains its own parameters on its own objective.
 
-    The second player sees the update of the first. `extra` is kept.
+    The second player sees the update of the first. `extra` is kept. Only the first one's are averaged.
     """
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
 
@@ -152,11 +152,34 @@ def test_two_players_move_in_turn():
     np.testing.assert_allclose(state.params["a"], -0.2, rtol=1e-5)
     np.testing.assert_allclose(state.params["b"], -0.02, rtol=1e-5)
     np.testing.assert_allclose(metrics["second_seen"], 3 * -0.2, rtol=1e-5)
+    assert set(state.ema_params) == {"a"} and np.all(np.abs(state.ema_params["a"]) < 0.2)
     assert (
         state.extra["calls"] == 2
         and set(state.opt_state) == {"first", "second"}
         and metrics["loss"] == metrics["first_loss"]
     )
+
+
+def test_what_extra_decides():
+    """A projection may set parameters from `extra`, and sets their averages to the same values."""
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+
+    def objective(params, extra, rng, batch, step, *, frozen):
+        return jnp.sum(params["a"]), ({}, {"mean": extra["mean"] + jnp.mean(batch["x"])})
+
+    follow = lambda params, extra: params | {"codebook": jnp.full(2, extra["mean"])}
+    begin = lambda key: ({"a": jnp.zeros(3), "codebook": jnp.zeros(2)}, {"mean": jnp.zeros(())})
+    stage, optimizers = (
+        stage_of(objective, begin, (Player(project=follow),)),
+        (make_optimizer(**OPTIMIZER),),
+    )
+    _, shardings = abstract_state(stage, optimizers, mesh)
+    state = create_state(stage, optimizers, 0, shardings)
+    update = make_update(stage, optimizers, shardings, mesh, settings())
+    for _ in range(2):
+        state, _ = update(state, None, {"x": np.full((4, 1), 3.0)})
+    for tree in (state.params, state.ema_params):
+        np.testing.assert_array_equal(tree["codebook"], 6.0)
 
 
 def test_a_player_whose_gradient_is_not_finite_stands_still():

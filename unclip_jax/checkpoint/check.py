@@ -32,6 +32,7 @@ from unclip_jax.models.decoder import ClipConditioning
 from unclip_jax.models.inception import SIZE as INCEPTION_SIZE
 from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.layers import ACTIVATIONS
+from unclip_jax.models.lpips import SMALLEST
 from unclip_jax.typed import check_fields, check_value, fields_of, listed, shown
 
 NAME = re.compile(r"[a-z0-9_]+")
@@ -310,6 +311,8 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     if kind in ("inception", "dinov2"):
         side = INCEPTION_SIZE if kind == "inception" else module.positions * module.patch_size
         return shapes_of(module.init, array(1, side, side, 3))
+    if kind == "lpips":
+        return shapes_of(module.init, *[array(1, SMALLEST, SMALLEST, 3)] * 2)
     if kind == "upsampler":
         return shapes_of(module.init, *_pixels(model), low_res=array(1, 1, 1, 3))
     own = model.get("text")

@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from unclip_jax.checkpoint.convert import array, shapes_of
 from unclip_jax.compile import hlo
 from unclip_jax.data.record import Record
 from unclip_jax.data.tokenizer import caption_arrays
@@ -36,6 +37,7 @@ from unclip_jax.generate.prior import sample_prior
 from unclip_jax.generate.text import Texts
 from unclip_jax.generate.upsampler import sample_upsampler
 from unclip_jax.models.codec import Codec
+from unclip_jax.models.lpips import LPIPS, SMALLEST
 from unclip_jax.run.batches import check_divides
 from unclip_jax.run.frozen import (
     BESIDE_PICTURES,
@@ -45,6 +47,7 @@ from unclip_jax.run.frozen import (
     captions_of,
     clip_tokenizer,
     text_tokenizer,
+    wanted_roles,
 )
 from unclip_jax.run.hardware import CHIPS, Chip, flops
 from unclip_jax.run.loop import count_operations
@@ -68,7 +71,7 @@ class Report:
     chip: peak performance of a device; None if it is not known (CPU).
     mesh: axis -> number of devices along it.
     batch_size: rows of the global batch.
-    parameters, averages, optimizer: bytes of the state's parts.
+    parameters, averages, optimizer: bytes of the state's parts; state without gradients counts as parameters.
     frozen: bytes of the frozen networks.
     batch: bytes of the input.
     temporary: bytes of all intermediate results.
@@ -190,15 +193,25 @@ def abstract_codec(dim: int, mesh: Mesh) -> Network:
     return Network(None, params, {"kind": "codec", "embed_dim": dim, "dims": dim})
 
 
+def abstract_lpips(mesh: Mesh, dtype: str) -> Network:
+    """The network of LPIPS. Its parameters are shapes on the mesh."""
+    module, image = LPIPS(dtype=compute_dtype(dtype, mesh)), array(1, SMALLEST, SMALLEST, 3)
+    return Network(
+        module, _placed(shapes_of(module.init, image, image), mesh), {"kind": "lpips", "model": {}}
+    )
+
+
 def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> dict[str, Network]:
     """The frozen networks of a stage by role, like those of `run.frozen.load_frozen`.
 
     Their parameters are shapes on the mesh.
     """
     frozen: dict[str, Network] = {}
-    for role, kind in STAGES[config.stage].FROZEN.items():
+    for role, kind in wanted_roles(config, STAGES[config.stage].FROZEN).items():
         if kind == "clip":
             frozen[role] = abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, embedded)
+        elif kind == "lpips":
+            frozen[role] = abstract_lpips(mesh, config.dtype)
         else:
             frozen[role] = abstract_codec(clip_config.model.embed_dim, mesh)
     if "clip" in frozen:
@@ -368,7 +381,7 @@ def compile_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = Fal
     arguments = step.state, step.frozen, step.batch
     model_flops = count_operations(step.stage, config.grad_accumulation, mesh, *arguments)
     held = {
-        "parameters": step.state.params,
+        "parameters": (step.state.params, step.state.extra),
         "averages": step.state.ema_params,
         "optimizer": step.state.opt_state,
     }

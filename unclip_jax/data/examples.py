@@ -61,12 +61,7 @@ def clip_example(
     """
     if record.embeds is not None:
         return _embedded_example(record, rng, tokenizer, training, text_tokenizer)
-    image = ops.decode_image(record.image)
-    if training:
-        side = int(round(min(image.shape[:2]) * rng.uniform(crop_scale, 1.0)))
-        image = ops.resize(ops.random_crop(image, side, rng), size)
-    else:
-        image = ops.resize_then_crop(image, size)
+    image = _cropped(ops.decode_image(record.image), rng, size, crop_scale, training)
     caption = record.captions[_caption_number(record, rng, training)]
     return {"clip_image": ops.to_float(image), **_caption_row(caption, tokenizer, text_tokenizer)}
 
@@ -164,6 +159,35 @@ def decoder_example(
         row |= _caption_row(record.captions[chosen], tokenizer, text_tokenizer)
     known = {"known": ops.random_mask(size, rng)} if inpaint else {}
     return {"image": ops.to_float(ops.resize(image, size)), **row, **known}
+
+
+def picture_example(
+    record: Record,
+    rng: np.random.Generator | None,
+    *,
+    size: int,
+    crop_scale: float = 1.0,
+    training: bool = True,
+) -> dict[str, np.ndarray]:
+    """One row of a batch: an image without a caption. The crops are those of `clip_example`.
+
+    Returns:
+      `image` float32 (size, size, 3) in [-1, 1].
+
+    Raises `ValueError` if the image cannot be decoded.
+    """
+    image = ops.decode_image(record.image)
+    return {"image": ops.to_float(_cropped(image, rng, size, crop_scale, training))}
+
+
+def _cropped(
+    image: np.ndarray, rng: np.random.Generator | None, size: int, crop_scale: float, training: bool
+) -> np.ndarray:
+    # A random square crop in training, and the central square otherwise, of the wanted size.
+    if not training:
+        return ops.resize_then_crop(image, size)
+    side = int(round(min(image.shape[:2]) * rng.uniform(crop_scale, 1.0)))
+    return ops.resize(ops.random_crop(image, side, rng), size)
 
 
 def upsampler_example(

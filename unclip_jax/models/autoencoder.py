@@ -182,6 +182,8 @@ class Coder(nn.Module):
     def last(self, h, z):
         """Norm, SiLU and the last convolution."""
         h = nn.silu(Norm(self.groups, self.dtype, name="norm_out")(h, z))
+        # The adaptive weight of the adversarial loss is computed from the last layer's input.
+        self.sow("intermediates", "features", h)
         return nn.Conv(self.out_channels, (3, 3), padding=1, dtype=self.dtype, name="conv_out")(h)
 
 

@@ -12,6 +12,7 @@ from unclip_jax.models.clip import CLIP, ImageTower, TextTower
 from unclip_jax.models.decoder import ClipConditioning, Decoder
 from unclip_jax.models.dinov2 import DINOv2
 from unclip_jax.models.inception import Inception
+from unclip_jax.models.lpips import LPIPS
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.text_encoder import TextEncoder
@@ -49,6 +50,7 @@ KINDS: dict[str, Kind] = {
     ),
     "kl_autoencoder": Kind(ENCODES, KLAutoencoder),
     "vq_autoencoder": Kind(ENCODES, VQAutoencoder),
+    "lpips": Kind(NETWORK, LPIPS),
     "inception": Kind(NETWORK, Inception),
     "dinov2": Kind(NETWORK, DINOv2),
 }

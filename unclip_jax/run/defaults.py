@@ -120,8 +120,9 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.log_every = 1
     config.eval_every = 4
     config.checkpoint_every = 2
-    if "optimizer" in config:
-        config.optimizer.warmup_steps = 1
+    for name in ("optimizer", "discriminator_optimizer"):
+        if name in config:
+            config[name].warmup_steps = 1
     if config.data.train.name != "emoji":
         config.data.train = _emoji_split("train")
         evaluation = config.data.get("eval")
@@ -218,5 +219,45 @@ def adamw(
             "weight_decay": weight_decay,
             "clip_norm": clip_norm,
             "mu_dtype": mu_dtype,
+        }
+    )
+
+
+# ------------------------------------------------------------------------------------------- the codebook
+def quantiser(
+    *,
+    codebook: str = "gradient",
+    weight: float = 1.0,
+    beta: float = 0.25,
+    legacy: bool = True,
+    decay: float = 0.99,
+    debias: bool = True,
+    restart: float = 0.0,
+) -> ConfigDict:
+    """The `quantiser` section of a stage with a codebook (`models.quantiser`).
+
+    Args:
+      codebook: how it learns: by "gradient", or as "averages" of the encoder's outputs.
+      weight: of the quantiser's loss.
+      beta: of the commitment term; with a gradient and `legacy`, of the codebook term.
+      legacy: with a gradient: beta weights the codebook term, as public models were trained; False weights
+        the commitment term, as intended.
+      decay: of the averages.
+      debias: averages begin as Sonnet's (True) or as rosinality's (False).
+      restart: with averages: a code chosen less often than this in a step, on average, is given a new vector;
+        0: none is.
+
+    Raises:
+      TypeError: on an unknown setting.
+    """
+    return ConfigDict(
+        {
+            "codebook": codebook,
+            "weight": weight,
+            "beta": beta,
+            "legacy": legacy,
+            "decay": decay,
+            "debias": debias,
+            "restart": restart,
         }
     )

@@ -61,7 +61,7 @@ def load_frozen(
       config: the run's configuration.
       workdir: the run's folder; relative paths ("../clip") start there.
       mesh: the devices that hold the parameters.
-      roles: role -> kind; the stage file's `FROZEN`.
+      roles: role -> kind; the stage file's `FROZEN`. A role whose path is None is left out.
       data: the sources, which must fit the networks; None if the stage reads no captions: then the sources
         are not checked.
 
@@ -72,9 +72,9 @@ def load_frozen(
       FileNotFoundError, ValueError, KeyError: one line that names what is missing or does not fit.
     """
     frozen: dict[str, Network] = {}
-    for role, kind in roles.items():
-        path = resolve(config.frozen[role], workdir)
-        frozen[role] = _load_clip(path, config, mesh) if kind == "clip" else _load_codec(path, mesh)
+    loaders = {"clip": _load_clip, "codec": _load_codec, "lpips": _load_lpips}
+    for role, kind in wanted_roles(config, roles).items():
+        frozen[role] = loaders[kind](resolve(config.frozen[role], workdir), config, mesh)
     for role, network in frozen.items():
         for other, needed in network.config.get("frozen", {}).items():
             if other in frozen and frozen[other].hash != needed:
@@ -87,6 +87,11 @@ def load_frozen(
         check_sources(clip, data, pictures=config.stage not in EMBEDDABLE)
         frozen[EMPTY] = Network(None, replicate(_empty_caption(clip, data, tokenizer, mesh), mesh), {})
     return frozen
+
+
+def wanted_roles(config: Mapping[str, Any], roles: Mapping[str, str]) -> dict[str, str]:
+    """Role -> kind of the networks that a configuration names; one whose path is None is left out."""
+    return {role: kind for role, kind in roles.items() if config["frozen"].get(role) is not None}
 
 
 def arrays(frozen: Mapping[str, Network]) -> dict[str, Any]:
@@ -128,9 +133,26 @@ def clip_network(path: str, mesh: Mesh, dtype: str, scan: bool = False) -> Netwo
     return Network(module, params, part.config, params_hash(part.params))
 
 
-def _load_codec(path: str, mesh: Mesh) -> Network:
+def _load_codec(path: str, config: ConfigDict, mesh: Mesh) -> Network:
     part, _ = load_part(path, "codec")
     return Network(None, replicate(Codec(**part.params), mesh), part.config, params_hash(part.params))
+
+
+def _load_lpips(path: str, config: ConfigDict, mesh: Mesh) -> Network:
+    part, _ = load_part(path, "lpips")
+    params = jax.device_put(part.params, infer_shardings(part.params, mesh))
+    module = build_model(part.config, compute_dtype(config.dtype, mesh))
+    return Network(module, params, part.config, params_hash(part.params))
+
+
+def check_pictures(data: Data) -> None:
+    """Raises ValueError when a source holds embeddings and no pictures."""
+    for source in (data.train, *data.held_out.values()):
+        if not source.pictures:
+            raise InputError(
+                f"{source.name} holds no pictures, which this stage needs: "
+                "give the source from which the embeddings were made"
+            )
 
 
 def check_sources(clip: Network, data: Data, pictures: bool) -> None:
@@ -143,17 +165,14 @@ def check_sources(clip: Network, data: Data, pictures: bool) -> None:
       ValueError: when a source holds embeddings of another CLIP, holds embeddings although the stage needs
         pictures, or holds pictures although only a folder of embeddings was given as the CLIP.
     """
+    if pictures:
+        check_pictures(data)
     for source in (data.train, *data.held_out.values()):
         embedded = source.embedded
         if embedded is None and clip.module is None:
             raise InputError(
                 f"{source.name} holds pictures, and the CLIP given is a folder of embeddings: "
                 "give the CLIP itself"
-            )
-        if pictures and not source.pictures:
-            raise InputError(
-                f"{source.name} holds no pictures, which this stage needs: "
-                "give the source from which the embeddings were made"
             )
         if embedded is not None and embedded.clip != clip.hash:
             raise InputError(

@@ -221,7 +221,7 @@ def restore_or_init(
         return Start(state, meta, 0, {})
     part, old = load(init_from, meta["name"])
     given = {k: np.shape(v) for k, v in _leaves(part.params)}
-    expected = {k: v.shape for k, v in _leaves(state.params)}
+    expected = {k: v.shape for k, v in _leaves(state.ema_params)}
     if given != expected:
         differing = sorted(k for k in given.keys() | expected.keys() if given.get(k) != expected.get(k))
         raise InputError(
@@ -229,10 +229,10 @@ def restore_or_init(
             f"{len(differing)} parameters differ, {differing[0]} first"
         )
     print_once(f"{meta['name']}: starting from the weights of {init_from}")
-    state = state.replace(
-        params=jax.device_put(part.params, shardings.params),
-        ema_params=jax.device_put(part.params, shardings.ema_params),
-    )
+    placed = jax.device_put(part.params, shardings.ema_params)
+    averages = jax.tree.map(lambda a: a + 0.0, placed)
+    # With several players, what the others train (a discriminator) starts fresh.
+    state = state.replace(params={**state.params, **placed}, ema_params=averages)
     meta = {**meta, "provenance": {**meta["provenance"], "initialised_from": old["provenance"]}}
     return Start(state, meta, 0, part.config)
 

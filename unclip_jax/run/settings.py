@@ -255,14 +255,15 @@ def check_settings(config: Mapping, table: Mapping[str, Any], figures: Sequence[
     if first and first[0] >= config["steps"]:
         raise InputError(f"profile={config['profile']} begins after the last of steps={config['steps']}")
     _check_keep_best(config, figures)
-    if "optimizer" in table and config["optimizer"]["warmup_steps"] >= config["steps"]:
-        warmup, steps = config["optimizer"]["warmup_steps"], config["steps"]
-        raise InputError(f"optimizer.warmup_steps={warmup} must be fewer than steps={steps}")
+    for name in table:
+        if name.endswith("optimizer") and config[name]["warmup_steps"] >= config["steps"]:
+            warmup, steps = config[name]["warmup_steps"], config["steps"]
+            raise InputError(f"{name}.warmup_steps={warmup} must be fewer than steps={steps}")
     for name, section in _sections(config.get("model", {}), "model"):
         if "heads" in section and section["width"] % section["heads"]:
             width, heads = section["width"], section["heads"]
             raise InputError(f"{name}.width={width} must be a multiple of {name}.heads={heads}")
-        if "channel_mult" in section:
+        if "channel_mult" in section and "image_size" in section:
             _check_unet(section, name)
     own = [name for name in ("text_tokenizer", "model.text") if _at(config, name) is not None]
     if len(own) == 1 and "text_tokenizer" in table:

@@ -30,7 +30,8 @@ class Player(NamedTuple):
     parameters: the top-level names of the parameters that it trains; () for all.
     objective: its objective; None for the stage's.
     gradient: replaces plain differentiation of the objective (SAM); None otherwise.
-    project: function that moves parameters back into their bounds after each update.
+    project: (params, extra) -> params: moves parameters back into their bounds after each update, or sets
+      those that `extra` decides, such as a codebook of averages. Averaged parameters go through it, too.
     optimizer: the section of the configuration that describes its optimizer.
     """
 
@@ -38,7 +39,7 @@ class Player(NamedTuple):
     parameters: tuple[str, ...] = ()
     objective: Objective | None = None
     gradient: Gradient | None = None
-    project: Callable[[Any], Any] = lambda params: params
+    project: Callable[[Any, Any], Any] = lambda params, extra: params
     optimizer: str = "optimizer"
 
 
@@ -66,7 +67,8 @@ class Stage(NamedTuple):
     init: key -> (parameters, extra).
     example: (record, rng, training=True) -> one row of a batch (`data.examples`).
     objective: see the module's docstring; the held-out loss uses it, too.
-    players: which optimizers train which parameters; one player, except in adversarial training.
+    players: which optimizers train which parameters; one player, except in adversarial training. There the
+      part that the stage releases is what the first player trains, and only that is averaged.
     fit: what the run measures before the first step; None for nothing.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -23,7 +23,8 @@ class TrainState:
 
     step: () int32, number of batches seen.
     params: float32 tree of the parameters.
-    ema_params: float32 tree of their exponential moving averages.
+    ema_params: float32 tree of their exponential moving averages: of all parameters, or, with several
+      players, of those that the first one trains.
     opt_state: optax state, which counts the updates applied; player name -> state if there are several
       players.
     extra: state without gradients; {} for most stages.
@@ -69,13 +70,18 @@ def create_state(
 def _create(stage: Stage, optimizers: tuple[Optimizer, ...], key: jax.Array) -> TrainState:
     params, extra = stage.init(key)
     # The averages need a real copy, because the update receives the two trees as separate donated buffers.
-    ema = jax.tree.map(lambda x: x + 0.0, params)
+    ema = jax.tree.map(lambda x: x + 0.0, released(params, stage.players))
     states = {p.name: o.tx.init(_chosen(params, p)) for p, o in zip(stage.players, optimizers, strict=True)}
     if not stage.players:  # fitted, not trained
         opt_state = optax.identity().init(params)
     else:
         opt_state = states if len(stage.players) > 1 else states[stage.players[0].name]
     return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state, extra)
+
+
+def released(params: Any, players: Sequence[Player]) -> Any:
+    """The parameters that are averaged and released: all, or those of the first of several players."""
+    return _chosen(params, players[0]) if len(players) > 1 else params
 
 
 def _chosen(params: Any, player: Player) -> Any:
@@ -201,9 +207,9 @@ def make_update(
                 jnp.stack([metrics[f"{player.name}_skipped"] for player in stage.players])
             )
         decay = ema_decay_at(state.step, config.ema_decay)
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema_params, state.params)
-        for player in stage.players:
-            ema = player.project(ema)
+        params = released(state.params, stage.players)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema_params, params)
+        ema = stage.players[0].project(ema, state.extra)
         # If an update was skipped, the average stays as it was, too.
         ema = jax.tree.map(
             lambda new, old: jnp.where(metrics["skipped"] > 0, old, new), ema, state.ema_params
@@ -229,7 +235,8 @@ def _move(state, player, optimizer, gradient, key, frozen, batch, shardings):
     params = player.project(
         {**state.params, **optax.apply_updates(chosen, updates)}
         if player.parameters
-        else optax.apply_updates(chosen, updates)
+        else optax.apply_updates(chosen, updates),
+        extra,
     )
 
     def keep(new, old):

@@ -3,7 +3,7 @@
 `STAGES` maps the name of a stage to its file.
 """
 
-from unclip_jax.train import clip, codec, decoder, prior_ar, prior_diffusion, upsampler
+from unclip_jax.train import autoencoder, clip, codec, decoder, prior_ar, prior_diffusion, upsampler
 
 STAGES = {
     "clip": clip,
@@ -12,4 +12,5 @@ STAGES = {
     "prior_ar": prior_ar,
     "decoder": decoder,
     "upsampler": upsampler,
+    "autoencoder": autoencoder,
 }

@@ -120,7 +120,7 @@ def stage(config, mesh, frozen) -> Stage:
         image, tokens = jnp.zeros((1, size, size, 3)), jnp.zeros((1, tokenizer.length), jnp.int32)
         return model.init(key, image, tokens)["params"], {}
 
-    def clamped(params):
+    def clamped(params, extra):
         # The bound of the temperature (section 2.5) applies to the parameter itself. A bound in the loss
         # alone would have no gradient beyond it, and the parameter could not return.
         return params | {"logit_scale": jnp.minimum(params["logit_scale"], MAX_LOGIT_SCALE)}

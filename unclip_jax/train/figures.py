@@ -31,15 +31,16 @@ def held_out_loss(stage: Stage, config: Any, mesh: Any, data: Data) -> Callable[
     """
 
     @jax.jit
-    def loss_of(params, extra, frozen, batch, rng):
-        return stage.objective(params, extra, rng, batch, 0, frozen=frozen)[0]
+    def loss_of(params, averages, extra, frozen, batch, rng):
+        # With several players, the averages are of the first player's parameters alone.
+        return stage.objective({**params, **averages}, extra, rng, batch, 0, frozen=frozen)[0]
 
     def measure(state: TrainState, frozen: Any) -> float:
         batches = eval_batches(
             data.held_out["eval"], stage.example, mesh, config.eval.batch_size, config.eval.rows
         )
         losses = [
-            loss_of(state.ema_params, state.extra, frozen, batch, step_rng(config.seed, i))
+            loss_of(state.params, state.ema_params, state.extra, frozen, batch, step_rng(config.seed, i))
             for i, (batch, _) in enumerate(batches)
         ]
         return float(np.mean(jax.device_get(losses)))
