@@ -1,9 +1,9 @@
 """The autoencoders of latent diffusion (Rombach et al. 2022, tables 8 and 12 and the released models).
 
-    unclip train configs/latent/autoencoder.py:kl-f8 --workdir runs/latent/autoencoder
+    unclip train configs/latent/autoencoder.py --workdir runs/latent/autoencoder
 
 It needs shards `data/train/*.tfrecord` and `data/val/*.tfrecord` and the network of LPIPS
-(`unclip fetch lpips`). A variant without a name is kl-f8, the autoencoder of Stable Diffusion.
+(`unclip fetch lpips`). Without a variant it is kl-f8, the autoencoder of Stable Diffusion.
 
 variant        f   widths         attention  latents           parameters   discriminator     batch
 kl-f4          4   1,2,4          middle     3                 55,312,063   50,001 at 0.5     10
