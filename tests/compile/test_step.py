@@ -16,7 +16,7 @@ import pytest
 from unclip_jax import sharding
 from unclip_jax.cli.main import main
 from unclip_jax.cli.train import load_config
-from unclip_jax.compile import step
+from unclip_jax.compile import abstract, step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,7 +149,7 @@ def test_a_step_that_reads_embeddings(name, capsys):
     assert main(arguments) == 0
     assert "operations a step" in capsys.readouterr().out
     config, clip = (load_config(str(ROOT / f"configs/dalle2/{part}.py:tiny")) for part in (name, "clip"))
-    networks = step.abstract_frozen(config, clip, sharding.make_mesh(), embedded=True)
+    networks = abstract.abstract_frozen(config, clip, sharding.make_mesh(), embedded=True)
     assert (
         networks["clip"].module is None
         and networks["clip"].params == {}

@@ -1,0 +1,113 @@
+"""Shapes in place of arrays: a stage's frozen networks and its batch, for programs that are only compiled."""
+
+from __future__ import annotations
+
+import functools
+import io
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from unclip_jax.checkpoint.convert import array, shapes_of
+from unclip_jax.data.record import Record
+from unclip_jax.data.tokenizer import caption_arrays
+from unclip_jax.generate.networks import Network
+from unclip_jax.models.codec import Codec
+from unclip_jax.models.lpips import LPIPS, SMALLEST
+from unclip_jax.run.frozen import EMPTY, captions_of, clip_tokenizer, text_tokenizer, wanted_roles
+from unclip_jax.run.stage import Stage
+from unclip_jax.sharding import BATCH, compute_dtype, infer_shardings
+from unclip_jax.train import STAGES
+
+
+def abstract_clip(config: Any, mesh: Mesh, dtype: str, scan: bool, embedded: bool) -> Network:
+    """The frozen CLIP of a `clip` configuration. Its parameters are shapes on the mesh.
+
+    If a stage reads CLIP's embeddings (`embedded`), the CLIP has no module and no parameters.
+    """
+    clip = STAGES["clip"].stage(config, mesh, {})
+    if embedded:
+        return Network(None, {}, clip.part)
+    module = clip.model.clone(dtype=compute_dtype(dtype, mesh), remat="none", scan=scan)
+    return Network(module, placed(jax.eval_shape(clip.init, jax.random.key(0))[0], mesh), clip.part)
+
+
+def abstract_codec(dim: int, mesh: Mesh) -> Network:
+    """The codec of embeddings (D,). Its arrays are shapes on the mesh."""
+    shapes = Codec(mean=(dim,), components=(dim, dim), eigenvalues=(dim,), low=(dim,), high=(dim,))
+    replicated = NamedSharding(mesh, P())
+    params = Codec(*(jax.ShapeDtypeStruct(shape, np.float32, sharding=replicated) for shape in shapes))
+    return Network(None, params, {"kind": "codec", "embed_dim": dim, "dims": dim})
+
+
+def abstract_lpips(mesh: Mesh, dtype: str) -> Network:
+    """The network of LPIPS. Its parameters are shapes on the mesh."""
+    module, image = LPIPS(dtype=compute_dtype(dtype, mesh)), array(1, SMALLEST, SMALLEST, 3)
+    return Network(module, placed(shapes_of(module.init, image, image), mesh), {"kind": "lpips", "model": {}})
+
+
+def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> dict[str, Network]:
+    """The frozen networks of a stage by role, like those of `run.frozen.load_frozen`.
+
+    Their parameters are shapes on the mesh.
+    """
+    frozen: dict[str, Network] = {}
+    for role, kind in wanted_roles(config, STAGES[config.stage].FROZEN).items():
+        if kind == "clip":
+            frozen[role] = abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, embedded)
+        elif kind == "lpips":
+            frozen[role] = abstract_lpips(mesh, config.dtype)
+        else:
+            frozen[role] = abstract_codec(clip_config.model.embed_dim, mesh)
+    if "clip" in frozen:
+        # The empty caption has the shapes of the text tower, even if embeddings replace the CLIP.
+        tower, tokenizer = (
+            abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, False),
+            text_tokenizer(config),
+        )
+        tokens = caption_arrays([""], clip_tokenizer(tower), tokenizer)
+        shapes = jax.eval_shape(
+            functools.partial(captions_of, tower, mesh, tokenizer is None), tower.params, tokens
+        )
+        frozen[EMPTY] = Network(None, spread(shapes, 1, mesh, P()), {})
+    return frozen
+
+
+def placed(shapes: Any, mesh: Mesh, shardings: Any = None) -> Any:
+    """Shapes on the mesh, sharded like parameters unless `shardings` says how."""
+    shardings = infer_shardings(shapes, mesh) if shardings is None else shardings
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def spread(tree: Any, count: int, mesh: Mesh, spec: P) -> Any:
+    """The tree as shapes with `count` rows in every array."""
+    place = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=place), tree)
+
+
+def abstract_batch(
+    stage: Stage, frozen: dict[str, Network], batch_size: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as shapes, with the rows that the stage's `example` makes.
+
+    The row comes from a blank picture, or from a record of embeddings if there is no CLIP to embed a picture.
+    """
+    from PIL import Image
+
+    file, embeds = io.BytesIO(), None
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    clip = frozen.get("clip")
+    if clip is not None and clip.module is None:
+        empty = frozen[EMPTY].params
+        embeds = {"text_embed": np.zeros(empty.embed.shape, np.float32)}
+        embeds |= {} if empty.states is None else {"text_states": np.zeros(empty.states.shape, np.float32)}
+        embeds["image_embed"] = np.zeros(clip.config["model"]["embed_dim"], np.float32)
+    row = stage.example(Record("0", file.getvalue(), ("a",), {}, "", embeds), np.random.default_rng(0))
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        k: jax.ShapeDtypeStruct((batch_size, *np.shape(v)), np.asarray(v).dtype, sharding=sharding)
+        for k, v in row.items()
+    }
