@@ -44,6 +44,7 @@ VERBS = {
         "unclip_jax.cli.evaluate",
         "measure a bundle: its samples, or its CLIP by retrieval, zero-shot classification or a linear probe",
     ),
+    "doctor": ("unclip_jax.cli.doctor", "test every stage of a bundle, and say which one is to blame"),
     "sample": ("unclip_jax.cli.sample", "draw pictures from captions"),
     "vary": ("unclip_jax.cli.vary", "draw variations of a picture"),
     "interpolate": ("unclip_jax.cli.interpolate", "draw pictures between two pictures"),
@@ -110,9 +111,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-      The exit status: 0; 1 for an error shown in one line; 70 for a bug of this package; 130 if interrupted.
-      On a wrong command line the parser itself exits with status 2. A training run exits with status 75 if it
-      gets SIGTERM or hangs. It has then saved its state, and the same command resumes it.
+      The exit status: 0; 1 for an error shown in one line, or for a fault that `unclip doctor` found; 70 for
+      a bug of this package; 130 if interrupted. On a wrong command line the parser itself exits with status
+      2. A training run exits with status 75 if it gets SIGTERM or hangs. It has then saved its state, and the
+      same command resumes it.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
@@ -128,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.CRITICAL if silent else logging.ERROR)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        importlib.import_module(VERBS[args.verb][0]).run(args)
+        return importlib.import_module(VERBS[args.verb][0]).run(args) or 0
     except KeyboardInterrupt:
         print("unclip: stopped", file=sys.stderr)
         return 130
@@ -153,7 +155,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"unclip {args.verb}: error: {end} ({line})", file=sys.stderr)
         sys.stderr.flush()
         os._exit(RESTART)  # a normal exit would make JAX wait for the other hosts
-    return 0
 
 
 if __name__ == "__main__":

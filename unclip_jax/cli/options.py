@@ -234,6 +234,11 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a bundle's folder, or the name of a shipped one (emoji)",
     )
+    add_mesh_argument(parser)
+
+
+def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--mesh`, which `read_mesh` reads."""
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
@@ -249,12 +254,23 @@ def open_bundle(args: argparse.Namespace) -> Any:
     Raises:
       ValueError, OSError: with a message of one line.
     """
-    from unclip_jax.checkpoint.load import load_bundle, stored_bytes
+    from unclip_jax.checkpoint.load import load_bundle
+
+    return load_bundle(args.bundle, mesh=read_mesh(args))
+
+
+def read_mesh(args: argparse.Namespace) -> Any:
+    """The mesh of `--mesh` for the weights of the bundle `args.bundle`.
+
+    Raises:
+      ValueError, OSError: with a message of one line.
+    """
+    from unclip_jax.checkpoint.load import stored_bytes
     from unclip_jax.sharding import sampling_mesh
 
     save_memory_on_cpu()
     shape = None if args.mesh is None else parse_mesh(args.mesh)
-    return load_bundle(args.bundle, mesh=sampling_mesh(shape, stored_bytes(args.bundle)))
+    return sampling_mesh(shape, stored_bytes(args.bundle))
 
 
 def check_range(name: str, value: int | None, least: int, most: int) -> None:
@@ -269,19 +285,21 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def check_out(path: str) -> str:
+def check_out(path: str, name: str = "--out") -> str:
     """Returns the path of a picture to write, and tries it. Call it before any long work.
+
+    name: of the argument, for messages.
 
     Raises:
       ValueError, OSError: if it is a folder, has the ending of another format, or cannot be written.
     """
     ending = PurePath(path).suffix.lower()
     if ending in OTHER_FORMATS:
-        raise InputError(f"--out {path}: pictures are written as PNG; end the name in .png, not {ending}")
+        raise InputError(f"{name} {path}: pictures are written as PNG; end the name in .png, not {ending}")
     try:
         check_writable(path)
     except (InputError, OSError) as error:
-        raise type(error)(f"--out {error}") from None
+        raise type(error)(f"{name} {error}") from None
     return path
 
 

@@ -70,18 +70,26 @@ class _Images:
         return ops.decode_image(self.source.read(int(self.rows[i])).image)
 
 
-def _rows(source: Source, rows: int | None, seed: int) -> np.ndarray:
-    # Chooses at random, because sources may be sorted by class; keeps the source's order.
+def choose_rows(source: Source, rows: int | None, seed: int) -> np.ndarray:
+    """The numbers of at most `rows` records of a source, in its order; None means all.
+
+    They are chosen at random, because sources may be sorted by class.
+    """
     if rows is None or rows >= len(source):
         return np.arange(len(source))
     return np.sort(np.random.default_rng(seed).choice(len(source), rows, replace=False))
 
 
-def _usable(
+def usable_rows(
     source: Source, rows: np.ndarray, read: Callable[[Record], Any], skip_bad: bool, decode: bool = True
 ) -> tuple[np.ndarray, list]:
-    # Those of `rows` that `read` takes and whose image can be decoded, and what `read` returns for them. All
-    # are tried before any is embedded.
+    """Those of `rows` that `read` takes and whose image can be decoded, and what `read` returns for them.
+
+    All are tried before any is embedded.
+
+    Raises:
+      ValueError: if a record cannot be used, unless `skip_bad`; or if none can.
+    """
     if not source.pictures:
         raise InputError(f"{source.name} holds embeddings and no images: name the source that was embedded")
 
@@ -108,7 +116,8 @@ def _usable(
     return rows[kept], [results[i][0] for i in kept]
 
 
-def _captions(record: Record) -> tuple[str, ...]:
+def captions_of(record: Record) -> tuple[str, ...]:
+    """A record's captions. Raises a ValueError if it has none."""
     if not record.captions:
         raise InputError(f"{record.key} has no caption")
     return record.captions
@@ -145,7 +154,7 @@ def retrieval(
     Raises:
       ValueError: before anything is embedded, if a record cannot be used, or there is only one.
     """
-    chosen, captions = _usable(source, _rows(source, rows, seed), _captions, skip_bad)
+    chosen, captions = usable_rows(source, choose_rows(source, rows, seed), captions_of, skip_bad)
     if len(chosen) < 2:
         raise InputError(f"{source.name} has 1 record to rank; retrieval needs two")
     image_of_caption = np.repeat(np.arange(len(chosen)), [len(c) for c in captions])
@@ -182,8 +191,8 @@ def zeroshot(
       ValueError: if a record has no label, or there is only one class.
     """
     known, classes = _labels(source, label, skip_bad)
-    chosen, names = _usable(
-        source, _rows(source, rows, seed), lambda record: label_of(record, label), skip_bad
+    chosen, names = usable_rows(
+        source, choose_rows(source, rows, seed), lambda record: label_of(record, label), skip_bad
     )
     labels = np.asarray([known[name] for name in names])
     sampler, known_ks = as_sampler(bundle), [k for k in ks if k < len(classes)]
@@ -223,7 +232,7 @@ def probe(
             "is tested on"
         )
     (train_rows, train_labels), (test_rows, test_labels) = (
-        _usable(source, _rows(source, rows, seed), lambda record: label_of(record, label), skip_bad)
+        usable_rows(source, choose_rows(source, rows, seed), lambda record: label_of(record, label), skip_bad)
         for source in (train, test)
     )
     check_classes(train_labels, test_labels)
@@ -239,7 +248,7 @@ def probe(
 
 def _labels(source: Source, label: str, skip_bad: bool) -> tuple[dict[str, int], list[str]]:
     every = np.arange(len(source))
-    _, names = _usable(source, every, lambda record: label_of(record, label), skip_bad, decode=False)
+    _, names = usable_rows(source, every, lambda record: label_of(record, label), skip_bad, decode=False)
     classes = sorted(set(names))
     if len(classes) < 2:
         raise InputError(

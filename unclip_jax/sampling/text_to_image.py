@@ -15,6 +15,17 @@ from unclip_jax.sampling.edits import inversion
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
 
+class Joint(NamedTuple):
+    """Where one part takes what another part made, and was trained on real ones.
+
+    maker: the part that makes it. taker: the kind of part that takes it. what: its name in a batch.
+    """
+
+    maker: str
+    taker: str
+    what: str
+
+
 class System(NamedTuple):
     """A set of parts that together draw images.
 
@@ -25,6 +36,7 @@ class System(NamedTuple):
     priors: the priors that a caller may choose from, each with the parts that it needs.
     sizes: bundle -> the sides in pixels of what `sample` draws, in the order of `Stages.images`.
     overrides: (bundle, prior, **options that people know) -> sampling options by part.
+    joints: where parts meet that were trained apart; `evaluate.doctor` compares both sides.
     """
 
     parts: tuple[str, ...]
@@ -33,8 +45,14 @@ class System(NamedTuple):
     priors: Mapping[str, tuple[str, ...]] = {}
     sizes: Callable[[Bundle], list[int]] | None = None
     overrides: Callable[..., dict[str, dict[str, Any]]] | None = None
+    joints: tuple[Joint, ...] = ()
 
 
+UNCLIP_JOINTS = (
+    Joint("prior_diffusion", "decoder", "image_embed"),
+    Joint("prior_ar", "decoder", "image_embed"),
+    Joint("decoder", "upsampler", "low_res"),
+)
 SYSTEMS = {
     "unclip": System(
         ("clip", "decoder"),
@@ -43,6 +61,7 @@ SYSTEMS = {
         unclip.PRIORS,
         unclip.sizes,
         unclip.overrides,
+        UNCLIP_JOINTS,
     ),
 }
 
