@@ -93,7 +93,7 @@ def token_shift(subject: Subject, name: str) -> Finding:
         "the text tower reads its tokens one place off: check the vocabulary, the start token and the "
         "embeddings of tokens and positions"
     )
-    return what_if(name, "loss with shifted tokens, by the loss as it is", losses, change)
+    return what_if(name, "loss with shifted tokens, by the loss as it is", losses, change, WHAT_IF_OF_TEXT)
 
 
 def image_reading(subject: Subject, name: str) -> Finding:

@@ -25,7 +25,8 @@ def _at_most(usual: float, bearable: float) -> Limits:
 # ------------------------------------------------------------------------------------------ all parts
 DEAD = _at_most(0.02, 0.25)
 # Another reading must not fit better than the reading as it is.
-WHAT_IF = _at_least(0.95, 0.8)
+WHAT_IF = _at_least(0.9, 0.8)
+WHAT_IF_OF_TEXT = _at_least(0.8, 0.6)
 EMA = _at_most(1.1, 1.5)
 
 # ------------------------------------------------------------------------------------------ CLIP
