@@ -12,7 +12,7 @@ import math
 import numpy as np
 from flax import traverse_util
 
-from unclip_jax.evaluate.doctor.limits import ALIGNMENT, what_if
+from unclip_jax.evaluate.doctor.limits import ALIGNMENT, WHAT_IF_OF_TEXT, what_if
 from unclip_jax.evaluate.doctor.report import Finding, finding
 from unclip_jax.evaluate.doctor.subject import Subject
 from unclip_jax.metrics.retrieval import unit
