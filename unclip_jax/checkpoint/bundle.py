@@ -15,8 +15,9 @@ parameters, the samplers' defaults by part, and the provenance. A part's `config
 | `factor` | how much larger the output is than the input | upsamplers |
 | `last_step_of` | the upsampler whose last sampling step this network makes | some upsamplers |
 
-Tensors are named by their path in the parameter tree ("unet/conv_in/kernel"), one per layer. They are float16
-on disk and float32 in memory. `load.load_bundle` reads a bundle by name, from a store, or from the hub.
+Tensors are named by their path in the parameter tree ("unet/conv_in/kernel"), one per layer. They are float32
+in memory, and float16 on disk but for the kinds in EXACT. `load.load_bundle` reads a bundle by name, from a
+store, or from the hub.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ from unclip_jax.paths import check_writable, store_errors, user_path, whole_fold
 from unclip_jax.typed import check_value, shown
 
 FORMAT_VERSION = 2
+# Kinds that are stored in float32: rounded directions would not be orthogonal, and features of rounded
+# networks would change the figures that papers print to three decimals.
+EXACT = ("codec", "inception", "dinov2")
 # What a part was trained with, for the error when it meets another one.
 TRAINED = {"clip": "in the embedding space of CLIP"}
 
@@ -306,7 +310,7 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
     Args:
       bundle: on the host.
       path: a folder that holds a bundle, is empty, or does not exist yet.
-      dtype: of the weights on disk. The codec is always float32.
+      dtype: of the weights on disk. Kinds in EXACT are always float32.
 
     Returns:
       The folder, with pathlib's methods.
@@ -329,7 +333,7 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike, dtype: Any = np.float16
         for name, part in bundle.parts.items():
             (temporary / name).mkdir()
             flat = traverse_util.flatten_dict(part.params, sep="/")
-            stored = np.float32 if part.config["kind"] == "codec" else dtype
+            stored = np.float32 if part.config["kind"] in EXACT else dtype
             file = temporary / name / "model.safetensors"
             save_tensors({k: cast(v, stored, k, f"the part {name}") for k, v in flat.items()}, file)
             write_json(temporary / name / "config.json", part.config)

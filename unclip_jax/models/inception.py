@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.errors import InputError
-from unclip_jax.models.layers import Dtype
+from unclip_jax.models.layers import Dtype, Gather, with_hooks
 
 SIZE = 299  # pixels of the square that the network sees
 EPSILON = 1e-3
@@ -214,6 +214,7 @@ class Inception(nn.Module):
 
     logits: int | None = None
     dtype: Dtype = jnp.float32
+    gather: Gather | None = None
 
     @nn.compact
     def __call__(self, image: jax.Array) -> dict[str, jax.Array]:
@@ -244,9 +245,9 @@ class Inception(nn.Module):
         x = conv(2, 64, 3, padding="SAME")(conv(1, 32, 3)(x))
         x = conv(4, 192, 3)(conv(3, 80, 1)(_max_pool(x)))
         x = _max_pool(x)
-        spatial = None
+        spatial, hooked = None, with_hooks(self, Block, self.gather, "none")
         for i, block in enumerate(BLOCKS):
-            x, first = Block(**block, dtype=self.dtype, name=_numbered("mixed", i))(x)
+            x, first = hooked(**block, dtype=self.dtype, name=_numbered("mixed", i))(x)
             if i == 6:
                 spatial = first[..., :SPATIAL_CHANNELS].reshape(b, -1)
         pool = jnp.mean(x.astype(jnp.float32), axis=(1, 2))

@@ -39,7 +39,7 @@ def test_dinov2_of_transformers(registers, side, tmp_path):
         expected = theirs(nchw(((pixels + 1) / 2 - np.float32(MEAN)) / np.float32(STD))).pooler_output
     bundle = load_bundle(tmp_path / "theirs")
     close(run_part(bundle, "dinov2", pixels), expected)
-    again = load_bundle(save_bundle(bundle, tmp_path / "ours", np.float32))
+    again = load_bundle(save_bundle(bundle, tmp_path / "ours"))
     close(run_part(again, "dinov2", pixels), expected)
 
 
