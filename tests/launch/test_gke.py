@@ -106,3 +106,65 @@ def test_what_starts_it_again():
 def test_refusals(arguments, message):
     done = gke(*arguments)
     assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- --serve
+SERVED = [
+    "web",
+    "--serve",
+    "--accelerator",
+    "tpu-v5-lite-podslice",
+    "--topology",
+    "2x2",
+    "--image",
+    "registry/unclip",
+]
+
+
+def test_a_server_with_its_service_and_autoscaling():
+    """The pods run `unclip serve` with the secret's key and are ready when /healthz says so."""
+    made = json.loads(
+        gke(
+            *SERVED, "--secret", "keys", "--replicas", "2:6", "--bucket", "b", "--", "--bundle", "/bucket/x"
+        ).stdout
+    )
+    items = {item["kind"]: item["spec"] for item in made["items"]}
+    assert set(items) == {"Deployment", "Service", "PodMonitoring", "HorizontalPodAutoscaler"}
+    pod = items["Deployment"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert container["command"] == [
+        *("unclip", "serve", "--host", "0.0.0.0", "--port", "8000", "--bundle", "/bucket/x"),
+    ]
+    assert container["env"][0]["valueFrom"]["secretKeyRef"] == {"name": "keys", "key": "api-key"}
+    assert container["readinessProbe"]["httpGet"]["path"] == "/healthz"
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    for selector in (items["Deployment"]["selector"]["matchLabels"], items["Service"]["selector"]):
+        assert selector == pod["metadata"]["labels"]
+    scaling = items["HorizontalPodAutoscaler"]
+    assert (scaling["minReplicas"], scaling["maxReplicas"]) == (2, 6)
+    assert "unclip_queue_pictures" in json.dumps(scaling["metrics"])
+
+
+def test_the_command_of_the_pods_is_one_of_unclip():
+    from unclip_jax.cli.main import build_parser
+
+    made = json.loads(gke(*SERVED, "--secret", "keys", "--", "--bundle", "emoji", "--batch", "8").stdout)
+    (container,) = made["items"][0]["spec"]["template"]["spec"]["containers"]
+    args = build_parser().parse_args(container["command"][1:])
+    assert args.verb == "serve" and args.bundles == ["emoji"] and args.batch == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (SERVED, "--secret is missing"),
+        ([*SERVED, "--secret", "s", "--topology", "4x4"], "more than one host has"),
+        ([*SERVED, "--secret", "s", "--replicas", "4"], "write MIN:MAX"),
+        ([*SERVED, "--secret", "s", "--replicas", "4:2"], "write MIN:MAX"),
+        ([*SERVED, "--secret", "s", "--", "--no-auth"], "leave them out"),
+        ([*SERVED[:1], *SERVED[2:], "--bucket", "b", "--secret", "s"], "are for --serve"),
+    ],
+)
+def test_servers_that_are_refused(arguments, message):
+    done = gke(*arguments)
+    assert done.returncode == 2 and message in done.stderr

@@ -104,3 +104,206 @@ def test_bad_fields(client, fields, param, message):
 def test_unknown_model(client):
     with pytest.raises(openai.NotFoundError, match="there is tiny"):
         client.images.generate(prompt="a fox", model="dall-e-3")
+
+
+# ------------------------------------------------------------------------------------ edits and variations
+@pytest.fixture(scope="module")
+def photo():
+    """A picture, uint8 (20, 20, 3)."""
+    return np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
+
+
+def png(image, alpha=None):
+    """A picture as the bytes of a PNG, with an alpha channel where one is given."""
+    file = io.BytesIO()
+    stacked = image if alpha is None else np.dstack([image, alpha])
+    Image.fromarray(stacked).save(file, format="PNG")
+    return file.getvalue()
+
+
+def pixels(answer):
+    return np.stack([np.asarray(decoded(picture)).astype(int) for picture in answer.data])
+
+
+LEFT = np.repeat(
+    (np.arange(20) < 10)[None] * np.uint8(255), 20, axis=0
+)  # alpha: the right half is drawn anew
+
+
+def test_edits_with_a_mask_and_with_alpha(client, models, photo):
+    """Both draw the transparent half anew, as `inpaint` does, and keep the other half to the bit."""
+    from unclip_jax.sampling.edits.inpaint import inpaint
+
+    shared = {"prompt": "a red fox", "n": 2, "response_format": "b64_json", "extra_body": {"seed": 3}}
+    masked = pixels(client.images.edit(image=png(photo), mask=png(photo, LEFT), **shared))
+    own = pixels(client.images.edit(image=png(photo, np.maximum(LEFT, 1)), **shared))
+    expected = inpaint(models.first.sampler, photo, LEFT > 0, "a red fox", count=2, seed=3).astype(int)
+    assert np.abs(masked - expected).max() <= 1
+    np.testing.assert_array_equal(masked[:, :, :8], expected[:, :, :8])
+    assert (
+        np.abs(own[:, :, 8:].astype(int) - masked[:, :, 8:]).max() <= 1
+    )  # kept pixels are nearly transparent
+    assert np.abs(masked[0] - masked[1]).max() > 3
+
+
+def test_several_images_are_edited_one_after_another(client, photo):
+    """The mask is that of the first; the second one's own alpha decides."""
+    answer = client.images.edit(
+        image=[png(photo), png(photo[::-1], LEFT)],
+        mask=png(photo, LEFT.T),
+        prompt="a fox",
+        response_format="b64_json",
+    )
+    assert [picture.position for picture in answer.data] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"mask": lambda photo: png(photo[:10], LEFT[:10])}, "the mask is 20x10, but the image is 20x20"),
+        ({"mask": lambda photo: png(photo, LEFT * 0 + 255)}, "nothing is to be drawn anew|no pixel"),
+        ({}, "the picture is opaque: give a mask"),
+        ({"mask": lambda photo: b"GIF89a damaged"}, "mask"),
+    ],
+)
+def test_bad_masks(client, photo, files, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.images.edit(image=png(photo), prompt="x", **{k: make(photo) for k, make in files.items()})
+
+
+def test_variations(client, models, photo):
+    """They are those of `variations`, and at eta 0 the picture's reconstruction."""
+    from unclip_jax.sampling.edits.variations import variations
+
+    answer = client.images.create_variation(
+        image=png(photo), n=2, response_format="b64_json", extra_body={"seed": 4}
+    )
+    expected = variations(models.first.sampler, [photo], count=2, seed=4)[0].astype(int)
+    assert np.abs(pixels(answer) - expected).max() <= 1
+    assert np.abs(expected[0] - expected[1]).max() > 3
+    still = client.images.create_variation(
+        image=png(photo), n=2, response_format="b64_json", extra_body={"eta": 0}
+    )
+    first, second = pixels(still)
+    assert np.abs(first[::2, ::2] - second[::2, ::2]).mean() < np.abs(expected[0] - expected[1]).mean()
+
+
+def test_the_papers_verbs(server, models, photo):
+    """Interpolation, text diff and reconstruction are those of their functions."""
+    from unclip_jax.sampling.edits.interpolation import interpolate
+    from unclip_jax.sampling.edits.reconstruct import reconstruct
+    from unclip_jax.sampling.edits.text_diff import text_diff
+
+    def post(verb, fields, *images):
+        files = [("image[]" if len(images) > 1 else "image", ("a.png", png(i), "image/png")) for i in images]
+        shared = {"response_format": "b64_json", "seed": "5"}
+        response = httpx.post(f"{server[0]}/v1/unclip/{verb}", data=shared | fields, files=files, timeout=600)
+        assert response.status_code == 200, response.text
+        data = response.json()["data"]
+        decode = lambda picture: Image.open(io.BytesIO(base64.b64decode(picture["b64_json"])))
+        return np.stack([np.asarray(decode(picture)).astype(int) for picture in data]), data
+
+    sampler = models.first.sampler
+    drawn, data = post("interpolate", {"n": "2"}, photo, photo[::-1])
+    assert np.abs(drawn - interpolate(sampler, photo, photo[::-1], count=2, seed=5)).max() <= 1
+    assert [picture["theta"] for picture in data] == [0, 1]
+    drawn, data = post("text_diff", {"n": "2", "source": "a fox", "target": "a heart"}, photo)
+    assert np.abs(drawn - text_diff(sampler, photo, "a fox", "a heart", count=2, seed=5)).max() <= 1
+    assert [picture["theta"] for picture in data] == [0, 0.5]
+    drawn, data = post("reconstruct", {"dims": "2,4"}, photo)
+    assert np.abs(drawn - reconstruct(sampler, photo, dims=(2, 4), seed=5)[0]).max() <= 1
+    assert [picture["dims"] for picture in data] == [2, 4]
+
+
+# --------------------------------------------------------------------------------------------- streaming
+def test_stream(client, models):
+    """Pictures clear up: events as published, and at the end the pictures of `text_to_image`."""
+    events = list(
+        client.images.generate(prompt="a red fox", n=2, stream=True, partial_images=3, extra_body={"seed": 7})
+    )
+    partial = [event for event in events if event.type == "image_generation.partial_image"]
+    completed = [event for event in events if event.type == "image_generation.completed"]
+    assert events == [*partial, *completed] and len(completed) == 2
+    assert sorted((event.index, event.partial_image_index) for event in partial) == [
+        (i, k) for i in range(2) for k in range(3)
+    ]
+    expected = unclip_jax.text_to_image(models.first.sampler, ["a red fox"] * 2, seed=7).astype(int)
+    drawn = np.stack([np.asarray(decoded(event)) for event in completed]).astype(int)
+    assert np.abs(drawn - expected).max() <= 1
+    first = np.asarray(decoded(partial[0])).astype(int)
+    assert first.shape == expected[0].shape and np.abs(first - expected[0]).mean() > 1
+    assert completed[0].seed == 7 and completed[0].size == "16x16"
+
+
+def test_streams_of_edits_and_variations(client, photo):
+    """They have the pictures at the end."""
+    events = list(client.images.edit(image=png(photo, LEFT), prompt="a fox", stream=True))
+    assert [event.type for event in events] == ["image_edit.completed"]
+    assert decoded(events[0]).size == (16, 16)
+
+
+# ---------------------------------------------------------------------------------------- clients' manners
+def test_async_client_and_joined_requests(server, models):
+    """Requests at the same time share batches, and each gets its own picture."""
+    import asyncio
+
+    sampler, before = models.first.sampler, server[1].telemetry.slots._value.get()
+
+    async def draw():
+        client = openai.AsyncOpenAI(base_url=f"{server[0]}/v1", api_key="any", max_retries=0)
+        async with client:
+            asked = [
+                client.images.generate(
+                    prompt=prompt,
+                    response_format="b64_json",
+                    extra_body={"seed": seed, "guidance_scale": 2 + seed / 4},
+                )
+                for seed, prompt in enumerate(["a fox", "a heart", "a car", "a fox"])
+            ]
+            return await asyncio.gather(*asked)
+
+    answers = asyncio.run(draw())
+    for seed, (prompt, answer) in enumerate(zip(["a fox", "a heart", "a car", "a fox"], answers)):
+        options = {"decoder": {"guidance_scale": 2 + seed / 4}}
+        expected = unclip_jax.text_to_image(sampler, prompt, seed=seed, options=options).astype(int)
+        assert np.abs(pixels(answer) - expected).max() <= 1
+    assert server[1].telemetry.slots._value.get() - before <= 4
+
+
+def test_a_timeout_ends_the_request(server):
+    """The client gives up, and the server drops what it asked for."""
+    client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="any", max_retries=0, timeout=0.05)
+    with pytest.raises(openai.APITimeoutError):
+        client.images.generate(prompt="a fox", n=10, extra_body={"steps": 250})
+
+
+def test_a_full_queue_is_tried_again(models):
+    """429 and 503 come with `retry-after`, and the client's own retries succeed."""
+    import threading
+
+    from tests.serve.running import running
+
+    with running(models, wait_for=False, batch=1, queue=2) as (address, service):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0, timeout=600)
+        gate, draw = threading.Event(), service.worker._draw
+        service.worker._draw = lambda *args: (gate.wait(600), draw(*args))
+        threads = [
+            threading.Thread(target=client.images.generate, kwargs={"prompt": "a fox", "n": n})
+            for n in (1, 2)
+        ]
+        for thread in threads:
+            thread.start()
+            while service.worker.telemetry.waiting._value.get() == 0 and thread is threads[0]:
+                pass
+        while service.worker._waiting() < 2:
+            pass
+        with pytest.raises(openai.RateLimitError) as error:
+            client.images.generate(prompt="a fox", n=2)
+        assert error.value.code == "queue_full"
+        assert int(error.value.response.headers["retry-after"]) >= 1
+        assert error.value.response.headers["x-should-retry"] == "true"
+        threading.Timer(0.2, gate.set).start()
+        patient = client.with_options(max_retries=5)
+        assert len(patient.images.generate(prompt="a fox").data) == 1
+        for thread in threads:
+            thread.join()

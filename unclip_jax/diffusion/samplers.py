@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.diffusion.guidance import Denoise
+from unclip_jax.diffusion.loops import Loop, scan
 from unclip_jax.diffusion.process import fold_in, learned_log_variance, posterior, standard_normal
 from unclip_jax.diffusion.schedule import CLEAN, SMALLEST_ABAR, Schedule
 from unclip_jax.diffusion.spacing import Moves
@@ -76,6 +77,7 @@ def ddpm(
     *,
     variance: str = "small",
     x0_error: np.ndarray | None = None,
+    loop: Loop = scan,
 ) -> jax.Array:
     """Ancestral sampling.
 
@@ -90,6 +92,7 @@ def ddpm(
         `analytic`.
       x0_error: (T,) mean squared error of x0 per time step and dimension, at most the data's variance; for
         `analytic`.
+      loop: runs the steps; a `loops.Segment` runs some of them. All samplers have it.
 
     Returns:
       (B, ...) samples.
@@ -135,7 +138,7 @@ def ddpm(
         z = standard_normal(fold_in(rng, i), x.shape, x.dtype)
         return x0_coef * out.x0 + x_t_coef * x + noisy * jnp.exp(0.5 * log_variance) * z, None
 
-    return jax.lax.scan(body, x, xs)[0]
+    return loop(body, x, xs)
 
 
 def ddim(
@@ -147,6 +150,7 @@ def ddim(
     *,
     eta: float = 0.0,
     smallest_abar: float = 0.0,
+    loop: Loop = scan,
 ) -> jax.Array:
     """DDIM sampling.
 
@@ -180,7 +184,7 @@ def ddim(
             x = x + sigma * standard_normal(fold_in(rng, i), x.shape, x.dtype)
         return x, None
 
-    return jax.lax.scan(body, x, xs)[0]
+    return loop(body, x, xs)
 
 
 def dpmpp_2m(
@@ -191,6 +195,7 @@ def dpmpp_2m(
     rng: jax.Array | None = None,
     *,
     bound: float | None = 1.0,
+    loop: Loop = scan,
 ) -> jax.Array:
     """DPM-Solver++(2M): second order, with one evaluation per step.
 
@@ -218,7 +223,7 @@ def dpmpp_2m(
         x0 = denoise(x, t).x0
         return (x_coef * x + d_coef * (x0 + extrapolate * (x0 - before)), x0), None
 
-    return jax.lax.scan(body, (x, jnp.zeros_like(x)), xs)[0][0]
+    return loop(body, (x, jnp.zeros_like(x)), xs)[0]
 
 
 def euler(
@@ -230,6 +235,7 @@ def euler(
     *,
     noise_scale: float = 1.0,
     eta: float = 0.0,
+    loop: Loop = scan,
 ) -> jax.Array:
     """Euler's method, or with eta 1 its ancestral form: DDIM (module docstring).
 
@@ -243,7 +249,7 @@ def euler(
       (B, ...) y at the last level: where that is not the clean sample, its noise is not scaled down.
     """
     moves = transitions(steps)
-    x = ddim(denoise, noise_scale * x, schedule, moves, rng, eta=eta, smallest_abar=SMALLEST_ABAR)
+    x = ddim(denoise, noise_scale * x, schedule, moves, rng, eta=eta, smallest_abar=SMALLEST_ABAR, loop=loop)
     return x / float(np.sqrt(schedule.abar(moves.r[-1])))
 
 
@@ -255,9 +261,10 @@ def euler_ancestral(
     rng: jax.Array,
     *,
     noise_scale: float = 1.0,
+    loop: Loop = scan,
 ) -> jax.Array:
     """Euler's method with noise; the arguments are those of `euler`."""
-    return euler(denoise, x, schedule, steps, rng, noise_scale=noise_scale, eta=1.0)
+    return euler(denoise, x, schedule, steps, rng, noise_scale=noise_scale, eta=1.0, loop=loop)
 
 
 # What `plms` combines at its first five calls: weights of the network's last outputs, the newest first.
@@ -278,6 +285,7 @@ def plms(
     rng: jax.Array | None = None,
     *,
     prediction: str = "eps",
+    loop: Loop = scan,
 ) -> jax.Array:
     """The pseudo linear multistep method (module docstring): one evaluation per step, and one more.
 
@@ -324,7 +332,7 @@ def plms(
         return (moved, x, history), None
 
     zeros = jnp.zeros_like(x)
-    return jax.lax.scan(body, (x, x, (zeros, zeros, zeros)), xs)[0][0]
+    return loop(body, (x, x, (zeros, zeros, zeros)), xs)[0]
 
 
 def ddim_invert(denoise: Denoise, x: jax.Array, schedule: Schedule, steps: np.ndarray | Moves) -> jax.Array:

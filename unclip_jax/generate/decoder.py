@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.diffusion.guidance import Denoise
+from unclip_jax.diffusion.loops import Segment
 from unclip_jax.diffusion.process import eps_from_x0, fold_in, standard_normal
 from unclip_jax.diffusion.samplers import ddim_invert, repaint
 from unclip_jax.errors import InputError
@@ -86,6 +87,7 @@ def sample_decoder(
     *,
     x_T: jax.Array | None = None,
     known: Known | None = None,
+    segment: Segment | None = None,
 ) -> jax.Array:
     """Draws images for embeddings (unCLIP section 2.1). A decoder trained to inpaint draws their unknown
     part.
@@ -98,6 +100,8 @@ def sample_decoder(
       options: steps, guidance, clipping, sampler.
       x_T: (B, H, W, 3) the noise to start from; drawn when None.
       known: the part to keep, for a decoder that inpaints.
+      segment: makes some of the steps only (`loops.Segment`). After the last segment the result is the
+        sample.
 
     Returns:
       (B, H, W, 3) float32 in [-1, 1], H = W = the decoder's image size; equal to the known image where it is
@@ -113,7 +117,7 @@ def sample_decoder(
     denoise = decoder_denoiser(decoder, z_image, texts, options, known)
     size = image_size(decoder.config)
     x = standard_normal(fold_in(rng, NOISE), (texts.rows, size, size, 3)) if x_T is None else x_T
-    return jnp.clip(diffusion_sampler(decoder.config, options).run(denoise, x, rng), -1, 1)
+    return jnp.clip(diffusion_sampler(decoder.config, options).run(denoise, x, rng, segment), -1, 1)
 
 
 def invert_decoder(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from unclip_jax.diffusion.guidance import Denoise, make_denoiser
+from unclip_jax.diffusion.loops import Segment
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.diffusion.samplers import SAMPLERS
 from unclip_jax.diffusion.schedule import SMALLEST_ABAR, Schedule
@@ -63,20 +64,27 @@ class DiffusionSampler:
             smallest_abar=SMALLEST_ABAR if self.floored else 0.0,
         )
 
-    def run(self, denoise: Denoise, x: jax.Array, rng: jax.Array) -> jax.Array:
-        """Noise x (B, ...) -> samples (B, ...). `rng` is the stage's key, or (B,) keys."""
+    def run(
+        self, denoise: Denoise, x: jax.Array, rng: jax.Array, segment: Segment | None = None
+    ) -> jax.Array:
+        """Noise x (B, ...) -> samples (B, ...). `rng` is the stage's key, or (B,) keys.
+
+        With `segment`, it makes some of the steps only (`loops.Segment`).
+        """
         options, settings = self.options, {}
+        if segment is not None:
+            denoise, settings = segment.watch(denoise), {"loop": segment}
         if options.sampler == "ddpm":
-            settings = {"variance": options.variance, "x0_error": self.config.get("x0_error")}
+            settings |= {"variance": options.variance, "x0_error": self.config.get("x0_error")}
         elif options.sampler == "ddim":
-            settings = {"eta": options.eta}
+            settings |= {"eta": options.eta}
         elif options.sampler == "plms":
-            settings = {"prediction": self.config["diffusion"]["prediction"]}
+            settings |= {"prediction": self.config["diffusion"]["prediction"]}
         elif options.sampler == "dpmpp_2m":
-            settings = {"bound": 1.0 if options.spacing == "even" else None}
+            settings |= {"bound": 1.0 if options.spacing == "even" else None}
         elif options.spacing in ("linspace", "trailing"):  # Euler's methods
             first = np.maximum(self.schedule.abar(self.steps[0]), SMALLEST_ABAR)
-            settings = {"noise_scale": float(np.sqrt(1 - first))}
+            settings |= {"noise_scale": float(np.sqrt(1 - first))}
         return SAMPLERS[options.sampler](
             denoise, x, self.schedule, self.moves, fold_in(rng, STEPS), **settings
         )

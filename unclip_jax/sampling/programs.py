@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,16 @@ Progress = Callable[[int, int], None]
 Overrides = (
     Mapping[str, Mapping[str, Any]] | None
 )  # of the bundle's sampling defaults: part -> option -> value
+
+
+class Partial(NamedTuple):
+    """What the decoder predicts on its way.
+
+    image: float (B, h, w, 3) in [-1, 1], of the decoder's size. done: the share of its steps made so far.
+    """
+
+    image: np.ndarray
+    done: float
 
 
 class Sampler:
@@ -190,16 +200,21 @@ class Sampler:
         largest = ways * (max_batch or MAX_BATCH)
         for first in range(0, count, largest):
             rows = np.arange(first, min(first + largest, count))
-            size = ways << (-(-len(rows) // ways) - 1).bit_length()
-            leaves, tree = jax.tree.flatten(run(np.concatenate([rows, np.full(size - len(rows), rows[-1])])))
+            leaves, tree = jax.tree.flatten(run(rows[0] + self.padded(len(rows))))
             pieces.append([np.asarray(a)[: len(rows)] for a in leaves])
             for part, made in zip(parts, pieces[-1], strict=True):
-                self._check_finite(part, made)
+                self.check_finite(part, made)
             if progress is not None:
                 progress(int(rows[-1]) + 1, count)
         return jax.tree.unflatten(tree, [np.concatenate(column) for column in zip(*pieces)])
 
-    def _check_finite(self, part: str, made: np.ndarray) -> None:
+    def padded(self, count: int) -> np.ndarray:
+        """The indices of a batch of `count` rows: a power of two per device, the last one repeated."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return np.minimum(np.arange(ways << (-(-count // ways) - 1).bit_length()), count - 1)
+
+    def check_finite(self, part: str, made: np.ndarray) -> None:
+        """Raises a NumericalError that names the part unless all values that it made are finite."""
         if not np.isfinite(made).all():
             raise NumericalError(
                 f"the part {part!r} of the bundle {self.bundle.path or '(unsaved)'} made values that are not "

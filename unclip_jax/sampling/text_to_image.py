@@ -11,7 +11,7 @@ from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
 from unclip_jax.sampling import unclip
-from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.edits import inpaint, inversion
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
 
@@ -37,6 +37,9 @@ class System(NamedTuple):
     sizes: bundle -> the sides in pixels of what `sample` draws, in the order of `Stages.images`.
     overrides: (bundle, prior, **options that people know) -> sampling options by part.
     joints: where parts meet that were trained apart; `evaluate.doctor` compares both sides.
+    stream: `sample` as a generator of `programs.Partial`s and then the stages.
+    decode: `edits.inversion.Latents` -> images: the way back of `encode`.
+    inpaint: (sampler, images, masks, captions, ...) -> images, see `edits.inpaint.inpaint_rows`.
     """
 
     parts: tuple[str, ...]
@@ -46,6 +49,9 @@ class System(NamedTuple):
     sizes: Callable[[Bundle], list[int]] | None = None
     overrides: Callable[..., dict[str, dict[str, Any]]] | None = None
     joints: tuple[Joint, ...] = ()
+    stream: Callable[..., Any] | None = None
+    decode: Callable[..., Any] | None = None
+    inpaint: Callable[..., Any] | None = None
 
 
 UNCLIP_JOINTS = (
@@ -59,9 +65,12 @@ SYSTEMS = {
         unclip.sample_stages,
         inversion.encode,
         unclip.PRIORS,
-        unclip.sizes,
-        unclip.overrides,
-        UNCLIP_JOINTS,
+        sizes=unclip.sizes,
+        overrides=unclip.overrides,
+        joints=UNCLIP_JOINTS,
+        stream=unclip.stream_stages,
+        decode=inversion.decode,
+        inpaint=inpaint.inpaint_rows,
     ),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,8 +135,37 @@ LATER: dict[str, Field] = {
     "safety_identifier": Field("string", NOTHING, most=500),
     "input_fidelity": Field("string", NOTHING, choices=("low",)),
 }
+CHANGED = {"eta": Field("number", "0 gives the picture itself, 1 changes it most", 0, 1, default=1.0)}
+PATH = {**COMMON, "n": Field("integer", "number of pictures, with both ends", 2, 10, default=8)}
 VERBS: dict[str, dict[str, Field]] = {
     "generations": {"prompt": PROMPT, **COMMON, **PRIOR, **ETA, **STREAM, **LATER},
+    "edits": {"prompt": PROMPT, **COMMON, **PRIOR, **STREAM, **LATER},
+    "variations": {**COMMON, **CHANGED, **STREAM},
+    "interpolate": {
+        **PATH,
+        "noise": Field(
+            "string", "whether the noise turns, too, or stays", choices=("slerp", "fixed"), default="slerp"
+        ),
+        **STREAM,
+    },
+    "text_diff": {
+        "source": Field("string", "a caption of the picture as it is", most=1000, default=""),
+        "target": Field(
+            "string", "a caption of the picture as it should become", least=1, most=1000, required=True
+        ),
+        **PATH,
+        "max_theta": Field("number", "how far the last picture turns", 0.01, 1, default=0.5),
+        **STREAM,
+    },
+    "reconstruct": {
+        "dims": Field(
+            "string",
+            "numbers of principal components such as 20,40,80; at most ten",
+            pattern=r"[1-9][0-9]{0,5}(,[1-9][0-9]{0,5}){0,9}",
+        ),
+        **{name: field for name, field in COMMON.items() if name != "n"},
+        **STREAM,
+    },
 }
 
 
@@ -185,10 +214,13 @@ def read_size(text: str | None) -> int | None:
     return width
 
 
-def schema(verb: str, files: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON schema of a request; `files` are schemas of the files that a form has beside its fields."""
+def schema(verb: str, files: Mapping[str, Any] | None = None, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON schema of a request.
+
+    files: schemas of the files that a form has beside its fields. needed: those that it must have.
+    """
     fields = VERBS[verb]
-    required = [name for name, field in fields.items() if field.required]
+    required = [*needed, *(name for name, field in fields.items() if field.required)]
     properties = {**(files or {}), **{name: field.schema() for name, field in fields.items()}}
     return {
         "type": "object",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError, MissingError, UserError, one_line
-from unclip_jax.sampling.programs import Sampler, split_scales
+from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.programs import Partial, Sampler, split_scales
 from unclip_jax.sampling.text_to_image import System, system_of
 from unclip_jax.serve.errors import ApiError
-from unclip_jax.serve.worker import Task
+from unclip_jax.serve.worker import Shown, Task
 
 ALIAS = "dall-e-2"  # what clients of OpenAI send: the first bundle stands for it
 WARM = "a photo"  # the caption that programs are compiled for; its words do not matter
@@ -41,6 +42,7 @@ class Model:
             "system": self.sampler.bundle.system,
             "sizes": [f"{size}x{size}" for size in self.sizes],
             "priors": self.priors,
+            "verbs": self.verbs,
             "parts": list(self.sampler.bundle.parts),
             "defaults": {
                 name: {
@@ -119,9 +121,161 @@ class Model:
         key = self._key("generate", prior, options=options)
         return Task(self.sampler, key, rows, draw, self.name, "generate")
 
+    def stream(
+        self,
+        prompt: str,
+        n: int,
+        seed: int,
+        prior: str | None,
+        options: dict[str, dict[str, Any]],
+        count: int,
+    ) -> Task:
+        """`generate`, which shows each picture `count` times on the way: uint8 of the smallest size."""
+        plain = self.generate(prompt, n, seed, prior, options)
+        chosen = {} if prior is None else {"prior": prior}
+
+        def draw(rows: list[tuple]) -> Iterator[Shown | list[list[np.ndarray]]]:
+            prompts, seeds, positions, overrides = (list(column) for column in zip(*rows))
+            for made in self.system.stream(
+                self.sampler,
+                prompts,
+                partials=count,
+                seed=seeds,
+                positions=positions,
+                options=overrides,
+                **chosen,
+            ):
+                if isinstance(made, Partial):
+                    yield Shown(list(ops.to_uint8(made.image)))
+                else:
+                    yield [list(pictures) for pictures in zip(*map(ops.to_uint8, made.images))]
+
+        return plain._replace(key=("stream", *plain.key[1:]), draw=draw, verb="stream", together=count)
+
+    def inpaint(
+        self,
+        pictures: Sequence[tuple[np.ndarray, np.ndarray]],
+        prompt: str,
+        n: int,
+        seed: int,
+        prior: str | None,
+        options: dict[str, dict[str, Any]],
+    ) -> Task:
+        """Pictures whose unknown part is drawn anew, n of each; `pictures` are pairs of `inpaint_rows`.
+
+        Each result is a uint8 picture (H, W, 3) of the largest size.
+        """
+        repeated = [pair for pair in pictures for _ in range(n)]
+        rows = [(*pair, prompt, seed, position, options) for position, pair in enumerate(repeated)]
+        chosen = {} if prior is None else {"prior": prior}
+
+        def draw(rows: list[tuple]) -> list[np.ndarray]:
+            images, masks, prompts, seeds, positions, overrides = (list(column) for column in zip(*rows))
+            drawn = self.system.inpaint(
+                self.sampler,
+                images,
+                masks,
+                prompts,
+                seed=seeds,
+                positions=positions,
+                options=overrides,
+                **chosen,
+            )
+            return list(drawn)
+
+        key = self._key("inpaint", prior, options=options)
+        return Task(self.sampler, key, rows, draw, self.name, "inpaint")
+
+    def encode(self, images: Sequence[np.ndarray], steps: int | None, scale: float | None) -> Task:
+        """The latents of images: each result is a pair (z_i, x_T)."""
+        shared = {"steps": steps or inversion.STEPS}
+        rows = [(image, 1.0 if scale is None else scale) for image in images]
+
+        def draw(rows: list[tuple]) -> list[tuple[np.ndarray, np.ndarray]]:
+            images, scales = (list(column) for column in zip(*rows))
+            return list(zip(*self.system.encode(self.sampler, images, guidance_scale=scales, **shared)))
+
+        static = self._edit(rows[0][1], 0.0, **shared)
+        return Task(self.sampler, ("encode", self.name, static), rows, draw, self.name, "encode")
+
+    def decode(
+        self,
+        latents: Sequence[tuple[np.ndarray, np.ndarray]],
+        seed: int,
+        positions: Sequence[int],
+        steps: int | None,
+        scale: float | None,
+        eta: float,
+    ) -> Task:
+        """Pictures of latents. Each result is a list of uint8 pictures (H, W, 3), one per size."""
+        shared = {"steps": steps or inversion.STEPS, "eta": eta}
+        scale = 1.0 if scale is None else scale
+        rows = [(*pair, seed, position, scale) for pair, position in zip(latents, positions)]
+
+        def draw(rows: list[tuple]) -> list[list[np.ndarray]]:
+            z_image, x_T, seeds, positions, scales = (list(column) for column in zip(*rows))
+            drawn = self.system.decode(
+                self.sampler,
+                inversion.Latents(np.stack(z_image), np.stack(x_T)),
+                seed=seeds,
+                positions=positions,
+                guidance_scale=scales,
+                **shared,
+            )
+            return [list(pictures) for pictures in zip(*map(ops.to_uint8, drawn))]
+
+        static = self._edit(scale, **shared)
+        return Task(self.sampler, ("decode", self.name, static), rows, draw, self.name, "decode")
+
+    def _edit(self, scale: float, eta: float, steps: int) -> Any:
+        # What is the same for all rows of a batch of an edit.
+        try:
+            chosen = inversion.check_edit(self.sampler, steps, scale, eta=eta)
+        except UserError as error:
+            raise ApiError(400, one_line(error)) from None
+        return split_scales([{"decoder": chosen}])[0]["decoder"]
+
+    def embed_captions(self, captions: Sequence[str]) -> Task:
+        """Raw text embeddings (D,)."""
+        draw = lambda rows: list(inversion.embed_captions(self.sampler, rows))
+        key = "embed_captions", self.name
+        return Task(self.sampler, key, list(captions), draw, self.name, "embed_captions")
+
+    def embed_images(self, images: Sequence[np.ndarray]) -> Task:
+        """Raw image embeddings (D,)."""
+        draw = lambda rows: list(inversion.embed_images(self.sampler, rows))
+        key = "embed_images", self.name
+        return Task(self.sampler, key, list(images), draw, self.name, "embed_images")
+
     def announced(self) -> list[Task]:
         """The tasks that a server of this bundle compiles before they are asked for, the first one first."""
-        return [self.generate(WARM, 1, 0, self.prior({}), {})]
+        prior, side = self.prior({}), self.sizes[0]
+        tasks = [self.generate(WARM, 1, 0, prior, {})]
+        if "stream" in self.verbs:
+            tasks.append(self.stream(WARM, 1, 0, prior, {}, 1))
+        image = np.zeros((side, side, 3), np.uint8)
+        if "edits" in self.verbs:
+            mask = np.arange(side) < np.full((side, 1), side // 2)
+            tasks.append(self.inpaint([(image, mask)], WARM, 1, 0, prior, {}))
+        if "variations" in self.verbs:
+            tasks.append(self.encode([image], None, None))
+            z_image = np.zeros(self.sampler.network("clip").config["model"]["embed_dim"], np.float32)
+            noise = np.zeros((side, side, 3), np.float32)
+            tasks += [self.decode([(z_image, noise)], 0, [0], None, None, eta) for eta in (1.0, 0.0)]
+        return tasks
+
+    @property
+    def verbs(self) -> list[str]:
+        """What the bundle can do: generations, stream, edits, variations and the verbs of /v1/unclip."""
+        system, parts = self.system, self.sampler.bundle.parts
+        verbs = ["generations", *(["stream"] if system.stream else [])]
+        if system.inpaint:
+            verbs.append("edits")
+        clip = parts["clip"].config["model"] if "clip" in parts else {}
+        if system.encode and clip.get("image"):
+            verbs += ["variations", "interpolate", "text_diff"]
+            verbs += ["reconstruct"] if "codec" in parts else []
+        return verbs
 
 
 class Models:

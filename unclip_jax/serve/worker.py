@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, NamedTuple
 
@@ -27,30 +27,42 @@ from unclip_jax.serve.telemetry import LOG, Telemetry
 OTHERS = 32  # keys that were not announced, whose programs are kept
 
 
+class Shown(NamedTuple):
+    """What is shown of a batch on the way: one thing per row."""
+
+    results: list[Any]
+
+
 class Task(NamedTuple):
     """What to draw.
 
     sampler: the bundle's.
     key: tasks of equal keys are drawn by the same programs.
     rows: what `draw` needs for each picture.
-    draw: rows -> one result per row. It gets a power of two of rows per device. Rows of equal keys may come
-      from several tasks.
+    draw: rows -> one result per row; or a generator of `Shown` and then of the results. It gets a power of
+      two of rows per device. The rows of a batch may come from several tasks.
     model, verb: for metrics.
+    together: tasks of equal keys share a batch only if this is equal, too.
     """
 
     sampler: Sampler
     key: Hashable
     rows: Sequence[Any]
-    draw: Callable[[list[Any]], list[Any]]
+    draw: Callable[[list[Any]], list[Any] | Iterator[Shown | list[Any]]]
     model: str = ""
     verb: str = ""
+    together: Hashable = None
 
 
 class Job:
-    """A task in the queue. `future` gets the list of its results, or the error."""
+    """A task in the queue. `future` gets the list of its results, or the error.
 
-    def __init__(self, task: Task, deadline: float):
+    show: called with (row, what is shown of it) from the thread that draws.
+    """
+
+    def __init__(self, task: Task, deadline: float, show: Callable[[int, Any], None] | None = None):
         self.task, self.deadline, self.arrived = task, deadline, time.monotonic()
+        self.show = show
         self.results: list[Any] = [None] * len(task.rows)
         self.taken = self.done = 0
         self.future: Future = Future()
@@ -134,13 +146,13 @@ class Worker:
             busy = self._compiling is not None and self._compiling[0] in self._announced_keys
             return len(self._announced) + busy
 
-    def submit(self, task: Task) -> Job:
-        """Puts a task into the queue.
+    def submit(self, task: Task, show: Callable[[int, Any], None] | None = None) -> Job:
+        """Puts a task into the queue. `show` is that of `Job`.
 
         Raises:
           ApiError: 429 when the queue is full; 503 when the server stops.
         """
-        job = Job(task, time.monotonic() + self.settings.deadline)
+        job = Job(task, time.monotonic() + self.settings.deadline, show)
         with self._condition:
             if self._stopping:
                 raise ApiError(503, "the server stops; try again", code="stopping", retry_after=5)
@@ -198,14 +210,14 @@ class Worker:
             self._queue.remove(job)
             late = f"not done within {self.settings.deadline:g} s; try again later"
             _fail(job, ApiError(503, late, code="deadline_exceeded", retry_after=10))
-        asked = set()
+        seen = set()
         for job in self._queue:
-            key = job.task.key
-            if key in asked:
+            key, group = job.task.key, (job.task.key, job.task.together)
+            if group in seen:
                 continue
-            asked.add(key)
+            seen.add(group)
             sizes = self._sizes.get(key)
-            mates = [other for other in self._queue if other.task.key == key]
+            mates = [other for other in self._queue if (other.task.key, other.task.together) == group]
             rows = sum(other.left for other in mates)
             if not sizes:
                 self._ask(job.task, rows)
@@ -237,10 +249,19 @@ class Worker:
     def _draw(self, batch: list[tuple[Job, int]], size: int) -> None:
         task, started = batch[0][0].task, time.monotonic()
         rows = [job.task.rows[i] for job, i in batch]
+        jobs = list(dict.fromkeys(job for job, _ in batch))
+        results = None
         try:
-            results = task.draw(rows + rows[-1:] * (size - len(rows)))
+            for made in _steps(task.draw(rows + rows[-1:] * (size - len(rows)))):
+                if not isinstance(made, Shown):
+                    results = made
+                    break
+                for (job, i), shown in zip(batch, made.results):
+                    if job.show is not None:
+                        job.show(i, shown)
+                if all(job.future.cancelled() for job in jobs):
+                    return
         except Exception as error:
-            jobs = list(dict.fromkeys(job for job, _ in batch))
             if len(jobs) == 1:
                 self._give_up(jobs[0], error)
                 return
@@ -300,7 +321,7 @@ class Worker:
     def _compile(self, task: Task, size: int) -> None:
         started = time.monotonic()
         try:
-            keys = task.sampler.compiling(lambda: task.draw([task.rows[0]] * size))
+            keys = task.sampler.compiling(lambda: list(_steps(task.draw([task.rows[0]] * size))))
         except Exception as error:
             with self._condition:
                 failed = [job for job in self._queue if job.task.key == task.key]
@@ -333,6 +354,10 @@ class Worker:
             del self._sizes[key]
             used = self._kept.union(*(keys for owner, keys in self._others.values() if owner is sampler))
             sampler.forget(keys - used)
+
+
+def _steps(made: list[Any] | Iterator[Shown | list[Any]]) -> Iterator[Shown | list[Any]]:
+    return made if isinstance(made, Iterator) else iter([made])
 
 
 def _fail(job: Job, error: Exception) -> None:

@@ -51,13 +51,21 @@ def interpolate(
         raise InputError(f"unknown noise {noise!r}; choose one of {', '.join(NOISES)}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
     inversion.check_edit(sampler, seed=seed, **shared)
-    ends = inversion.encode(sampler, [first, second], **shared)
-    theta = np.linspace(0, 1, count)
-
-    def between(rows):
-        return slerp(np.repeat(rows[:1], count, axis=0), np.repeat(rows[1:], count, axis=0), theta)
-
-    x_T = between(ends.x_T) if noise == "slerp" else inversion.one_noise(ends.x_T.shape[1:], count, seed)
-    latents, positions = Latents(between(ends.z_image), x_T), np.zeros(count, int)
+    latents = between(inversion.encode(sampler, [first, second], **shared), count, noise, seed)
+    positions = np.zeros(count, int)
     drawn = inversion.decode(sampler, latents, seed=seed, positions=positions, progress=progress, **shared)
     return ops.to_uint8(drawn[-1])
+
+
+def between(ends: Latents, count: int, noise: str = "slerp", seed: int = 0) -> Latents:
+    """The latents of `count` images on the way between two; the arguments are those of `interpolate`.
+
+    ends: the latents of both images (two rows).
+    """
+    theta = np.linspace(0, 1, count)
+
+    def turn(rows: np.ndarray) -> np.ndarray:
+        return slerp(np.repeat(rows[:1], count, axis=0), np.repeat(rows[1:], count, axis=0), theta)
+
+    x_T = turn(ends.x_T) if noise == "slerp" else inversion.one_noise(ends.x_T.shape[1:], count, seed)
+    return Latents(turn(ends.z_image), x_T)

@@ -81,10 +81,23 @@ def reconstruct(
     for number in chosen:
         check_dims(number, most)
     z_image = inversion.embed_images(sampler, [image])
-    rows = [truncate(sampler.bundle, z_image, d) for d in chosen]
-    latents = Latents(np.concatenate(rows), inversion.one_noise((size, size, 3), len(chosen), seed))
+    latents = components(sampler.bundle, z_image, chosen, size, seed)
     drawn = inversion.decode(
         sampler, latents, steps=steps, guidance_scale=guidance_scale, seed=seed,
         positions=np.zeros(len(chosen), int), progress=progress,
     )[-1]  # fmt: skip
     return ops.to_uint8(drawn), chosen
+
+
+def components(bundle: Bundle, z_image: np.ndarray, dims: Sequence[int], size: int, seed: int) -> Latents:
+    """The latents of one image, reduced to each of `dims` principal components, with one noise for all.
+
+    Args:
+      bundle: with the part codec.
+      z_image: (1, D), raw.
+      dims: numbers of components.
+      size: of the decoder's images.
+      seed: of the noise.
+    """
+    rows = [truncate(bundle, z_image, number) for number in dims]
+    return Latents(np.concatenate(rows), inversion.one_noise((size, size, 3), len(dims), seed))

@@ -53,16 +53,33 @@ def text_diff(
         raise InputError(f"max_theta must be in (0, 1], got {max_theta}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
     inversion.check_edit(sampler, seed=seed, **shared)
-    z_source, z_target = inversion.embed_captions(sampler, [source, target])
+    direction = direction_between(*inversion.embed_captions(sampler, [source, target]))
+    latents = turned(inversion.encode(sampler, [image], **shared), direction, count, max_theta)
+    positions = np.zeros(count, int)
+    drawn = inversion.decode(sampler, latents, seed=seed, positions=positions, progress=progress, **shared)[
+        -1
+    ]
+    return ops.to_uint8(drawn)
+
+
+def direction_between(z_source: np.ndarray, z_target: np.ndarray) -> np.ndarray:
+    """The direction (D,) of unit length from one raw text embedding (D,) to another.
+
+    Raises:
+      ValueError: when they are the same.
+    """
     direction = z_target / np.linalg.norm(z_target) - z_source / np.linalg.norm(z_source)
     if np.linalg.norm(direction) < 1e-6:
         raise InputError("the two captions are the same to CLIP: there is no direction between them")
-    latents = inversion.encode(sampler, [image], **shared)
-    direction *= np.linalg.norm(latents.z_image) / np.linalg.norm(direction)
+    return direction / np.linalg.norm(direction)
+
+
+def turned(latents: Latents, direction: np.ndarray, count: int, max_theta: float) -> Latents:
+    """The latents of `count` images whose z_i turns towards a direction; see `text_diff`.
+
+    latents: of one image. direction: (D,), of unit length.
+    """
+    direction = direction * np.linalg.norm(latents.z_image)
     z_image, x_T = (np.repeat(a, count, axis=0) for a in latents)
     z_image = slerp(z_image, np.repeat(direction[None], count, axis=0), np.linspace(0, max_theta, count))
-    positions = np.zeros(count, int)
-    drawn = inversion.decode(
-        sampler, Latents(z_image, x_T), seed=seed, positions=positions, progress=progress, **shared
-    )[-1]
-    return ops.to_uint8(drawn)
+    return Latents(z_image, x_T)
