@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import threading
+import time
 
 import httpx2 as httpx
 import numpy as np
@@ -279,24 +281,19 @@ def test_a_timeout_ends_the_request(server):
 
 def test_a_full_queue_is_tried_again(models):
     """429 and 503 come with `retry-after`, and the client's own retries succeed."""
-    import threading
-
     from tests.serve.running import running
 
     with running(models, wait_for=False, batch=1, queue=2) as (address, service):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0, timeout=600)
-        gate, draw = threading.Event(), service.worker._draw
-        service.worker._draw = lambda *args: (gate.wait(600), draw(*args))
-        threads = [
-            threading.Thread(target=client.images.generate, kwargs={"prompt": "a fox", "n": n})
-            for n in (1, 2)
-        ]
-        for thread in threads:
-            thread.start()
-            while service.worker.telemetry.waiting._value.get() == 0 and thread is threads[0]:
-                pass
+        drawing, gate, draw = threading.Event(), threading.Event(), service.worker._draw
+        service.worker._draw = lambda *args: (drawing.set(), gate.wait(600), draw(*args))
+        ask = lambda n: threading.Thread(target=client.images.generate, kwargs={"prompt": "a fox", "n": n})
+        threads = [ask(1), ask(2)]
+        threads[0].start()
+        assert drawing.wait(600)
+        threads[1].start()
         while service.worker._waiting() < 2:
-            pass
+            time.sleep(0.01)
         with pytest.raises(openai.RateLimitError) as error:
             client.images.generate(prompt="a fox", n=2)
         assert error.value.code == "queue_full"
