@@ -44,9 +44,12 @@ def open_page(browser, address):
     """Returns a function that opens the page in a browser that knows nothing of earlier visits."""
     contexts, complaints = [], []
 
-    def open_page(width=1280, height=860, scheme="light", wait=True):
+    def open_page(width=1280, height=860, scheme="light", wait=True, touch=False):
         context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, reduced_motion="reduce"
+            viewport={"width": width, "height": height},
+            color_scheme=scheme,
+            reduced_motion="reduce",
+            has_touch=touch,
         )
         contexts.append(context)
         # The browser does not tell playwright what files a form holds, so the page keeps its forms.

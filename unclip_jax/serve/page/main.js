@@ -17,7 +17,7 @@ const KEYS = [
     ["← → ↑ ↓", "Move the brush; with Shift by one pixel"], ["Space", "Paint under the brush; held with the mouse: hand"], ["Ctrl Z", "Undo"], ["Ctrl Shift Z", "Redo"], ["+ − 0", "Zoom in, out, show all"], ["Ctrl Enter", "Draw"]]],
 ];
 const EXAMPLES = {
-  emoji: ["a 3d emoji of a red apple", "a noto emoji of a smiling face", "a blob emoji of a cat", "a fluent emoji of a green heart"],
+  emoji: ["a 3d emoji of a red heart", "a flat emoji of the sun", "a noto emoji of a rainbow", "a flat emoji of a green apple"],
   other: ["a corgi playing a flame throwing trumpet", "a teddy bear on a skateboard in Times Square", "a still life of fruit in oil paint"],
 };
 
