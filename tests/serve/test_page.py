@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import urllib.request
 import zlib
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 
 import unclip_jax
 from tests.serve.browsing import PROMPT, draw, needs_browser, open_editor, open_picture, pixels, saved_file
+from unclip_jax.errors import InputError
+from unclip_jax.serve.gate import headers_for
+from unclip_jax.serve.settings import Settings
 
 PAGE = Path(unclip_jax.__file__).parent / "serve" / "page"
 
@@ -38,6 +42,18 @@ def test_the_document_holds_no_script_and_no_style_of_its_own():
     for path in PAGE.glob("*.js"):
         named |= set(re.findall(r"icon: \"([a-z]+)\"", path.read_text(encoding="utf-8")))
     assert named <= set(re.findall(r'id="icon-([a-z]+)"', text)), "an icon that is not there"
+
+
+def test_other_sites_show_the_page_only_where_they_may_call_the_server(server):
+    with urllib.request.urlopen(server[0]) as answer:
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    allowed = Settings(origins=("https://a.example", "https://b.example:8443"))
+    allowed.check()
+    policy = headers_for(allowed)["content-security-policy"]
+    assert policy.endswith("frame-ancestors https://a.example https://b.example:8443")
+    for origin in ("https://a.example/path", "https://a.example; script-src *", "a.example", "null"):
+        with pytest.raises(InputError, match="--cors takes an origin"):
+            Settings(origins=(origin,)).check()
 
 
 def test_the_package_carries_the_page():

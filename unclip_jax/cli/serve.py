@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="a web site that may call the API (none)",
+        help="a web site that may call the API and show the page in a frame (none)",
     )
     parser.add_argument(
         "--public-url", metavar="URL", help="what urls of pictures start with (the address that clients call)"

@@ -16,13 +16,20 @@ from unclip_jax.serve.settings import Settings
 from unclip_jax.serve.telemetry import LOG, Telemetry
 
 GUARDED = ("/v1/", "/metrics")  # what needs the key
-HEADERS = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    # The page loads nothing from elsewhere, and no other page may show it.
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
-}
+
+
+def headers_for(settings: Settings) -> dict[str, str]:
+    """The headers of every answer.
+
+    The page loads nothing from elsewhere. The sites of `settings.origins` may show it in a frame, nobody else.
+    """
+    frames = " ".join(settings.origins) or "'none'"
+    policy = "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'"
+    return {
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "content-security-policy": f"{policy}; form-action 'self'; frame-ancestors {frames}",
+    }
 
 
 class Gate:
@@ -34,6 +41,7 @@ class Gate:
 
     def __init__(self, app: Callable, settings: Settings, telemetry: Telemetry):
         self.app, self.settings, self.telemetry = app, settings, telemetry
+        self._headers = headers_for(settings)
         self._key = None if settings.api_key is None else _digest(settings.api_key)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
@@ -48,7 +56,7 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                extra = {"x-request-id": request, **HEADERS}
+                extra = {"x-request-id": request, **self._headers}
                 message["headers"] = [
                     *message["headers"],
                     *((name.encode(), value.encode()) for name, value in extra.items()),

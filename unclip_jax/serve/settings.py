@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import math
+import re
 
 from unclip_jax.errors import InputError
 
@@ -28,7 +29,8 @@ class Settings:
     body_time: seconds that the body of a request may take to arrive, and a part of an answer to leave.
     connections: connections that are open at the same time.
     link_time: seconds that the url of a picture works. links: bytes of all such pictures in memory.
-    origins: other web sites whose pages may call the server ("*" for all); none by default.
+    origins: other web sites whose pages may call the server and show its page in a frame ("*" for all); none
+      by default.
     log_prompts: writes prompts into the log.
     public_url: what urls of pictures start with; None takes the address that the client called.
     drain: seconds that requests in progress get when the server is told to stop.
@@ -83,6 +85,9 @@ class Settings:
                 raise InputError(f"{name} must be a positive number of seconds, got {getattr(self, name)}")
         if not 0 <= self.wait <= 10:
             raise InputError(f"wait must be between 0 and 10 seconds, got {self.wait}")
+        for origin in self.origins:
+            if not re.fullmatch(r"\*|https?://[A-Za-z0-9.:\[\]-]+", origin):
+                raise InputError(f"--cors takes an origin such as https://example.org, or *; got {origin!r}")
         if not 0 <= self.port <= 65535:
             raise InputError(f"--port must be between 0 and 65535, got {self.port}")
 
