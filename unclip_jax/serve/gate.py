@@ -21,7 +21,7 @@ GUARDED = ("/v1/", "/metrics")  # what needs the key
 def headers_for(settings: Settings) -> dict[str, str]:
     """The headers of every answer.
 
-    The page loads nothing from elsewhere. The sites of `settings.origins` may show it in a frame, nobody else.
+    The page loads nothing from elsewhere. Only the sites of `settings.origins` may show it in a frame.
     """
     frames = " ".join(settings.origins) or "'none'"
     policy = "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'"
