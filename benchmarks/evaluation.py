@@ -8,9 +8,11 @@ files with the same weights, and compute the mean and the covariance of Inceptio
 library runs in a process of its own, in turn, so that neither holds memory or threads while the benchmark
 times the other. The benchmark prints:
 
-- first: the seconds until the statistics of the first batch, which contain loading and compilation;
+- first: the seconds until the statistics of the first images, which contain loading and compilation;
 - images/s: of a whole pass over the folder after that, decoding, features and statistics included;
-- the ratio of the libraries' images/s, from each pair of processes: median and range;
+- cpu s/image: processor seconds of that pass, of all threads and loader processes; it hardly depends on
+  what else the machine does;
+- the ratios of the libraries, from each pair of processes: median and range;
 - the distance between their statistics, and a distance that both give for the folder's two halves.
 
 `pitfalls` needs the public weights: `unclip fetch inception`. It draws rows of the embedded emoji and prints:
@@ -24,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -36,6 +39,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 64  # torch-fidelity's default
+FIRST = 16  # images of the first pass
 WEIGHTS = "pt_inception-2015-12-05-random.pth"
 PEERS = ("torch-fidelity", "unclip_jax")
 
@@ -98,6 +102,12 @@ def their_pass(folder: Path) -> Callable[[Path, Path], np.ndarray]:
     return whole
 
 
+def processor_seconds() -> float:
+    """Seconds that all threads of this process and of its finished children have computed."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def worker(args: argparse.Namespace) -> None:
     """Times one library, prints the figures as JSON, and writes its features."""
     ours, folder = args.worker == "unclip_jax", args.folder
@@ -112,10 +122,11 @@ def worker(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as work:
         statistics(whole(folder / "first", Path(work) / "first"))
         figures = {"first": time.perf_counter() - started}
-        started = time.perf_counter()
+        started, used = time.perf_counter(), processor_seconds()
         features = whole(folder / "images", Path(work) / "images")
         statistics(features)
         figures["images/s"] = args.images / (time.perf_counter() - started)
+        figures["cpu s/image"] = (processor_seconds() - used) / args.images
         np.save(folder / f"{args.worker}.npy", np.asarray(features))
     print(json.dumps(figures))
 
@@ -128,7 +139,7 @@ def speed(args: argparse.Namespace) -> None:
     folder = args.folder
     make(folder, args.images, args.side)
     (folder / "first").mkdir()
-    for file in sorted((folder / "images").iterdir())[:BATCH]:
+    for file in sorted((folder / "images").iterdir())[:FIRST]:
         os.link(file, folder / "first" / file.name)
     rows: dict[str, list[dict]] = {peer: [] for peer in PEERS}
     for i in range(args.rounds):
@@ -146,8 +157,12 @@ def speed(args: argparse.Namespace) -> None:
     for peer in PEERS:
         medians = {k: np.median([row[k] for row in rows[peer]]) for k in rows[peer][0]}
         print(f"{peer:15}" + "".join(f"  {k} {v:7.2f}" for k, v in medians.items()))
-    ratios = [ours["images/s"] / theirs["images/s"] for theirs, ours in zip(*(rows[p] for p in PEERS))]
-    print(f"unclip_jax / torch-fidelity: {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    for name in ("images/s", "cpu s/image"):
+        ratios = [ours[name] / theirs[name] for theirs, ours in zip(*(rows[peer] for peer in PEERS))]
+        print(
+            f"{name}, unclip_jax / torch-fidelity: {np.median(ratios):.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
     theirs, ours = (np.load(folder / f"{peer}.npy") for peer in PEERS)
     print(
         f"features differ by at most {np.abs(theirs - ours).max() / np.abs(theirs).max():.1e} of the largest"
@@ -212,7 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", required=True)
     fast = kinds.add_parser("speed", help="against torch-fidelity")
-    fast.add_argument("--images", type=int, default=128, metavar="N")
+    fast.add_argument("--images", type=int, default=128, metavar="N", help="PNG files (128)")
     fast.add_argument("--side", type=int, default=256, metavar="PIXELS", help="of the PNG files (256)")
     fast.add_argument("--rounds", type=int, default=3, metavar="N", help="processes per library (3)")
     fast.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
