@@ -229,8 +229,8 @@ def count_operations(
     Operations that remat computes twice count once. `state`, `frozen` and `batch` may be shapes.
     """
 
-    def gradients(params, extra, frozen, batch):
-        key, step = jax.random.key(0), state.step
+    def gradients(params, extra, frozen, batch, step):
+        key = jax.random.key(0)
         gradients_of_players = []
         for player, gradient in zip(stage.players, gradients_of(stage, grad_accumulation, mesh), strict=True):
             chosen = {name: params[name] for name in player.parameters} if player.parameters else params
@@ -239,4 +239,4 @@ def count_operations(
         return gradients_of_players
 
     with without_remat():
-        return flops(jax.make_jaxpr(gradients)(state.params, state.extra, frozen, batch))
+        return flops(jax.make_jaxpr(gradients)(state.params, state.extra, frozen, batch, state.step))
