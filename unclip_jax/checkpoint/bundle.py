@@ -54,7 +54,7 @@ from unclip_jax.typed import check_value, shown
 FORMAT_VERSION = 2
 # Kinds that are stored in float32: rounded directions would not be orthogonal, and features of rounded
 # networks would change the figures that papers print to three decimals.
-EXACT = ("codec", "inception", "dinov2")
+EXACT = ("codec", "inception", "dinov2", "lpips")
 # What a part was trained with, for the error when it meets another one.
 TRAINED = {"clip": "in the embedding space of CLIP"}
 

@@ -102,6 +102,12 @@ TRANSFORMS: dict[str, Transform] = {
         lambda a, shape: _transposed(a.reshape(a.shape[:2]), 1, 0),
         lambda a: a.T[:, :, None, None],
     ),
+    # (1, C, 1, 1) of torch or (1, 1, C, 1) -> (C,)
+    "vector": Transform(
+        lambda ours, theirs: ours == tuple(size for size in theirs if size != 1),
+        lambda a, shape: a.reshape(shape),
+        lambda a: a,
+    ),
     "drop_ones": Transform(  # (1, N, W) -> (N, W), (1, 1, W) -> (W,)
         lambda ours, theirs: (
             ours == tuple(theirs)[len(theirs) - len(ours) :] and math.prod(theirs) == math.prod(ours)

