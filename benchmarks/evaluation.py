@@ -71,9 +71,9 @@ def emoji(rows: int) -> list[np.ndarray]:
 
 def our_pass(folder: Path) -> Callable[[Path, Path], np.ndarray]:
     """Returns a function: a folder of images, a working folder -> features, by the path of the command."""
-    from unclip_jax.evaluate.features import open_network
     from unclip_jax.evaluate.sets import open_set
     from unclip_jax.evaluate.streaming import image_features
+    from unclip_jax.run.features import open_network
 
     network = open_network("inception", folder / "weights", outputs=["pool"])
 
@@ -179,10 +179,10 @@ def speed(args: argparse.Namespace) -> None:
 def pitfalls(args: argparse.Namespace) -> None:
     """Prints what storage, resizing and the number of images do to the figures."""
     from unclip_jax.data import ops
-    from unclip_jax.evaluate.features import open_network
     from unclip_jax.evaluate.streaming import Preparation
     from unclip_jax.metrics.fid import frechet_distance, frechet_distance_at_infinity
     from unclip_jax.metrics.kid import kernel_distance
+    from unclip_jax.run.features import open_network
 
     network = open_network("inception", args.weights, outputs=["pool"])
     images = emoji(2 * args.rows)

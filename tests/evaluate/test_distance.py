@@ -11,13 +11,15 @@ from tests.evaluate.test_streaming import write_images
 from unclip_jax.cli import figure
 from unclip_jax.cli.main import main
 from unclip_jax.data.sources import make_source
-from unclip_jax.evaluate import distance, features, sets
+from unclip_jax.errors import InputError
+from unclip_jax.evaluate import distance, sets
 from unclip_jax.metrics.clip_score import clip_score
 from unclip_jax.metrics.cmmd import cmmd
 from unclip_jax.metrics.fid import frechet_distance, frechet_distance_at_infinity
 from unclip_jax.metrics.inception_score import inception_score
 from unclip_jax.metrics.kid import kernel_inception_distance
 from unclip_jax.metrics.precision_recall import prdc
+from unclip_jax.run import features
 from unclip_jax.sampling.programs import Sampler
 from unclip_jax.sampling.text_to_image import text_to_image
 
@@ -176,6 +178,20 @@ def test_a_bundle_is_drawn_and_measured(run, tiny_bundle, networks, tmp_path):
 
 def source_arguments(words):
     return dict(word.split("=") for word in words)
+
+
+def test_weights_that_lack_what_a_figure_needs(run, networks, folders, monkeypatch):
+    """Inception without its classifier, as `unclip fetch inception` has it; CLIP without its text encoder."""
+    monkeypatch.setattr(FakeNetwork, "outputs", {"pool": 6, "spatial": 5})
+    error = run("inception-score", folders[0], "--partial", status=1)
+    assert "needs the classifier, which these weights of inception lack" in error
+
+    def no_text(self, captions):
+        raise InputError("clip has no text encoder")
+
+    monkeypatch.setattr(FakeNetwork, "text", no_text)
+    (folders[0] / "0000.txt").write_text("a")
+    assert "clip has no text encoder" in run("clip-score", folders[0], status=1)
 
 
 def test_networks_and_weights(run, networks, folders):

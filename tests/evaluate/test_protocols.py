@@ -12,10 +12,11 @@ from tests.evaluate.test_streaming import write_images
 from unclip_jax.cli import sweep
 from unclip_jax.cli.main import main
 from unclip_jax.data import ops
-from unclip_jax.evaluate import features, protocols
+from unclip_jax.evaluate import protocols
 from unclip_jax.evaluate.distance import Result, Value
 from unclip_jax.evaluate.plot import Panel, draw_panels, ticks
 from unclip_jax.metrics.fid import frechet_distance
+from unclip_jax.run import features
 from unclip_jax.sampling.programs import Sampler
 from unclip_jax.sampling.text_to_image import text_to_image
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -175,6 +176,40 @@ def test_hosts_share_the_batches(count, batch, hosts):
     own = [streaming._own_batches(count, batch, host, hosts) for host in range(hosts)]
     assert sorted(i for batches in own for rows in batches for i in rows) == list(range(count))
     assert max(map(len, own)) - min(map(len, own)) <= 1
+
+
+TWO_HOSTS = """
+import sys
+sys.path.insert(0, {root!r})
+import jax, numpy, pathlib
+jax.distributed.initialize("127.0.0.1:{port}", 2, {host})
+from tests.evaluate.fake import FakeNetwork
+from tests.evaluate.test_streaming import opened
+from unclip_jax.evaluate.streaming import image_features
+
+network = FakeNetwork()
+found = image_features(network, opened({folder!r}), work=pathlib.Path({work!r}), batch=4, skip_bad=True)
+numpy.savez({out!r}, calls=network.calls, rows=found.rows, bad=found.bad, pool=found.outputs["pool"])
+"""
+
+
+def test_two_hosts_compute_their_own_images_and_gather_all(tmp_path):
+    """Two processes on this machine. 23 images, one of which is damaged, in 6 batches."""
+    folder = write_images(tmp_path / "a", 23)
+    (folder / "0005.png").write_bytes(b"nothing")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = {"root": str(ROOT), "port": port, "folder": str(folder), "work": str(tmp_path / "w")}
+    codes = [TWO_HOSTS.format(host=i, out=str(tmp_path / f"{i}.npz"), **given) for i in range(2)]
+    hosts = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) for code in codes]
+    assert [host.wait(300) for host in hosts] == [0, 0]
+    first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
+    assert sorted(first["calls"]) == [4, 4, 4] and sorted(second["calls"]) == [3, 3, 4]
+    loaded = [each.pixels for i, each in enumerate(opened(folder).load(range(23))) if i != 5]
+    for found in (first, second):
+        assert found["bad"] == 1 and list(found["rows"]) == [i for i in range(23) if i != 5]
+        np.testing.assert_array_equal(found["pool"], FakeNetwork()(loaded)["pool"])
 
 
 def test_a_source_without_images(tmp_path):

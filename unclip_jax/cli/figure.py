@@ -152,9 +152,9 @@ def run(args: argparse.Namespace) -> None:
     """Runs a figure."""
     from unclip_jax.cli.options import check_range, check_seed, progress_bar
     from unclip_jax.evaluate import distance, streaming
-    from unclip_jax.evaluate.features import open_network
     from unclip_jax.evaluate.statistics import check_comparable, save_statistics
     from unclip_jax.paths import write_json
+    from unclip_jax.run.features import open_network
 
     # -------------------------------------------------------------------------------- the command line
     name, figure = args.task, distance.FIGURES[args.task]

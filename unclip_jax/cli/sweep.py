@@ -83,8 +83,9 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.checkpoint.load import load_bundle
     from unclip_jax.cli.options import check_range, check_seed, progress_bar
     from unclip_jax.cli.sample import read_options
-    from unclip_jax.evaluate import distance, features, plot, protocols, sets, streaming
+    from unclip_jax.evaluate import distance, plot, protocols, sets, streaming
     from unclip_jax.paths import write_json
+    from unclip_jax.run import features
     from unclip_jax.sampling.programs import Sampler
     from unclip_jax.sampling.unclip import check_prior_name
 

@@ -233,6 +233,18 @@ def check_set(opened: Opened, name: str) -> None:
         raise InputError(f"{opened.name} has no captions, which {name} compares the images with")
 
 
+def check_network(network: Any, name: str) -> None:
+    """Raises a ValueError if the weights of a network do not make what a figure needs."""
+    needs = FIGURES[name].needs
+    if LOGITS in needs and LOGITS not in network.outputs:
+        raise InputError(
+            f"{name} needs the classifier, which these weights of {network.name} lack: name a folder with "
+            "pt_inception-2015-12-05-6726825d.pth by --weights"
+        )
+    if TEXT in needs:
+        network.text([""])  # refuses weights without a text encoder
+
+
 def planned(opened: Opened, name: str, recipe: Recipe | None) -> Statistics:
     """What is known of a set before its features are computed, for `check_comparable`.
 
@@ -273,6 +285,7 @@ def describe(
         if not figure.needs and POOL not in found.moments:  # clean-fid's files for KID hold features alone
             return dataclasses.replace(found, moments={POOL: moments(found.features[POOL])}), []
         return found, []
+    check_network(network, name)
     images = opened.images
     found = image_features(network, images, preparation=preparation, **streaming)
     features, described = dict(found.outputs), {}

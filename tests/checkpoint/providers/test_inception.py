@@ -143,8 +143,8 @@ def test_published_weights(tmp_path, monkeypatch):
 
     It downloads 81 MB. Command: python -m pytest -n0 -m slow tests/checkpoint/providers/test_inception.py
     """
-    from tests.evaluate.test_features import images, tf1_resize
-    from unclip_jax.evaluate.features import open_network
+    from tests.run.test_features import images, tf1_resize
+    from unclip_jax.run.features import open_network
 
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path))
     fetch.fetch("inception")

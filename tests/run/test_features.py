@@ -10,7 +10,7 @@ from tests.checkpoint import peers
 from tests.fidelity import torch_fidelity
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError, NumericalError
-from unclip_jax.evaluate.features import open_network
+from unclip_jax.run.features import open_network
 from unclip_jax.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
