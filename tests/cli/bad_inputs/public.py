@@ -1,7 +1,8 @@
-"""Bad folders of public weights: CLIP, open_clip and Karlo. Their rows are among those of `weights`."""
+"""Bad folders of public weights: CLIP, open_clip, Karlo, DINOv2, Inception. Their rows are with `weights`."""
 
 import copy
 import json
+import zipfile
 
 from tests.cli.bad_inputs import Row
 from unclip_jax.data.tokenizer import ClipTokenizer
@@ -180,6 +181,32 @@ KARLOS = [
     ("betas in words", "super_res_scheduler/scheduler_config", ["clip_sample_range"], "1", "finite number"),
 ]
 
+DINO = {"model_type": "dinov2", "image_size": 518}
+DINOS = [
+    ("gates", ["use_swiglu_ffn"], True, "is a DINOv2-giant (use_swiglu_ffn)"),
+    ("no layers", ["num_hidden_layers"], 0, "num_hidden_layers must be between 1 and 1000"),
+    ("heads that do not divide", ["num_attention_heads"], 7, "no multiple of its 7 heads"),
+    ("another shift", ["interpolate_offset"], 0.1, "interpolate_offset is 0.1"),
+    ("an unknown setting", ["key_bias"], 1, "'key_bias' is 1, a setting that is not known here"),
+]
+# What stands in `default_1.pt`: bytes, or those of a pickle in an archive of torch's.
+INCEPTIONS = [
+    ("words", b"weights", None, "was not written by torch"),
+    ("nothing", b"", None, "default_1.pt is empty"),
+    ("half an archive", b"PK\x03\x04half", None, "it is no whole zip archive"),
+    ("a pickle alone", b"\x80\x02}q\x00.", None, "was not written by torch"),
+    (
+        "a command",
+        None,
+        b"\x80\x02cos\nsystem\nX\x01\x00\x00\x00x\x85R.",
+        "asks for 'os.system'; only tensors",
+    ),
+    ("code", None, b"\x80\x02cbuiltins\nexec\n.", "asks for 'builtins.exec'"),
+    ("no tensors", None, b"\x80\x02}.", "holds no tensors"),
+    ("half a pickle", None, b"\x80\x02}(X", "its pickle ends early"),
+    ("a list in itself", None, b"\x80\x02]q\x00h\x00a.", "lie too deep inside one another"),
+]
+
 
 def public_rows(box):
     """Folders of public weights: their configurations are refused before any weights are looked for."""
@@ -214,3 +241,20 @@ def public_rows(box):
             set_in(config, path, new)
             write_json(folder / f"{file}.json", config)
         yield row("a Karlo", name, f"karlo_{i}", says)
+    for i, (name, path, new, says) in enumerate(DINOS):
+        config = copy.deepcopy(DINO)
+        set_in(config, path, new)
+        write_json(box / f"dino_{i}" / "config.json", config)
+        yield row("a DINOv2", name, f"dino_{i}", says)
+    for i, (name, whole, pickled, says) in enumerate(INCEPTIONS):
+        (box / f"inception_{i}").mkdir()
+        file = box / f"inception_{i}" / "default_1.pt"
+        if whole is not None:
+            file.write_bytes(whole)
+        else:
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.writestr("x/data.pkl", pickled)
+        yield row("an Inception", name, f"inception_{i}", says)
+        yield Row(
+            f"Inception's file with {name}", ["convert", f"inception_{i}/default_1.pt", "--out", "made"], says
+        )

@@ -55,6 +55,9 @@ SETTINGS = Settings(
         "qkv_bias": (True,),
         "num_channels": (3,),
         "use_swiglu_ffn": (False,),
+        # With registers; the network computes this in any case.
+        "interpolate_antialias": (True,),
+        "interpolate_offset": (0.0,),
     },
     free=(
         *("architectures", "transformers_version", "torch_dtype", "dtype", "id2label", "label2id"),
