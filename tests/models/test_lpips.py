@@ -2,10 +2,12 @@
 
 import hashlib
 import importlib
+import importlib.util
 import pickle
 import sys
 import tarfile
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from unclip_jax.checkpoint import fetch
 from unclip_jax.checkpoint.load import load_bundle, load_part
 from unclip_jax.checkpoint.numpy_file import open_numpy
 from unclip_jax.checkpoint.providers.lpips import ORDER
+from unclip_jax.checkpoint.torch_file import open_torch
 from unclip_jax.errors import InputError
 from unclip_jax.models.lpips import LPIPS
 
@@ -208,3 +211,13 @@ def test_archive_of_sources(tmp_path):
     archive.write_bytes(archive.read_bytes()[:40])
     with pytest.raises(InputError, match="lacks"):
         fetch._file_of(archive, known, tmp_path)
+
+
+def test_published_heads(theirs):
+    """The heads that the `lpips` package carries are read as torch reads them."""
+    folder = Path(importlib.util.find_spec("lpips").origin).parent / "weights" / "v0.1"
+    read = open_torch(folder / "vgg.pth")
+    expected = torch.load(folder / "vgg.pth", weights_only=True, map_location="cpu")
+    assert set(read) == set(expected) and len(read) == 5
+    for name, value in expected.items():
+        np.testing.assert_array_equal(read[name], value.numpy())

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.checkpoint.peers import randomize
-from tests.helpers import param_count, struct
+from tests.helpers import param_count, random_params, struct
 from tests.models.test_autoencoder import TINY, converted, images
 from tests.runs import ROOT
 from unclip_jax import sharding
@@ -23,8 +23,10 @@ from unclip_jax.checkpoint.check import check_config, check_shapes
 from unclip_jax.checkpoint.load import load_part, load_trained
 from unclip_jax.checkpoint.providers.autoencoder import diffusers_rules
 from unclip_jax.cli.train import load_config
+from unclip_jax.generate.networks import Network
 from unclip_jax.models.autoencoder import VQAutoencoder
 from unclip_jax.models.discriminator import PatchDiscriminator
+from unclip_jax.models.lpips import LPIPS
 from unclip_jax.run import defaults
 from unclip_jax.train import autoencoder
 
@@ -289,3 +291,25 @@ def test_kl_losses_are_sums():
     np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-5)
     np.testing.assert_allclose(metrics["pixels"], metrics["l1"] * 16 * 16 * 3, rtol=1e-5)
     np.testing.assert_allclose(loss, metrics["pixels"] + 0.5 * metrics["kl"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny-vq"])
+def test_lpips_is_added_to_every_value(kind):
+    """An image's distance counts once for each of its values: in KL's sum, and once in VQ's mean."""
+    config = load_config(str(ROOT / f"configs/latent/autoencoder.py:{kind}"))
+    with config.unlocked():
+        config.discriminator, config.perceptual_weight = None, 0.5
+        config.frozen.lpips = "lpips"
+    module, x = LPIPS(widths=(4,) * 5, convolutions=(1,) * 5), images(16, 16)[0]
+    params = random_params(module, x, x)
+    frozen = {"lpips": Network(module, params, {"kind": "lpips", "model": {}}, "0" * 16)}
+    stage = autoencoder.stage(config, sharding.make_mesh(None, jax.devices()[:1]), frozen)
+    assert stage.part["frozen"] == {"lpips": "0" * 16}
+    begun, extra = stage.init(jax.random.key(0))
+    loss, (metrics, _) = jax.jit(stage.objective)(
+        begun, extra, jax.random.key(1), {"image": x}, 0, frozen={"lpips": params}
+    )
+    values = 1 if kind == "tiny-vq" else 16 * 16 * 3
+    expected = values * (metrics["l1"] + 0.5 * metrics["lpips"])
+    assert metrics["lpips"] != 0
+    np.testing.assert_allclose(metrics["pixels"], expected, rtol=1e-5)

@@ -115,8 +115,13 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> _Tensor:
 
 def _call(name: str, args: tuple) -> Any:
     # What a call in a pickle stands for. No other calls are known.
-    if name == "collections.OrderedDict" and args in ((), ([],)):
+    if name == "collections.OrderedDict" and args == ():
         return {}
+    if name == "collections.OrderedDict" and len(args) == 1 and isinstance(args[0], list):
+        # Python 2 wrote the items here.
+        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in args[0]):
+            raise _Refused("a dictionary has a key without a value")
+        return dict(_pairs([value for pair in args[0] for value in pair]))
     if name == "torch._utils._rebuild_tensor_v2" and len(args) >= 4:
         return _tensor(*args[:4])
     if name in ("torch._utils._rebuild_parameter", "torch.jit._pickle.restore_type_tag") and args:
