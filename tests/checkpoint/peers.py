@@ -237,3 +237,72 @@ def inception_state(seed=0):
         )
         state[f"{theirs}.bn.num_batches_tracked"] = torch.tensor(0)
     return state | {"fc.weight": 0.05 * normal(1008, 2048), "fc.bias": normal(1008)}
+
+
+# ------------------------------------------------------------------------------------------- Stable Diffusion
+def stable_diffusion(folder, *, version=1, prediction="epsilon", in_channels=4, scheduler=None, width=16):
+    """A tiny Stable Diffusion 1.x or 2.x in its library's pipeline, saved into the folder; returns the
+    pipeline."""
+    warnings.filterwarnings("ignore")
+    from diffusers import (
+        AutoencoderKL,
+        PNDMScheduler,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    vocab_size = 600
+    text, _ = clip_configs("quick_gelu" if version == 1 else "gelu", vocab_size, width=width)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=in_channels,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        norm_num_groups=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=width,
+        attention_head_dim=8 if version == 1 else (2, 4),
+        use_linear_projection=version == 2,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        layers_per_block=1,
+        sample_size=16,
+        scaling_factor=0.18215,
+    )
+    pad = 0 if version == 2 else vocab_size - 1
+    ClipTokenizer(LENGTH, vocab_size, pad).save_folder(folder / "tokenizer")
+    pad_token = "!" if version == 2 else "<|endoftext|>"
+    tokenizer = CLIPTokenizer.from_pretrained(
+        folder / "tokenizer", model_max_length=LENGTH, pad_token=pad_token
+    )
+    schedule = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    if scheduler is None:
+        scheduler = PNDMScheduler(
+            **schedule,
+            skip_prk_steps=True,
+            steps_offset=1,
+            set_alpha_to_one=False,
+            prediction_type=prediction,
+        )
+    pipeline = StableDiffusionPipeline if in_channels == 4 else StableDiffusionInpaintPipeline
+    made = pipeline(
+        unet=randomize(unet, 1),
+        vae=randomize(vae, 2),
+        text_encoder=randomize(CLIPTextModel(text), 3),
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    made.set_progress_bar_config(disable=True)
+    made.save_pretrained(folder)
+    return made

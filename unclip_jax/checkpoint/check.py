@@ -31,6 +31,7 @@ from unclip_jax.models.codec import Codec
 from unclip_jax.models.decoder import ClipConditioning
 from unclip_jax.models.inception import SIZE as INCEPTION_SIZE
 from unclip_jax.models.kinds import KINDS
+from unclip_jax.models.latent_unet import RESAMPLES, LatentUNet
 from unclip_jax.models.layers import ACTIVATIONS
 from unclip_jax.models.lpips import SMALLEST
 from unclip_jax.typed import check_fields, check_value, fields_of, listed, shown
@@ -60,8 +61,9 @@ TOKENIZER = {
     "vocab_size": (int, True),
     "vocab_sha256": (str, False),
     "merges": (tuple[str, ...], False),
+    "pad_id": (int, False),
 }
-CHOICES = {"activation": tuple(ACTIVATIONS), "resize": ("cubic", "linear")}
+CHOICES = {"activation": tuple(ACTIVATIONS), "resize": ("cubic", "linear"), "resample": RESAMPLES}
 # The largest values that a file may ask for. A larger one is a mistake, and would take all memory.
 LARGEST = {"layers": 1000, "res_blocks": 100, "length": 8192, "image_size": 8192, "channel_mult": 1000}
 LARGE = 2**20
@@ -204,6 +206,8 @@ def _check_range(key: str, value: Any, where: str) -> None:
         return
     if key == "attention_levels":  # they count from 0
         value = [level + 1 for level in value]
+    if key == "transformer_depth":  # 0 is ADM's attention
+        value = value + 1
     if key == "dropout":
         if not 0 <= value < 1:
             raise InputError(f"{where}: dropout must be in [0, 1), not {shown(value)}")
@@ -313,6 +317,8 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
         return shapes_of(module.init, array(1, side, side, 3))
     if kind == "lpips":
         return shapes_of(module.init, *[array(1, SMALLEST, SMALLEST, 3)] * 2)
+    if kind == "latent":
+        return latent_shapes(model)
     if kind == "upsampler":
         return shapes_of(module.init, *_pixels(model), low_res=array(1, 1, 1, 3))
     own = model.get("text")
@@ -344,6 +350,16 @@ def _pixels(model: Mapping[str, Any]) -> list:
     # An image and a time.
     side = model["unet"]["image_size"]
     return [array(1, side, side, 3), array(1)]
+
+
+def latent_shapes(model: Mapping[str, Any]) -> Any:
+    """The parameters' shapes of a `LatentUNet` with these keyword arguments."""
+    module, side, given = LatentUNet(**model), 2 ** (len(model["channel_mult"]) - 1), {}
+    if module.context_dim is not None:
+        given["context"] = array(1, 1, module.context_dim)
+    if module.vector_dim is not None:
+        given["vector"] = array(1, module.vector_dim)
+    return shapes_of(module.init, array(1, side, side, module.in_channels), array(1), **given)
 
 
 def clip_shapes(model: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@ executed."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import mmap
@@ -38,11 +39,12 @@ PRECISIONS = ("fp16", "bf16", "fp32")  # variants of a file that hold the same w
 Place = Callable[[str, np.ndarray], Any]  # a parameter's path and its values -> the array to keep
 
 
-def read_json(path: Path, whole: str = "folder") -> dict:
+def read_json(path: Path, whole: str = "folder", infinities: bool = False) -> dict:
     """The JSON object in a file.
 
     Args:
       whole: what the file is a part of, for errors: "folder" or "bundle".
+      infinities: whether numbers may be infinite, as in some files of schedulers. They are no JSON.
 
     Raises:
       FileNotFoundError, ValueError: one line naming the file, and the `whole`.
@@ -50,7 +52,7 @@ def read_json(path: Path, whole: str = "folder") -> dict:
     try:
         value = json.loads(
             path.read_text(encoding="utf-8"),
-            parse_constant=_no_number,
+            parse_constant=_infinity if infinities else _no_number,
             parse_float=_finite_float,
             parse_int=_int64,
             object_pairs_hook=_each_once,
@@ -74,6 +76,10 @@ def _check_not_pointer(path: Path) -> None:
 
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number of JSON")
+
+
+def _infinity(text: str) -> float:
+    return _no_number(text) if text == "NaN" else float(text)
 
 
 def _finite_float(text: str) -> float:
@@ -108,16 +114,19 @@ class Weights(Mapping):
 
     def __init__(self, files: Mapping[str, Path]):
         self._files, self._headers, self._maps = dict(files), {}, {}
+        self._inner: dict[str, str] = {}  # of tensors that have another name in their file
         for path in set(self._files.values()):
             with open(path, "rb") as file:
                 self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             length = int.from_bytes(self._maps[path][:8], "little")
             self._headers[path] = json.loads(self._maps[path][8 : 8 + length]) | {"start": 8 + length}
 
+    def _entry(self, name: str) -> dict:
+        return self._headers[self._files[name]][self._inner.get(name, name)]
+
     def _range(self, name: str) -> tuple[int, int]:
-        header = self._headers[self._files[name]]
-        first, last = header[name]["data_offsets"]
-        return header["start"] + first, header["start"] + last
+        start, (first, last) = self._headers[self._files[name]]["start"], self._entry(name)["data_offsets"]
+        return start + first, start + last
 
     def release(self, name: str) -> None:
         """Frees the pages that hold only this tensor. They are read again when the tensor is used again."""
@@ -126,13 +135,25 @@ class Weights(Mapping):
         if last > first and hasattr(mmap, "MADV_DONTNEED"):
             self._maps[self._files[name]].madvise(mmap.MADV_DONTNEED, first, last - first)
 
+    def under(self, prefix: str) -> Weights:
+        """The tensors whose names begin with a prefix, by the rest of their names."""
+        part = copy.copy(self)
+        names = {name.removeprefix(prefix): name for name in self._files if name.startswith(prefix)}
+        part._files = {short: self._files[name] for short, name in names.items()}
+        part._inner = {short: self._inner.get(name, name) for short, name in names.items()}
+        return part
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, from the file's header."""
-        return tuple(self._headers[self._files[name]][name]["shape"])
+        return tuple(self._entry(name)["shape"])
 
     def dtype(self, name: str) -> np.dtype:
         """The type of the tensor's values, from the file's header."""
-        return np.dtype(DTYPES[self._headers[self._files[name]][name]["dtype"]])
+        return np.dtype(DTYPES[self._entry(name)["dtype"]])
+
+    def metadata(self) -> dict[str, str]:
+        """What the files say of themselves beside the tensors."""
+        return {k: v for header in self._headers.values() for k, v in header.get("__metadata__", {}).items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         (first, last), path = self._range(name), self._files[name]
@@ -183,6 +204,15 @@ def open_weights(
     raise FileNotFoundError(
         f"{folder / expected} is missing, and with it the weights; the {whole} is incomplete"
     )
+
+
+def open_file(path: Path) -> Weights:
+    """The tensors of one safetensors file.
+
+    Raises:
+      FileNotFoundError, ValueError: when it is missing or damaged.
+    """
+    return Weights({tensor: path for tensor in _names(path, "file")})
 
 
 def _full(folder: Path, name: str, whole: str) -> Weights | None:

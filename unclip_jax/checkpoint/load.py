@@ -146,6 +146,8 @@ def stored_bytes(name_or_path: str | os.PathLike) -> int:
     """The size on disk of the tensors of a bundle or of public weights, in bytes; 0 where there are none."""
     path = user_path(_local(name_or_path))
     path = path if path.exists() else SHIPPED / path
+    if path.is_file():
+        return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
 
 

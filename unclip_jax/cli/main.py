@@ -36,7 +36,7 @@ VERBS = {
     "bundle": ("unclip_jax.cli.bundle", "collect trained stages into a release bundle"),
     "convert": (
         "unclip_jax.cli.convert",
-        "convert public weights (Karlo, CLIP) or an older bundle to a bundle",
+        "convert public weights (Karlo, Stable Diffusion, CLIP) or an older bundle to a bundle",
     ),
     "export": ("unclip_jax.cli.export", "write a bundle of Karlo's topology as a diffusers folder"),
     "fetch": ("unclip_jax.cli.fetch", "download the weights of the network that FID is computed with"),

@@ -48,11 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prior",
-        default="prior_diffusion",
         metavar="P",
         help="where the image embedding z_i comes from. prior_diffusion, prior_ar: draw it with that prior; "
         "none: use the text embedding in its place; null: use no embedding, only the caption. "
-        "Separate several with commas to get a row of the grid for each (prior_diffusion)",
+        "Separate several with commas to get a row of the grid for each (prior_diffusion; a system without "
+        "priors takes none)",
+    )
+    parser.add_argument(
+        "--negative",
+        metavar="TEXT",
+        help="what the pictures should not show, in place of the empty caption (Stable Diffusion)",
     )
     parser.add_argument(
         "--guidance",
@@ -77,17 +82,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_options(args: argparse.Namespace, priors: list[str]) -> list[dict[str, dict]]:
+def read_options(
+    args: argparse.Namespace, priors: list[str | None], draws: str = "decoder"
+) -> list[dict[str, dict]]:
     """The options of every row of the grid, one for each of the decoder's guidance scales.
+
+    draws: the part that draws the image, whose options `--steps`, `--guidance` and `--negative` are.
 
     Raises:
       ValueError: with a message of one line.
     """
     from unclip_jax.cli.options import parse_numbers, part_options
 
-    options = part_options([*([f"decoder.steps={args.steps}"] if args.steps else []), *args.assignments])
+    options = part_options([*([f"{draws}.steps={args.steps}"] if args.steps else []), *args.assignments])
+    if args.negative is not None:
+        if "negative" in options.get(draws, {}):
+            raise InputError(f"--negative and --set {draws}.negative say the same thing: give one of them")
+        options.setdefault(draws, {})["negative"] = args.negative
     if args.prior_guidance is not None:
-        drawn = [prior for prior in priors if prior.startswith("prior_")]
+        drawn = [prior or "prior_diffusion" for prior in priors if (prior or "prior_").startswith("prior_")]
         if not drawn:
             raise InputError(f"--prior-guidance needs a prior that draws z_i, not --prior {args.prior}")
         for prior in drawn:
@@ -95,9 +108,9 @@ def read_options(args: argparse.Namespace, priors: list[str]) -> list[dict[str, 
             options.setdefault(prior, {})["guidance_scale"] = args.prior_guidance
     scales = parse_numbers("--guidance", args.guidance)
     if scales:
-        _check_given_once(options, "decoder", "--guidance")
-    decoder = options.get("decoder", {})
-    return [{**options, "decoder": {**decoder, "guidance_scale": scale}} for scale in scales] or [options]
+        _check_given_once(options, draws, "--guidance")
+    drawn_with = options.get(draws, {})
+    return [{**options, draws: {**drawn_with, "guidance_scale": scale}} for scale in scales] or [options]
 
 
 def _check_given_once(options: dict[str, dict], part: str, argument: str) -> None:
@@ -129,12 +142,13 @@ def run(args: argparse.Namespace) -> None:
     )
     from unclip_jax.grid import save_grid
     from unclip_jax.sampling.programs import Sampler
-    from unclip_jax.sampling.text_to_image import text_to_image
-    from unclip_jax.sampling.unclip import check_prior, check_prior_name, made_by
+    from unclip_jax.sampling.text_to_image import prior_of, system_of, text_to_image
+    from unclip_jax.sampling.unclip import check_prior_name
 
-    priors = args.prior.split(",")
+    priors = [None] if args.prior is None else args.prior.split(",")
     for prior in priors:
-        check_prior_name(prior)
+        if prior is not None:
+            check_prior_name(prior)
     chosen = read_options(args, priors)
     drawn = len(args.captions) * args.samples
     check_range(
@@ -145,14 +159,15 @@ def run(args: argparse.Namespace) -> None:
     check_out(args.out)
     use_compilation_cache()
     sampler = Sampler(open_bundle(args))
-    for prior in priors:
-        check_prior(sampler.bundle, prior)
+    system, priors = system_of(sampler.bundle), [prior_of(sampler.bundle, prior) for prior in priors]
+    chosen = read_options(args, priors, system.draws)
     for options in chosen:
         sampler.options(options)
-    used = {name for prior in priors for name in made_by(sampler.bundle, prior)}
+    used = {name for prior in priors for name in system.made_by(sampler.bundle, prior)}
     for part in chosen[0]:
         if part not in used:
-            raise InputError(f"{part} does not draw with --prior {args.prior}: leave its options out")
+            with_prior = f" with --prior {','.join(priors)}" if system.priors else ""
+            raise InputError(f"{part} does not draw{with_prior}: leave its options out")
     captions = [caption for caption in args.captions for _ in range(args.samples)]
     images, labels = [], []
     for prior, options in itertools.product(priors, chosen):
@@ -168,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
             )
         )
         settings = [f"prior {prior}"] * (len(priors) > 1)
-        settings += [f"guidance {options['decoder']['guidance_scale']}"] if len(chosen) > 1 else []
+        settings += [f"guidance {options[system.draws]['guidance_scale']}"] if len(chosen) > 1 else []
         labels += [", ".join([*settings, caption]) for caption in captions]
     if len(images) > 1:
         columns = len(captions)
@@ -190,6 +205,7 @@ def _write_layout(args: argparse.Namespace) -> None:
     from unclip_jax.evaluate import layouts
     from unclip_jax.evaluate.sets import Drawing
     from unclip_jax.sampling.programs import Sampler
+    from unclip_jax.sampling.text_to_image import system_of
     from unclip_jax.sampling.unclip import check_prior_name
 
     for name, value in (("--prompts", args.prompts), ("--layout", args.layout), ("--out", args.out)):
@@ -197,7 +213,8 @@ def _write_layout(args: argparse.Namespace) -> None:
             raise InputError(f"a folder of samples needs --prompts, --layout and --out: give {name}")
     if args.captions or args.position:
         raise InputError("--prompts takes the place of captions and --position: leave them out")
-    check_prior_name(args.prior)
+    if args.prior is not None:
+        check_prior_name(args.prior)
     options = read_options(args, [args.prior])
     if len(options) > 1:
         raise InputError("a folder holds the samples of one guidance scale: give one with --guidance")
@@ -206,8 +223,10 @@ def _write_layout(args: argparse.Namespace) -> None:
     prompts = layouts.read_prompts(args.layout, args.prompts, source_options, args.samples)
     layouts.check_folder(args.out)
     use_compilation_cache()
+    sampler = Sampler(open_bundle(args))
+    options = read_options(args, [args.prior], system_of(sampler.bundle).draws)
     kept = layouts.draw_prompts(
-        Sampler(open_bundle(args)),
+        sampler,
         args.layout,
         prompts,
         args.out,

@@ -183,34 +183,38 @@ def _is_merge(pair: object) -> bool:
 class ClipTokenizer:
     """Turns captions into ids: `ClipTokenizer(length=77, vocab_size=49408)(texts)`. Any thread may call it.
 
-    A row is the start token, the text's tokens, the end token, then zeros. The mask is true from the start to
-    the end token inclusive. A text that is too long is cut, and its last token is the end token.
+    A row is the start token, the text's tokens, the end token, then `pad_id`. The mask is true from the start
+    to the end token inclusive. A text that is too long is cut, and its last token is the end token.
 
     Attributes:
       length: L, how many tokens a row has, at least 2.
       vocab_size: how many ids there are, in [514, 49408]; ids lie in [0, vocab_size).
       sot_id, eot_id: the ids of the start and the end token: vocab_size - 2 and vocab_size - 1.
+      pad_id: what follows the end token: 0, as CLIP was trained, or eot_id, as in Stable Diffusion 1.
 
-    Raises `ValueError` for a length or a vocab_size out of range.
+    Raises `ValueError` for a length, a vocab_size or a pad_id out of range.
     """
 
-    def __init__(self, length: int = 77, vocab_size: int = VOCAB_SIZE):
+    def __init__(self, length: int = 77, vocab_size: int = VOCAB_SIZE, pad_id: int = 0):
         if not BYTE_TOKENS + SPECIAL_TOKENS <= vocab_size <= VOCAB_SIZE:
             raise InputError(
                 f"vocab_size={vocab_size} must lie in [{BYTE_TOKENS + SPECIAL_TOKENS}, {VOCAB_SIZE}]"
             )
-        self._set_up(length, _shipped_merges()[: vocab_size - BYTE_TOKENS - SPECIAL_TOKENS], shipped=True)
+        merges = _shipped_merges()[: vocab_size - BYTE_TOKENS - SPECIAL_TOKENS]
+        self._set_up(length, merges, True, pad_id)
 
-    def _set_up(self, length: int, merges: tuple[tuple[str, str], ...], shipped: bool) -> None:
+    def _set_up(self, length: int, merges: tuple[tuple[str, str], ...], shipped: bool, pad_id: int) -> None:
         if length < 2:
             raise InputError(f"length={length} must be at least 2, for the start and the end token")
         self.length, self.vocab_size = int(length), BYTE_TOKENS + len(merges) + SPECIAL_TOKENS
         self.sot_id, self.eot_id = self.vocab_size - 2, self.vocab_size - 1
-        self._merges, self._shipped = merges, shipped
+        self._merges, self._shipped, self.pad_id = merges, shipped, int(pad_id)
+        if not 0 <= pad_id < self.vocab_size:
+            raise InputError(f"pad_id={pad_id} must lie in [0, {self.vocab_size})")
         self._engine = _engine(merges)
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike, length: int = 77) -> ClipTokenizer:
+    def from_folder(cls, path: str | os.PathLike, length: int = 77, pad_id: int = 0) -> ClipTokenizer:
         """The tokenizer in a folder of transformers: `vocab.json` and `merges.txt`, or `tokenizer.json`.
 
         Raises:
@@ -220,7 +224,7 @@ class ClipTokenizer:
         merges, _ = _folder_merges(Path(path))
         tokenizer = cls.__new__(cls)
         shipped = merges == _shipped_merges()[: len(merges)]
-        tokenizer._set_up(length, merges, shipped)
+        tokenizer._set_up(length, merges, shipped, pad_id)
         return tokenizer
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -230,7 +234,7 @@ class ClipTokenizer:
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"the tokenizer takes texts, got {type(text).__name__}")
-        tokens = np.zeros((len(texts), self.length), np.int32)
+        tokens = np.full((len(texts), self.length), self.pad_id, np.int32)
         mask = np.zeros((len(texts), self.length), np.bool_)
         for row, text in enumerate(texts):
             ids = self._engine.encode(clean_text(text), add_special_tokens=False).ids[: self.length - 2]
@@ -253,7 +257,7 @@ class ClipTokenizer:
     def save_folder(self, path: str | os.PathLike) -> None:
         """Writes the folder of a transformers CLIP tokenizer: the inverse of `from_folder`.
 
-        The files are `vocab.json`, `merges.txt` and `tokenizer_config.json`. The padding is id 0, as here.
+        The files are `vocab.json`, `merges.txt` and `tokenizer_config.json`. The padding is `pad_id`.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -268,7 +272,7 @@ class ClipTokenizer:
             "bos_token": "<|startoftext|>",
             "eos_token": "<|endoftext|>",
             "unk_token": "<|endoftext|>",
-            "pad_token": "!",
+            "pad_token": [*vocab][self.pad_id],
         }
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.length, **special}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), "utf-8")
@@ -279,6 +283,8 @@ class ClipTokenizer:
         It lists the merges only if they are not those of the shipped vocabulary.
         """
         config = {"kind": "clip_bpe", "length": self.length, "vocab_size": self.vocab_size}
+        if self.pad_id:
+            config["pad_id"] = self.pad_id
         if self._shipped:
             return {**config, "vocab_sha256": VOCAB_SHA256}
         return {**config, "merges": [" ".join(pair) for pair in self._merges]}
@@ -286,7 +292,7 @@ class ClipTokenizer:
     @classmethod
     def from_config(cls, config: dict) -> ClipTokenizer:
         """The inverse of `config()`. Raises `ValueError` for an unknown kind, key or vocabulary."""
-        allowed = ("kind", "length", "vocab_size", "vocab_sha256", "merges")
+        allowed = ("kind", "length", "vocab_size", "vocab_sha256", "merges", "pad_id")
         for key in config:
             if key not in allowed:
                 raise InputError(
@@ -298,11 +304,14 @@ class ClipTokenizer:
             if type(config.get(key)) is not int:
                 given = f"{key}={config.get(key)!r}"
                 raise InputError(f"the tokenizer config has {given}: expected a whole number")
+        pad_id = config.get("pad_id", 0)
+        if type(pad_id) is not int:
+            raise InputError(f"the tokenizer config has pad_id={pad_id!r}: expected a whole number")
         if "merges" not in config:
             if config.get("vocab_sha256", VOCAB_SHA256) != VOCAB_SHA256:
                 reason = "the tokenizer config names another vocabulary (vocab_sha256) than the shipped one"
                 raise InputError(f"{reason}: update unclip_jax")
-            return cls(length=config["length"], vocab_size=config["vocab_size"])
+            return cls(config["length"], config["vocab_size"], pad_id)
         pairs = config["merges"] if isinstance(config["merges"], list) else [None]
         pairs = [pair.split() if isinstance(pair, str) else None for pair in pairs]
         if not all(_is_merge(pair) for pair in pairs):
@@ -312,7 +321,7 @@ class ClipTokenizer:
             given = f"{len(merges)} merges, which does not fit vocab_size={config['vocab_size']}"
             raise InputError(f"the tokenizer config lists {given}")
         tokenizer = cls.__new__(cls)
-        tokenizer._set_up(config["length"], merges, shipped=False)
+        tokenizer._set_up(config["length"], merges, False, pad_id)
         return tokenizer
 
 

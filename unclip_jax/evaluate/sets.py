@@ -34,8 +34,7 @@ from unclip_jax.errors import InputError
 from unclip_jax.evaluate.statistics import Statistics, read_statistics
 from unclip_jax.paths import is_remote, store_errors, user_path
 from unclip_jax.sampling.programs import Sampler, as_sampler
-from unclip_jax.sampling.text_to_image import text_to_image
-from unclip_jax.sampling.unclip import check_prior, made_by
+from unclip_jax.sampling.text_to_image import prior_of, system_of, text_to_image
 
 ASSIGNMENT = re.compile(r"[A-Za-z_.]+=")
 # The first bytes of files, and the format that they show.
@@ -87,7 +86,7 @@ class Drawing:
     """
 
     captions: Sequence[str]
-    prior: str = "prior_diffusion"
+    prior: str | None = None
     seed: int = 0
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -224,23 +223,23 @@ def bundle_set(bundle: Sampler | Bundle, drawing: Drawing) -> ImageSet:
       ValueError, KeyError: if the bundle cannot draw so, before anything is drawn.
     """
     sampler = as_sampler(bundle)
-    check_prior(sampler.bundle, drawing.prior)
+    prior = prior_of(sampler.bundle, drawing.prior)
     chosen = sampler.options(drawing.options)
-    used = made_by(sampler.bundle, drawing.prior)
+    used = system_of(sampler.bundle).made_by(sampler.bundle, prior)
     for part in drawing.options:
         if part not in used:
-            raise InputError(f"{part} does not draw with the prior {drawing.prior}: leave its options out")
+            raise InputError(f"{part} does not draw with the prior {prior}: leave its options out")
     captions, name = list(drawing.captions), sampler.bundle.path or "the bundle"
     hashes = {n: part.hash or params_hash(part.params) for n, part in sampler.bundle.parts.items()}
     options = {part: dataclasses.asdict(chosen[part]) for part in used if part in chosen}
-    identity = [hashes, captions, drawing.prior, int(drawing.seed), options]
+    identity = [hashes, captions, prior, int(drawing.seed), options]
 
     def load(rows: Sequence[int]) -> list[Picture | str]:
         drawn = text_to_image(
             sampler,
             [captions[int(i)] for i in rows],
             seed=drawing.seed,
-            prior=drawing.prior,
+            prior=prior,
             positions=[int(i) for i in rows],
             options=drawing.options,
         )

@@ -62,12 +62,15 @@ def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> 
         return KINDS[kind].module(**settings, dtype=dtype, **hooks)
 
 
+WINOGRAD = ("decoder", "upsampler", "latent", "kl_autoencoder", "vq_autoencoder")
+
+
 def sampling_model(part_config: dict, mesh: Mesh) -> nn.Module:
     """The module that samples a part on a mesh, in the mesh's compute dtype.
 
     On CPU the U-Nets use convolutions with fewer products (`models.winograd`).
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu" and part_config["kind"] in ("decoder", "upsampler")
+    on_cpu = mesh.devices.flat[0].platform == "cpu" and part_config["kind"] in WINOGRAD
     hooks = {"winograd": True} if on_cpu else {}
     return build_model(part_config, compute_dtype("auto", mesh), gather=make_gather(mesh), **hooks)
 

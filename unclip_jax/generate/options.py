@@ -69,6 +69,24 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
+class LatentSamplingOptions(SamplingOptions):
+    """How a latent U-Net is sampled, and its latents decoded.
+
+    negative: what the picture should not show; it takes the place of the empty caption.
+    height, width: of the picture in pixels, multiples of the autoencoder's factor; None for the size of the
+      training images.
+    tile: side in pixels of the tiles that are decoded one at a time (`latents.decode_tiled`); None decodes
+      the whole picture at once.
+    """
+
+    clip: float | None = None
+    negative: str = ""
+    height: int | None = None
+    width: int | None = None
+    tile: int | None = None
+
+
+@dataclass(frozen=True)
 class CodeSamplingOptions:
     """How the autoregressive prior is sampled.
 
@@ -96,6 +114,7 @@ OPTIONS = {
     "prior_ar": CodeSamplingOptions,
     "decoder": SamplingOptions,
     "upsampler": SamplingOptions,
+    "latent": LatentSamplingOptions,
 }
 
 
@@ -130,6 +149,7 @@ def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 # What values each option takes: in words, and as a test.
 _NUMBER, _TEXT = ("a finite number", _is_number), ("text", _is_text)
 _NUMBER_OR_NONE = ("a finite number or None", _or_none(_is_number))
+_WHOLE_OR_NONE = ("a whole number or None", _or_none(_is_whole))
 VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "steps": ("a whole number, text or a list of whole numbers", _is_steps),
     "sampler": _TEXT,
@@ -146,11 +166,15 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "threshold": _NUMBER_OR_NONE,
     "candidates": ("a whole number", _is_whole),
     "temperature": _NUMBER,
-    "top_k": ("a whole number or None", _or_none(_is_whole)),
+    "top_k": _WHOLE_OR_NONE,
     "dot_quantile": _NUMBER,
     "spacing": _TEXT,
     "offset": ("a whole number", _is_whole),
     "last": _TEXT,
+    "negative": _TEXT,
+    "height": _WHOLE_OR_NONE,
+    "width": _WHOLE_OR_NONE,
+    "tile": _WHOLE_OR_NONE,
 }
 
 
@@ -166,7 +190,7 @@ def options_from(settings: dict, kind: str = "decoder", **overrides: Any) -> Opt
         known = ", ".join(options.__dataclass_fields__)
         raise InputError(f"unknown sampling option {', '.join(sorted(unknown))}; known: {known}")
     chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in {**settings, **overrides}.items()}
-    if options is SamplingOptions and "steps" not in chosen:
+    if issubclass(options, SamplingOptions) and "steps" not in chosen:
         raise InputError("the sampling options have no steps; set steps")
     for name, value in chosen.items():
         words, takes = VALUES[name]
@@ -189,7 +213,7 @@ def check_options(options: Options, part_config: dict) -> None:
         raise InputError(
             f"an upsampler is not guided: guidance_scale must be 1, got {options.guidance_scale}"
         )
-    if kind in ("decoder", "upsampler") and options.candidates != 1:
+    if kind in ("decoder", "upsampler", "latent") and options.candidates != 1:
         raise InputError(f"only a prior chooses among candidates: they must be 1, got {options.candidates}")
     if options.sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")

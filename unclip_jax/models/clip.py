@@ -99,7 +99,11 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Causal transformer over byte-pair tokens, pooled at the end-of-text token: the highest token id."""
+    """Causal transformer over byte-pair tokens, pooled at the end-of-text token: the highest token id.
+
+    project: False for the towers of Stable Diffusion, whose states alone are used; the embedding is then the
+      pooled state, and D = W.
+    """
 
     embed_dim: int
     vocab_size: int
@@ -109,6 +113,7 @@ class TextTower(nn.Module):
     heads: int
     activation: str = "quick_gelu"
     mlp_ratio: float = 4.0
+    project: bool = True
     remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32
@@ -129,6 +134,8 @@ class TextTower(nn.Module):
         )(x, causal_mask(length))  # fmt: skip
         states = LayerNorm(dtype=self.dtype, name="ln_final")(x)
         pooled = states[jnp.arange(b), jnp.argmax(tokens, axis=-1)]
+        if not self.project:
+            return TextFeatures(pooled.astype(jnp.float32), states.astype(jnp.float32))
         embed = nn.Dense(
             self.embed_dim,
             use_bias=False,

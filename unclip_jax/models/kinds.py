@@ -12,6 +12,7 @@ from unclip_jax.models.clip import CLIP, ImageTower, TextTower
 from unclip_jax.models.decoder import ClipConditioning, Decoder
 from unclip_jax.models.dinov2 import DINOv2
 from unclip_jax.models.inception import Inception
+from unclip_jax.models.latent_unet import LatentUNet
 from unclip_jax.models.lpips import LPIPS
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.prior_diffusion import DiffusionPrior
@@ -48,6 +49,7 @@ KINDS: dict[str, Kind] = {
     "upsampler": Kind(
         DIFFUSES | {"factor": (int, True), "last_step_of": (str, False)}, Upsampler, {"unet": UNet}
     ),
+    "latent": Kind(DIFFUSES, LatentUNet),
     "kl_autoencoder": Kind(ENCODES, KLAutoencoder),
     "vq_autoencoder": Kind(ENCODES, VQAutoencoder),
     "lpips": Kind(NETWORK, LPIPS),

@@ -10,7 +10,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
-from unclip_jax.sampling import unclip
+from unclip_jax.sampling import latent, unclip
 from unclip_jax.sampling.edits import inpaint, inversion
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
@@ -30,7 +30,10 @@ class System(NamedTuple):
     """A set of parts that together draw images.
 
     parts: the parts that every bundle of the system has.
-    sample: the cascade, (sampler, captions, *, seed, prior, positions, options, progress) -> `unclip.Stages`.
+    sample: the cascade, (sampler, captions, *, seed, positions, options, progress) -> stages, whose `images`
+      are arrays (B, H, W, 3) in [-1, 1], the largest last. A system with priors takes `prior` too.
+    draws: the part that draws the image, whose steps and guidance the commands set.
+    made_by: bundle, prior -> the names of the parts that draw with it.
     encode: inversion, images -> `edits.inversion.Latents`, which the edits change. None if the system cannot
       invert images.
     priors: the priors that a caller may choose from, each with the parts that it needs.
@@ -44,6 +47,8 @@ class System(NamedTuple):
 
     parts: tuple[str, ...]
     sample: Callable[..., Any]
+    draws: str
+    made_by: Callable[[Bundle, str | None], list[str]]
     encode: Callable[..., Any] | None = None
     priors: Mapping[str, tuple[str, ...]] = {}
     sizes: Callable[[Bundle], list[int]] | None = None
@@ -63,6 +68,8 @@ SYSTEMS = {
     "unclip": System(
         ("clip", "decoder"),
         unclip.sample_stages,
+        "decoder",
+        unclip.made_by,
         inversion.encode,
         unclip.PRIORS,
         sizes=unclip.sizes,
@@ -71,6 +78,14 @@ SYSTEMS = {
         stream=unclip.stream_stages,
         decode=inversion.decode,
         inpaint=inpaint.inpaint_rows,
+    ),
+    "latent": System(
+        latent.PARTS,
+        latent.sample_stages,
+        "latent",
+        lambda bundle, prior: list(latent.PARTS),
+        sizes=latent.sizes,
+        overrides=latent.overrides,
     ),
 }
 
@@ -92,12 +107,33 @@ def system_of(bundle: Bundle) -> System:
     return system
 
 
+def prior_of(bundle: Bundle, prior: str | None) -> str | None:
+    """The prior that a bundle draws with: the one asked for, or the first of its system; None where the
+    system has none.
+
+    Raises:
+      ValueError: if the prior is unknown, or the system has none.
+      KeyError: if the bundle lacks a part that it needs.
+    """
+    system = system_of(bundle)
+    if not system.priors:
+        if prior is not None:
+            raise InputError(f"the system {bundle.system} has no prior: leave {prior!r} out")
+        return None
+    prior = next(iter(system.priors)) if prior is None else prior
+    if prior not in system.priors:
+        raise InputError(f"unknown prior {prior!r}; choose one of {', '.join(system.priors)}")
+    for name in system.priors[prior]:
+        bundle.part(name)
+    return prior
+
+
 def text_to_image(
     bundle: Sampler | Bundle,
     captions: Sequence[str] | str,
     *,
     seed: int = 0,
-    prior: str = "prior_diffusion",
+    prior: str | None = None,
     positions: Sequence[int] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
@@ -107,18 +143,21 @@ def text_to_image(
     Args:
       bundle: from `load_bundle`; or a `Sampler` of it, which keeps the compiled programs between calls.
       captions: texts; a single string is one caption.
-      seed, prior, positions, options, progress: as in `unclip.sample_stages`.
+      prior: one of the system's; None for its first. A system without priors takes None only.
+      seed, positions, options, progress: as in `unclip.sample_stages`.
 
     Returns:
-      uint8 (B, H, W, 3). H = W is the largest upsampler's size, or the decoder's if there is no upsampler.
+      uint8 (B, H, W, 3), of the largest size that the bundle draws.
 
     Raises:
-      ValueError, KeyError, NumericalError: as in `unclip.sample_stages`.
+      ValueError, KeyError, NumericalError: as in the system's `sample_stages`; ValueError for a prior of a
+        system that has none.
     """
     sampler = as_sampler(bundle)
     captions = [captions] if isinstance(captions, str) else captions
-    sample = system_of(sampler.bundle).sample
-    stages = sample(
-        sampler, captions, seed=seed, prior=prior, positions=positions, options=options, progress=progress
+    system, prior = system_of(sampler.bundle), prior_of(sampler.bundle, prior)
+    chosen = {"prior": prior} if system.priors else {}
+    stages = system.sample(
+        sampler, captions, seed=seed, positions=positions, options=options, progress=progress, **chosen
     )
     return ops.to_uint8(stages.images[-1])

@@ -64,8 +64,10 @@ class Model:
         names = ("steps", "guidance_scale", "prior_guidance_scale", "eta", "candidates")
         given = {name: values[name] for name in names if values.get(name) is not None}
         if values.get("negative_prompt"):
-            system = self.sampler.bundle.system
-            raise ApiError(400, f"the system {system} takes no negative prompt", "negative_prompt")
+            if not hasattr(self.sampler.options()[self.system.draws], "negative"):
+                system = self.sampler.bundle.system
+                raise ApiError(400, f"the system {system} takes no negative prompt", "negative_prompt")
+            given["negative"] = values["negative_prompt"]
         try:
             chosen = self.system.overrides(self.sampler.bundle, prior, **given)
             self.sampler.options(chosen)

@@ -13,7 +13,16 @@ from typing import Any
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.checkpoint.files import Place, read_json
-from unclip_jax.checkpoint.providers import clip, dinov2, inception, karlo, karlo_export, lpips, open_clip
+from unclip_jax.checkpoint.providers import (
+    clip,
+    dinov2,
+    inception,
+    karlo,
+    karlo_export,
+    lpips,
+    open_clip,
+    stable_diffusion,
+)
 from unclip_jax.errors import InputError
 
 
@@ -51,6 +60,11 @@ PROVIDERS: dict[str, Provider] = {
         obstacles=karlo_export.obstacles,
         check_target=karlo_export.check_target,
         write=karlo_export.write,
+    ),
+    "stable_diffusion": Provider(
+        layout="Stable Diffusion 1.x or 2.x in diffusers' layout or in one file",
+        recognises=stable_diffusion.recognises,
+        read=stable_diffusion.read,
     ),
     "clip": Provider(
         layout="CLIP of transformers or of OpenAI",

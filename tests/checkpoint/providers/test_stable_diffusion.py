@@ -1,0 +1,406 @@
+"""Stable Diffusion's folders and single files against diffusers, run at the same random weights."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from tests.checkpoint import peers
+from tests.checkpoint.peers import close, nchw, run_part
+from tests.helpers import param_shapes, struct
+from unclip_jax.checkpoint.bundle import save_bundle
+from unclip_jax.checkpoint.check import latent_shapes
+from unclip_jax.checkpoint.convert import export
+from unclip_jax.checkpoint.load import load_bundle
+from unclip_jax.checkpoint.providers import autoencoder
+from unclip_jax.checkpoint.providers.latent_names import compvis_unet, diffusers_unet
+from unclip_jax.checkpoint.store import params_hash
+from unclip_jax.diffusion import process
+from unclip_jax.errors import InputError
+from unclip_jax.models.autoencoder import KLAutoencoder
+from unclip_jax.sampling.latent import sample_stages
+from unclip_jax.sampling.programs import Sampler
+from unclip_jax.sampling.text_to_image import text_to_image
+
+RNG = np.random.default_rng(0)
+normal = lambda *shape: np.float32(RNG.normal(size=shape))
+nhwc = lambda t: np.moveaxis(t.detach().numpy(), 1, -1)
+CAPTIONS = ["a red fox on the ice", "two cats"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Of each version: the folder, the pipeline it was written by, and the bundle read from it."""
+    found = {}
+    for version, prediction in ((1, "epsilon"), (2, "v_prediction")):
+        folder = tmp_path_factory.mktemp("sd") / f"sd{version}"
+        pipeline = peers.stable_diffusion(folder, version=version, prediction=prediction)
+        found[version] = folder, pipeline, load_bundle(folder)
+    return found
+
+
+both = pytest.mark.parametrize("version", [1, 2])
+
+
+@both
+def test_parts(made, version):
+    bundle = made[version][2]
+    assert bundle.system == "latent"
+    assert {name: part.config["kind"] for name, part in bundle.parts.items()} == {
+        "clip": "clip",
+        "latent": "latent",
+        "autoencoder": "kl_autoencoder",
+    }
+    frozen = {name: params_hash(bundle.parts[name].params) for name in ("clip", "autoencoder")}
+    assert bundle.parts["latent"].config["frozen"] == frozen
+    assert bundle.parts["latent"].config["diffusion"]["prediction"] == ("eps" if version == 1 else "v")
+    assert bundle.sampling["latent"]["sampler"] == "plms" and bundle.sampling["latent"]["offset"] == 1
+    assert bundle.parts["autoencoder"].config["scale_factor"] == 0.18215
+
+
+@both
+def test_text_states(made, version):
+    """The tokens with their padding, and the states after the last norm."""
+    _, pipeline, bundle = made[version]
+    tokens = pipeline.tokenizer(
+        CAPTIONS, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    ours = Sampler(bundle).captions(CAPTIONS)["clip_tokens"]
+    np.testing.assert_array_equal(ours, tokens.numpy())
+    assert ours[1, -1] == (599 if version == 1 else 0)
+    with torch.no_grad():
+        wanted = pipeline.text_encoder(tokens).last_hidden_state
+    close(run_part(bundle, "clip", ours, method="encode_text").states, wanted)
+
+
+@both
+def test_networks(made, version):
+    """The U-Net and the decoder, at sizes that do not halve evenly."""
+    _, pipeline, bundle = made[version]
+    x, states = normal(2, 7, 9, 4), normal(2, peers.LENGTH, 16)
+    t = np.array([3, 912])
+    with torch.no_grad():
+        noise = pipeline.unet(
+            nchw(x), torch.from_numpy(t), encoder_hidden_states=torch.from_numpy(states)
+        ).sample
+        image = pipeline.vae.decode(nchw(x)).sample
+    close(run_part(bundle, "latent", x, t, context=states), nhwc(noise), 1e-4)
+    close(run_part(bundle, "autoencoder", x, method="decode"), nhwc(image), 1e-4)
+
+
+def share_noise(monkeypatch, noise):
+    """Our samplers begin with this noise."""
+    import sys
+
+    draw = lambda key, shape, dtype=jnp.float32: jnp.asarray(noise)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("unclip_jax.") and hasattr(module, "standard_normal") and module is not process:
+            monkeypatch.setattr(module, "standard_normal", draw)
+
+
+def drawn_by(pipeline, noise, **settings):
+    """Pictures by the library's pipeline, with its schedulers' tables in float64."""
+    scheduler = pipeline.scheduler
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)
+    if hasattr(scheduler, "final_alpha_cumprod"):
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    return pipeline(CAPTIONS, latents=nchw(noise), output_type="np", **settings).images
+
+
+@pytest.mark.parametrize("version, negative", [(1, "blurry, dark"), (2, "")])
+def test_whole_pipeline(made, version, negative, monkeypatch):
+    """Captions to pictures with the same noise: equal to one level of 255."""
+    _, pipeline, bundle = made[version]
+    noise = normal(2, 8, 12, 4)
+    settings = dict(num_inference_steps=5, guidance_scale=4.0, height=16, width=24)
+    theirs = drawn_by(pipeline, noise, negative_prompt=[negative] * 2, **settings)
+    share_noise(monkeypatch, noise)
+    options = dict(steps=5, guidance_scale=4.0, height=16, width=24, negative=negative)
+    ours = text_to_image(bundle, CAPTIONS, options={"latent": options})
+    assert ours.shape == (2, 16, 24, 3) and ours.std() > 20
+    assert np.abs(ours.astype(int) - np.round(theirs * 255).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("DDIMScheduler", dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)),
+        ("EulerDiscreteScheduler", dict(timestep_spacing="trailing")),
+        ("DPMSolverMultistepScheduler", dict(steps_offset=1, timestep_spacing="leading")),
+    ],
+)
+def test_schedulers_of_folders(made, name, settings, tmp_path, monkeypatch):
+    """A scheduler's file decides the sampler, and the pictures are the library's."""
+    import diffusers
+
+    folder, pipeline, _ = made[1]
+    scheduler = getattr(diffusers, name).from_config(dict(pipeline.scheduler.config), **settings)
+    before, pipeline.scheduler = pipeline.scheduler, scheduler
+    try:
+        shutil.copytree(folder, tmp_path / "sd")
+        scheduler.save_pretrained(tmp_path / "sd" / "scheduler")
+        noise = normal(2, 8, 8, 4)
+        theirs = drawn_by(pipeline, noise, num_inference_steps=3, guidance_scale=3.0)
+    finally:
+        pipeline.scheduler = before
+    share_noise(monkeypatch, noise)
+    found = load_bundle(tmp_path / "sd")
+    ours = text_to_image(found, CAPTIONS, options={"latent": {"steps": 3, "guidance_scale": 3.0}})
+    assert np.abs(ours.astype(int) - np.round(theirs * 255).astype(int)).max() <= 1
+
+
+def test_our_format_and_back(made, tmp_path):
+    """A bundle in our format holds the same, and draws sizes that are asked for, in the order of
+    positions."""
+    bundle = made[1][2]
+    save_bundle(bundle, tmp_path / "ours", np.float32)
+    again = load_bundle(tmp_path / "ours")
+    for name, part in bundle.parts.items():
+        assert again.parts[name].config == json.loads(json.dumps(part.config))
+        assert again.parts[name].hash == params_hash(part.params)
+    options = {
+        "latent": {"steps": 2, "height": 16, "width": 8, "sampler": "euler_ancestral", "last": "clean"}
+    }
+    sampler = Sampler(again)
+    a = sample_stages(sampler, CAPTIONS, seed=3, options=options)
+    b = sample_stages(sampler, CAPTIONS[::-1], seed=3, positions=[1, 0], options=options)
+    np.testing.assert_allclose(a.images[0], b.images[0][::-1], atol=1e-5)
+    assert a.images[0].shape == (2, 16, 8, 3) and a.latents.shape == (2, 8, 4, 4)
+    assert np.abs(a.latents[0] - a.latents[1]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"height": 15}, "multiple of 2 from 2"),
+        ({"tile": 3}, "tile must be a multiple of 2"),
+        ({"negative": "x", "guidance_scale": 1.0}, "needs guidance"),
+        ({"candidates": 2}, "only a prior chooses"),
+        ({"variance": "learned", "sampler": "ddpm"}, "needs a network that predicts it"),
+    ],
+)
+def test_refused_options(made, options, words):
+    with pytest.raises(InputError, match=words):
+        text_to_image(made[1][2], CAPTIONS, options={"latent": {"steps": 2, **options}})
+
+
+def test_no_prior(made):
+    with pytest.raises(InputError, match="has no prior"):
+        text_to_image(made[1][2], CAPTIONS, prior="prior_diffusion")
+
+
+def test_inpainting_network(tmp_path):
+    """A U-Net of nine channels is read; a caption alone does not draw with it."""
+    pipeline = peers.stable_diffusion(tmp_path / "inpaint", in_channels=9)
+    found = load_bundle(tmp_path / "inpaint")
+    kernel = found.parts["latent"].params["conv_in"]["kernel"]
+    np.testing.assert_array_equal(kernel, pipeline.unet.conv_in.weight.detach().numpy().transpose(2, 3, 1, 0))
+    assert kernel.shape[2] == 9
+    with pytest.raises(InputError, match="inpaints: it takes 9 channels"):
+        text_to_image(found, CAPTIONS)
+
+
+# ------------------------------------------------------------------------------------------- single files
+def unet_config(version):
+    """A U-Net of the contexts that single files are known by."""
+    return dict(
+        image_size=64,
+        in_channels=4,
+        out_channels=4,
+        channels=64,
+        channel_mult=(1, 2),
+        res_blocks=2,
+        heads=(8, 8) if version == 1 else (1, 2),
+        attention_levels=(0,),
+        context_dim=768 if version == 1 else 1024,
+        transformer_depth=1,
+        linear=version == 2,
+    )
+
+
+VAE = dict(latent_channels=4, channels=32, channel_mult=(1, 2), res_blocks=1)
+
+
+def random_tree(shapes, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: np.float32(0.05 * rng.normal(size=leaf.shape)), shapes)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The parameters of a tiny network of each version."""
+    vae = KLAutoencoder(**VAE)
+    decoder = random_tree(param_shapes(vae, struct(1, 2, 2, 3)), 1)
+    return {
+        v: {"latent": random_tree(latent_shapes(unet_config(v)), v), "autoencoder": decoder} for v in (1, 2)
+    }
+
+
+def text_tensors(version, layers=2, vocab=600, seed=5):
+    """A text tower by the names of the version's files."""
+    rng, width = np.random.default_rng(seed), 768 if version == 1 else 1024
+    new = lambda *shape: np.float32(0.05 * rng.normal(size=shape))
+    if version == 1:
+        at = "cond_stage_model.transformer.text_model."
+        tensors = {
+            f"{at}embeddings.token_embedding.weight": new(vocab, width),
+            f"{at}embeddings.position_embedding.weight": new(16, width),
+            f"{at}embeddings.position_ids": np.arange(16)[None],
+            f"{at}final_layer_norm.weight": new(width),
+            f"{at}final_layer_norm.bias": new(width),
+        }
+        names = [
+            ("layer_norm1", 0, 0),
+            ("layer_norm2", 0, 0),
+            ("mlp.fc1", 128, width),
+            ("mlp.fc2", width, 128),
+        ]
+        names += [(f"self_attn.{name}_proj", width, width) for name in ("q", "k", "v", "out")]
+        block = f"{at}encoder.layers."
+    else:
+        at = "cond_stage_model.model."
+        tensors = {
+            f"{at}token_embedding.weight": new(vocab, width),
+            f"{at}positional_embedding": new(16, width),
+            f"{at}ln_final.weight": new(width),
+            f"{at}ln_final.bias": new(width),
+            f"{at}text_projection": new(width, width),
+            f"{at}logit_scale": new(),
+        }
+        names = [("ln_1", 0, 0), ("ln_2", 0, 0), ("mlp.c_fc", 128, width), ("mlp.c_proj", width, 128)]
+        names += [("attn.out_proj", width, width)]
+        block = f"{at}transformer.resblocks."
+    for i in range(layers):
+        for name, out, into in names:
+            tensors[f"{block}{i}.{name}.weight"] = new(out, into) if into else new(width)
+            tensors[f"{block}{i}.{name}.bias"] = new(out or width)
+        if version == 2:
+            tensors[f"{block}{i}.attn.in_proj_weight"] = new(3 * width, width)
+            tensors[f"{block}{i}.attn.in_proj_bias"] = new(3 * width)
+    return tensors
+
+
+def write_file(path, parts, version, metadata=None, **extra):
+    """A single file by CompVis' names."""
+    unet = export(parts[version]["latent"], compvis_unet(unet_config(version)), "the U-Net")
+    vae = export(parts[version]["autoencoder"], autoencoder.compvis_rules(), "the autoencoder")
+    tensors = {f"model.diffusion_model.{k}": v for k, v in unet.items()}
+    tensors |= {f"first_stage_model.{k}": v for k, v in vae.items()} | text_tensors(version) | extra
+    tensors["model_ema.decay"] = np.float32(0.9999)
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path, metadata)
+    return unet, vae
+
+
+@both
+def test_names_of_single_files(parts, version):
+    """diffusers' own converter makes of our CompVis names what our rules of its names read."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    config = unet_config(version)
+    tensors = export(parts[version]["latent"], compvis_unet(config), "the U-Net")
+    theirs = convert_ldm_unet_checkpoint(
+        {f"model.diffusion_model.{k}": torch.from_numpy(np.array(v)) for k, v in tensors.items()},
+        dict(layers_per_block=config["res_blocks"], class_embed_type=None, addition_embed_type=None),
+    )
+    ours = export(parts[version]["latent"], diffusers_unet(config), "the U-Net")
+    assert theirs.keys() == ours.keys() and len(tensors) == len(ours)
+    for name, value in ours.items():
+        np.testing.assert_array_equal(theirs[name].numpy(), value, err_msg=name)
+
+
+@both
+def test_single_file(parts, version, tmp_path):
+    """The file's networks, their heads and activation, and what is asked for."""
+    path = tmp_path / "sd.safetensors"
+    write_file(path, parts, version)
+    if version == 2:
+        with pytest.raises(
+            InputError, match="does not say whether it predicts the noise or v: write"
+        ) as error:
+            load_bundle(path)
+        assert str(tmp_path / "sd.json") in str(error.value) and "\n" not in str(error.value)
+        (tmp_path / "sd.json").write_text('{"prediction_type": "v_prediction"}')
+    found = load_bundle(path)
+    assert found.system == "latent"
+    latent, tower = found.parts["latent"].config, found.parts["clip"].config
+    model = unet_config(version)
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in latent["model"].items()} == model
+    assert latent["diffusion"]["prediction"] == ("eps" if version == 1 else "v")
+    assert tower["model"]["text"]["layers"] == (2 if version == 1 else 1)  # 2.x leaves its last block out
+    assert tower["model"]["activation"] == ("quick_gelu" if version == 1 else "gelu")
+    assert tower["tokenizer"].get("pad_id", 0) == (599 if version == 1 else 0)
+    for name, wanted in parts[version].items():
+        jax.tree.map(np.testing.assert_array_equal, found.parts[name].params, wanted)
+    block = found.parts["clip"].params["text_tower"]["transformer"]["block_0"]["attn"]
+    tensors = text_tensors(version)
+    if version == 2:
+        query = tensors["cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight"][:1024]
+    else:
+        query = tensors["cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight"]
+    np.testing.assert_array_equal(block["query"]["kernel"].reshape(query.shape[1], -1), query.T)
+
+
+def test_single_file_says_it_itself(parts, tmp_path):
+    """The metadata of the file say what it predicts."""
+    write_file(tmp_path / "sd.safetensors", parts, 2, {"modelspec.prediction_type": "v"})
+    assert load_bundle(tmp_path / "sd.safetensors").parts["latent"].config["diffusion"]["prediction"] == "v"
+
+
+@pytest.mark.parametrize(
+    "drop, extra, words",
+    [
+        ("first_stage_model.", {}, "without its autoencoder"),
+        ("model.diffusion_model.middle_block.1.", {}, "is missing"),
+        ("model.diffusion_model.out.0.", {}, "parameters are missing"),
+        (None, {"model.diffusion_model.extra": np.float32([1])}, "have no use: extra"),
+        (None, {"alphas_cumprod": np.linspace(0.9, 0.1, 1000, dtype=np.float32)}, "another noise schedule"),
+    ],
+)
+def test_single_files_that_are_refused(parts, drop, extra, words, tmp_path):
+    path = tmp_path / "sd.safetensors"
+    write_file(path, parts, 1, **extra)
+    if drop:
+        kept = {k: v for k, v in load_file(path).items() if not k.startswith(drop)}
+        save_file(kept, path)
+    with pytest.raises(InputError, match=words):
+        load_bundle(path)
+
+
+@pytest.mark.parametrize(
+    "file, changes, words",
+    [
+        ("unet/config.json", {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+        ("unet/config.json", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}, "not known here"),
+        ("unet/config.json", {"attention_head_dim": 5}, "numbers of heads"),
+        ("unet/config.json", {"cross_attention_dim": 20}, "takes text states of 20, and CLIP makes 16"),
+        ("vae/config.json", {"shift_factor": 0.1}, "shift_factor"),
+        ("vae/config.json", {"latent_channels": 5}, "the autoencoder has 5"),
+        ("scheduler/scheduler_config.json", {"_class_name": "LMSDiscreteScheduler"}, "known: PNDMScheduler"),
+        ("scheduler/scheduler_config.json", {"skip_prk_steps": False}, "skip_prk_steps"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "known: epsilon"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "[PAD]"}, "pad_token is '\\[PAD\\]'"),
+        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "no such part"),
+        ("text_encoder/config.json", {"hidden_act": "relu"}, "activations relu"),
+    ],
+)
+def test_folders_that_are_refused(made, file, changes, words, tmp_path):
+    """One line that names the setting, before any weights are read."""
+    for source in made[1][0].rglob("*.json"):
+        target = tmp_path / source.relative_to(made[1][0])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    for name in ("vocab.json", "merges.txt"):
+        if (made[1][0] / "tokenizer" / name).is_file():
+            shutil.copy(made[1][0] / "tokenizer" / name, tmp_path / "tokenizer" / name)
+    config = json.loads((tmp_path / file).read_text()) | changes
+    (tmp_path / file).write_text(json.dumps(config))
+    if "pad_token" in changes and (tmp_path / "tokenizer/special_tokens_map.json").is_file():
+        (tmp_path / "tokenizer/special_tokens_map.json").unlink()
+    with pytest.raises(InputError, match=words):
+        load_bundle(tmp_path)

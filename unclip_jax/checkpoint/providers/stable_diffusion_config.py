@@ -1,0 +1,302 @@
+"""What the JSON files of Stable Diffusion's folders may say, key by key, and what that is here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unclip_jax.checkpoint.settings import STATED, Settings
+from unclip_jax.errors import InputError
+from unclip_jax.typed import shown
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # diffusers' name -> ours
+# The pipelines' own defaults.
+SAMPLING = {"steps": 50, "guidance_scale": 7.5, "clip": None}
+BETA_ENDS = (0.00085, 0.012)  # of the schedule that is called scaled_linear here
+SCALE_FACTOR = 0.18215
+
+# ------------------------------------------------------------------------------------------- tables
+SCHEDULERS = {  # diffusers' class -> our sampler
+    "PNDMScheduler": "plms",
+    "DDIMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+}
+CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "scheduler": tuple(SCHEDULERS),
+}
+# The parts of a pipeline that do not draw, and may be missing.
+ASIDE = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+
+UNET = Settings(
+    read={
+        "sample_size": (int, STATED),
+        "in_channels": (int, 4),
+        "out_channels": (int, 4),
+        "layers_per_block": (int, 2),
+        "block_out_channels": (tuple[int, ...], (320, 640, 1280, 1280)),
+        "down_block_types": (tuple[str, ...], STATED),
+        "up_block_types": (tuple[str, ...], STATED),
+        "cross_attention_dim": (int, 1280),
+        "attention_head_dim": (int | tuple[int, ...], 8),
+        "num_attention_heads": (int | tuple[int, ...] | None, None),
+        "transformer_layers_per_block": (int, 1),
+        "use_linear_projection": (bool, False),
+        "norm_num_groups": (int, 32),
+        "class_embed_type": (str | None, None),
+        "projection_class_embeddings_input_dim": (int | None, None),
+    },
+    same={
+        "_class_name": CLASSES["unet"],
+        "act_fn": ("silu",),
+        "norm_eps": (1e-5,),
+        "freq_shift": (0,),
+        "flip_sin_to_cos": (True,),
+        "downsample_padding": (1,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "mid_block_scale_factor": (1,),
+        "resnet_time_scale_shift": ("default",),
+        "resnet_out_scale_factor": (1.0,),
+        "time_embedding_type": ("positional",),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "attention_type": ("default",),
+    },
+    # The scores of attention are float32 here in any case.
+    free=("dropout", "upcast_attention", "addition_embed_type_num_heads"),
+)
+VAE = Settings(
+    read={
+        "latent_channels": (int, 4),
+        "block_out_channels": (tuple[int, ...], (64,)),
+        "layers_per_block": (int, 1),
+        "norm_num_groups": (int, 32),
+        "scaling_factor": (float, SCALE_FACTOR),
+        "down_block_types": (tuple[str, ...], ("DownEncoderBlock2D",)),
+        "up_block_types": (tuple[str, ...], ("UpDecoderBlock2D",)),
+        "mid_block_add_attention": (bool, True),
+    },
+    same={
+        "_class_name": CLASSES["vae"],
+        "in_channels": (3,),
+        "out_channels": (3,),
+        "act_fn": ("silu",),
+        "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,),
+        "shift_factor": (None,),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    },
+    free=("sample_size", "force_upcast"),
+)
+# Settings of one scheduler stand in the files of others, which pass them over.
+_LEFT_OVER = (
+    *("clip_sample", "clip_sample_range", "set_alpha_to_one", "skip_prk_steps", "steps_offset"),
+    *("sample_max_value", "dynamic_thresholding_ratio", "thresholding", "rescale_betas_zero_snr"),
+    *("interpolation_type", "final_sigmas_type", "timestep_type", "sigma_min", "sigma_max", "flow_shift"),
+    *("algorithm_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final"),
+    *("lambda_min_clipped", "variance_type", "use_karras_sigmas", "use_exponential_sigmas"),
+    *("use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "time_shift_type", "timestep_spacing"),
+)
+_READ = {
+    "num_train_timesteps": (int, 1000),
+    "beta_start": (float, 0.0001),
+    "beta_end": (float, 0.02),
+    "beta_schedule": (str, "linear"),
+    "prediction_type": (str, "epsilon"),
+    "steps_offset": (int | None, 0),
+}
+_ZERO_SNR = {"rescale_betas_zero_snr": (bool, False)}
+_FINAL = {"final_sigmas_type": (str, "zero")}
+
+
+def _scheduler(name: str, spacing: str, read: dict, **tables: dict) -> Settings:
+    # `steps_offset` may be 0, which `Settings` counts as no size; `scheduler` checks it.
+    read = _READ | {"timestep_spacing": (str, spacing)} | read
+    del read["steps_offset"]
+    tables["same"] = {"_class_name": (name,), "trained_betas": (None,)} | tables.get("same", {})
+    taken = read.keys() | tables["same"].keys() | tables.get("stated", {}).keys()
+    return Settings(read=read, free=[key for key in _LEFT_OVER if key not in taken], **tables)
+
+
+_NO_KARRAS = {
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+}
+SETTINGS = {
+    "plms": _scheduler(
+        "PNDMScheduler", "leading", {"set_alpha_to_one": (bool, False)}, stated={"skip_prk_steps": (True,)}
+    ),
+    "ddim": _scheduler(
+        "DDIMScheduler",
+        "leading",
+        {"set_alpha_to_one": (bool, True)} | _ZERO_SNR,
+        same={"thresholding": (False,)},
+        stated={"clip_sample": (False,)},
+    ),
+    "euler": _scheduler(
+        "EulerDiscreteScheduler",
+        "linspace",
+        _ZERO_SNR | _FINAL,
+        same=_NO_KARRAS | {"interpolation_type": ("linear",), "timestep_type": ("discrete",)},
+    ),
+    "euler_ancestral": _scheduler("EulerAncestralDiscreteScheduler", "linspace", _ZERO_SNR),
+    "dpmpp_2m": _scheduler(
+        "DPMSolverMultistepScheduler",
+        "linspace",
+        _ZERO_SNR | _FINAL,
+        same=_NO_KARRAS
+        | {
+            "algorithm_type": ("dpmsolver++",),
+            "solver_order": (2,),
+            "solver_type": ("midpoint",),
+            "lower_order_final": (True,),
+            "euler_at_final": (False,),
+            "thresholding": (False,),
+            "variance_type": (None,),
+            "use_lu_lambdas": (False, None),
+            "use_flow_sigmas": (False, None),
+        },
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------- networks
+def _multiples(channels: tuple[int, ...], name: str) -> tuple[int, ...]:
+    if any(c % channels[0] for c in channels):
+        raise InputError(f"{name}: block_out_channels must be multiples of the first, {channels[0]}")
+    return tuple(c // channels[0] for c in channels)
+
+
+def unet_model(config: Mapping[str, Any], name: str) -> dict:
+    """`UNet2DConditionModel`'s configuration -> keyword arguments of `LatentUNet`.
+
+    Raises:
+      ValueError: naming the setting with which the network differs from ours.
+    """
+    taken = UNET.take(config, name)
+    channels = tuple(taken["block_out_channels"])
+    levels, attends = len(channels), []
+    kinds = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+    for down, up in zip(taken["down_block_types"], reversed(taken["up_block_types"])):
+        if down not in kinds or up != down.replace("Down", "Up"):
+            raise InputError(
+                f"{name}: the blocks {shown(down)} and {shown(up)} of one level are not known here"
+            )
+        attends.append(kinds[down])
+    if len(taken["down_block_types"]) != levels or len(taken["up_block_types"]) != levels:
+        raise InputError(f"{name}: {levels} block_out_channels need as many down and up blocks")
+    # diffusers calls the number of heads attention_head_dim.
+    heads = taken["num_attention_heads"] or taken["attention_head_dim"]
+    heads = (heads,) * levels if isinstance(heads, int) else tuple(heads)
+    if len(heads) != levels or any(c % h for c, h in zip(channels, heads) if h < 1 or c % h):
+        raise InputError(
+            f"{name}: attention_head_dim must be {levels} numbers of heads that divide the channels"
+        )
+    projected = taken["class_embed_type"] == "projection"
+    if taken["class_embed_type"] not in (None, "projection"):
+        raise InputError(f"{name}: class_embed_type is {shown(taken['class_embed_type'])}; known: projection")
+    return {
+        "image_size": taken["sample_size"],
+        "in_channels": taken["in_channels"],
+        "out_channels": taken["out_channels"],
+        "channels": channels[0],
+        "channel_mult": _multiples(channels, name),
+        "res_blocks": taken["layers_per_block"],
+        "heads": heads,
+        "attention_levels": tuple(level for level, attend in enumerate(attends) if attend),
+        "context_dim": taken["cross_attention_dim"],
+        "transformer_depth": taken["transformer_layers_per_block"],
+        "linear": taken["use_linear_projection"],
+        "groups": taken["norm_num_groups"],
+        **({"vector_dim": taken["projection_class_embeddings_input_dim"]} if projected else {}),
+    }
+
+
+def vae_model(config: Mapping[str, Any], name: str) -> tuple[dict, float]:
+    """`AutoencoderKL`'s configuration -> keyword arguments of `KLAutoencoder`, and the scale factor.
+
+    Raises:
+      ValueError: naming the setting with which the network differs from ours.
+    """
+    taken = VAE.take(config, name)
+    channels = tuple(taken["block_out_channels"])
+    blocks = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+    for key, kind in blocks.items():
+        if list(taken[key]) != [kind] * len(channels):
+            raise InputError(f"{name}: {key} must be {len(channels)} of {kind}, not {shown(taken[key])}")
+    if not 0 < taken["scaling_factor"] < 1e6:
+        raise InputError(f"{name}: scaling_factor must be positive, not {shown(taken['scaling_factor'])}")
+    model = {
+        "latent_channels": taken["latent_channels"],
+        "channels": channels[0],
+        "channel_mult": _multiples(channels, name),
+        "res_blocks": taken["layers_per_block"],
+        "middle_attention": taken["mid_block_add_attention"],
+        "groups": taken["norm_num_groups"],
+    }
+    return model, float(taken["scaling_factor"])
+
+
+# ------------------------------------------------------------------------------------------- scheduler
+def scheduler(config: Mapping[str, Any], name: str) -> tuple[dict, dict]:
+    """A scheduler's configuration -> a part's `diffusion`, and the sampling defaults.
+
+    Raises:
+      ValueError: naming the setting that is not known here.
+    """
+    kind = config.get("_class_name")
+    if kind not in SCHEDULERS:
+        raise InputError(
+            f"{name}: the scheduler {shown(kind)} is not known here; known: {', '.join(SCHEDULERS)}"
+        )
+    sampler = SCHEDULERS[kind]
+    taken = SETTINGS[sampler].take({k: v for k, v in config.items() if k != "steps_offset"}, name)
+    offset, spacing = config.get("steps_offset", 0), taken["timestep_spacing"]
+    if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 1000:
+        raise InputError(f"{name}: steps_offset must be a whole number from 0, not {shown(offset)}")
+    for key, known in (
+        ("prediction_type", PREDICTIONS),
+        ("timestep_spacing", ("leading", "trailing", "linspace")),
+        ("beta_schedule", ("linear", "scaled_linear")),
+    ):
+        if taken[key] not in known:
+            raise InputError(f"{name}: {key} is {shown(taken[key])}; known: {', '.join(known)}")
+    first = not taken["set_alpha_to_one"] if "set_alpha_to_one" in taken else False
+    if taken.get("final_sigmas_type", "zero") not in ("zero", "sigma_min"):
+        raise InputError(f"{name}: final_sigmas_type is {shown(taken['final_sigmas_type'])}")
+    first = first or taken.get("final_sigmas_type") == "sigma_min"
+    sampling = {"sampler": sampler, "spacing": spacing, "last": "first" if first else "clean"}
+    sampling |= {"offset": offset} if spacing == "leading" and offset else {}
+    diffusion = {
+        "schedule": taken["beta_schedule"],
+        "num_steps": taken["num_train_timesteps"],
+        "prediction": PREDICTIONS[taken["prediction_type"]],
+        "beta_ends": [taken["beta_start"], taken["beta_end"]],
+    }
+    if taken.get("rescale_betas_zero_snr"):
+        diffusion["zero_snr"] = True
+    return diffusion, SAMPLING | sampling
+
+
+def check_index(index: Mapping[str, Any], name: str) -> None:
+    """Checks that each part of `model_index.json` is of a class that is known here.
+
+    Raises:
+      ValueError: naming the part and its class.
+    """
+    for part, (*_, kind) in ((k, v) for k, v in index.items() if isinstance(v, list) and v):
+        if part in ASIDE:
+            continue
+        if part not in CLASSES or kind not in CLASSES[part]:
+            known = ", ".join(CLASSES.get(part, ())) or "no such part"
+            raise InputError(f"{name}: {part} is a {shown(kind)}; known here: {known}")
+    missing = [part for part in CLASSES if not index.get(part)]
+    if missing:
+        raise InputError(f"{name} lacks {', '.join(missing)}; copy the folder again")

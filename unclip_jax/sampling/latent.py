@@ -1,0 +1,194 @@
+"""Latent diffusion's cascade: text, latents, autoencoder, in one compiled program (Rombach et al. 2022).
+
+As in `unclip`, guidance scales are arguments of the program, and every row has its own random key. The
+negative caption is an argument too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.diffusion.process import fold_in
+from unclip_jax.errors import InputError
+from unclip_jax.generate.latents import decode_latents, sample_latents
+from unclip_jax.generate.options import LatentSamplingOptions, Options, is_guided
+from unclip_jax.generate.text import Texts, encode_text
+from unclip_jax.sampling.programs import (
+    Overrides,
+    Progress,
+    Sampler,
+    as_positions,
+    as_sampler,
+    as_seeds,
+    row_keys,
+    split_scales,
+    with_scales,
+)
+
+LATENT = 0  # what the stage folds into a row's random key
+PARTS = ("clip", "latent", "autoencoder")
+LARGEST_SIDE = 4096  # of a picture, in pixels
+
+
+class LatentStages(NamedTuple):
+    """What each stage drew, as NumPy arrays.
+
+    latents: (B, h, w, Z) scaled latents.
+    images: [float array (B, H, W, 3) in [-1, 1]].
+    """
+
+    latents: np.ndarray
+    images: list[np.ndarray]
+
+
+def picture_size(sampler: Sampler, options: LatentSamplingOptions) -> tuple[int, int]:
+    """(h, w) of the latents of a picture of the size that the options ask for.
+
+    Raises:
+      ValueError: when a side is no multiple of the autoencoder's factor, or out of range.
+    """
+    factor, side = sampler.network("autoencoder").module.factor, sampler.network("latent").module.image_size
+    sizes = []
+    for name, pixels in (("height", options.height), ("width", options.width)):
+        pixels = side * factor if pixels is None else pixels
+        if pixels % factor or not factor <= pixels <= LARGEST_SIDE:
+            raise InputError(
+                f"the {name} of a picture must be a multiple of {factor} from {factor} to "
+                f"{LARGEST_SIDE} pixels, got {pixels}"
+            )
+        sizes.append(pixels // factor)
+    return sizes[0], sizes[1]
+
+
+def tile_size(sampler: Sampler, options: LatentSamplingOptions) -> int | None:
+    """The side of the decoder's tiles in latents; None for the whole picture.
+
+    Raises:
+      ValueError: when it is no multiple of the autoencoder's factor, or below 4 latents.
+    """
+    if options.tile is None:
+        return None
+    factor = sampler.network("autoencoder").module.factor
+    if options.tile % factor or options.tile < 4 * factor:
+        raise InputError(
+            f"tile must be a multiple of {factor} pixels, at least {4 * factor}, got {options.tile}"
+        )
+    return options.tile // factor
+
+
+def sizes(bundle: Bundle) -> list[int]:
+    """The side in pixels of the picture that a bundle draws by its defaults."""
+    levels = len(bundle.part("autoencoder").config["model"]["channel_mult"])
+    return [bundle.part("latent").config["model"]["image_size"] * 2 ** (levels - 1)]
+
+
+def overrides(
+    bundle: Bundle,
+    prior: None,
+    *,
+    steps: int | str | None = None,
+    guidance_scale: float | None = None,
+    prior_guidance_scale: float | None = None,
+    eta: float | None = None,
+    candidates: int | None = None,
+    negative: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Overrides of the bundle's sampling defaults from the options that people know; None keeps a default.
+
+    Args:
+      bundle: the parts. prior: None.
+      steps, guidance_scale: of the U-Net.
+      prior_guidance_scale, candidates: None; there is no prior.
+      eta: noise of DDIM, which then draws in place of the bundle's sampler.
+      negative: what the picture should not show.
+
+    Raises:
+      ValueError: if an option of a prior is given.
+    """
+    if prior_guidance_scale is not None or candidates is not None:
+        raise InputError("the system latent has no prior: leave prior_guidance_scale and candidates out")
+    given = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "negative": negative}
+    if eta is not None:
+        given["sampler"] = "ddim"
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"latent": given} if given else {}
+
+
+def check_draws(bundle: Bundle) -> None:
+    """Raises a ValueError if the bundle's U-Net needs more than a caption."""
+    model = bundle.part("latent").config["model"]
+    if model["in_channels"] != model["out_channels"]:
+        raise InputError(
+            f"the part 'latent' of {bundle.path or 'the bundle'} inpaints: it takes {model['in_channels']} "
+            "channels, and a caption alone does not give them"
+        )
+
+
+def sample_stages(
+    bundle: Sampler | Bundle,
+    captions: Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    positions: Sequence[int] | None = None,
+    options: Overrides | Sequence[Overrides] = None,
+    progress: Progress | None = None,
+) -> LatentStages:
+    """Runs the cascade and returns the output of every stage.
+
+    Args:
+      bundle: with the parts clip, latent and autoencoder.
+      captions: at least one text. The tokenizer truncates texts that are too long.
+      seed, positions, options, progress: as in `unclip.sample_stages`.
+
+    Returns:
+      The stages' arrays.
+
+    Raises:
+      ValueError: if there are no captions, or an option, the seed or a position is out of range.
+      KeyError: if the bundle lacks a part.
+      NumericalError: naming the first part that made values that are not finite.
+    """
+    sampler, captions = as_sampler(bundle), list(captions)
+    if not captions:
+        raise InputError("no captions: give at least one")
+    seeds, places = as_seeds(seed, len(captions)), as_positions(positions, len(captions))
+    for name in PARTS:
+        sampler.bundle.part(name)
+    check_draws(sampler.bundle)
+    rows = [row["latent"] for row in sampler.row_options(options, len(captions))]
+    if any(row.negative and not is_guided(row) for row in rows):
+        raise InputError("a negative caption needs guidance: set a guidance_scale other than 1")
+    plain = {row: {"latent": dataclasses.replace(row, negative="")} for row in set(rows)}
+    static, scales = split_scales([plain[row] for row in rows])
+    size, tile = picture_size(sampler, rows[0]), tile_size(sampler, rows[0])
+    run = sampler.program(
+        ("latent", size, tile, *static.items()), lambda: _cascade(sampler, static, size, tile)
+    )
+    arrays, negative = sampler.captions(captions), sampler.captions([row.negative for row in rows])
+
+    def batch(rows):
+        scale, texts, not_shown, numbers, where = sampler.rows(
+            (scales, arrays, negative, seeds, places), rows
+        )
+        return run(sampler.params, scale, texts, not_shown, numbers, where)
+
+    latents, image = sampler.in_batches(batch, len(captions), ["latent", "autoencoder"], progress)
+    return LatentStages(latents, [image])
+
+
+def _cascade(
+    sampler: Sampler, options: dict[str, Options], size: tuple[int, int], tile: int | None
+) -> Callable:
+    def run(params, scales, captions, negative, seeds, positions):
+        networks, chosen = sampler.with_params(params), with_scales(options, scales)
+        keys = row_keys(seeds, positions)
+        texts = Texts(encode_text(networks["clip"], captions), encode_text(networks["clip"], negative))
+        z = sample_latents(networks["latent"], texts, size, fold_in(keys, LATENT), chosen["latent"])
+        return z, decode_latents(networks["autoencoder"], z, tile)
+
+    return run
