@@ -130,3 +130,55 @@ def test_shipped_bundle_is_sound():
     for split in ("train", "compose"):
         assert figures["splits"][split]["samples"]["caption_first"]["low"] >= 20 * figures["chance"]
     assert jax.tree.leaves(shipped.parts["decoder"].params)[0].dtype == np.float32
+
+
+def test_a_seed_and_a_scale_a_row(bundle):
+    """A row of a call is the same as drawn alone at its seed, position and guidance scale, to the level."""
+    options = [{"decoder": {"guidance_scale": scale}} for scale in (1.5, 4.0)]
+    both = unclip_jax.text_to_image(
+        bundle, ["a fox", "a heart"], seed=[3, 9], positions=[2, 0], options=options
+    ).astype(int)
+    for i, (caption, seed, position) in enumerate((("a fox", 3, 2), ("a heart", 9, 0))):
+        alone = unclip_jax.text_to_image(bundle, caption, seed=seed, positions=[position], options=options[i])
+        assert np.abs(both[i] - alone[0]).max() <= 1
+    other = unclip_jax.text_to_image(
+        bundle, ["a fox", "a heart"], seed=[3, 9], positions=[2, 0], options=options[::-1]
+    )
+    assert all(np.abs(both[i] - other[i]).max() > 1 for i in range(2))
+    for wrong, message in (
+        ({"seed": [1]}, "one seed, or one per row, 2"),
+        ({"options": [None]}, "options for 2 rows, got 1"),
+        ({"options": [None, {"decoder": {"guidance_scale": 1}}]}, "all of them must be guided, or none"),
+        ({"options": [None, {"decoder": {"steps": 3}}]}, "other options must be equal"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unclip_jax.text_to_image(bundle, ["a fox", "a heart"], **wrong)
+
+
+def test_a_stream_ends_with_the_same_pictures(bundle):
+    """Predictions on the way come nearer to the decoder's picture."""
+    from unclip_jax.sampling.programs import Partial
+
+    shared = {"seed": 4, "options": {"decoder": {"steps": 9}}}
+    *partials, last = unclip.stream_stages(bundle, ["a fox", "a heart"], partials=3, **shared)
+    whole = sample_stages(bundle, ["a fox", "a heart"], **shared)
+    for streamed, drawn in zip((last.z_text, last.z_image, *last.images), (*whole[:2], *whole.images)):
+        np.testing.assert_allclose(streamed, drawn, atol=2e-3)
+    assert all(isinstance(partial, Partial) for partial in partials)
+    assert [partial.done for partial in partials] == [0.25, 0.5, 0.75]
+    errors = [np.abs(partial.image - whole.images[0]).mean() for partial in partials]
+    assert errors[0] > errors[-1] > 0
+
+
+def test_programs_are_compiled_without_being_run(bundle):
+    """`compiling` makes what a call needs; the call then compiles nothing; `forget` drops it."""
+    sampler, options = Sampler(bundle.bundle), {"decoder": {"steps": 2}}
+    draw = lambda: unclip_jax.text_to_image(sampler, ["a fox"] * 2, options=options)
+    keys = sampler.compiling(draw)
+    programs_ = [sampler._programs[key] for key in keys]
+    assert programs_ and all(len(program._compiled) == 1 for program in programs_)
+    drawn = draw()
+    assert all(len(program._compiled) == 1 for program in programs_)
+    np.testing.assert_array_equal(drawn, unclip_jax.text_to_image(bundle, ["a fox"] * 2, options=options))
+    sampler.forget(keys)
+    assert not sampler._programs

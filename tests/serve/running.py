@@ -24,6 +24,7 @@ def running(models, wait_for=True, **settings):
     thread = threading.Thread(target=lambda: server.run(sockets=[socket]), daemon=True)
     thread.start()
     service = app.state.service
+    service.server = server
     try:
         until = time.monotonic() + 900
         while not server.started or (wait_for and service.worker.compiling()):

@@ -163,7 +163,7 @@ def test_several_images_are_edited_one_after_another(client, photo):
     ("files", "message"),
     [
         ({"mask": lambda photo: png(photo[:10], LEFT[:10])}, "the mask is 20x10, but the image is 20x20"),
-        ({"mask": lambda photo: png(photo, LEFT * 0 + 255)}, "nothing is to be drawn anew|no pixel"),
+        ({"mask": lambda photo: png(photo // 4)}, "nothing is to be drawn anew: the mask is opaque"),
         ({}, "the picture is opaque: give a mask"),
         ({"mask": lambda photo: b"GIF89a damaged"}, "mask"),
     ],
@@ -184,10 +184,10 @@ def test_variations(client, models, photo):
     assert np.abs(pixels(answer) - expected).max() <= 1
     assert np.abs(expected[0] - expected[1]).max() > 3
     still = client.images.create_variation(
-        image=png(photo), n=2, response_format="b64_json", extra_body={"eta": 0}
+        image=png(photo), n=2, size="8x8", response_format="b64_json", extra_body={"eta": 0}
     )
-    first, second = pixels(still)
-    assert np.abs(first[::2, ::2] - second[::2, ::2]).mean() < np.abs(expected[0] - expected[1]).mean()
+    first, second = pixels(still)  # before the upsampler, whose noise differs
+    assert np.abs(first - second).max() <= 1
 
 
 def test_the_papers_verbs(server, models, photo):
