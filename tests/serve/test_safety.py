@@ -254,7 +254,18 @@ def test_pages_of_other_sites(server, models):
         f"{server[0]}/v1/images/generations", json={"prompt": ""}, headers=headers
     )
     error_of(post(origin="https://evil.example"), 403)
-    error_of(post(host="evil.example"), 403)
+    error_of(post(origin="http://["), 403)
+    for host in (
+        "evil.example",
+        "evil.example:8000",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "[",
+        "",
+    ):
+        error_of(post(host=host), 403)
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:8000"):
+        assert post(host=host).status_code == 400, host
     assert post(origin=server[0]).status_code == 400  # its own page gets as far as the fields
     answer = httpx.get(f"{server[0]}/healthz", headers={"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in answer.headers

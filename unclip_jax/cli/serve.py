@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 
 from unclip_jax.cli.options import number
 from unclip_jax.errors import InputError
@@ -52,6 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+      OSError: in one line, where the address is not there, or the port is taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"cannot listen on {host} port {port}: {reason}; choose others with --host, --port"
+        ) from None
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     import os
@@ -85,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
     )
     settings.check()
     mesh = None if args.mesh is None else parse_mesh(args.mesh)
+    listening = listen(settings.host, settings.port)
     save_memory_on_cpu()
     use_compilation_cache()
     app = create_app(settings, load_models(args.bundles or ["emoji"], mesh))
@@ -94,16 +112,15 @@ def run(args: argparse.Namespace) -> None:
         port=settings.port,
         log_level="warning",
         server_header=False,
-        limit_concurrency=settings.connections,
+        limit_concurrency=2 * settings.connections,  # beyond what the application itself answers with 503
         timeout_graceful_shutdown=int(settings.drain),
         timeout_keep_alive=15,
         lifespan="on",
     )
     server = uvicorn.Server(config)
-    socket = config.bind_socket()
-    address, port = socket.getsockname()[:2]
+    address, port = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     print(f"http://{shown}:{port}  the page; the API is below /v1; ready when /healthz says so", flush=True)
-    server.run(sockets=[socket])
+    server.run(sockets=[listening])
     if not server.started:
         raise InputError("the server did not start; its log says why")

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from unclip_jax.serve.errors import ApiError
-from unclip_jax.serve.settings import Settings
+from unclip_jax.serve.settings import Settings, is_loopback
 from unclip_jax.serve.telemetry import LOG, Telemetry
 
 GUARDED = ("/v1/", "/metrics")  # what needs the key
@@ -41,7 +41,7 @@ class Gate:
 
     def __init__(self, app: Callable, settings: Settings, telemetry: Telemetry):
         self.app, self.settings, self.telemetry = app, settings, telemetry
-        self._headers = headers_for(settings)
+        self._headers, self._active = headers_for(settings), 0
         self._key = None if settings.api_key is None else _digest(settings.api_key)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
@@ -63,15 +63,16 @@ class Gate:
                 ]
             await asyncio.wait_for(send(message), self.settings.body_time)
 
+        self._active += 1
         try:
             self._check(scope, headers)
+            await self.app(scope, receive, reply)
         except ApiError as error:
             await answer(error)(scope, receive, reply)
-        else:
-            try:
-                await self.app(scope, receive, reply)
-            except TimeoutError:  # the reader has stopped; uvicorn closes the connection
-                LOG.info("%s: the client stopped reading", request)
+        except TimeoutError:  # the reader has stopped; uvicorn closes the connection
+            LOG.info("%s: the client stopped reading", request)
+        finally:
+            self._active -= 1
         seconds = time.perf_counter() - started
         path = getattr(scope.get("route"), "path", "other")
         self.telemetry.requests.labels(path, str(status)).inc()
@@ -80,17 +81,25 @@ class Gate:
 
     def _check(self, scope: dict, headers: dict[str, str]) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
+        if self._active > self.settings.connections and scope["path"] != "/healthz":
+            raise ApiError(503, "too many requests at the same time; try again", retry_after=5)
         if origin is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             allowed = "*" in self.settings.origins or origin in self.settings.origins
-            if not allowed and urlsplit(origin).netloc != host:
+            if not allowed and _host(origin) != host:
                 raise ApiError(403, f"pages of {_shown(origin)} may not call this server; see --cors")
-        if self._key is None and self.settings.is_loopback() and not _is_local(host):
+        if self._key is None and self.settings.is_loopback() and not self._is_own(host):
             # A page whose name was pointed at this machine would else be of the same origin.
-            raise ApiError(403, f"this server answers to localhost, not to {_shown(host)}")
+            raise ApiError(403, f"this server answers to localhost, not to {_shown(host)}; see --public-url")
         if self._key is not None and scope["path"].startswith(GUARDED) and scope["method"] != "OPTIONS":
             kind, _, given = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(_digest(given.strip()), self._key):
                 raise ApiError(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY")
+
+    def _is_own(self, host: str) -> bool:
+        # Whether a Host header names this machine, or the address that the server is known by.
+        known = self.settings.public_url and _host(self.settings.public_url)
+        name = host.rpartition(":")[0] if host[-1:].isdigit() and not host.endswith("]") else host
+        return bool(known and host == known) or is_loopback(name.strip("[]") or host)
 
 
 def answer(error: ApiError) -> Any:
@@ -104,9 +113,11 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def _is_local(host: str) -> bool:
-    name = (urlsplit(f"//{host}").hostname or "") if host.isprintable() else ""
-    return name in ("localhost", "::1", "testserver") or name.startswith("127.")
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).netloc
+    except ValueError:
+        return ""
 
 
 def _shown(text: str) -> str:

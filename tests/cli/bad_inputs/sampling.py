@@ -254,6 +254,29 @@ EVALUATE = {
 }
 
 
+SERVE = {
+    "a server that everybody reaches": (["--host", "0.0.0.0"], "lets other machines in: set a key"),
+    "a server that everybody reaches by IPv6": (["--host", "::"], "lets other machines in"),
+    "a server that a name reaches": (["--host", "example.org"], "lets other machines in"),
+    "a short key": (["--api-key", "short"], "must have at least 8 characters"),
+    "a key and none": (["--api-key", "long enough", "--no-auth"], "exclude each other"),
+    "a batch of nothing": (["--batch", "0"], "batch must be at least 1"),
+    "a queue of nothing": (["--queue", "0"], "queue must be at least 1"),
+    "no deadline": (["--deadline", "0"], "deadline must be a positive number"),
+    "an upload of nothing": (["--upload", "0"], "upload must be at least"),
+    "a port beyond 16 bits": (["--port", "70000"], "--port must be between 0 and 65535"),
+    "a port below 0": (["--port", "-1"], "--port must be between 0 and 65535"),
+    "an address that is not there": (["--host", "192.0.2.1", "--no-auth"], "cannot listen on 192.0.2.1"),
+    "no bundle to serve": (["--bundle", "nowhere", "--port", "0"], "nowhere is not a bundle"),
+    "a bundle to serve that only embeds": (["--bundle", "judge", "--port", "0"], "has no part 'decoder'"),
+    "a bundle to serve twice": (
+        ["--bundle", "tiny", "--bundle", "tiny", "--port", "0"],
+        "two bundles are called",
+    ),
+    "a mesh for the server that does not fit": (["--mesh", "data=3", "--port", "0"], "does not fit"),
+}
+
+
 def rows(box: Path) -> list[Row]:
     """Makes the files and returns the rows."""
     for name, size, value in (("good", 8, 0), ("black", 8, 0), ("white", 8, 255), ("large", 9, 255)):
@@ -274,7 +297,8 @@ def rows(box: Path) -> list[Row]:
     options = {f"--set {item}": ([*FOX, *TINY, "--set", item], says) for item, says in OPTIONS.items()}
     inpaint = {name: (["inpaint", *words], says) for name, (words, says) in INPAINT.items()}
     evaluate = {name: (["evaluate", *words], says) for name, (words, says) in EVALUATE.items()}
+    serve = {name: (["serve", *words], says) for name, (words, says) in SERVE.items()}
     return [
         Row(name, argv, says)
-        for name, (argv, says) in (SAMPLE | options | EDITS | inpaint | evaluate).items()
+        for name, (argv, says) in (SAMPLE | options | EDITS | inpaint | evaluate | serve).items()
     ]
