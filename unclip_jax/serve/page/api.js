@@ -65,13 +65,13 @@ export async function health(signal) {
   }
 }
 
-/** The bundles that the server has: {id, sizes: [pixels], priors, defaults: {steps, guidance_scale}}. */
+/** The bundles that the server has: {id, sizes: [pixels], priors, verbs, defaults: {steps, guidance_scale}}. */
 export async function models() {
   const { data } = await (await ask("v1/models")).json();
-  return data.map(({ id, sizes = [], priors = [], defaults = {} }) => {
+  return data.map(({ id, sizes = [], priors = [], verbs = [], defaults = {} }) => {
     // The decoder's, or those of the first part that has any.
     const { steps, guidance_scale } = defaults.decoder ?? Object.values(defaults)[0] ?? {};
-    return { id, sizes: sizes.map((size) => parseInt(size, 10)), priors, defaults: { steps, guidance_scale } };
+    return { id, sizes: sizes.map((size) => parseInt(size, 10)), priors, verbs, defaults: { steps, guidance_scale } };
   });
 }
 

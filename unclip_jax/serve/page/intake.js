@@ -29,13 +29,21 @@ export async function readPicture(file) {
   return { blob: await canvasBlob(canvas), settings };
 }
 
+/** Settings out of a file as the page names them. The server itself writes the decoder's below `options`. */
+function named(settings) {
+  if (!settings) return {};
+  const { steps, guidance_scale } = settings.options?.decoder ?? {};
+  return { ...(steps ? { steps } : {}), ...(guidance_scale ? { guidance_scale } : {}), ...settings };
+}
+
 /** Makes a picture a run of the history, and returns the run. */
 export async function importPicture(file, store) {
-  const { blob, settings } = await readPicture(file);
-  const title = settings?.prompt || (file.name || "Pasted picture").replace(/\.[^.]+$/, "");
+  const { blob, settings: found } = await readPicture(file);
+  const settings = named(found);
+  const title = String(settings.prompt || (file.name || "Pasted picture").replace(/\.[^.]+$/, ""));
   const run = {
     id: newId(), kind: "import", title, created: new Date().toISOString(),
-    settings: { ...(settings ?? {}), file: file.name || "pasted", kind: settings?.kind ?? "import" }, pictures: [newId()],
+    settings: { ...settings, file: file.name || "pasted" }, pictures: [newId()],
   };
   await store.save(run, { [run.pictures[0]]: blob });
   return run;

@@ -1,7 +1,7 @@
 // Runs of the server: starts one, follows it, and files its pictures in the history.
 import { draw } from "./api.js";
 import { newId } from "./store.js";
-import { writeSettings } from "./png.js";
+import { readSettings, writeSettings } from "./png.js";
 
 const PACE = "unclip-pace";
 
@@ -24,8 +24,8 @@ function remember(kind, work, seconds) {
   }
 }
 
-/** The settings of picture `index` of a run, as they stand in its file. */
-export const settingsOf = (run, index) => ({
+/** The settings of picture `index` of a run, as they stand in its file. Those of an opened file are its own. */
+export const settingsOf = (run, index) => (run.kind === "import" ? run.settings : {
   ...run.settings,
   kind: run.kind,
   ...(run.thetas ? { theta: run.thetas[index] } : {}),
@@ -34,9 +34,9 @@ export const settingsOf = (run, index) => ({
   generator: "unclip_jax",
 });
 
-/** A PNG with settings in it. */
+/** A PNG with settings in it, beside those that it has. */
 export function toBlob(bytes, settings) {
-  return new Blob([writeSettings(bytes, settings)], { type: "image/png" });
+  return new Blob([writeSettings(bytes, { ...readSettings(bytes), ...settings })], { type: "image/png" });
 }
 
 /**

@@ -40,7 +40,7 @@ const verbs = createVerbs({
   recent: () => gallery.runs.flatMap((run) => run.pictures.map((_, index) => ({ run, index }))),
 });
 const editor = createEditor({ settings, draw, store, onSaved: gallery.add });
-const viewer = createViewer({ store, addresses, verbs, onEdit: editor.open, onUse: useSettings, onDelete: gallery.remove });
+const viewer = createViewer({ store, addresses, settings, verbs, onEdit: editor.open, onUse: useSettings, onDelete: gallery.remove });
 
 function useSettings(chosen) {
   settings.use(chosen);

@@ -56,7 +56,7 @@ export function readTexts(bytes) {
 export function readSettings(bytes) {
   try {
     const settings = JSON.parse(readTexts(bytes)[KEYWORD] ?? "null");
-    return settings && typeof settings === "object" ? settings : null;
+    return settings && typeof settings === "object" && !Array.isArray(settings) ? settings : null;
   } catch {
     return null;
   }

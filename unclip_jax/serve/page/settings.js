@@ -11,7 +11,8 @@ const PRIORS = {
   none: ["None", "The text embedding stands in for the image embedding."],
   null: ["Text only", "The decoder sees the text and no embedding."],
 };
-const nameOf = (prior) => (PRIORS[prior] ?? [prior, ""])[0];
+// Settings may come from a file, so that nothing is taken for granted of their types.
+const nameOf = (prior) => (Object.hasOwn(PRIORS, prior) ? PRIORS[prior][0] : String(prior));
 
 const NAMES = {
   kind: "Made by", model: "Bundle", prompt: "Prompt", source: "From", target: "To", seed: "Seed",
@@ -22,11 +23,11 @@ const KINDS = {
   generation: "Prompt", variation: "Variations", edit: "Edit", interpolate: "Interpolation", text_diff: "Text diff",
   import: "Opened file", sheet: "Edited sheet",
 };
-export const kindName = (kind) => KINDS[kind] ?? kind;
+export const kindName = (kind) => (Object.hasOwn(KINDS, kind) ? KINDS[kind] : KINDS.import);
 
 /** The settings of a picture as [name, value] in words, in a fixed order. */
 export function described(settings) {
-  const shown = { kind: kindName, prior: nameOf, theta: (value) => value.toFixed(2) };
+  const shown = { kind: kindName, prior: nameOf, theta: (value) => Number(value).toFixed(2) };
   return Object.entries(NAMES)
     .filter(([field]) => settings[field] !== undefined && settings[field] !== null && settings[field] !== "")
     .map(([field, name]) => [name, String(shown[field] ? shown[field](settings[field]) : settings[field])]);
@@ -80,6 +81,7 @@ export function createSettings() {
     field("prior").closest(".field").hidden = !state.model?.priors.length;
     dial("guidance", guidance);
     dial("steps", steps);
+    field("stream").closest(".check").hidden = !can("stream");
     show();
   };
 
@@ -97,6 +99,9 @@ export function createSettings() {
     return asked;
   }
 
+  /** Whether the bundle can do `verb`, one of those that the server lists. */
+  const can = (verb) => state.model?.verbs.includes(verb) ?? false;
+
   /** What a request with these fields is drawn with: the fields, and the bundle's own values for the rest. */
   const complete = (fields) => {
     const own = Object.entries(defaults()).filter(([, value]) => value !== undefined && value !== null);
@@ -111,12 +116,12 @@ export function createSettings() {
     return null;
   }
 
-  /** Fills the form with the settings of an earlier picture. They may come from a file, so they are checked. */
+  /** Fills the form with the settings of an earlier picture, as far as they make sense. */
   function use(settings) {
     if (state.models.some(({ id }) => id === settings.model)) setModel(settings.model);
     if (typeof settings.prompt === "string") field("prompt").value = settings.prompt.slice(0, 1000);
     if (Number.isInteger(settings.seed)) field("seed").value = settings.seed;
-    if (Number.isInteger(settings.n) && settings.kind === "generation") state.n = Math.min(10, Math.max(1, settings.n));
+    if (Number.isInteger(settings.n)) state.n = Math.min(10, Math.max(1, settings.n));
     state.touched = {};
     for (const name of ["steps", "guidance_scale"]) {
       if (Number.isFinite(settings[name]) && settings[name] !== defaults()[name]) state.touched[name] = settings[name];
@@ -179,7 +184,9 @@ export function createSettings() {
   return {
     setModels, values, complete, problem, use,
     get model() { return state.model; },
-    get partials() { return field("stream").checked ? 3 : 0; },
+    /** How many pictures on the way to each picture of a prompt are asked for. */
+    get partials() { return field("stream").checked && can("stream") ? 3 : 0; },
+    can,
     /** The side of the pictures that the bundle draws, in pixels. */
     get size() { return Math.max(0, ...(state.model?.sizes ?? [])) || 64; },
   };

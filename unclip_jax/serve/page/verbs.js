@@ -19,6 +19,9 @@ function words(name, value, about) {
   return { node, input, get value() { return input.value.trim(); } };
 }
 
+// As many steps as the server takes by itself, there and back.
+const stepsField = () => range("Steps", { min: 10, max: 200, step: 10, value: 50, about: "More steps come closer to the picture and take longer." });
+
 const linspace = (count, end) => Array.from({ length: count }, (_, i) => (end * i) / (count - 1));
 
 /** `draw(options)` starts a run and returns its Job, of whose errors the viewer tells. `recent()` gives [{run, index}] of the history. */
@@ -29,18 +32,20 @@ export function createVerbs({ settings, draw, store, addresses, recent }) {
   function variation(source, follow) {
     const count = range("Pictures", { min: 1, max: 10, step: 1, value: 4 });
     const eta = range("Change (eta)", { min: 0, max: 1, step: 0.05, value: 1, about: "0 gives the picture itself. 1 keeps what it shows and changes the details." });
+    const steps = stepsField();
     const go = () => {
-      const fields = { ...model(), n: count.value, seed: randomSeed(), eta: eta.value };
+      const fields = { ...model(), n: count.value, seed: randomSeed(), eta: eta.value, steps: steps.value };
       const { kind, picture, created, generator, ...from } = source.settings;
       const kept = { ...(from.prompt ? { prompt: from.prompt } : {}), ...fields };
-      follow(draw({ kind: "variation", title: source.title, path: "v1/images/variations", fields, files: { image: source.blob }, count: count.value, partials: settings.partials, quiet: true, settings: kept }));
+      follow(draw({ kind: "variation", title: source.title, path: "v1/images/variations", fields, files: { image: source.blob }, count: count.value, quiet: true, settings: kept }));
     };
-    return [el("p", { class: "note", text: "Pictures that show the same and differ in the details." }), count.node, eta.node, submit("Draw variations", go)];
+    return [el("p", { class: "note", text: "Pictures that show the same and differ in the details." }), count.node, eta.node, steps.node, submit("Draw variations", go)];
   }
 
   function interpolate(source, follow) {
     let second = null;
     const count = range("Pictures", { min: 3, max: 10, step: 1, value: 7 });
+    const steps = stepsField();
     const noise = el("select", {}, el("option", { value: "slerp", text: "Turns as well" }), el("option", { value: "fixed", text: "Stays the same" }));
     const file = el("input", { type: "file", accept: "image/*", hidden: true, onchange: () => fromFile(file.files[0]) });
     const slot = takesDrops(el("button", { type: "button", class: "slot", onclick: () => file.click() }, "Choose below, drop a picture, or press to open one"), fromFile);
@@ -67,11 +72,11 @@ export function createVerbs({ settings, draw, store, addresses, recent }) {
       }
     }
     const send = submit("Draw the path", () => {
-      const fields = { ...model(), n: count.value, noise: noise.value, seed: randomSeed() };
+      const fields = { ...model(), n: count.value, noise: noise.value, seed: randomSeed(), steps: steps.value };
       const title = source.title === second.title ? source.title : `${source.title} → ${second.title}`;
       follow(draw({
         kind: "interpolate", title, path: "v1/unclip/interpolate", fields, files: { "image[]": [source.blob, second.blob] },
-        count: count.value, partials: settings.partials, quiet: true, settings: fields, thetas: linspace(count.value, 1),
+        count: count.value, quiet: true, settings: fields, thetas: linspace(count.value, 1),
       }));
     });
     send.disabled = true;
@@ -80,6 +85,7 @@ export function createVerbs({ settings, draw, store, addresses, recent }) {
       el("div", { class: "two" }, el("div", { class: "slot full" }, el("img", { src: source.url, alt: `First picture: ${source.title}` })), slot),
       file, chooser.childElementCount ? chooser : "", count.node,
       el("label", { class: "field" }, el("span", { text: "Noise" }), noise, el("small", { text: "If the noise turns as well, the ends are the two pictures." })),
+      steps.node,
       send,
     ];
   }
@@ -89,28 +95,29 @@ export function createVerbs({ settings, draw, store, addresses, recent }) {
     const to = words("As it should become", "");
     const theta = range("How far (theta)", { min: 0.05, max: 1, step: 0.05, value: 0.5 });
     const count = range("Pictures", { min: 3, max: 10, step: 1, value: 6 });
+    const steps = stepsField();
     const go = () => {
       if (!to.value || to.value === from.value) {
         to.input.focus();
         return notify(to.value ? "The two descriptions are the same. Change the second one." : "Describe what the picture should become.", { kind: "error" });
       }
-      const fields = { ...model(), source: from.value, target: to.value, n: count.value, max_theta: theta.value, seed: randomSeed() };
+      const fields = { ...model(), source: from.value, target: to.value, n: count.value, max_theta: theta.value, seed: randomSeed(), steps: steps.value };
       follow(draw({
         kind: "text_diff", title: `${from.value || "…"} → ${to.value}`, path: "v1/unclip/text_diff", fields, files: { image: source.blob },
-        count: count.value, partials: settings.partials, quiet: true, settings: fields, thetas: linspace(count.value, theta.value),
+        count: count.value, quiet: true, settings: fields, thetas: linspace(count.value, theta.value),
       }));
     };
     return [
       el("p", { class: "note", text: "Changes the picture in the direction from one description to the other." }),
-      from.node, to.node, theta.node, count.node, submit("Draw the change", go),
+      from.node, to.node, theta.node, count.node, steps.node, submit("Draw the change", go),
     ];
   }
 
   return {
     panels: [
-      { name: "variation", title: "Variations", build: variation },
-      { name: "interpolate", title: "Interpolate", build: interpolate },
-      { name: "text_diff", title: "Text diff", build: textDiff },
+      { name: "variation", title: "Variations", verb: "variations", build: variation },
+      { name: "interpolate", title: "Interpolate", verb: "interpolate", build: interpolate },
+      { name: "text_diff", title: "Text diff", verb: "text_diff", build: textDiff },
     ],
   };
 }

@@ -5,7 +5,7 @@ import { settingsOf, toBlob } from "./jobs.js";
 import { described } from "./settings.js";
 
 /** `verbs` are the panels of verbs.js; `onEdit`, `onUse` take the shown picture's {blob, title, settings}. */
-export function createViewer({ store, addresses, verbs, onEdit, onUse, onDelete }) {
+export function createViewer({ store, addresses, settings, verbs, onEdit, onUse, onDelete }) {
   const dialog = find("#viewer"), stage = find("#stage"), strip = find("#strip"), slide = find("#slide");
   const tabs = find("#tabs"), panel = find("#tab-panel"), title = find("#viewer-title");
   const TABS = [["about", "About"], ...verbs.panels.map(({ name, title: text }) => [name, text])];
@@ -16,8 +16,9 @@ export function createViewer({ store, addresses, verbs, onEdit, onUse, onDelete 
   const previous = button("Previous picture", () => go(-1), { icon: "left", quiet: true, class: "previous" });
   const next = button("Next picture", () => go(1), { icon: "right", quiet: true, class: "next" });
   stage.append(image, previous, next);
+  const editNode = button("Edit", edit, { icon: "brush", class: "small" });
   find("#viewer-actions").append(
-    button("Edit", edit, { icon: "brush", class: "small" }),
+    editNode,
     button("Download", download, { icon: "download", class: "small" }));
   const tabNodes = TABS.map(([name, text]) => el("button", {
     type: "button", role: "tab", class: "tab", id: `tab-${name}`, "aria-controls": "tab-panel", text, onclick: () => openTab(name),
@@ -98,11 +99,14 @@ export function createViewer({ store, addresses, verbs, onEdit, onUse, onDelete 
     run = chosen;
     title.textContent = run.title;
     fillStrip();
+    // The bundle may not have the parts for every verb.
+    editNode.hidden = !settings.can("edits");
+    for (const { name, verb } of verbs.panels) find(`#tab-${name}`).hidden = !settings.can(verb);
     if (!dialog.open) openDialog(dialog);
     await show(index);
     await openTab("about");
     // Not on a tab, where the arrow keys would change tabs and not pictures.
-    (next.hidden ? find("#viewer-actions button") : next).focus();
+    (next.hidden ? find("#viewer-actions button:not([hidden])") : next).focus();
   }
 
   /** Follows a run that a panel started, then shows what it drew, with the panel still open. */
@@ -182,12 +186,13 @@ export function createViewer({ store, addresses, verbs, onEdit, onUse, onDelete 
   }
 
   async function turnTo(name) {
+    if (find(`#tab-${name}`).hidden) return;
     await openTab(name);
     find("input:not([hidden]), button", panel)?.focus();
   }
 
   async function edit() {
-    if (job) return;
+    if (job || editNode.hidden) return;
     const chosen = await picture();
     dialog.close();
     onEdit(chosen);
@@ -212,9 +217,10 @@ export function createViewer({ store, addresses, verbs, onEdit, onUse, onDelete 
     if (!by) return;
     event.preventDefault();
     event.stopPropagation();
-    const place = (tabNodes.findIndex((node) => node.tabIndex === 0) + by + tabNodes.length) % tabNodes.length;
-    openTab(TABS[place][0]);
-    tabNodes[place].focus();
+    const shown = tabNodes.filter((node) => !node.hidden);
+    const place = (shown.findIndex((node) => node.tabIndex === 0) + by + shown.length) % shown.length;
+    shown[place].click();
+    shown[place].focus();
   });
   // On the document: if the control that had the focus is gone, keys arrive at the body.
   document.addEventListener("keydown", (event) => {
