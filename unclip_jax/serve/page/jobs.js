@@ -68,7 +68,9 @@ export class Job extends EventTarget {
 
   /** Progress by the clock, corrected by the pictures that have come. */
   tick() {
-    const bySteps = this.partials ? Math.max(...this.seen.map((k) => (k + 1) / (this.partials + 1))) : 0;
+    // The pictures may be drawn at once or one after another, so it is their mean that counts.
+    const seen = this.seen.reduce((sum, k) => sum + k + 1, 0) / this.count;
+    const bySteps = this.partials ? seen / (this.partials + 1) : 0;
     const byClock = this.expected ? Math.min(0.97, this.elapsed / this.expected) : 0;
     // The clock may run ahead of the pictures by one interval, no further.
     const interval = this.partials ? 1 / (this.partials + 1) : 1;
