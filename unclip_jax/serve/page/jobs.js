@@ -98,7 +98,6 @@ export class Job extends EventTarget {
     const run = this.run;
     run.seconds = this.elapsed;
     if (answer.seed !== null) run.settings = { ...run.settings, seed: answer.seed };
-    if (answer.thetas) run.thetas = answer.thetas;
     remember(run.kind, this.work, run.seconds);
     const blobs = {};
     answer.pictures.forEach((bytes, index) => {
