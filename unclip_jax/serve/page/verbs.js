@@ -3,7 +3,7 @@ import { button, el, notify } from "./dom.js";
 import { readPicture, takesDrops } from "./intake.js";
 import { randomSeed } from "./settings.js";
 
-const RECENT = 12;
+const RECENT = 10; // two rows
 
 /** A slider with its name, its value and a line of explanation. */
 function range(name, { min, max, step, value, about }) {

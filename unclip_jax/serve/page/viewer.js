@@ -45,14 +45,15 @@ export function createViewer({ store, addresses, settings, verbs, onEdit, onUse,
       input.setAttribute("aria-valuetext", thetaOf(at));
     }
     if (job) {
-      const blob = job.pictures[at];
-      image.hidden = !blob;
-      if (blob) image.src = stripSources.get(at)?.url ?? "";
+      // Until there is something to see, the picture from before stays, paler.
+      const source = stripSources.get(at);
+      image.classList.toggle("pale", !source);
+      if (source) image.src = source.url;
     } else {
       const wanted = run.pictures[at];
       const url = await addresses.of(wanted);
       if (run?.pictures[at] !== wanted) return;
-      image.hidden = false;
+      image.classList.remove("pale");
       image.src = url;
       image.alt = altText(run, at);
     }
@@ -124,7 +125,7 @@ export function createViewer({ store, addresses, settings, verbs, onEdit, onUse,
     stop.focus({ preventScroll: true });
     // On a phone the picture may be out of sight.
     stage.scrollIntoView({ block: "nearest" });
-    panel.append(box);
+    stage.append(box);
     started.addEventListener("change", () => {
       if (started.fraction === null) meter.removeAttribute("value");
       else meter.value = started.fraction;
@@ -136,7 +137,10 @@ export function createViewer({ store, addresses, settings, verbs, onEdit, onUse,
         stripSources.set(index, { blob, url: URL.createObjectURL(blob) });
         const small = findAll("img", strip)[index];
         if (small) Object.assign(small, { src: stripSources.get(index).url, hidden: false });
-        if (index === at) Object.assign(image, { src: stripSources.get(index).url, hidden: false });
+        if (index === at) {
+          image.src = stripSources.get(index).url;
+          image.classList.remove("pale");
+        }
       });
     });
     const settle = async (shown, index) => {
