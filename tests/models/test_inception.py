@@ -1,4 +1,4 @@
-"""The sizes of FID's Inception. `tests/evaluate/test_features.py` compares its values."""
+"""The sizes of FID's Inception. `tests/run/test_features.py` compares its values."""
 
 import math
 
