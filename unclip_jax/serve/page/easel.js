@@ -2,8 +2,20 @@
 import { el } from "./dom.js";
 import { makeCanvas } from "./sheet.js";
 
-const CHECK = 8, MARGIN = 48;
+const CHECK = 8, MARGIN = 48, STRIPE = 12;
 export const MIN_ZOOM = 0.05, MAX_ZOOM = 64;
+
+/** A tile of diagonal stripes, half transparent. */
+function stripePattern() {
+  const tile = makeCanvas(STRIPE, STRIPE);
+  const pixels = new ImageData(STRIPE, STRIPE);
+  for (let i = 0; i < STRIPE * STRIPE; i++) {
+    const light = ((i % STRIPE) + Math.floor(i / STRIPE)) % STRIPE < STRIPE / 2;
+    pixels.data.set(light ? [255, 255, 255, 150] : [255, 98, 24, 190], 4 * i);
+  }
+  tile.getContext("2d").putImageData(pixels, 0, 0);
+  return tile;
+}
 
 /** `onChange` is called after every change of the sheet, the tool, the size or the zoom. */
 export function createEasel(holder, onChange) {
@@ -13,7 +25,7 @@ export function createEasel(holder, onChange) {
   const context = canvas.getContext("2d");
   const easel = { sheet: null, tool: "brush", radius: 4, candidate: null, locked: false };
   const camera = { x: 0, y: 0, zoom: 1 };
-  const pointers = new Map();
+  const pointers = new Map(), stripes = makeCanvas(1, 1), pattern = stripePattern();
   let action = null, cursor = null, mask = null, frame = null, spaceHeld = false, keyed = false, waiting = false;
   let overlay = null, overlaid = null, fitted = true;
 
@@ -34,9 +46,8 @@ export function createEasel(holder, onChange) {
     overlay = makeCanvas(state.width, state.height);
     overlaid = shown;
     const pixels = new ImageData(state.width, state.height);
-    // Orange at two thirds, as one word a pixel (little-endian: alpha, blue, green, red).
     const words = new Uint32Array(pixels.data.buffer);
-    for (let i = 0; i < shown.length; i++) if (shown[i]) words[i] = 0xa51862ff;
+    for (let i = 0; i < shown.length; i++) if (shown[i]) words[i] = 0xffffffff;
     overlay.getContext("2d").putImageData(pixels, 0, 0);
     return overlay;
   }
@@ -60,8 +71,7 @@ export function createEasel(holder, onChange) {
     context.drawImage(state.canvas, ...picture);
     if (easel.candidate) context.drawImage(easel.candidate, ...window_);
     else {
-      context.imageSmoothingEnabled = false;
-      context.drawImage(maskPicture(state, mask ?? state.mask), ...picture);
+      hatch(maskPicture(state, mask ?? state.mask), picture, ratio);
     }
     // What lies outside the frame is not sent; it is shown paler.
     context.save();
@@ -77,6 +87,24 @@ export function createEasel(holder, onChange) {
     context.strokeStyle = colour("--accent");
     context.strokeRect(...window_);
     if (cursor && !easel.locked && painting()) ring(cursor);
+  }
+
+  // The mask in stripes of two colours, which can be seen on any picture.
+  function hatch(shape, [x, y, w, h], ratio) {
+    const { width, height } = canvas;
+    if (stripes.width !== width || stripes.height !== height) Object.assign(stripes, { width, height });
+    const over = stripes.getContext("2d");
+    over.globalCompositeOperation = "source-over";
+    over.clearRect(0, 0, width, height);
+    over.imageSmoothingEnabled = false;
+    over.drawImage(shape, x * ratio, y * ratio, w * ratio, h * ratio);
+    over.globalCompositeOperation = "source-in";
+    over.fillStyle = over.createPattern(pattern, "repeat");
+    over.fillRect(0, 0, width, height);
+    context.save();
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.drawImage(stripes, 0, 0);
+    context.restore();
   }
 
   function checks([x, y, w, h], box) {
