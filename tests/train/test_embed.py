@@ -190,7 +190,7 @@ def test_refusals(copy, tiny_run, source, tmp_path, capsys):
     embeddings.write_arrays(shard.folder, arrays, {k: v for k, v in described.items() if k != "sha256"})
     with pytest.raises(ValueError, match="00001 is not the shard that .*manifest.json describes"):
         sources.make_source({"name": "embeddings", "path": str(copy)})
-    with pytest.raises(ValueError, match="00001 does not hold what CLIP says of record"):
+    with pytest.raises(ValueError, match="00001 does not hold what the networks say of record"):
         run(tiny_run("clip"), source, copy)
     assert main(["embed", "--clip", str(tiny_run("clip")), "--out", str(tmp_path / "x")]) == 1
     assert "say what to embed" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""`unclip embed --clip BUNDLE --data K=V --out DIR`: embeds a dataset with CLIP, for the priors."""
+"""`unclip embed --clip BUNDLE --data K=V --out DIR`: embeds a dataset with CLIP, for the priors, and with an
+autoencoder, for latent diffusion."""
 
 from __future__ import annotations
 
@@ -31,6 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="store CLIP's text states too, for priors that read them (those of Karlo and of the emoji)",
     )
     parser.add_argument(
+        "--latents",
+        metavar="DIR",
+        help="store the images' latents too: the autoencoder, a run, a bundle or public weights",
+    )
+    parser.add_argument(
+        "--size", type=int, metavar="PX", help="with --latents: the side of the images that it encodes"
+    )
+    parser.add_argument(
         "--batch", type=int, default=256, metavar="N", help="images per batch on each host (256)"
     )
     parser.add_argument(
@@ -44,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         metavar="T",
-        help="type that CLIP computes in: float32, bfloat16 or auto (auto)",
+        help="type that the networks compute in: float32, bfloat16 or auto (auto)",
     )
     parser.add_argument(
         "--max-bad",
@@ -73,6 +82,8 @@ def run(args: argparse.Namespace) -> None:
     max_bad = 1.0 if args.skip_bad else 0.01 if args.max_bad is None else args.max_bad
     if not 0 <= max_bad <= 1:
         raise InputError(f"--max-bad must be in [0, 1], got {args.max_bad}")
+    if (args.latents is None) != (args.size is None):
+        raise InputError("--latents and --size go together: name the autoencoder, and the side of the images")
     for name, value in (("--batch", args.batch), ("--shard", args.shard)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
@@ -93,6 +104,8 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.batch,
         shard_records=args.shard,
         states=args.states,
+        autoencoder=args.latents,
+        latent_image_size=args.size,
         dtype=args.dtype,
         max_bad_fraction=max_bad,
         progress=progress_bar("shards"),

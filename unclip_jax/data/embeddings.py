@@ -11,6 +11,7 @@
         caption_end   (m,): where each text ends in captions_utf8
         record        (n,): the number of each image's record in the source
         text_states   float16 (m, L, W), if they were asked for
+        latents       float16 (n, h, w, Z), not scaled, if an autoencoder was given
         sum, outer    float64 (D,), (D, D): the sums of z and of z z^T over the image embeddings z
         shard.json    the range of records, counts, records that could not be read, sha256 of every file
     codec/            a bundle whose one part, `codec`, is the codec of the autoregressive prior
@@ -23,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -31,11 +33,19 @@ from typing import Any
 
 import numpy as np
 
-from unclip_jax.errors import InputError
+from unclip_jax.errors import InputError, one_line
 from unclip_jax.paths import local_copy, store_errors, user_path, whole_folder, write_json
+from unclip_jax.typed import check_fields
 
 FORMAT_VERSION = 1
 EMPTY = "empty"
+LATENTS = {
+    "autoencoder": (str, True),
+    "size": (int, True),
+    "shape": (tuple[int, ...], True),
+    "scale_factor": (float, True),
+}
+log = logging.getLogger("unclip_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Embedded:
       mean, std: float64 (D,), of the image embeddings.
       empty: the arrays of the empty caption, one row each.
       shards: how many images and captions each shard holds, and the hashes of its files.
+      latents: what the autoencoder's latents are (`train.embed_latents`); None without them.
     """
 
     path: str
@@ -64,6 +75,7 @@ class Embedded:
     std: np.ndarray = dataclasses.field(repr=False, compare=False)
     empty: Mapping[str, np.ndarray] = dataclasses.field(repr=False, compare=False)
     shards: tuple[dict, ...] = dataclasses.field(repr=False)
+    latents: dict | None = None
 
 
 def shard_path(folder: str | os.PathLike, number: int) -> Any:
@@ -121,6 +133,19 @@ def check_hashes(folder: Any) -> None:
             )
 
 
+def finished(folder: Any) -> dict | None:
+    """The content of `shard.json` if the shard is complete and undamaged, None otherwise."""
+    with store_errors(folder):
+        if not (folder / "shard.json").is_file():
+            return None
+    try:
+        check_hashes(folder)
+    except (ValueError, OSError) as error:
+        log.warning("%s: embedding this shard again", one_line(error))
+        return None
+    return read_json(folder / "shard.json")
+
+
 def read_array(folder: Any, name: str) -> np.ndarray:
     """An array of a shard, through a memory map. A file in a store is copied first.
 
@@ -141,10 +166,11 @@ def read_array(folder: Any, name: str) -> np.ndarray:
 
 
 class Shard:
-    """One shard: embeddings, captions and text states of its images. Files are mapped when first read."""
+    """One shard: embeddings, captions, text states and latents of its images. Files are mapped when first
+    read."""
 
-    def __init__(self, folder: Any, states: bool):
-        self.folder, self.states, self._arrays = folder, states, {}
+    def __init__(self, folder: Any, states: bool, latents: bool = False):
+        self.folder, self.states, self.latents, self._arrays = folder, states, latents, {}
 
     def array(self, name: str) -> np.ndarray:
         """One of the shard's arrays."""
@@ -164,13 +190,15 @@ class Shard:
     def row(self, i: int) -> dict[str, np.ndarray]:
         """The embeddings of image i and of its captions.
 
-        `image_embed` (D,), `text_embed` (captions, D), and `text_states` (captions, L, W) if they are stored.
+        `image_embed` (D,), `text_embed` (captions, D), and, if they are stored, `text_states` (captions, L,
+        W) and `latents` (h, w, Z).
         """
         first, last = self.array("first_caption")[i : i + 2].tolist()
         row = {
             "image_embed": np.asarray(self.array("image_embed")[i]),
             "text_embed": self.array("text_embed")[first:last],
         }
+        row |= {"latents": np.asarray(self.array("latents")[i])} if self.latents else {}
         return row | ({"text_states": self.array("text_states")[first:last]} if self.states else {})
 
 
@@ -207,7 +235,8 @@ def open_embedded(path: str) -> Embedded:
     empty = {file.stem: np.array(read_array(folder / EMPTY, file.stem)) for file in files}
     mean, std = (np.asarray(manifest["image_embed"][name], np.float64) for name in ("mean", "std"))
     about = (manifest[name] for name in ("clip", "source", "embed_dim", "states", "tokenizer"))
-    return Embedded(str(folder), *about, mean, std, empty, tuple(manifest["shards"]))
+    shards, latents = tuple(manifest["shards"]), manifest.get("latents")
+    return Embedded(str(folder), *about, mean, std, empty, shards, latents)
 
 
 def _check_manifest(manifest: dict, name: str) -> None:
@@ -223,6 +252,8 @@ def _check_manifest(manifest: dict, name: str) -> None:
     for key, kind in types.items():
         if type(manifest.get(key)) is not kind:
             raise InputError(f"{name} has no {key!r} of type {kind.__name__}; copy the embeddings again")
+    if "latents" in manifest:
+        check_fields(manifest["latents"], LATENTS, f"{name}: latents")
     for key in ("mean", "std"):
         values = manifest["image_embed"].get(key)
         if not isinstance(values, list) or len(values) != manifest["embed_dim"]:

@@ -1,5 +1,6 @@
 """Embeds a whole source with CLIP, once, so that the priors and the codec can train from the embeddings.
 
+With an autoencoder the same pass makes the latents of the images, so that latent diffusion trains from them.
 `data.embeddings` describes the folder. A shard is a run of records in the source's order. Every host embeds
 its own shards on its own devices; hosts share only the folder. A shard's folder appears complete or not at
 all, so that a run that was cut off can resume with the missing shards. The same pass computes the sums for
@@ -34,6 +35,7 @@ from unclip_jax.run.frozen import captions_of, clip_image_size, clip_network, cl
 from unclip_jax.run.hosts import Stop, leave_if_stopped, stop_signals, wait_for_hosts
 from unclip_jax.sharding import BATCH, compute_dtype
 from unclip_jax.train.codec import explained, principal_components
+from unclip_jax.train.embed_latents import LatentEncoder, latent_encoder
 
 log = logging.getLogger("unclip_jax")
 
@@ -53,12 +55,24 @@ class _Towers:
     image: pictures (rows, Hc, Wc, 3) -> embeddings.
     text: captions, as many as `rows` -> embeddings, text states (float16, or None if they are not kept),
       masks.
+    latents: makes latents of larger pictures; None if they are not kept.
     """
 
     clip: Network
     rows: int
     image: Callable
     text: Callable
+    latents: LatentEncoder | None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sides of the pictures that each image is read as."""
+        return (clip_image_size(self.clip), *([self.latents.size] if self.latents else []))
+
+    def seen(self, pictures: list[tuple[np.ndarray, ...]]) -> tuple[Any, Any]:
+        """Pictures of these sizes, as many as `rows` -> their embeddings and latents (or None)."""
+        arrays = [ops.to_float(np.stack(column)) for column in zip(*pictures, strict=True)]
+        return self.image(arrays[0]), self.latents.encode(arrays[1]) if self.latents else None
 
 
 def embed(
@@ -70,6 +84,8 @@ def embed(
     batch_size: int = 256,
     shard_records: int = 8192,
     states: bool = False,
+    autoencoder: str | None = None,
+    latent_image_size: int | None = None,
     dtype: str = "auto",
     max_bad_fraction: float = 0.01,
     progress: Callable[[int, int], None] | None = None,
@@ -88,7 +104,10 @@ def embed(
       shard_records: number of the source's records in a shard.
       states: whether to keep the text states (L, W) of every caption as well, in float16. Priors that see
         CLIP's states need them (Karlo's).
-      dtype: dtype of CLIP's computation (`sharding.compute_dtype`).
+      autoencoder: a run, a bundle or public weights; None for no latents. Of a KL autoencoder the mean is
+        kept. Latents are stored as float16, and not scaled.
+      latent_image_size: the side in pixels of the images of which latents are made.
+      dtype: dtype of the computation (`sharding.compute_dtype`).
       max_bad_fraction: largest fraction of records that may be bad.
       progress: function that is called with this host's (shards done, total of shards).
 
@@ -107,7 +126,8 @@ def embed(
         raise InputError(f"batch_size {batch_size} and shard_records {shard_records} must be at least 1")
     check_store(out)
     _check_folder(out)
-    out, towers = user_path(out), _towers(clip, mesh, dtype, batch_size, states)
+    encoder = latent_encoder(autoencoder, latent_image_size, mesh, dtype)
+    out, towers = user_path(out), _towers(clip, mesh, dtype, batch_size, states, encoder)
     plan = {
         "format_version": embeddings.FORMAT_VERSION,
         "clip": towers.clip.hash,
@@ -116,7 +136,7 @@ def embed(
         "shard_records": shard_records,
         "states": states,
         "dtype": np.dtype(compute_dtype(dtype, mesh)).name,
-    }
+    } | ({} if encoder is None else {"latents": encoder.described})
     begun = _check_plan(out, plan)
     count = -(-len(source) // shard_records)
     shards_of_host = range(jax.process_index(), count, jax.process_count())
@@ -128,7 +148,7 @@ def embed(
         for done, number in enumerate(shards_of_host):
             folder = embeddings.shard_path(out, number)
             records = range(number * shard_records, min((number + 1) * shard_records, len(source)))
-            described = _finished(folder)
+            described = embeddings.finished(folder)
             if described is None:
                 more = _allowed(max_bad_fraction, len(source)) - bad
                 arrays, described, skipped = _embed_shard(towers, source, records, more, pool, stop)
@@ -147,7 +167,7 @@ def embed(
             for line in skipped[:MAX_LOGGED]:
                 log.warning("skipped %s", line)
             if arrays is not None:
-                if not begun:  # now the folder is made: a start that fails leaves none
+                if not begun:  # a start that fails leaves no folder
                     write_json(out / "plan.json", plan)
                     begun = True
                 embeddings.write_arrays(folder, arrays, described)
@@ -167,7 +187,9 @@ def _allowed(max_bad_fraction: float, records: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------ one shard
-def _towers(path: str, mesh: Mesh, dtype: str, batch_size: int, states: bool) -> _Towers:
+def _towers(
+    path: str, mesh: Mesh, dtype: str, batch_size: int, states: bool, encoder: LatentEncoder | None
+) -> _Towers:
     if embeddings.is_embedded(path):
         raise InputError(f"{path} holds embeddings, not the CLIP that makes them")
     clip = clip_network(path, mesh, dtype)
@@ -184,6 +206,7 @@ def _towers(path: str, mesh: Mesh, dtype: str, batch_size: int, states: bool) ->
         -(-batch_size // ways) * ways,
         lambda pictures: image(clip.params, jax.device_put({"clip_image": pictures}, sharding)),
         lambda captions: text(clip.params, jax.device_put(caption_arrays(captions, tokenizer), sharding)),
+        encoder,
     )
 
 
@@ -205,9 +228,11 @@ def _filled(rows: list, count: int) -> list:
     return rows + [rows[-1]] * (count - len(rows))
 
 
-def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...]] | str:
-    # The picture (uint8) and its captions, or the reason why the record is unusable. A failing disk or
-    # network does not make a record bad, so it raises an OSError.
+def _load(
+    source: Source, sizes: tuple[int, ...], i: int
+) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]] | str:
+    # The picture (uint8) in each of the sizes and its captions, or the reason why the record is unusable. A
+    # failing disk or network does not make a record bad, so it raises an OSError.
     try:
         record = source.read(i)
     except DATA_ERRORS as error:
@@ -221,7 +246,8 @@ def _load(source: Source, size: int, i: int) -> tuple[np.ndarray, tuple[str, ...
     if not record.captions:
         return f"record {i} of {source.name}: {record.key or 'it'} has no caption"
     try:
-        return ops.resize_then_crop(ops.decode_image(record.image), size), record.captions
+        image = ops.decode_image(record.image)
+        return tuple(ops.resize_then_crop(image, size) for size in sizes), record.captions
     except DATA_ERRORS as error:
         return f"record {i} of {source.name}: {error_summary(error)}"
 
@@ -238,7 +264,7 @@ def _embed_shard(
     # if `stop` interrupted it, and hold a part only if more records than `allowed` are bad.
     kept, captions, bad, size, dim = [], [], [], towers.rows, towers.clip.config["model"]["embed_dim"]
     chunks = [records[i : i + size] for i in range(0, len(records), size)]
-    load = functools.partial(_load, source, clip_image_size(towers.clip))
+    load = functools.partial(_load, source, towers.sizes)
     ahead = collections.deque(pool.map(load, chunk) for chunk in chunks[:2])  # decoded while the devices work
 
     def images() -> Iterator[tuple[Any, int]]:
@@ -253,12 +279,10 @@ def _embed_shard(
             if len(bad) > allowed:
                 return
             if rows and not stop:
-                yield (
-                    towers.image(ops.to_float(np.stack(_filled([picture for _, picture, _ in rows], size)))),
-                    len(rows),
-                )
+                yield towers.seen(_filled([pictures for _, pictures, _ in rows], size)), len(rows)
 
-    z = np.concatenate([np.zeros((0, dim), np.float32), *(np.float32(each) for each in _behind(images()))])
+    seen = list(_behind(images()))
+    z = np.concatenate([np.zeros((0, dim), np.float32), *(np.float32(each) for each, _ in seen)])
     useless = stop or len(bad) > allowed
     texts = [] if useless else [caption for record_captions in captions for caption in record_captions]
     batches = (texts[i : i + size] for i in range(0, len(texts), size))
@@ -278,11 +302,14 @@ def _embed_shard(
     }
     if encoded and encoded[0][1] is not None:
         arrays["text_states"] = np.concatenate([kept_states for _, kept_states, _ in encoded])
-    for name in ("image_embed", "text_embed", "text_states"):
+    if towers.latents is not None:
+        empty = np.zeros((0, *towers.latents.described["shape"]), np.float16)
+        arrays["latents"] = np.concatenate([empty, *(latents for _, latents in seen)])
+    for name in ("image_embed", "text_embed", "text_states", "latents"):
         if name in arrays and not np.isfinite(arrays[name]).all():
             where = f"records {records.start} to {records.stop - 1} of {source.name}"
             raise InputError(
-                f"{name} of {where} is not finite: check this CLIP, or embed with --dtype float32"
+                f"{name} of {where} is not finite: check the network, or embed with --dtype float32"
             )
     described = {
         "first_record": records.start,
@@ -322,22 +349,10 @@ def _check_plan(out: Any, plan: dict) -> bool:
     return begun
 
 
-def _finished(folder: Any) -> dict | None:
-    # The content of shard.json if the shard is complete and undamaged, None otherwise.
-    with store_errors(folder):
-        if not (folder / "shard.json").is_file():
-            return None
-    try:
-        embeddings.check_hashes(folder)
-    except (ValueError, OSError) as error:
-        log.warning("%s: embedding this shard again", error_summary(error))
-        return None
-    return embeddings.read_json(folder / "shard.json")
-
-
 def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -> None:
     # Writes the manifest, the empty caption and the codec, from the shards of all hosts.
-    shards = [embeddings.Shard(embeddings.shard_path(out, number), plan["states"]) for number in range(count)]
+    keeps = plan["states"], "latents" in plan
+    shards = [embeddings.Shard(embeddings.shard_path(out, number), *keeps) for number in range(count)]
     described = [embeddings.read_json(shard.folder / "shard.json") for shard in shards]
     images = sum(shard["images"] for shard in described)
     if images == 0:
@@ -403,23 +418,21 @@ def _alignment(
     ]
     for shard, i in rechecked:
         record = int(shard.array("record")[i])
-        loaded = _load(source, clip_image_size(towers.clip), record)
+        loaded = _load(source, towers.sizes, record)
         if isinstance(loaded, str):
             raise OSError(f"{loaded}, but it was read before; run the same command again")
-        picture, captions = loaded
-        pairs = [
-            (
-                shard.array("image_embed")[i],
-                towers.image(np.repeat(ops.to_float(picture)[None], towers.rows, axis=0))[0],
-            )
-        ]
+        pictures, captions = loaded
+        embed, latents = towers.seen([pictures] * towers.rows)
+        pairs = [(shard.array("image_embed")[i], embed[0])]
+        if latents is not None:
+            pairs.append((np.float32(shard.array("latents")[i]), np.float32(latents[0])))
         if captions:
             pairs.append((shard.row(i)["text_embed"][0], towers.text([captions[0]] * towers.rows)[0][0]))
         for stored, embedded in pairs:
             close = np.linalg.norm(stored - embedded) <= TOLERANCE * np.linalg.norm(embedded)
             if not close or captions != shard.captions(i):
                 raise InputError(
-                    f"{shard.folder} does not hold what CLIP says of record {record}; "
+                    f"{shard.folder} does not hold what the networks say of record {record}; "
                     "delete it and run the command again"
                 )
     z_image, z_text = np.concatenate(z_image), np.concatenate(z_text)

@@ -1,0 +1,119 @@
+"""`unclip embed --latents`: the folder also holds what an autoencoder makes of the source's images."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from tests import runs
+from tests.helpers import random_params
+from unclip_jax import sharding
+from unclip_jax.checkpoint.bundle import Bundle, Part, save_bundle
+from unclip_jax.checkpoint.load import load_part
+from unclip_jax.checkpoint.store import params_hash
+from unclip_jax.cli.main import main
+from unclip_jax.data import embeddings, ops, sources
+from unclip_jax.generate.networks import build_model
+from unclip_jax.train.embed import embed
+
+COUNT, SIZE = 20, 24
+
+
+def bundle_of(kind, folder):
+    """A tiny autoencoder with random weights, as a bundle."""
+    model = {"latent_channels": 3, "channels": 8, "channel_mult": [1, 2], "res_blocks": 1, "groups": 4}
+    model |= {"codes": 9} if kind == "vq_autoencoder" else {}
+    config = {"kind": kind, "model": model, "scale_factor": 0.5}
+    params = random_params(build_model(config), np.zeros((1, 8, 8, 3), np.float32))
+    return save_bundle(Bundle({"autoencoder": Part(config, params)}), folder)
+
+
+@pytest.fixture(scope="module")
+def source():
+    return dataclasses.replace(sources.make_source({"name": "emoji", "split": "val"}), length=COUNT)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    parts = runs.random_bundle().parts
+    return str(save_bundle(Bundle({"clip": parts["clip"]}), tmp_path_factory.mktemp("clip") / "clip"))
+
+
+def run(clip, source, out, autoencoder, size=SIZE):
+    settings = {"batch_size": 8, "shard_records": 12, "dtype": "float32", "states": True}
+    return embed(
+        clip,
+        source,
+        out,
+        sharding.make_mesh(),
+        autoencoder=str(autoencoder),
+        latent_image_size=size,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("kind", ["kl_autoencoder", "vq_autoencoder"])
+def test_latents_are_those_of_the_encoder(kind, clip, source, tmp_path):
+    """Each record has its image's latents, in half precision, not scaled; a second call changes nothing."""
+    autoencoder = bundle_of(kind, tmp_path / "autoencoder")
+    manifest = run(clip, source, tmp_path / "out", autoencoder)
+    part = load_part(autoencoder, "autoencoder")[0]
+    described = {
+        "autoencoder": params_hash(part.params),
+        "size": SIZE,
+        "shape": [12, 12, 3],
+        "scale_factor": 0.5,
+    }
+    assert manifest["latents"] == described
+    opened = sources.make_source({"name": "embeddings", "path": str(tmp_path / "out")})
+    assert len(opened) == COUNT and opened.embedded.latents == described
+    images = np.stack(
+        [
+            ops.to_float(ops.resize_then_crop(ops.decode_image(source.read(i).image), SIZE))
+            for i in range(COUNT)
+        ]
+    )
+    encoded = build_model(part.config).apply({"params": part.params}, images, method="encode")
+    expected = encoded.mean if kind == "kl_autoencoder" else encoded
+    for i in range(COUNT):
+        latents = opened.read(i).embeds["latents"]
+        assert latents.dtype == np.float16 and latents.shape == (12, 12, 3)
+        np.testing.assert_allclose(latents, expected[i], atol=2e-3 * np.abs(expected).max())
+    again = run(clip, source, tmp_path / "out", autoencoder)
+    assert again == manifest
+
+
+def test_what_is_refused(clip, source, tmp_path, capsys):
+    """Another autoencoder or size in the same folder, a size that does not fit, damaged latents."""
+    autoencoder = bundle_of("kl_autoencoder", tmp_path / "autoencoder")
+    out = tmp_path / "out"
+    run(clip, source, out, autoencoder)
+    with pytest.raises(ValueError, match="holds other embeddings .latents was"):
+        run(clip, source, out, autoencoder, size=16)
+    with pytest.raises(ValueError, match="--size 25 must be a multiple of 2"):
+        run(clip, source, tmp_path / "other", autoencoder, size=25)
+    assert not (tmp_path / "other").exists()
+    command = ["embed", "--clip", clip, "--data", "name=emoji", "--out", str(tmp_path / "other")]
+    assert main([*command, "--latents", str(autoencoder)]) == 1
+    assert "--latents and --size go together" in capsys.readouterr().err
+    file = embeddings.shard_path(out, 1) / "latents.npy"
+    kept = file.read_bytes()
+    file.write_bytes(kept[:-2] + b"\x00\x3c")
+    run(clip, source, out, autoencoder)  # the damaged shard is made again
+    assert file.read_bytes() == kept
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["latents"]["size"] = "large"
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="latents: size"):
+        embeddings.open_embedded(str(out))
+
+
+def test_records_without_pictures(clip, source, tmp_path):
+    """A record holds all that was stored, and no picture that would be decoded."""
+    autoencoder = bundle_of("kl_autoencoder", tmp_path / "autoencoder")
+    run(clip, source, tmp_path / "out", autoencoder)
+    opened = sources.make_source({"name": "embeddings", "path": str(tmp_path / "out")})
+    record = opened.read(3)
+    assert record.image == b"" and not opened.pictures
+    assert set(record.embeds) == {"image_embed", "text_embed", "text_states", "latents"}
