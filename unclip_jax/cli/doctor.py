@@ -39,10 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drawn",
         type=int,
-        default=DRAWN,
         metavar="N",
         help="number of captions to draw where a check samples pictures; 0 leaves these checks out "
-        f"({DRAWN})",
+        f"({DRAWN}, or half of the rows)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     add_mesh_argument(parser)
@@ -74,15 +73,21 @@ def run(args: argparse.Namespace) -> int:
     from unclip_jax.paths import check_writable, user_path, write_json
 
     check_range("--rows", args.rows, LEAST_ROWS, MOST_ROWS)
-    if args.drawn:
-        check_range("--drawn", args.drawn, 2, args.rows // 2)
+    drawn = min(DRAWN, args.rows // 2) if args.drawn is None else args.drawn
+    if drawn:
+        check_range("--drawn", drawn, 2, args.rows // 2)
     elif args.grid:
         raise InputError("--grid shows drawn pictures: leave out --drawn 0")
     check_seed(args.seed)
     if args.grid:
         check_out(args.grid, "--grid")
+    if args.json and args.json == args.grid:
+        raise InputError("--json and --grid write to the same file: give two names")
     if args.json:
-        check_writable(args.json)
+        try:
+            check_writable(args.json)
+        except (InputError, OSError) as error:
+            raise type(error)(f"--json {error}") from None
     use_compilation_cache()
     given = source_options(args.data, "emoji")
     if "balance" in given:
@@ -94,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         opened,
         source,
         rows=args.rows,
-        drawn=args.drawn,
+        drawn=drawn,
         seed=args.seed,
         mesh=mesh,
         progress=progress_bar("drawing"),

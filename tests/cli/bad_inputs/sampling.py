@@ -1,4 +1,4 @@
-"""Bad inputs of the verbs that draw, and of `evaluate`: numbers, options, pictures, outputs, bundles."""
+"""Bad inputs of `evaluate`, `doctor` and the verbs that draw: numbers, options, pictures, outputs."""
 
 import os
 from pathlib import Path
@@ -252,8 +252,26 @@ EVALUATE = {
     "a label with one class": (["zeroshot", "--label", "split", *TINY], "has 1 class by split"),
     "an unknown split to train on": (["probe", "--train", "split=all_of_it"], "unknown split 'all_of_it'"),
 }
-
-
+DOCTOR = {
+    "no bundle to examine": (["nothing"], "nothing is not a bundle"),
+    "a picture to examine": (["good.png"], "good.png is not a bundle"),
+    "two bundles to examine": (["emoji", "judge"], "unrecognized arguments: judge"),
+    "too few rows to examine": (["--rows", "15"], "--rows must be between 16 and 10000, got 15"),
+    "one drawn caption": (["--drawn", "1"], "--drawn must be between 2 and 64, got 1"),
+    "more drawn captions than half the rows": (["--rows", "16", "--drawn", "9"], "between 2 and 8, got 9"),
+    "a grid of nothing drawn": (["--drawn", "0", "--grid", "g.png"], "--grid shows drawn pictures"),
+    "a grid in another format": (["--grid", "g.jpg"], "--grid g.jpg: pictures are written as PNG"),
+    "a report in a folder": (["--json", "folder"], "--json folder is a folder; name a file"),
+    "a report and a grid in one file": (["--json", "g.png", "--grid", "g.png"], "write to the same file"),
+    "a negative seed of an examination": (["--seed", "-1"], "--seed must be between 0 and"),
+    "an unknown split to examine on": (["--data", "split=all_of_it"], "unknown split 'all_of_it'"),
+    "balanced rows to examine": (["--data", "balance={}"], "balance repeats records"),
+    "a folder with too few pictures": (
+        ["--data", "name=folder", "--data", "path=photos"],
+        "the doctor needs 16 records of",
+    ),
+    "devices that are not there": (["--mesh", "data=4000"], "4000"),
+}
 SERVE = {
     "a server that everybody reaches": (["--host", "0.0.0.0"], "lets other machines in: set a key"),
     "a server that everybody reaches by IPv6": (["--host", "::"], "lets other machines in"),
@@ -291,6 +309,9 @@ def rows(box: Path) -> list[Row]:
     (box / "p.txt").write_text("a fox\na heart\n")
     (box / "latin.txt").write_bytes("ein Bär {}".encode("latin-1"))
     (box / "folder").mkdir()
+    (box / "photos").mkdir()
+    (box / "photos" / "good.png").write_bytes((box / "good.png").read_bytes())
+    (box / "photos" / "good.txt").write_text("a grey square")
     (box / "loop").symlink_to("loop")
     os.mkfifo(box / "pipe")
     save_bundle(random_bundle(), box / "tiny")
@@ -298,7 +319,6 @@ def rows(box: Path) -> list[Row]:
     inpaint = {name: (["inpaint", *words], says) for name, (words, says) in INPAINT.items()}
     evaluate = {name: (["evaluate", *words], says) for name, (words, says) in EVALUATE.items()}
     serve = {name: (["serve", *words], says) for name, (words, says) in SERVE.items()}
-    return [
-        Row(name, argv, says)
-        for name, (argv, says) in (SAMPLE | options | EDITS | inpaint | evaluate | serve).items()
-    ]
+    doctor = {name: (["doctor", *words], says) for name, (words, says) in DOCTOR.items()}
+    drawn = SAMPLE | options | EDITS | inpaint
+    return [Row(name, argv, says) for name, (argv, says) in (drawn | evaluate | serve | doctor).items()]

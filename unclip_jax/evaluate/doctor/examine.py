@@ -56,7 +56,6 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     + _checks(CASCADE, pictures.faithful),
 }
 DRAWN = _checks(CASCADE, pictures.oracle, pictures.guidance)  # of the part `decoder` alone
-ORDER = tuple(CHECKS)
 
 
 def examine(subject: Subject, name: str, data: str, read: tuple[Finding, ...] = ()) -> Report:
@@ -73,7 +72,7 @@ def examine(subject: Subject, name: str, data: str, read: tuple[Finding, ...] = 
     """
     parts, findings = subject.sampler.bundle.parts, list(read)
     untested = [f"{found.stage}: its weights cannot be read" for found in read]
-    place = lambda stage: ORDER.index(parts[stage].config["kind"]) if stage in parts else -1
+    place = lambda stage: _place(parts[stage].config["kind"]) if stage in parts else -1
     stages = sorted(parts, key=place)
     for stage in stages:
         for check in WEIGHTS:
@@ -92,6 +91,11 @@ def examine(subject: Subject, name: str, data: str, read: tuple[Finding, ...] = 
     return Report(name, data, explained(findings), tuple(dict.fromkeys(untested)))
 
 
+def _place(kind: str) -> int:
+    # The place of a kind in the report. Of a kind that is not in CHECKS, only the weights are tested.
+    return list(CHECKS).index(kind) if kind in CHECKS else len(CHECKS)
+
+
 def _has(subject: Subject, needed: str) -> bool:
     if needed == PICTURES:
         return subject.drawn > 0
@@ -104,7 +108,7 @@ def _checks_of(subject: Subject, stage: str) -> Iterator[Check]:
     parts, kind = subject.sampler.bundle.parts, subject.config(stage)["kind"]
     if last_step_of(parts[stage]):  # it sees the last step alone
         return
-    yield from CHECKS[kind]
+    yield from CHECKS.get(kind, ())
     if stage == "decoder":
         yield from DRAWN
     takers = {part.config["kind"] for part in parts.values()}
