@@ -238,10 +238,42 @@ def test_stream(client, models):
 
 
 def test_streams_of_edits_and_variations(client, photo):
-    """They have the pictures at the end."""
-    events = list(client.images.edit(image=png(photo, LEFT), prompt="a fox", stream=True))
-    assert [event.type for event in events] == ["image_edit.completed"]
-    assert decoded(events[0]).size == (16, 16)
+    """They end with the pictures of the plain answers.
+
+    The programs that show them on the way are compiled when they are first asked for. Until then, the stream
+    has the finished pictures alone.
+    """
+    form = {"partial_images": 2, "seed": 3, "stream": True}
+    cases = {
+        "image_edit": lambda stream: client.images.edit(
+            image=png(photo, LEFT),
+            prompt="a fox",
+            response_format="b64_json",
+            extra_body={k: v for k, v in form.items() if stream or k == "seed"},
+            **({"stream": True} if stream else {}),
+        ),
+        "image_variation": lambda stream: client.post(
+            "/images/variations",
+            cast_to=openai.types.ImagesResponse,
+            body={"response_format": "b64_json", **{k: v for k, v in form.items() if stream or k == "seed"}},
+            files=[("image", ("a.png", png(photo), "image/png"))],
+            options={"headers": {"content-type": "multipart/form-data"}},
+            stream=stream,
+            stream_cls=openai.Stream[openai.types.ImageEditStreamEvent],
+        ),
+    }
+    for kind, ask in cases.items():
+        expected, until = pixels(ask(False)), time.monotonic() + 600
+        while True:
+            *shown, last = list(ask(True))
+            assert last.type == f"{kind}.completed"
+            assert np.abs(np.asarray(decoded(last)).astype(int) - expected[0]).max() <= 1
+            if shown:
+                break
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        assert [event.type for event in shown] == [f"{kind}.partial_image"] * 2
+        assert [event.partial_image_index for event in shown] == [0, 1]
 
 
 # ---------------------------------------------------------------------------------------- clients' manners

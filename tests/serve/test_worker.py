@@ -105,6 +105,21 @@ def test_sizes_are_compiled_before_they_are_used(drawn, start):
     assert drawn.batches == [["x", "y", "z", "z"]]  # padded to a size that is compiled
 
 
+def test_batches_are_split_over_the_devices(drawn):
+    """With two devices, batches have an even number of rows, up to --batch on each device."""
+    drawn.sampler.mesh.shape = {"data": 2, "fsdp": 1, "tensor": 1}
+    worker = Worker(Settings(batch=4, wait=0.0), Telemetry(), [drawn.task(["warm"])])
+    worker.start()
+    while worker.compiling():
+        time.sleep(0.001)
+    assert worker.compiled_sizes("a") == [2, 4, 8]
+    assert worker.submit(drawn.task(["x", "y", "z"])).future.result(10) == ["x!", "y!", "z!"]
+    assert drawn.batches == [["x", "y", "z", "z"]]
+    worker.stop(1)
+    drawn.sampler.mesh.devices[0] = SimpleNamespace(platform="tpu")
+    assert Worker(Settings(), Telemetry()).batch_sizes(drawn.sampler) == [2, 4, 8, 16, 32]
+
+
 def test_waiting_requests_share_a_batch_in_turns(drawn, start):
     """A request of many pictures does not hold up one of a few."""
     worker = start()

@@ -10,7 +10,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
-from unclip_jax.sampling import latent, unclip
+from unclip_jax.sampling import latent, stream, unclip
 from unclip_jax.sampling.edits import inpaint, inversion
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
@@ -43,6 +43,7 @@ class System(NamedTuple):
     stream: `sample` as a generator of `programs.Partial`s and then the stages.
     decode: `edits.inversion.Latents` -> images: the way back of `encode`.
     inpaint: (sampler, images, masks, captions, ...) -> images, see `edits.inpaint.inpaint_rows`.
+    stream_decode, stream_inpaint: these two as generators of `Partial`s and then the images.
     """
 
     parts: tuple[str, ...]
@@ -57,6 +58,8 @@ class System(NamedTuple):
     stream: Callable[..., Any] | None = None
     decode: Callable[..., Any] | None = None
     inpaint: Callable[..., Any] | None = None
+    stream_decode: Callable[..., Any] | None = None
+    stream_inpaint: Callable[..., Any] | None = None
 
 
 UNCLIP_JOINTS = (
@@ -75,9 +78,11 @@ SYSTEMS = {
         sizes=unclip.sizes,
         overrides=unclip.overrides,
         joints=UNCLIP_JOINTS,
-        stream=unclip.stream_stages,
+        stream=stream.stream_stages,
         decode=inversion.decode,
         inpaint=inpaint.inpaint_rows,
+        stream_decode=inversion.stream_decode,
+        stream_inpaint=inpaint.stream_rows,
     ),
     "latent": System(
         latent.PARTS,

@@ -7,7 +7,7 @@ guidance on or off (scale 1 means no guidance). Every row has its own random key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, last_step, upsamplers
-from unclip_jax.diffusion.loops import Segment
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError
 from unclip_jax.generate.decoder import sample_decoder
@@ -27,7 +26,6 @@ from unclip_jax.generate.upsampler import sample_upsampler
 from unclip_jax.models.codec import Codec
 from unclip_jax.sampling.programs import (
     Overrides,
-    Partial,
     Progress,
     Sampler,
     as_positions,
@@ -200,95 +198,6 @@ def _cascade(sampler: Sampler, options: dict[str, Options], prior: str | None) -
         return z_text, jnp.zeros_like(z_text) if z_image is None else z_image, images
 
     return run
-
-
-def _segments(sampler: Sampler, options: dict[str, Options], prior: str | None) -> tuple[Callable, ...]:
-    # The cascade in three functions: up to the decoder's noise, a segment of the decoder, and the upsamplers.
-    def decode(params, scales, captions, empty, z_image, keys, segment):
-        networks, chosen = sampler.with_params(params), with_scales(options, scales)
-        texts = encode_captions(networks["clip"], captions, empty)
-        key = fold_in(keys, DECODER)
-        return sample_decoder(networks["decoder"], z_image, texts, key, chosen["decoder"], segment=segment)
-
-    def begin(params, scales, captions, empty, seeds, positions):
-        networks, chosen = sampler.with_params(params), with_scales(options, scales)
-        keys, segment = row_keys(seeds, positions), Segment(0, 1)
-        texts = encode_captions(networks["clip"], captions, empty)
-        z_image = draw_z_image(prior, networks, texts, keys, chosen)
-        decode(params, scales, captions, empty, z_image, keys, segment)
-        return texts.captions.embed, z_image, segment.carry
-
-    def advance(params, scales, captions, empty, z_image, seeds, positions, carry, k, count):
-        segment = Segment(k, count, carry)
-        keys = row_keys(seeds, positions)
-        drawn = decode(params, scales, captions, empty, z_image, keys, segment)
-        return segment.carry, segment.x0, drawn
-
-    def finish(params, drawn, seeds, positions):
-        keys = row_keys(seeds, positions)
-        return enlarge(sampler.bundle.parts, sampler.with_params(params), drawn, keys, options)
-
-    return begin, advance, finish
-
-
-def stream_stages(
-    bundle: Sampler | Bundle,
-    captions: Sequence[str],
-    *,
-    partials: int,
-    seed: int | Sequence[int] = 0,
-    prior: str = "prior_diffusion",
-    positions: Sequence[int] | None = None,
-    options: Overrides | Sequence[Overrides] = None,
-) -> Iterator[Partial | Stages]:
-    """Runs the cascade as `sample_stages` does, and shows what the decoder predicts on its way.
-
-    The decoder makes the same steps in `partials` + 1 programs instead of one. The pictures therefore agree
-    with those of `sample_stages` up to rounding.
-
-    Args:
-      bundle, seed, prior, positions, options: as in `sample_stages`.
-      captions: at most one batch of them (`Sampler.in_batches`).
-      partials: how often the decoder stops to show its prediction, at least 0.
-
-    Yields:
-      A `Partial` per stop, then the `Stages`.
-
-    Raises:
-      ValueError, KeyError, NumericalError: as `sample_stages`.
-    """
-    sampler, captions = as_sampler(bundle), list(captions)
-    if not captions:
-        raise InputError("no captions: give at least one")
-    if partials < 0:
-        raise InputError(f"partials must be at least 0, got {partials}")
-    seeds, places = as_seeds(seed, len(captions)), as_positions(positions, len(captions))
-    for name in ("clip", "decoder"):
-        sampler.bundle.part(name)
-    check_prior(sampler.bundle, prior)
-    static, scales = split_scales(sampler.row_options(options, len(captions)))
-    functions = _segments(sampler, static, prior)
-    key = ("stream", prior, *static.items())
-    begin, advance, finish = (
-        sampler.program((*key, i), lambda run=run: run) for i, run in enumerate(functions)
-    )
-    rows = sampler.padded(len(captions))
-    arrays, empty = sampler.captions(captions), sampler.captions([""])
-    scale, texts, numbers, where = sampler.rows((scales, arrays, seeds, places), rows)
-    z_text, z_image, carry = begin(sampler.params, scale, texts, empty, numbers, where)
-    for k in range(partials + 1):
-        counts = np.int32(k), np.int32(partials + 1)
-        carry, x0, drawn = advance(
-            sampler.params, scale, texts, empty, z_image, numbers, where, carry, *counts
-        )
-        if k < partials:
-            yield Partial(np.asarray(x0)[: len(captions)], (k + 1) / (partials + 1))
-    images = finish(sampler.params, drawn, numbers, where)
-    z_image = jnp.zeros_like(z_text) if z_image is None else z_image
-    made = [np.asarray(a)[: len(captions)] for a in (z_text, z_image, *images)]
-    for part, values in zip(made_by(sampler.bundle, prior), made, strict=True):
-        sampler.check_finite(part, values)
-    yield Stages(*made[:2], made[2:])
 
 
 def sample_stages(

@@ -88,9 +88,6 @@ def add_drawing(app: FastAPI, service: Service) -> None:
         prior = model.prior(values)
         options = model.options(values, prior)
         task = model.generate(prompt, n, seed, prior, options)
-        if "stream" in model.verbs and values["partial_images"]:
-            stream = model.stream(prompt, n, seed, prior, options, values["partial_images"])
-            task = service.streamed(values, task, stream)
         how = {"model": model.name, "prompt": prompt, "seed": seed, "prior": prior, "options": options}
         plan = Plan(
             model, task, [{**how, "position": i} for i in range(n)], "image_generation", {"seed": seed}

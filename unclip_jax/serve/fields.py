@@ -15,7 +15,7 @@ from typing import Any
 
 from unclip_jax.serve.errors import ApiError
 
-MOST_PIXELS = 4096  # a side of a picture that is resized for a client
+LARGEST_SIDE = 2048  # of of a picture that is resized for a client
 SEEDS = 2**32 - 1
 
 
@@ -207,9 +207,9 @@ def read_size(text: str | None) -> int | None:
     if text in (None, "auto"):
         return None
     width, height = map(int, text.split("x"))
-    if width != height or not 8 <= width <= MOST_PIXELS:
+    if width != height or not 8 <= width <= LARGEST_SIDE:
         raise ApiError(
-            400, f"size must be square, from 8x8 to {MOST_PIXELS}x{MOST_PIXELS}, got {text}", "size"
+            400, f"size must be square, from 8x8 to {LARGEST_SIDE}x{LARGEST_SIDE}, got {text}", "size"
         )
     return width
 

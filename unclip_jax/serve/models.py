@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +66,7 @@ class Model:
         names = ("steps", "guidance_scale", "prior_guidance_scale", "eta", "candidates")
         given = {name: values[name] for name in names if values.get(name) is not None}
         if values.get("negative_prompt"):
-            if not hasattr(self.sampler.options()[self.system.draws], "negative"):
+            if "negative" not in inspect.signature(self.system.overrides).parameters:
                 system = self.sampler.bundle.system
                 raise ApiError(400, f"the system {system} takes no negative prompt", "negative_prompt")
             given["negative"] = values["negative_prompt"]
@@ -101,7 +103,50 @@ class Model:
         self, verb: str, *settings: Any, options: Mapping[str, Mapping[str, Any]] | None = None
     ) -> tuple:
         static, _ = split_scales([self.sampler.options(options)])
+        for (
+            part,
+            chosen,
+        ) in static.items():  # a negative caption is an argument of the program, as captions are
+            if getattr(chosen, "negative", ""):
+                static[part] = dataclasses.replace(chosen, negative="")
         return (verb, self.name, *settings, *static.items())
+
+    def _drawing(
+        self,
+        key: tuple,
+        rows: Sequence[tuple],
+        call: Callable[[list[tuple]], tuple[tuple, dict[str, Any]]],
+        plain: Callable[..., Any],
+        stream: Callable[..., Any] | None,
+        results: Callable[[Any], list[Any]],
+    ) -> Task:
+        """A task that draws pictures with a function of the system.
+
+        Args:
+          key: of the task; its first item is the verb.
+          rows: of the task.
+          call: rows -> arguments and keyword arguments of both functions.
+          plain: draws the rows.
+          stream: the same as a generator of `Partial`s and then the pictures; None if there is none.
+          results: what the functions make -> one result per row.
+        """
+        verb, sampler = key[0], self.sampler
+
+        def draw(rows: list[tuple]) -> list[Any]:
+            args, settings = call(rows)
+            return results(plain(sampler, *args, **settings))
+
+        def shows(count: int) -> Task:
+            def draw(rows: list[tuple]) -> Iterator[Shown | list[Any]]:
+                args, settings = call(rows)
+                for made in stream(sampler, *args, partials=count, **settings):
+                    on_the_way = isinstance(made, Partial)
+                    yield Shown(list(ops.to_uint8(made.image))) if on_the_way else results(made)
+
+            name = f"stream {verb}"
+            return Task(sampler, (name, *key[1:]), rows, draw, self.name, name, count)
+
+        return Task(sampler, key, rows, draw, self.name, verb, shows=shows if stream else None)
 
     def generate(
         self, prompt: str, n: int, seed: int, prior: str | None, options: dict[str, dict[str, Any]]
@@ -110,49 +155,16 @@ class Model:
 
         Each result is a list of uint8 pictures (H, W, 3), one per size.
         """
+
+        def call(rows: list[tuple]) -> tuple[tuple, dict[str, Any]]:
+            prompts, seeds, positions, overrides = (list(column) for column in zip(*rows))
+            settings = {"seed": seeds, "positions": positions, "options": overrides}
+            return (prompts,), settings | ({} if prior is None else {"prior": prior})
+
         rows = [(prompt, seed, position, options) for position in range(n)]
-        chosen = {} if prior is None else {"prior": prior}
-
-        def draw(rows: list[tuple]) -> list[list[np.ndarray]]:
-            prompts, seeds, positions, overrides = (list(column) for column in zip(*rows))
-            stages = self.system.sample(
-                self.sampler, prompts, seed=seeds, positions=positions, options=overrides, **chosen
-            )
-            return [list(pictures) for pictures in zip(*map(ops.to_uint8, stages.images))]
-
         key = self._key("generate", prior, options=options)
-        return Task(self.sampler, key, rows, draw, self.name, "generate")
-
-    def stream(
-        self,
-        prompt: str,
-        n: int,
-        seed: int,
-        prior: str | None,
-        options: dict[str, dict[str, Any]],
-        count: int,
-    ) -> Task:
-        """`generate`, which shows each picture `count` times on the way: uint8 of the smallest size."""
-        plain = self.generate(prompt, n, seed, prior, options)
-        chosen = {} if prior is None else {"prior": prior}
-
-        def draw(rows: list[tuple]) -> Iterator[Shown | list[list[np.ndarray]]]:
-            prompts, seeds, positions, overrides = (list(column) for column in zip(*rows))
-            for made in self.system.stream(
-                self.sampler,
-                prompts,
-                partials=count,
-                seed=seeds,
-                positions=positions,
-                options=overrides,
-                **chosen,
-            ):
-                if isinstance(made, Partial):
-                    yield Shown(list(ops.to_uint8(made.image)))
-                else:
-                    yield [list(pictures) for pictures in zip(*map(ops.to_uint8, made.images))]
-
-        return plain._replace(key=("stream", *plain.key[1:]), draw=draw, verb="stream", together=count)
+        results = lambda stages: by_row(stages.images)
+        return self._drawing(key, rows, call, self.system.sample, self.system.stream, results)
 
     def inpaint(
         self,
@@ -167,26 +179,18 @@ class Model:
 
         Each result is a uint8 picture (H, W, 3) of the largest size.
         """
+
+        def call(rows: list[tuple]) -> tuple[tuple, dict[str, Any]]:
+            images, masks, prompts, seeds, positions, overrides = (list(column) for column in zip(*rows))
+            settings = {"seed": seeds, "positions": positions, "options": overrides}
+            return (images, masks, prompts), settings | ({} if prior is None else {"prior": prior})
+
         repeated = [pair for pair in pictures for _ in range(n)]
         rows = [(*pair, prompt, seed, position, options) for position, pair in enumerate(repeated)]
-        chosen = {} if prior is None else {"prior": prior}
-
-        def draw(rows: list[tuple]) -> list[np.ndarray]:
-            images, masks, prompts, seeds, positions, overrides = (list(column) for column in zip(*rows))
-            drawn = self.system.inpaint(
-                self.sampler,
-                images,
-                masks,
-                prompts,
-                seed=seeds,
-                positions=positions,
-                options=overrides,
-                **chosen,
-            )
-            return list(drawn)
-
         key = self._key("inpaint", prior, options=options)
-        return Task(self.sampler, key, rows, draw, self.name, "inpaint")
+        trained = "decoder_inpaint" in self.sampler.bundle.parts
+        stream = self.system.stream_inpaint if trained else None
+        return self._drawing(key, rows, call, self.system.inpaint, stream, list)
 
     def encode(self, images: Sequence[np.ndarray], steps: int | None, scale: float | None) -> Task:
         """The latents of images: each result is a pair (z_i, x_T)."""
@@ -212,22 +216,15 @@ class Model:
         """Pictures of latents. Each result is a list of uint8 pictures (H, W, 3), one per size."""
         shared = {"steps": steps or inversion.STEPS, "eta": eta}
         scale = 1.0 if scale is None else scale
-        rows = [(*pair, seed, position, scale) for pair, position in zip(latents, positions)]
 
-        def draw(rows: list[tuple]) -> list[list[np.ndarray]]:
+        def call(rows: list[tuple]) -> tuple[tuple, dict[str, Any]]:
             z_image, x_T, seeds, positions, scales = (list(column) for column in zip(*rows))
-            drawn = self.system.decode(
-                self.sampler,
-                inversion.Latents(np.stack(z_image), np.stack(x_T)),
-                seed=seeds,
-                positions=positions,
-                guidance_scale=scales,
-                **shared,
-            )
-            return [list(pictures) for pictures in zip(*map(ops.to_uint8, drawn))]
+            given = inversion.Latents(np.stack(z_image), np.stack(x_T))
+            return (given,), {"seed": seeds, "positions": positions, "guidance_scale": scales, **shared}
 
-        static = self._edit(scale, **shared)
-        return Task(self.sampler, ("decode", self.name, static), rows, draw, self.name, "decode")
+        rows = [(*pair, seed, position, scale) for pair, position in zip(latents, positions)]
+        key = ("decode", self.name, self._edit(scale, **shared))
+        return self._drawing(key, rows, call, self.system.decode, self.system.stream_decode, by_row)
 
     def _edit(self, scale: float, eta: float, steps: int) -> Any:
         # What is the same for all rows of a batch of an edit.
@@ -252,9 +249,8 @@ class Model:
     def announced(self) -> list[Task]:
         """The tasks that a server of this bundle compiles before they are asked for, the first one first."""
         prior, side = self.prior({}), self.sizes[0]
-        tasks = [self.generate(WARM, 1, 0, prior, {})]
-        if "stream" in self.verbs:
-            tasks.append(self.stream(WARM, 1, 0, prior, {}, 1))
+        first = self.generate(WARM, 1, 0, prior, {})
+        tasks = [first, *([first.shows(1)] if first.shows else [])]
         image = np.zeros((side, side, 3), np.uint8)
         if "edits" in self.verbs:
             mask = np.arange(side) < np.full((side, 1), side // 2)
@@ -278,6 +274,11 @@ class Model:
             verbs += ["variations", "interpolate", "text_diff"]
             verbs += ["reconstruct"] if "codec" in parts else []
         return verbs
+
+
+def by_row(images: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """Pictures by size, each (B, H, W, 3) in [-1, 1] -> for each row, a list of uint8 pictures by size."""
+    return [list(pictures) for pictures in zip(*map(ops.to_uint8, images))]
 
 
 class Models:

@@ -80,11 +80,9 @@ class Service:
         own = model.sizes[place]
         headers = {"x-unclip-resized": f"{own}x{own} to {side}x{side}"} if side not in (None, own) else {}
         if values.get("stream"):
-            job_events = self._events(plan, side, place)
-            first = await anext(job_events)  # a full queue is an error of the request, not of the stream
-            return StreamingResponse(
-                _chain(first, job_events), media_type="text/event-stream", headers=headers
-            )
+            events = self._events(plan, values["partial_images"], side, place)
+            first = await anext(events)  # a full queue is an error of the request, not of the stream
+            return StreamingResponse(_chain(first, events), media_type="text/event-stream", headers=headers)
         drawn = await self.draw(request, plan.task)
         files = await asyncio.to_thread(self._encode, drawn, plan, side, place)
         data = []
@@ -106,11 +104,12 @@ class Service:
             for sizes, how in zip(drawn, plan.how)
         ]
 
-    async def _events(self, plan: Plan, side: int | None, place: int) -> AsyncIterator[bytes]:
-        # The events of a stream: pictures on the way, then all of them. The first item is empty.
+    async def _events(self, plan: Plan, count: int, side: int | None, place: int) -> AsyncIterator[bytes]:
+        # The events of a stream: `count` times pictures on the way, then all of them. The first item is
+        # empty.
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         put = lambda item: loop.call_soon_threadsafe(queue.put_nowait, item)
-        job = self.worker.submit(plan.task, lambda i, image: put((i, image)))
+        job = self.worker.submit(self._streamed(plan.task, count), lambda i, image: put((i, image)))
         job.future.add_done_callback(lambda future: put(None))
         own = plan.model.sizes[place]
         shown = side or own
@@ -152,14 +151,16 @@ class Service:
         finally:
             self._drop(job)
 
-    def streamed(self, values: Mapping[str, Any], plain: Task, stream: Task | None) -> Task:
-        """The task of a request: `stream`, where pictures are asked for on the way and its programs are
-        compiled, else `plain`, whose stream has the pictures at the end alone."""
-        asked = values.get("stream") and values.get("partial_images")
-        if not asked or stream is None:
-            return plain
-        ready = self.worker.compiled_sizes
-        return plain if ready(plain.key) and not ready(stream.key) else stream
+    def _streamed(self, task: Task, count: int) -> Task:
+        # The task that shows its pictures `count` times on the way. Where its programs are not compiled and
+        # those of the plain task are, the plain task draws at once, and the programs are there next time.
+        if not count or task.shows is None:
+            return task
+        stream, ready = task.shows(count), self.worker.compiled_sizes
+        if ready(task.key) and not ready(stream.key):
+            self.worker.prepare(stream)
+            return task
+        return stream
 
     def url(self, request: Request, file: bytes) -> str:
         """Keeps a picture and returns its url."""

@@ -43,6 +43,7 @@ class Task(NamedTuple):
       two of rows per device. The rows of a batch may come from several tasks.
     model, verb: for metrics.
     together: tasks of equal keys share a batch only if this is equal, too.
+    shows: count -> the same task, which shows each picture so many times on the way; None if it cannot.
     """
 
     sampler: Sampler
@@ -52,6 +53,7 @@ class Task(NamedTuple):
     model: str = ""
     verb: str = ""
     together: Hashable = None
+    shows: Callable[[int], Task] | None = None
 
 
 class Job:
@@ -166,6 +168,12 @@ class Worker:
             self._count()
             self._condition.notify_all()
         return job
+
+    def prepare(self, task: Task) -> None:
+        """Compiles the programs of a task that may be asked for later."""
+        with self._condition:
+            if not self._sizes.get(task.key):
+                self._ask(task, len(task.rows))
 
     def cancel(self, job: Job) -> None:
         """Drops a job whose client has gone. Rows that are being drawn are drawn, for nobody."""

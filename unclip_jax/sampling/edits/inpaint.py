@@ -10,7 +10,7 @@ known pixels. `resample` works with any decoder, without training, by RePaint (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from unclip_jax.generate.networks import image_size
 from unclip_jax.sampling.edits.inversion import square
 from unclip_jax.sampling.programs import (
     Overrides,
+    Partial,
     Progress,
     Sampler,
     as_positions,
@@ -34,6 +35,7 @@ from unclip_jax.sampling.programs import (
     split_scales,
     with_scales,
 )
+from unclip_jax.sampling.stream import stream_stages
 from unclip_jax.sampling.unclip import DECODER, check_prior, draw_z_image, encode_captions, enlarge, made_by
 
 RESAMPLES, MAX_RESAMPLES = 5, 1000
@@ -116,16 +118,7 @@ def inpaint_rows(
     Raises:
       ValueError, KeyError: as in `inpaint`.
     """
-    images, masks, captions = [np.asarray(i) for i in images], [np.asarray(m) for m in masks], list(captions)
-    if not 0 < len(images) == len(masks) == len(captions):
-        counts = f"{len(images)}, {len(masks)} and {len(captions)}"
-        raise InputError(f"expected one mask and one caption per image, and at least one, got {counts}")
-    for image, mask in zip(images, masks):
-        if mask.dtype != np.bool_ or mask.shape != image.shape[:2]:
-            raise InputError(
-                "the mask must be boolean and of the image's size "
-                f"{image.shape[:2]}, got {mask.dtype} {mask.shape}"
-            )
+    images, masks, captions = _rows(images, masks, captions)
     if resamples is not None and not 1 <= resamples <= MAX_RESAMPLES:
         raise InputError(f"resamples must be between 1 and {MAX_RESAMPLES}, got {resamples}")
     sampler, count = as_sampler(bundle), len(images)
@@ -140,8 +133,7 @@ def inpaint_rows(
         sampler.bundle.part(needed)
     check_prior(sampler.bundle, prior)
     static, scales = split_scales(sampler.row_options(options, count))
-    small = image_size(sampler.network(name).config)
-    target = Known(ops.to_float(square(images, small)), np.stack([_shrink(mask, small) for mask in masks]))
+    target = _known(sampler, name, images, masks)
 
     def make():
         def run(params, scales, captions, empty, known, seeds, positions):
@@ -169,6 +161,65 @@ def inpaint_rows(
 
     parts = made_by(sampler.bundle, prior, name)
     drawn = ops.to_uint8(sampler.in_batches(batch, count, parts, progress)[-1][-1])
+    return _paste(drawn, images, masks)
+
+
+def stream_rows(
+    bundle: Sampler | Bundle,
+    images: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    captions: Sequence[str],
+    *,
+    partials: int,
+    seed: int | Sequence[int] = 0,
+    positions: Sequence[int] | None = None,
+    prior: str = "prior_diffusion",
+    options: Overrides | Sequence[Overrides] = None,
+) -> Iterator[Partial | np.ndarray]:
+    """`inpaint_rows` of the method `trained` for at most one batch, which shows `partials` pictures on the
+    way.
+
+    Yields:
+      A `programs.Partial` per stop, then what `inpaint_rows` returns.
+
+    Raises:
+      ValueError, KeyError: as `inpaint_rows`; KeyError where the bundle has no decoder that inpaints.
+    """
+    images, masks, captions = _rows(images, masks, captions)
+    sampler, name = as_sampler(bundle), METHODS["trained"]
+    for made in stream_stages(
+        sampler, captions, partials=partials, seed=seed, prior=prior, positions=positions, options=options,
+        known=_known(sampler, name, images, masks), decoder=name,
+    ):  # fmt: skip
+        last = not isinstance(made, Partial)
+        yield _paste(ops.to_uint8(made.images[-1]), images, masks) if last else made
+
+
+def _rows(
+    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], captions: Sequence[str]
+) -> tuple[list[np.ndarray], list[np.ndarray], list[str]]:
+    # The rows of a call, checked.
+    images, masks, captions = [np.asarray(i) for i in images], [np.asarray(m) for m in masks], list(captions)
+    if not 0 < len(images) == len(masks) == len(captions):
+        counts = f"{len(images)}, {len(masks)} and {len(captions)}"
+        raise InputError(f"expected one mask and one caption per image, and at least one, got {counts}")
+    for image, mask in zip(images, masks):
+        if mask.dtype != np.bool_ or mask.shape != image.shape[:2]:
+            raise InputError(
+                "the mask must be boolean and of the image's size "
+                f"{image.shape[:2]}, got {mask.dtype} {mask.shape}"
+            )
+    return images, masks, captions
+
+
+def _known(sampler: Sampler, name: str, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Known:
+    # What the decoder `name` keeps of the images.
+    size = image_size(sampler.network(name).config)
+    return Known(ops.to_float(square(images, size)), np.stack([_shrink(mask, size) for mask in masks]))
+
+
+def _paste(drawn: np.ndarray, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> np.ndarray:
+    # The images' own pixels where the masks keep them.
     size = drawn.shape[1]
     kept = np.stack([_shrink(mask, size) for mask in masks])
     return np.where(kept, square(images, size), drawn)

@@ -11,7 +11,7 @@ networks' sizes. The upsamplers enlarge the decoder's output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from unclip_jax.generate.decoder import invert_decoder, sample_decoder
 from unclip_jax.generate.networks import image_size
 from unclip_jax.generate.options import SamplingOptions
 from unclip_jax.sampling.programs import (
+    Partial,
     Progress,
     Sampler,
     as_positions,
@@ -36,6 +37,7 @@ from unclip_jax.sampling.programs import (
     split_scales,
     with_scale,
 )
+from unclip_jax.sampling.stream import stream_stages
 from unclip_jax.sampling.unclip import DECODER, check_embeddings, encode_captions, enlarge
 
 STEPS = 50
@@ -316,6 +318,36 @@ def decode(
         return run(sampler.params, scale, text, empty, z, x, numbers, where)
 
     return sampler.in_batches(batch, count, ["decoder", *names], progress)
+
+
+def stream_decode(
+    bundle: Sampler | Bundle,
+    latents: Latents,
+    *,
+    partials: int,
+    steps: int | str | tuple[int, ...] = STEPS,
+    eta: float = 0.0,
+    guidance_scale: float | Sequence[float] = 1.0,
+    seed: int | Sequence[int] = 0,
+    positions: Sequence[int] | None = None,
+) -> Iterator[Partial | list[np.ndarray]]:
+    """`decode` for at most one batch and empty captions, with `partials` pictures shown on the way.
+
+    Yields:
+      A `programs.Partial` per stop, then what `decode` returns.
+
+    Raises:
+      ValueError, KeyError: as `decode`.
+    """
+    sampler, count = as_sampler(bundle), len(latents.z_image)
+    chosen = _row_options(sampler, steps, guidance_scale, eta, count)
+    options = [{"decoder": vars(one)} for one in chosen]
+    noise = None if latents.x_T is None else np.asarray(latents.x_T, np.float32)
+    for made in stream_stages(
+        sampler, [""] * count, partials=partials, seed=seed, z_image=latents.z_image,
+        positions=positions, options=options, x_T=noise,
+    ):  # fmt: skip
+        yield made if isinstance(made, Partial) else made.images
 
 
 def one_noise(shape: tuple[int, ...], count: int, seed: int) -> np.ndarray:
