@@ -15,7 +15,7 @@ from typing import Any
 
 from unclip_jax.serve.errors import ApiError
 
-LARGEST_SIDE = 2048  # of of a picture that is resized for a client
+LARGEST_SIDE = 2048  # of a picture that is resized for a client, in pixels
 SEEDS = 2**32 - 1
 
 
