@@ -174,6 +174,19 @@ def test_errors_in_words(open_page, status, headers, words):
 
 
 @needs_browser
+def test_a_server_that_is_not_ready_says_so(open_page):
+    page = open_page()
+    page.route("**/healthz", lambda route: route.fulfill(status=503, json={"status": "compiling"}))
+    page.reload()
+    page.get_by_text("The server prepares its programs").wait_for()
+    # Its bundles are there already.
+    page.locator("#model option").first.wait_for(state="attached")
+    page.unroute("**/healthz")
+    page.locator("#banner").wait_for(state="hidden")
+    page.complaints[:] = [said for said in page.complaints if "503" not in said]
+
+
+@needs_browser
 def test_a_key_is_asked_for(open_page, address):
     page = open_page(wait=False)
     page.route("**/v1/models", lambda route: route.fulfill(status=401, json={"error": {"message": "no"}}))
@@ -212,8 +225,11 @@ def test_chunks_and_masks_by_their_definition(open_page):
     assert bytes(twice[0]).count(b"unclip\0") == 1
     height, width, (ax, ay), (bx, by), radius = 20, 30, (4.0, 5.5), (25.0, 12.0), 3.2
     mask = page.evaluate(
-        """async ([w, h, a, b, r]) => [...(await import("./sheet.js"))
-            .paintLine(new Uint8Array(w * h), w, h, { x: a[0], y: a[1] }, { x: b[0], y: b[1] }, r, 1)]""",
+        """async ([w, h, a, b, r]) => {
+            const mask = new Uint8Array(w * h), point = ([x, y]) => ({ x, y });
+            (await import("./sheet.js")).paintLine(mask, w, h, point(a), point(b), r, 1);
+            return [...mask];
+        }""",
         [width, height, (ax, ay), (bx, by), radius],
     )
     y, x = np.mgrid[:height, :width] + 0.5

@@ -90,12 +90,15 @@ def test_the_frame_moves_past_the_edge_and_the_picture_grows(open_page, side):
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowUp")
+    page.select_option("#editor-count", "2")
     image, mask = edit_request(page)
     anew = mask[..., 3] == 0
     right, up = 3 * side // 8, side // 8
     expected = np.zeros((side, side), bool)
     expected[:up] = expected[:, side - right :] = True
     np.testing.assert_array_equal(anew, expected)
+    page.get_by_text("Use this one").wait_for()
+    assert page.locator("#candidates .tile").count() == 2
     page.get_by_text("Use this one").click()
     page.keyboard.press("Escape")
     page.locator("#editor").wait_for(state="hidden")

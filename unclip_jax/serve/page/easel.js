@@ -27,7 +27,7 @@ export function createEasel(holder, onChange) {
   const camera = { x: 0, y: 0, zoom: 1 };
   const pointers = new Map(), stripes = makeCanvas(1, 1), pattern = stripePattern();
   let action = null, cursor = null, mask = null, frame = null, spaceHeld = false, keyed = false, waiting = false;
-  let overlay = null, overlaid = null, fitted = true;
+  let overlay = null, overlaid = null, fresh = null, fitted = true;
 
   const toSheet = (event) => {
     const box = canvas.getBoundingClientRect();
@@ -42,14 +42,35 @@ export function createEasel(holder, onChange) {
   }
 
   function maskPicture(state, shown) {
-    if (overlaid === shown && overlay?.width === state.width && overlay?.height === state.height) return overlay;
-    overlay = makeCanvas(state.width, state.height);
+    const { width, height } = state;
+    const same = overlaid === shown && overlay.width === width && overlay.height === height;
+    if (same && !fresh) return overlay;
+    const area = same ? fresh : { x: 0, y: 0, width, height };
+    if (!same) overlay = makeCanvas(width, height);
     overlaid = shown;
-    const pixels = new ImageData(state.width, state.height);
+    fresh = null;
+    if (!area.width || !area.height) return overlay;
+    const pixels = new ImageData(area.width, area.height);
     const words = new Uint32Array(pixels.data.buffer);
-    for (let i = 0; i < shown.length; i++) if (shown[i]) words[i] = 0xffffffff;
-    overlay.getContext("2d").putImageData(pixels, 0, 0);
+    for (let y = 0; y < area.height; y++) {
+      const from = (area.y + y) * width + area.x;
+      for (let x = 0; x < area.width; x++) if (shown[from + x]) words[y * area.width + x] = 0xffffffff;
+    }
+    overlay.getContext("2d").putImageData(pixels, area.x, area.y);
     return overlay;
+  }
+
+  /** Paints into the mask of the stroke, and keeps in mind what has to be shown anew. */
+  function stroke(from, to) {
+    const area = easel.sheet.stroke(mask, from, to, easel.radius, value());
+    if (!fresh) {
+      fresh = area;
+      return;
+    }
+    const x = Math.min(fresh.x, area.x), y = Math.min(fresh.y, area.y);
+    const right = Math.max(fresh.x + fresh.width, area.x + area.width);
+    const bottom = Math.max(fresh.y + fresh.height, area.y + area.height);
+    fresh = { x, y, width: right - x, height: bottom - y };
   }
 
   function paint() {
@@ -162,7 +183,8 @@ export function createEasel(holder, onChange) {
     else if (easel.tool === "frame") action = { kind: "frame", from: point, start: easel.sheet.state.frame };
     else if (event.button === 0) {
       action = { kind: "paint", last: point };
-      mask = easel.sheet.stroke(easel.sheet.state.mask, point, point, easel.radius, value());
+      mask = easel.sheet.state.mask.slice();
+      stroke(point, point);
     }
     canvas.classList.add("dragging");
     redraw();
@@ -196,7 +218,7 @@ export function createEasel(holder, onChange) {
     } else if (action?.kind === "paint") {
       for (const step of event.getCoalescedEvents?.().length ? event.getCoalescedEvents() : [event]) {
         const point = toSheet(step);
-        mask = easel.sheet.stroke(mask, action.last, point, easel.radius, value());
+        stroke(action.last, point);
         action.last = point;
       }
     }
@@ -255,7 +277,9 @@ export function createEasel(holder, onChange) {
       if (easel.locked) return;
       // After the arrow keys, space paints; with the mouse it turns the brush into the hand.
       if (painting() && cursor && keyed && !pointers.size) {
-        sheet.push({ mask: sheet.stroke(sheet.state.mask, cursor, cursor, easel.radius, value()) });
+        mask = sheet.state.mask.slice();
+        stroke(cursor, cursor);
+        commit();
         return changed();
       }
       spaceHeld = true;

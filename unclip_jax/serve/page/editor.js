@@ -11,7 +11,6 @@ const TOOLS = [
   ["frame", "Frame", "F", "Move the frame past the edge to draw what lies beyond."],
   ["hand", "Hand", "H", "Move the view. Zoom with the wheel or two fingers."],
 ];
-const CANDIDATES = 4;
 
 /** `draw(job options)` starts a run and returns its Job; `onSaved(run)` hears of sheets that were kept. */
 export function createEditor({ settings, draw, store, onSaved }) {
@@ -100,11 +99,12 @@ export function createEditor({ settings, draw, store, onSaved }) {
       return notify("Nothing is to be drawn yet. Paint a part of the picture, or move the frame past its edge.", { kind: "error" });
     }
     const { n, seed, ...shared } = settings.values();
-    const fields = { ...shared, prompt: prompt.value.trim(), n: CANDIDATES, seed };
+    const count = Number(find("#editor-count").value);
+    const fields = { ...shared, prompt: prompt.value.trim(), n: count, seed };
     easel.locked = true;
     refresh();
     const files = await easel.sheet.request();
-    job = draw({ kind: "edit", title: fields.prompt, path: "v1/images/edits", fields, files, count: CANDIDATES, quiet: true, settings: settings.complete(fields) });
+    job = draw({ kind: "edit", title: fields.prompt, path: "v1/images/edits", fields, files, count, quiet: true, settings: settings.complete(fields) });
     const mine = job;
     showProgress(job);
     try {

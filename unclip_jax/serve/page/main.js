@@ -92,10 +92,14 @@ async function clearHistory() {
   find("#help").close();
 }
 
-/** Waits until the server can draw, and says so in the meantime. */
+/** Waits until the server can draw, and says so in the meantime. Its bundles can be asked for before that. */
 async function waitForServer() {
-  for (;;) {
+  for (let loaded = false; ; ) {
     const { ready, reachable } = await health();
+    if ((ready || reachable) && !loaded) {
+      loaded = true;
+      await loadModels();
+    }
     if (ready) break;
     banner.hidden = false;
     banner.classList.add("busy");
@@ -189,4 +193,3 @@ if (!store.kept) notify("This browser keeps nothing for this page. The history l
 await gallery.load();
 if (matchMedia("(pointer: fine)").matches) find("#prompt").focus();
 await waitForServer();
-await loadModels();

@@ -19,28 +19,28 @@ export const canvasBlob = (canvas) =>
   new Promise((resolve, reject) =>
     canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("The browser cannot write this picture."))), "image/png"));
 
-/** Sets the pixels within `radius` of the line from `a` to `b`; returns a changed copy of the mask. */
+/** Sets the pixels within `radius` of the line from `a` to `b`, in place. Returns what changed: {x, y, width, height}. */
 export function paintLine(mask, width, height, a, b, radius, value) {
-  const out = mask.slice();
   const [dx, dy] = [b.x - a.x, b.y - a.y];
   const length = dx * dx + dy * dy;
   const low = (p, q) => Math.max(0, Math.floor(Math.min(p, q) - radius));
+  const [lowX, lowY] = [low(a.x, b.x), low(a.y, b.y)];
   const highX = Math.min(width - 1, Math.ceil(Math.max(a.x, b.x) + radius));
   const highY = Math.min(height - 1, Math.ceil(Math.max(a.y, b.y) + radius));
-  for (let y = low(a.y, b.y); y <= highY; y++) {
-    for (let x = low(a.x, b.x); x <= highX; x++) {
+  for (let y = lowY; y <= highY; y++) {
+    for (let x = lowX; x <= highX; x++) {
       // The distance from the pixel's middle to the nearest point of the line.
       const [px, py] = [x + 0.5 - a.x, y + 0.5 - a.y];
       const along = length ? Math.min(1, Math.max(0, (px * dx + py * dy) / length)) : 0;
       const [ex, ey] = [px - along * dx, py - along * dy];
-      if (ex * ex + ey * ey <= radius * radius) out[y * width + x] = value;
+      if (ex * ex + ey * ey <= radius * radius) mask[y * width + x] = value;
     }
   }
-  return out;
+  return { x: lowX, y: lowY, width: Math.max(0, highX - lowX + 1), height: Math.max(0, highY - lowY + 1) };
 }
 
 export class Sheet {
-  /** `image` is drawable, `side` the frame's side. The image's short side becomes `side`, or more if it was smaller. */
+  /** `image` is drawable; its short side becomes `side`, that of the frame. A very long image is cropped to its middle. */
   constructor(image, side) {
     const scale = side / Math.min(image.width, image.height);
     const width = Math.min(MAX_SIDE, Math.max(side, Math.round(image.width * scale)));
@@ -48,7 +48,8 @@ export class Sheet {
     const canvas = makeCanvas(width, height);
     const context = canvas.getContext("2d");
     context.imageSmoothingQuality = "high";
-    context.drawImage(image, 0, 0, width, height);
+    const [wide, high] = [Math.round(image.width * scale), Math.round(image.height * scale)];
+    context.drawImage(image, Math.round((width - wide) / 2), Math.round((height - high) / 2), wide, high);
     this.side = side;
     const frame = { x: Math.floor((width - side) / 2), y: Math.floor((height - side) / 2) };
     this.states = [{ x: 0, y: 0, width, height, canvas, mask: new Uint8Array(width * height), frame, edits: [] }];
@@ -74,7 +75,7 @@ export class Sheet {
   undo() { if (this.canUndo) this.at -= 1; }
   redo() { if (this.canRedo) this.at += 1; }
 
-  /** The mask after a stroke, without making it a state yet. Points are of the sheet. */
+  /** Paints into a copy of the state's mask, which `push` makes a state when the stroke ends. Points are of the sheet. */
   stroke(mask, from, to, radius, value) {
     const { x, y, width, height } = this.state;
     const local = (point) => ({ x: point.x - x, y: point.y - y });
