@@ -164,6 +164,36 @@ def test_one_finger_paints_and_two_zoom(open_page):
 
 
 @needs_browser
+def test_a_run_goes_on_when_the_viewer_looks_elsewhere(open_page):
+    page = open_page()
+    draw(page, n=2)
+    held = []
+    page.route("**/v1/images/variations", lambda route: held.append(route), times=1)
+    open_picture(page, 1)
+    shown = page.locator("#shown").get_attribute("src")
+    page.keyboard.press("v")
+    page.get_by_role("button", name="Draw variations").click()
+    page.locator("#stage .progress").wait_for()
+    page.click("#tab-text_diff")
+    page.get_by_label("As it should become").wait_for()
+    assert page.locator("#strip .tile").count() == 2 and page.locator("#stage .progress").count() == 0
+    assert page.locator("#shown").get_attribute("src") == shown
+    page.keyboard.press("Escape")
+    assert page.locator(".run[aria-busy]").count() == 1
+    held[0].continue_()
+    page.locator(".run:not([aria-busy])").nth(1).wait_for()
+    assert page.locator(".run").first.locator(".tile").count() == 4
+    # Stop ends a run for good.
+    open_picture(page)
+    page.click("#tab-variation")
+    page.get_by_role("button", name="Draw variations").click()
+    page.get_by_role("button", name="Stop").last.click()
+    page.get_by_role("button", name="Draw variations").wait_for()
+    page.keyboard.press("Escape")
+    assert page.locator(".run").count() == 2
+
+
+@needs_browser
 def test_variations_interpolation_and_text_diff(open_page):
     page = open_page()
     draw(page, n=2)

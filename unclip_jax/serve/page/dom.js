@@ -39,6 +39,8 @@ export function button(name, onclick, { icon: image, quiet = false, ...attribute
   return el("button", { type: "button", ...attributes, ...named, class: style, onclick }, ...shown);
 }
 
+const MAX_NOTICES = 3;
+
 /** Tells something in words at the foot of the page. `action` is {name, run}. */
 export function notify(message, { kind = "info", action = null, seconds = 6 } = {}) {
   const box = el("div", { class: `notice ${kind}` }, el("p", { text: message }));
@@ -47,6 +49,8 @@ export function notify(message, { kind = "info", action = null, seconds = 6 } = 
   box.append(button("Dismiss", close, { icon: "close", quiet: true, class: "small" }));
   // A modal dialog makes the rest of the page inert, so the notice goes where it can be seen and clicked.
   const holder = findAll("dialog[open] .notices").pop() ?? find("body > .notices");
+  // Few enough to leave the page in sight.
+  while (holder.childElementCount >= MAX_NOTICES) holder.firstElementChild.remove();
   holder.append(box);
   // An error stays until it is dismissed.
   if (kind !== "error") setTimeout(close, seconds * 1000);

@@ -9,8 +9,8 @@ export function createViewer({ store, addresses, settings, verbs, onEdit, onUse,
   const dialog = find("#viewer"), stage = find("#stage"), strip = find("#strip"), slide = find("#slide");
   const tabs = find("#tabs"), panel = find("#tab-panel"), title = find("#viewer-title");
   const TABS = [["about", "About"], ...verbs.panels.map(({ name, title: text }) => [name, text])];
-  // What is shown: a run of the history, or one under way.
-  let run = null, job = null, at = 0, tab = "about";
+  // What is shown: a run of the history, or one under way, and then also what was shown before it.
+  let run = null, job = null, at = 0, tab = "about", before = null;
 
   const image = el("img", { id: "shown" });
   const previous = button("Previous picture", () => go(-1), { icon: "left", quiet: true, class: "previous" });
@@ -96,7 +96,7 @@ export function createViewer({ store, addresses, settings, verbs, onEdit, onUse,
   }
 
   async function open(chosen, index = 0) {
-    job = null;
+    leave();
     run = chosen;
     title.textContent = run.title;
     fillStrip();
@@ -110,9 +110,17 @@ export function createViewer({ store, addresses, settings, verbs, onEdit, onUse,
     (next.hidden ? find("#viewer-actions button:not([hidden])") : next).focus();
   }
 
+  /** Looks no longer at the run under way, which goes on in the feed; what was shown before it is shown again. */
+  function leave() {
+    if (!job) return;
+    job = null;
+    find(".progress", stage)?.remove();
+    ({ run, at } = before);
+  }
+
   /** Follows a run that a panel started, then shows what it drew, with the panel still open. */
   async function follow(started) {
-    const before = { run, at };
+    before = { run, at };
     job = started;
     run = started.run;
     fillStrip();
@@ -144,12 +152,11 @@ export function createViewer({ store, addresses, settings, verbs, onEdit, onUse,
       });
     });
     const settle = async (shown, index) => {
-      box.remove();
       const focused = stop === document.activeElement;
       if (send) stop.replaceWith(send);
       if (focused) send.focus({ preventScroll: true });
       if (job !== started) return;
-      job = null;
+      leave();
       run = shown;
       title.textContent = run.title;
       fillStrip();
@@ -161,7 +168,7 @@ export function createViewer({ store, addresses, settings, verbs, onEdit, onUse,
       else await settle(before.run, before.at);
     } catch (error) {
       await settle(before.run, before.at);
-      if (dialog.open) notify(error.message, { kind: "error" });
+      notify(error.message, { kind: "error" });
     }
   }
 
@@ -175,7 +182,11 @@ export function createViewer({ store, addresses, settings, verbs, onEdit, onUse,
   }
 
   async function openTab(name) {
-    if (job && name !== tab) job.cancel();
+    if (job && name !== tab) {
+      leave();
+      fillStrip();
+      await show(at);
+    }
     tab = name;
     for (const node of tabNodes) {
       const chosen = node.id === `tab-${name}`;
@@ -212,8 +223,7 @@ export function createViewer({ store, addresses, settings, verbs, onEdit, onUse,
 
   find("[data-close]", dialog).addEventListener("click", () => dialog.close());
   dialog.addEventListener("close", () => {
-    if (job) job.cancel();
-    job = null;
+    leave();
     forgetSources();
   });
   tabs.addEventListener("keydown", (event) => {
