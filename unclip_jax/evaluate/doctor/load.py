@@ -12,6 +12,7 @@ from unclip_jax.checkpoint.bundle import Bundle, read_description, read_part
 from unclip_jax.checkpoint.load import bundle_path, load_bundle, load_part, load_trained
 from unclip_jax.checkpoint.store import folder, read_items
 from unclip_jax.data import ops
+from unclip_jax.data.embeddings import is_embedded
 from unclip_jax.data.record import Source
 from unclip_jax.errors import InputError, UserError, one_line
 from unclip_jax.evaluate.clip import captions_of, choose_rows, usable_rows
@@ -80,12 +81,16 @@ def _readable(path: str | os.PathLike) -> Opened:
 def _open_run(path: str | os.PathLike) -> Opened:
     trained, meta, _ = load_trained(path)
     name, config = meta["name"], meta["config"]
-    _, items, _ = read_items(path, ("state",))
     parts = {}
     for role, where in (config.get("frozen") or {}).items():
-        parts[role] = load_part(resolve(where, path), role)[0]
+        where = resolve(where, path)
+        if not is_embedded(where):  # embeddings stand in for the CLIP that made them
+            parts[role] = load_part(where, role)[0]
     sampling = {name: meta["sampling"]} if meta["sampling"] else {}
     bundle = Bundle({**parts, name: trained}, sampling=sampling, path=str(path))
+    if trained.config["kind"] == "codec":  # it is fitted, and has no average
+        return Opened(bundle, {})
+    _, items, _ = read_items(path, ("state",))
     return Opened(bundle, {name: items["state"]["params"]})
 
 
