@@ -15,7 +15,7 @@ from unclip_jax.cli.train import load_config, override
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.generate.networks import build_model
 from unclip_jax.run import batches
-from unclip_jax.train import autoencoder, clip, codec, decoder, prior_ar, prior_diffusion, upsampler
+from unclip_jax.train import autoencoder, clip, codec, decoder, latent, prior_ar, prior_diffusion, upsampler
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
@@ -25,6 +25,7 @@ STAGES = {
     "decoder": (decoder, "configs/emoji/decoder.py:tiny"),
     "upsampler_16": (upsampler, "configs/emoji/upsampler.py:tiny"),
     "autoencoder": (autoencoder, "configs/emoji/autoencoder.py:tiny-vq"),
+    "latent": (latent, "configs/emoji/latent.py:tiny"),
 }
 CODEC = {"codec": (codec, "configs/emoji/codec.py:tiny")}  # fitted, not trained
 BESIDE = {
@@ -32,6 +33,7 @@ BESIDE = {
     "decoder": ("clip",),
     "codec": ("clip",),
     "prior_ar": ("clip", "codec"),
+    "latent": ("clip", "autoencoder"),
 }  # runs that a stage starts from
 STEPS = 12
 SMALL = {

@@ -85,14 +85,18 @@ def collect(runs: Any, base: str | None = None):
         training[name] = meta["provenance"] | {"config": meta["config"], "step": step}
         if meta["sampling"]:
             sampling[name] = meta["sampling"]
-    needed = ("clip",) if set(parts) == {"clip"} else ("clip", "prior_diffusion", "decoder")
+    system, needed = "unclip", ("clip", "prior_diffusion", "decoder")
+    if set(parts) == {"clip"}:
+        needed = ("clip",)
+    elif "latent" in parts and "decoder" not in parts:
+        system, needed = "latent", ("clip", "latent", "autoencoder")
     missing = [name for name in needed if name not in parts]
     if missing:
         raise FileNotFoundError(
             f"{runs} has no run of {', '.join(missing)}; train it first (it has: {', '.join(origin)})"
         )
     check_frozen(parts)
-    return Bundle(parts, sampling=sampling, provenance={"training": training})
+    return Bundle(parts, system, sampling, {"training": training})
 
 
 def run(args: argparse.Namespace) -> None:

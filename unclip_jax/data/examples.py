@@ -161,6 +161,38 @@ def decoder_example(
     return {"image": ops.to_float(ops.resize(image, size)), **row, **known}
 
 
+def latent_example(
+    record: Record,
+    rng: np.random.Generator | None,
+    *,
+    tokenizer: ClipTokenizer | None,
+    size: int,
+    crop_scale: float = 1.0,
+    training: bool = True,
+    inpaint: bool = False,
+) -> dict[str, np.ndarray]:
+    """One row of a batch: an image for the autoencoder, and a caption for CLIP.
+
+    Args:
+      record, rng, crop_scale, training: as in `clip_example`.
+      tokenizer: CLIP's tokenizer; None for a network without captions.
+      size: the side of the image in pixels.
+      inpaint: whether the row says which part of the image is known.
+
+    Returns:
+      `image` (size, size, 3) in [-1, 1]; with a tokenizer `clip_tokens` and `clip_token_mask` (L,); with
+      `inpaint` `known` (size, size, 1) bool.
+
+    Raises `ValueError` if the image cannot be decoded, or a caption is missing.
+    """
+    row = picture_example(record, rng, size=size, crop_scale=crop_scale, training=training)
+    if tokenizer is not None:
+        row |= _caption_row(record.captions[_caption_number(record, rng, training)], tokenizer, None)
+    if inpaint:
+        row["known"] = ops.random_mask(size, rng)
+    return row
+
+
 def picture_example(
     record: Record,
     rng: np.random.Generator | None,

@@ -73,7 +73,12 @@ def load_frozen(
       FileNotFoundError, ValueError, KeyError: one line that names what is missing or does not fit.
     """
     frozen: dict[str, Network] = {}
-    loaders = {"clip": _load_clip, "codec": _load_codec, "lpips": _load_lpips}
+    loaders = {
+        "clip": _load_clip,
+        "codec": _load_codec,
+        "lpips": _load_lpips,
+        "autoencoder": _load_autoencoder,
+    }
     for role, kind in wanted_roles(config, roles).items():
         frozen[role] = loaders[kind](resolve(config.frozen[role], workdir), config, mesh)
     for role, network in frozen.items():
@@ -148,6 +153,13 @@ def _load_lpips(path: str, config: ConfigDict, mesh: Mesh) -> Network:
             )
         path = str(fetched_folder(path))
     part, _ = load_part(path, "lpips")
+    params = jax.device_put(part.params, infer_shardings(part.params, mesh))
+    module = build_model(part.config, compute_dtype(config.dtype, mesh))
+    return Network(module, params, part.config, params_hash(part.params))
+
+
+def _load_autoencoder(path: str, config: ConfigDict, mesh: Mesh) -> Network:
+    part, _ = load_part(path, "autoencoder")
     params = jax.device_put(part.params, infer_shardings(part.params, mesh))
     module = build_model(part.config, compute_dtype(config.dtype, mesh))
     return Network(module, params, part.config, params_hash(part.params))

@@ -267,7 +267,27 @@ def load_widened(path: str, name: str) -> tuple[Part, dict]:
         return load_part(path, name)
     except KeyError:
         part, meta = load_part(path, "decoder")
-    conv = part.params["unet"]["conv_in"]
-    kernel = np.pad(conv["kernel"], ((0, 0), (0, 0), (0, 4), (0, 0)))
-    unet = part.params["unet"] | {"conv_in": conv | {"kernel": kernel}}
+    unet = _widened(part.params["unet"], 4)
     return Part(part.config, part.params | {"unet": unet}), meta
+
+
+def load_widened_latent(path: str, name: str) -> tuple[Part, dict]:
+    """`load_part` for a latent U-Net that inpaints.
+
+    If there is none, the ordinary one takes its place, with zero weights for the channels of the mask and of
+    the known part.
+    """
+    try:
+        return load_part(path, name)
+    except KeyError:
+        part, meta = load_part(path, "latent")
+    model = part.config["model"]
+    more = max(2 * model["out_channels"] + 1 - model["in_channels"], 0)
+    return Part(part.config, _widened(part.params, more)), meta
+
+
+def _widened(unet: dict, channels: int) -> dict:
+    # A U-Net with more input channels, of zero weight.
+    conv = unet["conv_in"]
+    kernel = np.pad(conv["kernel"], ((0, 0), (0, 0), (0, channels), (0, 0)))
+    return unet | {"conv_in": conv | {"kernel": kernel}}

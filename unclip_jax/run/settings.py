@@ -228,6 +228,9 @@ DIFFUSION = {
     "num_steps": whole("[1, inf)"),
     "prediction": text("eps", "x0", "v"),
 }
+ENDS = Rule(
+    (tuple,), "two numbers in (0, 1)", lambda values: len(values) == 2 and all(0 < v < 1 for v in values)
+)
 IMAGE_DIFFUSION = DIFFUSION | {"vb_weight": number("[0, inf)")}
 SAMPLING = {kind: _options(kind) for kind in OPTIONS}
 
@@ -263,7 +266,7 @@ def check_settings(config: Mapping, table: Mapping[str, Any], figures: Sequence[
         if "heads" in section and section["width"] % section["heads"]:
             width, heads = section["width"], section["heads"]
             raise InputError(f"{name}.width={width} must be a multiple of {name}.heads={heads}")
-        if "channel_mult" in section and "image_size" in section:
+        if "attention_resolutions" in section or "channel_mult" in section and name.endswith("unet"):
             _check_unet(section, name)
     own = [name for name in ("text_tokenizer", "model.text") if _at(config, name) is not None]
     if len(own) == 1 and "text_tokenizer" in table:
@@ -406,6 +409,6 @@ def _check_unet(unet: Mapping, name: str) -> None:
 def _check_sampling(config: Mapping) -> None:
     options = options_from(dict(config["sampling"]), config["stage"])
     part = {"diffusion": dict(config.get("diffusion", {})), "model": config["model"]}
-    if "unet" not in config["model"]:
+    if config["stage"].startswith("prior"):
         part["x0_error"] = ()  # a prior measures its errors in training
     check_options(options, part)

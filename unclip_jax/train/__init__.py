@@ -3,7 +3,7 @@
 `STAGES` maps the name of a stage to its file.
 """
 
-from unclip_jax.train import autoencoder, clip, codec, decoder, prior_ar, prior_diffusion, upsampler
+from unclip_jax.train import autoencoder, clip, codec, decoder, latent, prior_ar, prior_diffusion, upsampler
 
 STAGES = {
     "clip": clip,
@@ -13,4 +13,5 @@ STAGES = {
     "decoder": decoder,
     "upsampler": upsampler,
     "autoencoder": autoencoder,
+    "latent": latent,
 }
