@@ -263,7 +263,7 @@ def check_settings(config: Mapping, table: Mapping[str, Any], figures: Sequence[
             warmup, steps = config[name]["warmup_steps"], config["steps"]
             raise InputError(f"{name}.warmup_steps={warmup} must be fewer than steps={steps}")
     for name, section in _sections(config.get("model", {}), "model"):
-        if "heads" in section and section["width"] % section["heads"]:
+        if "heads" in section and "width" in section and section["width"] % section["heads"]:
             width, heads = section["width"], section["heads"]
             raise InputError(f"{name}.width={width} must be a multiple of {name}.heads={heads}")
         if "attention_resolutions" in section or "channel_mult" in section and name.endswith("unet"):
