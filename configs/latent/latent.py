@@ -3,7 +3,7 @@
 It needs shards `data/train/*.tfrecord` and `data/val/*.tfrecord`, and the autoencoder of
 `configs/latent/autoencoder.py` in the folder beside its own.
 
-    unclip train configs/latent/latent.py:churches --workdir runs/latent/latent
+    unclip train configs/latent/latent.py --workdir runs/latent/latent
 
 variant     parameters    autoencoder  schedule           loss      for
 (none)      274,056,163   vq-f4        0.0015 to 0.0195   L2        CelebA-HQ, FFHQ, LSUN bedrooms; 256 px

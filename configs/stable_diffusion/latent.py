@@ -3,7 +3,7 @@
 It needs shards `data/train/*.tfrecord` and `data/val/*.tfrecord`, and the text tower and the autoencoder.
 Public weights hold both:
 
-    unclip train configs/stable_diffusion/latent.py --workdir runs/sd/latent \\
+    unclip train configs/stable_diffusion/latent.py --workdir runs/stable_diffusion/latent \\
         --set frozen.clip=FOLDER --set frozen.autoencoder=FOLDER [--init-from FOLDER]
 
 With `--init-from` a folder or single file of public weights is fine-tuned; without it, the U-Net starts

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from unclip_jax.errors import InputError
+
 FORMATS = ("diffusers",)  # the formats of `checkpoint.providers.PROVIDERS`, which is slow to import
 DTYPES = ("float32", "float16")
 
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="diffusers",
-        help="diffusers: the folder layout of its UnCLIPPipeline (diffusers)",
+        help="diffusers: the folder layout of its UnCLIPPipeline or StableDiffusionPipeline (diffusers)",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="type of the weights on disk (float32)"
@@ -32,6 +34,10 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.checkpoint.load import load_bundle
     from unclip_jax.checkpoint.providers import PROVIDERS
 
-    provider = next(provider for provider in PROVIDERS.values() if provider.format == args.format)
-    provider.check_target(args.out)
-    print(provider.write(load_bundle(args.bundle), args.out, np.dtype(args.dtype)))
+    writers = [provider for provider in PROVIDERS.values() if provider.format == args.format]
+    writers[0].check_target(args.out)
+    bundle = load_bundle(args.bundle)
+    provider = next((one for one in writers if one.system == bundle.system), None)
+    if provider is None:
+        raise InputError(f"a bundle of the system {bundle.system} cannot be written for {args.format}")
+    print(provider.write(bundle, args.out, np.dtype(args.dtype)))

@@ -38,7 +38,10 @@ VERBS = {
         "unclip_jax.cli.convert",
         "convert public weights (Karlo, Stable Diffusion, CLIP) or an older bundle to a bundle",
     ),
-    "export": ("unclip_jax.cli.export", "write a bundle of Karlo's topology as a diffusers folder"),
+    "export": (
+        "unclip_jax.cli.export",
+        "write a bundle of Karlo's or Stable Diffusion's topology as a diffusers folder",
+    ),
     "fetch": ("unclip_jax.cli.fetch", "download the weights of the network that FID is computed with"),
     "evaluate": (
         "unclip_jax.cli.evaluate",

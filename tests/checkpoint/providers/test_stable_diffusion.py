@@ -1,5 +1,6 @@
 """Stable Diffusion's folders and single files against diffusers, run at the same random weights."""
 
+import dataclasses
 import json
 import shutil
 
@@ -17,9 +18,10 @@ from unclip_jax.checkpoint.bundle import save_bundle
 from unclip_jax.checkpoint.check import latent_shapes
 from unclip_jax.checkpoint.convert import export
 from unclip_jax.checkpoint.load import load_bundle
-from unclip_jax.checkpoint.providers import autoencoder
+from unclip_jax.checkpoint.providers import autoencoder, stable_diffusion_export
 from unclip_jax.checkpoint.providers.latent_names import compvis_unet, diffusers_unet
 from unclip_jax.checkpoint.store import params_hash
+from unclip_jax.cli.main import main
 from unclip_jax.diffusion import process
 from unclip_jax.errors import InputError
 from unclip_jax.models.autoencoder import KLAutoencoder
@@ -193,6 +195,38 @@ def test_refused_options(made, options, words):
 def test_no_prior(made):
     with pytest.raises(InputError, match="has no prior"):
         text_to_image(made[1][2], CAPTIONS, prior="prior_diffusion")
+
+
+@both
+def test_export_to_diffusers(made, version, tmp_path):
+    """The library loads what is written, with the same weights, scheduler and tokens; so do we."""
+    from diffusers import StableDiffusionPipeline
+
+    folder, pipeline, bundle = made[version]
+    assert main(["export", str(folder), "--out", str(tmp_path / "out")]) == 0
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None)
+    for name in ("unet", "vae", "text_encoder"):
+        theirs, wanted = (getattr(one, name).state_dict() for one in (loaded, pipeline))
+        assert theirs.keys() == wanted.keys()
+        for key, value in wanted.items():
+            np.testing.assert_array_equal(theirs[key].numpy(), value.numpy(), err_msg=key)
+    for key in ("prediction_type", "steps_offset", "set_alpha_to_one", "timestep_spacing", "beta_end"):
+        assert loaded.scheduler.config[key] == pipeline.scheduler.config[key]
+    padded = dict(padding="max_length", max_length=peers.LENGTH, truncation=True)
+    assert loaded.tokenizer(CAPTIONS, **padded).input_ids == pipeline.tokenizer(CAPTIONS, **padded).input_ids
+    again = load_bundle(tmp_path / "out")
+    assert again.sampling == bundle.sampling
+    assert again.parts["latent"].config == bundle.parts["latent"].config
+
+
+def test_what_cannot_be_exported(made, tmp_path):
+    bundle = made[1][2]
+    other = dataclasses.replace(bundle, sampling={"latent": {"steps": 2, "sampler": "ddpm"}})
+    with pytest.raises(InputError, match="its sampler ddpm is none of plms"):
+        stable_diffusion_export.write(other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    even = dataclasses.replace(bundle, sampling={"latent": {"steps": 2, "sampler": "ddim"}})
+    assert "spacing even" in " ".join(stable_diffusion_export.obstacles(even))
 
 
 def test_inpainting_network(tmp_path):

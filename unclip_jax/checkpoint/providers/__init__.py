@@ -22,6 +22,7 @@ from unclip_jax.checkpoint.providers import (
     lpips,
     open_clip,
     stable_diffusion,
+    stable_diffusion_export,
 )
 from unclip_jax.errors import InputError
 
@@ -37,6 +38,7 @@ class Provider:
       ValueError when something is missing, damaged, of another architecture or does not fit, and KeyError
       when there is no such part.
     format: the name by which `unclip export --format` asks for this layout; None when it cannot be written.
+    system: of the bundles that can be written.
     obstacles: bundle -> what keeps it from this layout, a sentence each; None when no bundle can be written.
     check_target: path -> path; it raises ValueError or OSError when `write` could not write there.
     write: bundle, path, dtype of the tensors -> path; None when no bundle can be written.
@@ -46,6 +48,7 @@ class Provider:
     recognises: Callable[[Path], bool]
     read: Callable[[Path, str | None, Place], Bundle]
     format: str | None = None
+    system: str = "unclip"
     obstacles: Callable[[Bundle], Iterator[str]] | None = None
     check_target: Callable[[Path], Path] | None = None
     write: Callable[[Bundle, Path, Any], Path] | None = None
@@ -65,6 +68,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="Stable Diffusion 1.x or 2.x in diffusers' layout or in one file",
         recognises=stable_diffusion.recognises,
         read=stable_diffusion.read,
+        format="diffusers",
+        system="latent",
+        obstacles=stable_diffusion_export.obstacles,
+        check_target=karlo_export.check_target,
+        write=stable_diffusion_export.write,
     ),
     "clip": Provider(
         layout="CLIP of transformers or of OpenAI",

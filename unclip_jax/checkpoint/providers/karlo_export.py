@@ -146,7 +146,7 @@ def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
             if transformers
             else {"_class_name": kind, "_diffusers_version": VERSION}
         )
-        _json(path / folder / "config.json", header | config)
+        write_config(path / folder / "config.json", header | config)
         tensors = export(params, rules, folder) | (buffers or {})
         file = (
             path / folder / ("model.safetensors" if transformers else "diffusion_pytorch_model.safetensors")
@@ -155,7 +155,7 @@ def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
         save_tensors(stored, file, metadata={"format": "pt"})
 
     text_tower = {"text_tower": clip_part.params["text_tower"]}
-    network("text_encoder", _text_encoder(clip_part.config["model"]), text_tower, clip.TEXT)
+    network("text_encoder", text_encoder_config(clip_part.config["model"]), text_tower, clip.TEXT)
     space = prior.config["embedding_space"]
     statistics = {"clip_mean": np.asarray(space["mean"])[None], "clip_std": np.asarray(space["std"])[None]}
     network("prior", _prior(prior.config["model"]), prior.params, karlo.PRIOR, statistics)
@@ -168,10 +168,10 @@ def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
         network(folder, _upsampler(part.config["model"]), part.params, _unet_rules(part))
     for folder, sampled in (("prior", "prior_diffusion"), ("decoder", "decoder"), ("super_res", name)):
         scheduler = _scheduler(bundle.parts[sampled], bundle.sampling.get(sampled, {}), folder)
-        _json(path / f"{folder}_scheduler" / "scheduler_config.json", scheduler)
+        write_config(path / f"{folder}_scheduler" / "scheduler_config.json", scheduler)
     ClipTokenizer.from_config(clip_part.config["tokenizer"]).save_folder(path / "tokenizer")
     index = {folder: list(reader) for folder, reader in CLASSES.items()}
-    _json(
+    write_config(
         path / "model_index.json", {"_class_name": "UnCLIPPipeline", "_diffusers_version": VERSION, **index}
     )
 
@@ -180,12 +180,14 @@ def _unet_rules(part: Part) -> tuple[Rule, ...]:
     return karlo.unet(len(part.config["model"]["unet"]["channel_mult"]))
 
 
-def _json(path: Path, value: dict) -> None:
+def write_config(path: Path, value: dict) -> None:
+    """Writes a JSON file, with its folder."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _text_encoder(model: dict) -> dict:
+def text_encoder_config(model: dict) -> dict:
+    """transformers' configuration of a `CLIP`'s text tower."""
     text = model["text"]
     return {
         "model_type": "clip_text_model",

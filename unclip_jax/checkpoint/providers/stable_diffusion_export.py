@@ -1,0 +1,178 @@
+"""Writes a bundle of the system `latent` as a Stable Diffusion folder in diffusers' layout: the inverse of
+`stable_diffusion.read`, by the same rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle, Part
+from unclip_jax.checkpoint.convert import export
+from unclip_jax.checkpoint.files import cast, save_tensors
+from unclip_jax.checkpoint.providers import autoencoder, clip, latent_names, stable_diffusion_config
+from unclip_jax.checkpoint.providers.karlo_export import check_target, text_encoder_config, write_config
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.errors import InputError
+from unclip_jax.paths import whole_folder
+
+VERSION = "0.33.1"  # of diffusers
+LIBRARIES = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+}
+SCHEDULERS = {ours: theirs for theirs, ours in stable_diffusion_config.SCHEDULERS.items()}
+PREDICTIONS = {ours: theirs for theirs, ours in stable_diffusion_config.PREDICTIONS.items()}
+
+
+def obstacles(bundle: Bundle) -> Iterator[str]:
+    """What keeps a bundle from the layout, a sentence each. There is none when it can be exported."""
+    missing = [name for name in ("clip", "latent", "autoencoder") if name not in bundle.parts]
+    if missing:
+        yield f"it lacks {', '.join(missing)}"
+        return
+    clip_part, latent, vae = (bundle.parts[name].config for name in ("clip", "latent", "autoencoder"))
+    if clip_part["model"]["text"] is None or "tokenizer" not in clip_part:
+        yield "its clip part has no text tower with a tokenizer"
+    if vae["kind"] != "kl_autoencoder":
+        yield f"its autoencoder is a {vae['kind']}, and Stable Diffusion's a kl_autoencoder"
+    elif list(vae["model"].get("attention_levels", ())):
+        yield "its autoencoder has attention in levels, and Stable Diffusion's in the middle alone"
+    model, sampling = latent["model"], bundle.sampling.get("latent", {})
+    if model.get("transformer_depth", 1) == 0 or model.get("resample", "conv") != "conv":
+        yield "its U-Net has other blocks than Stable Diffusion's"
+    if model.get("scale_shift"):
+        yield "its U-Net scales and shifts by the time, and Stable Diffusion's adds"
+    if latent["diffusion"]["schedule"] not in ("linear", "scaled_linear"):
+        yield f"its noise schedule is {latent['diffusion']['schedule']}"
+    if sampling.get("sampler", "ddpm") not in SCHEDULERS:
+        yield f"its sampler {sampling.get('sampler', 'ddpm')} is none of {', '.join(SCHEDULERS)}"
+    elif sampling.get("spacing", "even") == "even":
+        yield "its steps are spread by the spacing even: bundle it with latent.spacing=leading, say"
+
+
+def write(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Path:
+    """Writes a bundle in the layout of diffusers' `StableDiffusionPipeline`, or its inpainting one. The
+    folder appears whole or not at all.
+
+    Args:
+      bundle: with clip, latent and autoencoder.
+      path: a folder that is empty or does not exist yet.
+      dtype: of the tensors.
+
+    Returns:
+      The folder, with pathlib's methods.
+
+    Raises:
+      ValueError: naming everything that keeps the bundle from this layout, or when the folder is not empty.
+    """
+    path = check_target(path)
+    reasons = list(obstacles(bundle))
+    if reasons:
+        name = bundle.path or "(unsaved)"
+        raise InputError(f"the bundle {name} cannot be exported to diffusers: {'; '.join(reasons)}")
+    with whole_folder(path, "model_index.json") as temporary:
+        _write_folders(bundle, temporary, dtype)
+    return path
+
+
+def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
+    clip_part, latent, vae = (bundle.parts[name] for name in ("clip", "latent", "autoencoder"))
+
+    def network(folder: str, config: dict, tensors: dict) -> None:
+        library, kind = LIBRARIES[folder]
+        header = {"_class_name": kind, "_diffusers_version": VERSION}
+        header = {"architectures": [kind]} if library == "transformers" else header
+        write_config(path / folder / "config.json", header | config)
+        stored = {k: cast(v, dtype, k, f"the {folder} of diffusers") for k, v in tensors.items()}
+        name = "model" if library == "transformers" else "diffusion_pytorch_model"
+        save_tensors(stored, path / folder / f"{name}.safetensors", metadata={"format": "pt"})
+
+    tower = {k: v for k, v in clip_part.params["text_tower"].items() if k != "projection"}
+    text = text_encoder_config(clip_part.config["model"])
+    tokenizer = ClipTokenizer.from_config(clip_part.config["tokenizer"])
+    text["pad_token_id"] = tokenizer.pad_id
+    network("text_encoder", text, export({"text_tower": tower}, clip.TEXT, "the text encoder"))
+    rules = autoencoder.diffusers_rules(len(vae.config["model"]["channel_mult"]))
+    network("vae", _vae(vae), export(vae.params, rules, "the autoencoder"))
+    model = latent.config["model"]
+    network("unet", _unet(model), export(latent.params, latent_names.diffusers_unet(model), "the U-Net"))
+    scheduler = _scheduler(latent, bundle.sampling["latent"])
+    write_config(path / "scheduler" / "scheduler_config.json", scheduler)
+    tokenizer.save_folder(path / "tokenizer")
+    inpaints = model["in_channels"] != model["out_channels"]
+    pipeline = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+    index = {"_class_name": pipeline, "_diffusers_version": VERSION, "requires_safety_checker": False}
+    index |= {folder: list(reader) for folder, reader in LIBRARIES.items()}
+    index |= {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+    write_config(path / "model_index.json", index)
+
+
+def _unet(model: dict) -> dict:
+    attends = [level in model.get("attention_levels", ()) for level in range(len(model["channel_mult"]))]
+    vector = model.get("vector_dim")
+    projected = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": vector}
+    return {
+        "sample_size": model["image_size"],
+        "in_channels": model["in_channels"],
+        "out_channels": model["out_channels"],
+        "layers_per_block": model["res_blocks"],
+        "block_out_channels": [model["channels"] * mult for mult in model["channel_mult"]],
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "cross_attention_dim": model["context_dim"],
+        "attention_head_dim": list(model["heads"]),
+        "transformer_layers_per_block": model.get("transformer_depth", 1),
+        "use_linear_projection": model.get("linear", False),
+        "norm_num_groups": model.get("groups", 32),
+        **(projected if vector else {}),
+    }
+
+
+def _vae(part: Part) -> dict:
+    model = part.config["model"]
+    levels = len(model["channel_mult"])
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": model["latent_channels"],
+        "block_out_channels": [model["channels"] * mult for mult in model["channel_mult"]],
+        "layers_per_block": model["res_blocks"],
+        "norm_num_groups": model.get("groups", 32),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "mid_block_add_attention": model.get("middle_attention", True),
+        "scaling_factor": part.config["scale_factor"],
+    }
+
+
+def _scheduler(part: Part, sampling: dict) -> dict:
+    diffusion, sampler = part.config["diffusion"], sampling["sampler"]
+    scale = 1000 / diffusion["num_steps"]
+    ends = {"linear": (1e-4, 0.02), "scaled_linear": stable_diffusion_config.BETA_ENDS}
+    first, last = diffusion.get("beta_ends") or (scale * end for end in ends[diffusion["schedule"]])
+    clean = sampling.get("last", "clean") == "clean"
+    config = {
+        "_class_name": SCHEDULERS[sampler],
+        "_diffusers_version": VERSION,
+        "num_train_timesteps": diffusion["num_steps"],
+        "beta_schedule": diffusion["schedule"],
+        "beta_start": first,
+        "beta_end": last,
+        "prediction_type": PREDICTIONS[diffusion["prediction"]],
+        "timestep_spacing": sampling["spacing"],
+        "steps_offset": sampling.get("offset", 0),
+    }
+    if sampler in ("ddim", "plms"):
+        config["set_alpha_to_one"] = clean
+        config |= {"clip_sample": False} if sampler == "ddim" else {"skip_prk_steps": True}
+    elif sampler != "euler_ancestral":
+        config["final_sigmas_type"] = "zero" if clean else "sigma_min"
+    if sampler != "plms":
+        config["rescale_betas_zero_snr"] = bool(diffusion.get("zero_snr", False))
+    return config
