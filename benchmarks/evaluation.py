@@ -1,7 +1,7 @@
 """Compare features and statistics for FID with torch-fidelity's, and measure what the figures depend on.
 
     python benchmarks/evaluation.py speed --images 128 --rounds 3
-    python benchmarks/evaluation.py pitfalls --rows 600 --pairs 200
+    python benchmarks/evaluation.py pitfalls --rows 600 --pairs 100
 
 `speed` needs torch and torch-fidelity: launch/test installs them. Both libraries read the same folder of PNG
 files with the same weights, and compute the mean and the covariance of Inception's pooled features. Each
@@ -234,7 +234,7 @@ def main() -> None:
     fast.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
     odd = kinds.add_parser("pitfalls", help="what the figures depend on")
     odd.add_argument("--rows", type=int, default=600, metavar="N", help="images of each half (600)")
-    odd.add_argument("--pairs", type=int, default=200, metavar="N", help="images treated twice (200)")
+    odd.add_argument("--pairs", type=int, default=100, metavar="N", help="images treated twice (100)")
     odd.add_argument("--weights", help="the public Inception (where `unclip fetch inception` put it)")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
