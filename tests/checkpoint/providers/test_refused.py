@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from unclip_jax.checkpoint.bundle import save_bundle
 from unclip_jax.checkpoint.files import open_weights
 from unclip_jax.checkpoint.load import load_bundle, load_part
-from unclip_jax.checkpoint.providers import karlo_config
+from unclip_jax.checkpoint.providers import PROVIDERS, karlo_config
 from unclip_jax.cli.main import main
 from unclip_jax.data import ops
 from unclip_jax.sampling.edits.inversion import embed_images
@@ -18,11 +18,9 @@ from unclip_jax.sampling.edits.inversion import embed_images
 
 def test_unknown_public_weights_are_refused(tmp_path):
     """The error says what the folder holds, and which public weights can be read."""
-    known = (
-        "the public weights read here are: Karlo in diffusers' layout; CLIP of transformers or of OpenAI; "
-        "CLIP of open_clip; DINOv2 of transformers; "
-        "the Inception of FID (default_1.pt, pt_inception-2015-12-05-*.pth)"
-    )
+    layouts = [provider.layout for provider in PROVIDERS.values()]
+    assert layouts[0] == "Karlo in diffusers' layout" and len(layouts) > 5
+    known = f"the public weights read here are: {'; '.join(layouts)}"
     for name, files, contents in (
         ("pipeline", {"model_index.json": '{"_class_name": "FluxPipeline"}'}, "is a FluxPipeline"),
         ("model", {"config.json": '{"model_type": "bert"}'}, "holds a 'bert' model"),

