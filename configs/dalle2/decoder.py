@@ -85,7 +85,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "guidance_scale": 1.25,
             "clip": 1.0,
         }
-        config.eval = {"batch_size": 64, "rows": 1024, "samples": 16}
+        config.eval = {"batch_size": 64, "rows": 1024, "samples": 16, "fid_rows": 0}
     if variant == "inpaint":
         config.steps = 100_000
         config.model.inpaint = True

@@ -59,7 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optimizer = defaults.adamw(learning_rate=1.2e-4, b1=0.9, b2=0.999, eps=1e-8)
         config.ema_decay = 0.9999
         config.sampling = {"steps": "fast27", "sampler": "ddim", "eta": 0.0, "clip": 1.0}
-        config.eval = {"batch_size": 64, "rows": 1024, "samples": 8}
+        config.eval = {"batch_size": 64, "rows": 1024, "samples": 8, "fid_rows": 0}
     if variant == "tiny":
         defaults.tiny(config)
         config.data.crop_size = 8

@@ -60,7 +60,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.discriminator_optimizer = config.optimizer.copy_and_resolve_references()
         config.ema_decay = 0.998
         config.scale_latents = True
-        config.eval = {"batch_size": 32, "rows": 128, "samples": 16}
+        config.eval = {"batch_size": 32, "rows": 128, "samples": 16, "fid_rows": 0}
     if variant in ("tiny", "tiny-vq"):
         defaults.tiny(config)
         config.image_size = 16

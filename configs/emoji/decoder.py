@@ -78,7 +78,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "guidance_scale": 2.0,
             "clip": 1.0,
         }
-        config.eval = {"batch_size": 32, "rows": 256, "samples": 16}
+        config.eval = {"batch_size": 32, "rows": 256, "samples": 16, "fid_rows": 0}
     if variant == "long":
         config.steps = 156_250
         config.eval_every = 2500

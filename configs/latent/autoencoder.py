@@ -87,7 +87,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.discriminator_optimizer = config.optimizer.copy_and_resolve_references()
         config.ema_decay = 0.0
         config.scale_latents = codes is None
-        config.eval = {"batch_size": 16, "rows": 512, "samples": 16}
+        config.eval = {"batch_size": 16, "rows": 512, "samples": 16, "fid_rows": 0}
     if variant in tiny:
         defaults.tiny(config)
         config.image_size = 16

@@ -32,7 +32,7 @@ from unclip_jax.evaluate.statistics import MOMENTS, POOL, SPATIAL, Recipe, Stati
 from unclip_jax.evaluate.streaming import PLAIN, Preparation, image_features, text_features
 from unclip_jax.metrics.clip_score import clip_score
 from unclip_jax.metrics.cmmd import cmmd
-from unclip_jax.metrics.fid import frechet_distance, frechet_distance_at_infinity
+from unclip_jax.metrics.fid import frechet_distance, frechet_distance_at_infinity, frechet_error
 from unclip_jax.metrics.inception_score import inception_score
 from unclip_jax.metrics.kid import kernel_inception_distance
 from unclip_jax.metrics.mesh_moments import gather, mesh_update
@@ -117,6 +117,10 @@ def _frechet(a: Statistics, b: Statistics | None, settings: Settings) -> dict[st
         for output, name in names.items()
         if output in a.moments and output in b.moments
     }
+    if POOL in a.features and len(a.features[POOL]) >= 2 * a.features[POOL].shape[1]:
+        error = frechet_error(a.features[POOL], b.moments[POOL])
+        main = values[names[POOL]]
+        values[names[POOL]] = main._replace(error=error, kind="standard error by the delta method")
     if settings.infinity:
         if POOL not in a.features:
             raise InputError(f"{a.name} holds the mean and the covariance alone; --infinity needs its images")

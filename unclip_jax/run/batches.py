@@ -119,7 +119,7 @@ def check_held_out(config: ConfigDict, make_example: Callable, data: Data) -> No
       ValueError: naming a record that cannot be used (`pipeline.eval_batches`).
     """
     settings = config.get("eval", {})
-    rows = max(settings.get("rows", 0), settings.get("samples", 0))
+    rows = max(settings.get("rows", 0), settings.get("samples", 0), settings.get("fid_rows", 0))
     if not config.eval_every or not rows:
         return
 

@@ -195,7 +195,12 @@ RANKED = {
     "rows": whole("[2, inf)"),
     "candidates": whole("[2, inf)"),
 }
-DRAWN = {"batch_size": whole("[1, inf)"), "rows": whole("[1, inf)"), "samples": whole("[1, inf)")}
+DRAWN = {
+    "batch_size": whole("[1, inf)"),
+    "rows": whole("[1, inf)"),
+    "samples": whole("[1, inf)"),
+    "fid_rows": absent(whole("[0, inf)")),
+}
 TOKENIZER = {"length": whole("[2, inf)"), "vocab_size": whole("[514, 49408]")}
 TRANSFORMER = {
     "width": whole("[1, inf)"),

@@ -51,7 +51,7 @@ from unclip_jax.run.resume import config_json
 from unclip_jax.run.stage import Player, Stage
 from unclip_jax.run.state import step_rng
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
-from unclip_jax.train.figures import sample_grid
+from unclip_jax.train.figures import image_figures, sample_grid, with_image_figures
 
 FROZEN = {"lpips": "lpips"}
 CODEBOOKS = ("gradient", "averages")
@@ -212,7 +212,7 @@ def discriminator_loss(params, extra, rng, batch, step, *, frozen, model, critic
 # ------------------------------------------------------------------------------------ stage
 def check(config) -> None:
     """Raises ValueError on a setting out of range, or settings that do not fit together."""
-    settings.check_settings(config, SETTINGS, FIGURES)
+    settings.check_settings(config, SETTINGS, with_image_figures(config, FIGURES))
     model, size = config.model, config.image_size
     if (config.kl_weight is None) == (config.quantiser is None):
         raise InputError(
@@ -313,6 +313,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     model, size = trained.model, config.model.get("codes", 1)
 
     # -------------------------------------------------------------------------------- evaluators
+    images_against_held_out = image_figures(trained, config, mesh, data)
+
     @jax.jit
     def measured(params, frozen, batch):
         image = batch["image"]
@@ -331,7 +333,8 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     def evaluate(run, step) -> dict[str, float]:
         params = run.state.ema_params
-        sample_grid(run, step, lambda batch, rng: reconstructed(params, batch["image"]))
+        again = lambda batch, rng: reconstructed(params, batch["image"])
+        sample_grid(run, step, again)
         found = eval_batches(
             data.held_out["eval"], trained.example, mesh, config.eval.batch_size, config.eval.rows
         )
@@ -345,7 +348,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         if codes is not None:
             perplexity, used = map(float, usage(jnp.asarray(codes), size))
             figures |= {"eval_codes_used": used, "eval_perplexity": perplexity}
-        return figures
+        return figures | images_against_held_out(again, step)
 
     reconstructed = jax.jit(lambda params, image: model.apply({"params": params}, image)[0])
 

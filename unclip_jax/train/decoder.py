@@ -31,7 +31,7 @@ from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json, load_widened
 from unclip_jax.run.stage import Stage, without_extra, without_gradient
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
-from unclip_jax.train.figures import held_out_loss, sample_grid
+from unclip_jax.train.figures import held_out_loss, image_figures, sample_grid, with_image_figures
 
 FROZEN: dict[str, str] = {"clip": "clip"}
 SETTINGS = settings.TRAINED | {
@@ -88,7 +88,7 @@ def check(config) -> None:
 
     `freeze_text` keeps a text encoder that must be there, and that weight decay must not shrink.
     """
-    settings.check_settings(config, SETTINGS, FIGURES)
+    settings.check_settings(config, SETTINGS, with_image_figures(config, FIGURES))
     if config.freeze_text and (text_tokenizer(config) is None or config.optimizer.weight_decay):
         raise InputError("freeze_text keeps the decoder's text encoder: it needs one, and no weight decay")
     text, conditioning = config.model.text, config.model.conditioning
@@ -154,6 +154,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     # -------------------------------------------------------------------------------- evaluators
     options = options_from(config.sampling)
     loss_of_held_out = held_out_loss(trained, config, mesh, data)
+    images_against_held_out = image_figures(trained, config, mesh, data)
 
     @jax.jit
     def draw(params, frozen, batch, rng):
@@ -164,8 +165,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return sample_decoder(network, z_image, texts, rng, options, known=known)
 
     def evaluate(run, step) -> dict[str, float]:
-        sample_grid(run, step, functools.partial(draw, run.state.ema_params, frozen))
-        return {"eval_loss": loss_of_held_out(run.state, frozen)}
+        sample = functools.partial(draw, run.state.ema_params, frozen)
+        sample_grid(run, step, sample)
+        return {"eval_loss": loss_of_held_out(run.state, frozen)} | images_against_held_out(sample, step)
 
     # -------------------------------------------------------------------------------- loop
     load = load_widened if trained.model.inpaint else load_part

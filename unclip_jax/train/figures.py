@@ -1,4 +1,4 @@
-"""Measurements that several stages share: the held-out loss, a grid of samples, and a prior's figures."""
+"""Measurements that several stages share: the held-out loss, samples, a prior's figures, FID and the like."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from unclip_jax.data import ops
+from unclip_jax.errors import InputError
+from unclip_jax.metrics.fid import frechet_distance
+from unclip_jax.metrics.kid import kernel_inception_distance
+from unclip_jax.metrics.precision_recall import prdc
 from unclip_jax.metrics.retrieval import mean_cosine, retrieval_at_1
+from unclip_jax.run import features
 from unclip_jax.run.batches import Data, eval_batches, joined_rows
+from unclip_jax.run.hosts import on_every_host
 from unclip_jax.run.loop import Run
 from unclip_jax.run.stage import Stage
 from unclip_jax.run.state import TrainState, step_rng
@@ -21,6 +28,11 @@ PRIOR_FIGURES = (
     "{}_cosine_of_text_embedding",
     "{}_retrieval_at_1",
 )
+# The names of `image_figures`.
+IMAGE_FIGURES = ("fid", "kid", "precision", "recall")
+LEAST_ROWS = 10  # a nearest neighbour of precision and recall needs a few
+SUBSET = 1000  # rows of a subset of KID
+Draw = Callable[[dict, jax.Array], jax.Array]
 
 
 def held_out_loss(stage: Stage, config: Any, mesh: Any, data: Data) -> Callable[[TrainState, Any], float]:
@@ -60,6 +72,59 @@ def sample_grid(run: Run, step: int, draw: Callable[[dict, jax.Array], jax.Array
     batch, valid = next(eval_batches(source, run.stage.example, run.mesh, count, count))
     captions = [next(iter(source.read(i).captions), "") for i in range(min(count, len(source)))]
     run.logger.samples(step, draw(batch, step_rng(run.config.seed, step)), captions, valid)
+
+
+def with_image_figures(config: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of a stage's figures: `names`, and those of `image_figures` if `eval.fid_rows` is set."""
+    return (*names, *(IMAGE_FIGURES if config.get("eval", {}).get("fid_rows") else ()))
+
+
+def image_figures(
+    stage: Stage, config: Any, mesh: Any, data: Data
+) -> Callable[[Draw, int], dict[str, float]]:
+    """Makes the function (draw, step) -> the figures of drawn images against the held-out images.
+
+    It draws the first `config.eval.fid_rows` held-out rows, at the stage's own size, and compares them with
+    the `image` of the same rows: FID, KID (mean over subsets of 1000), precision and recall, by Inception's
+    features. With 0 rows, the function returns no figures. FID grows as the rows get fewer, so these numbers
+    are for comparing steps and runs with the same rows, and not for papers (`unclip evaluate`).
+
+    `draw` is (batch, key) -> images (B, H, W, 3) in [-1, 1].
+
+    Raises:
+      FileNotFoundError: if `unclip fetch inception` has not been run.
+      ValueError: if there are too few rows.
+    """
+    rows = config.get("eval", {}).get("fid_rows", 0)
+    if not rows or not config.eval_every:
+        return lambda draw, step: {}
+    source, real = data.held_out["eval"], []
+    if not LEAST_ROWS <= rows <= len(source):
+        raise InputError(
+            f"eval.fid_rows={rows} must be 0, or between {LEAST_ROWS} and the {len(source)} rows of "
+            f"{source.name}"
+        )
+    network = features.open_network("inception", outputs=["pool"])
+
+    def pooled(images: jax.Array, valid: int) -> np.ndarray:
+        return network(list(ops.to_uint8(on_every_host(images)[:valid])))["pool"]
+
+    def measure(draw: Draw, step: int) -> dict[str, float]:
+        drawn, begun = [], not real
+        for i, (batch, valid) in enumerate(
+            eval_batches(source, stage.example, mesh, config.eval.batch_size, rows)
+        ):
+            if begun:  # the held-out images stay the same
+                real.append(pooled(batch["image"], valid))
+            key = jax.random.fold_in(step_rng(config.seed, step), i)
+            drawn.append(pooled(draw(batch, key), valid))
+        samples, reference = np.concatenate(drawn), np.concatenate(real)
+        found = prdc(reference, samples)
+        kid = kernel_inception_distance(samples, reference, subset_size=min(SUBSET, rows))
+        values = (frechet_distance(samples, reference), kid.mean, found.precision, found.recall)
+        return dict(zip(IMAGE_FIGURES, values, strict=True))
+
+    return measure
 
 
 def prior_figures(

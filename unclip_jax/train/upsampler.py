@@ -27,7 +27,7 @@ from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json
 from unclip_jax.run.stage import Stage, without_extra
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
-from unclip_jax.train.figures import held_out_loss, sample_grid
+from unclip_jax.train.figures import held_out_loss, image_figures, sample_grid, with_image_figures
 
 FROZEN: dict[str, str] = {}
 SETTINGS = settings.TRAINED | {
@@ -67,7 +67,7 @@ def loss_fn(params, rng, batch, *, frozen, model, tables, diffusion):
 # ------------------------------------------------------------------------------------ stage
 def check(config) -> None:
     """Raises ValueError on a setting out of range, or sizes that do not fit together."""
-    settings.check_settings(config, SETTINGS, FIGURES)
+    settings.check_settings(config, SETTINGS, with_image_figures(config, FIGURES))
     size, crop_size = config.model.unet.image_size, config.data.crop_size
     if size % config.factor or crop_size % config.factor:
         raise InputError(f"image_size {size} and crop_size {crop_size} are no multiples of {config.factor}")
@@ -125,6 +125,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     # -------------------------------------------------------------------------------- evaluators
     options = options_from(config.sampling)
     loss_of_held_out = held_out_loss(trained, config, mesh, data)
+    images_against_held_out = image_figures(trained, config, mesh, data)
 
     @jax.jit
     def draw(params, frozen, batch, rng):
@@ -132,8 +133,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return sample_upsampler(network, batch["low_res"], rng, options)
 
     def evaluate(run, step) -> dict[str, float]:
-        sample_grid(run, step, functools.partial(draw, run.state.ema_params, frozen))
-        return {"eval_loss": loss_of_held_out(run.state, frozen)}
+        sample = functools.partial(draw, run.state.ema_params, frozen)
+        sample_grid(run, step, sample)
+        return {"eval_loss": loss_of_held_out(run.state, frozen)} | images_against_held_out(sample, step)
 
     # -------------------------------------------------------------------------------- loop
     with Run(config, workdir, trained, mesh, data, init_from) as run:

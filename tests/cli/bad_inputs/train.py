@@ -155,6 +155,7 @@ SETTINGS = {
         "sampling.variance=huge": "unknown variance 'huge'",
         "sampling.clip=0": "clip must be positive or None, got 0",
         "eval.samples=0": "eval.samples must be a whole number in [1, inf), got 0",
+        "eval.fid_rows=-1": "eval.fid_rows must be a whole number in [0, inf), got -1",
         "keep_best=-loss": "keep_best=-loss names no figure of the evaluation; its figures are eval_loss",
     },
     "upsampler": {
