@@ -1,8 +1,10 @@
 """`unclip embed --latents`: the folder also holds what an autoencoder makes of the source's images."""
 
 import dataclasses
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,16 +15,20 @@ from unclip_jax.checkpoint.bundle import Bundle, Part, save_bundle
 from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.cli.main import main
+from unclip_jax.cli.train import load_config, override
 from unclip_jax.data import embeddings, ops, sources
 from unclip_jax.generate.networks import build_model
+from unclip_jax.run import frozen
+from unclip_jax.run.batches import Data
+from unclip_jax.train import latent
 from unclip_jax.train.embed import embed
 
 COUNT, SIZE = 20, 24
 
 
-def bundle_of(kind, folder):
+def bundle_of(kind, folder, latents=3):
     """A tiny autoencoder with random weights, as a bundle."""
-    model = {"latent_channels": 3, "channels": 8, "channel_mult": [1, 2], "res_blocks": 1, "groups": 4}
+    model = {"latent_channels": latents, "channels": 8, "channel_mult": [1, 2], "res_blocks": 1, "groups": 4}
     model |= {"codes": 9} if kind == "vq_autoencoder" else {}
     config = {"kind": kind, "model": model, "scale_factor": 0.5}
     params = random_params(build_model(config), np.zeros((1, 8, 8, 3), np.float32))
@@ -117,3 +123,47 @@ def test_records_without_pictures(clip, source, tmp_path):
     record = opened.read(3)
     assert record.image == b"" and not opened.pictures
     assert set(record.embeds) == {"image_embed", "text_embed", "text_states", "latents"}
+
+
+def test_latent_diffusion_trains_from_it(clip, source, tmp_path, capsys):
+    """Its loss is that of the pictures, up to half precision, and neither CLIP nor the encoder runs."""
+    autoencoder = bundle_of("vq_autoencoder", tmp_path / "autoencoder", latents=4)
+    run(clip, source, tmp_path / "out", autoencoder, size=16)
+    config = load_config(str(runs.ROOT / "configs/emoji/latent.py:tiny"))
+    override(config, "frozen.clip", clip)
+    override(config, "frozen.autoencoder", str(autoencoder))
+    mesh = sharding.make_mesh(None, jax.devices()[:1])
+    embedded = sources.make_source({"name": "embeddings", "path": str(tmp_path / "out")})
+    rows, losses = range(8), []
+    for read in (source, embedded):
+        networks = frozen.load_frozen(config, tmp_path, mesh, latent.FROZEN, Data(read, {}))
+        stage = latent.stage(config, mesh, networks)
+        made = [stage.example(read.read(i), None, training=False) for i in rows]
+        batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
+        assert ("latents" in batch, "image" in batch) == ((False, True) if read is source else (True, False))
+        arrays = frozen.arrays(networks)
+        params = random_params(
+            stage.model, np.zeros((1, 8, 8, 4)), np.zeros(1), context=np.zeros((1, 4, 32), np.float32)
+        )
+        loss = jax.jit(stage.objective)(params, {}, jax.random.key(0), batch, 0, frozen=arrays)[0]
+        losses.append(float(loss))
+    np.testing.assert_allclose(*losses, rtol=5e-3)
+
+    check = functools.partial(frozen.check_latents, networks["autoencoder"], Data(embedded, {}))
+    check(8, 1.0)
+    with pytest.raises(ValueError, match="latents of the side 8, and model.image_size is 16"):
+        check(16, 1.0)
+    with pytest.raises(ValueError, match="data.crop_scale=0.8 crops at random"):
+        check(8, 0.8)
+    other = dataclasses.replace(networks["autoencoder"], hash="another")
+    with pytest.raises(ValueError, match="embed again, or give that autoencoder"):
+        frozen.check_latents(other, Data(embedded, {}), 8, 1.0)
+    bare = dataclasses.replace(embedded, embedded=dataclasses.replace(embedded.embedded, latents=None))
+    with pytest.raises(ValueError, match="holds no latents: embed with --latents"):
+        frozen.check_latents(networks["autoencoder"], Data(bare, {}), 8, 1.0)
+
+    command = ["train", str(runs.ROOT / "configs/emoji/latent.py:tiny"), "--workdir", str(tmp_path / "run")]
+    command += ["--embeddings", str(tmp_path / "out"), "--embeddings", f"eval={tmp_path / 'out'}"]
+    command += ["--set", f"frozen.autoencoder={autoencoder}", "--set", "steps=2", "--set", "eval_every=2"]
+    assert main([*command, "--set", "data.backend=numpy"]) == 0
+    assert "eval_loss" in capsys.readouterr().err

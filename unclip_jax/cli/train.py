@@ -174,7 +174,7 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
         places = [
             source.path if source.get("name") == "embeddings" else source.get("embeddings") for source in read
         ]
-        if not keep_clip and all(places):
+        if not keep_clip and all(places) and config.frozen.get("clip") is not None:
             config.frozen.clip = places[0]
 
 

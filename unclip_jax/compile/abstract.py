@@ -105,6 +105,9 @@ def abstract_batch(
         embeds = {"text_embed": np.zeros(empty.embed.shape, np.float32)}
         embeds |= {} if empty.states is None else {"text_states": np.zeros(empty.states.shape, np.float32)}
         embeds["image_embed"] = np.zeros(clip.config["model"]["embed_dim"], np.float32)
+        if "autoencoder" in frozen:
+            side = stage.model.image_size
+            embeds["latents"] = np.zeros((side, side, stage.model.out_channels), np.float16)
     row = stage.example(Record("0", file.getvalue(), ("a",), {}, "", embeds), np.random.default_rng(0))
     sharding = NamedSharding(mesh, BATCH)
     return {

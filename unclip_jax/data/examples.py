@@ -171,23 +171,33 @@ def latent_example(
     training: bool = True,
     inpaint: bool = False,
 ) -> dict[str, np.ndarray]:
-    """One row of a batch: an image for the autoencoder, and a caption for CLIP.
+    """One row of a batch: an image for the autoencoder, or its latents, and a caption for CLIP.
 
     Args:
-      record, rng, crop_scale, training: as in `clip_example`.
+      record: an image with captions, or its latents with CLIP's embeddings (`unclip embed --latents`).
+      rng, crop_scale, training: as in `clip_example`.
       tokenizer: CLIP's tokenizer; None for a network without captions.
       size: the side of the image in pixels.
       inpaint: whether the row says which part of the image is known.
 
     Returns:
-      `image` (size, size, 3) in [-1, 1]; with a tokenizer `clip_tokens` and `clip_token_mask` (L,); with
-      `inpaint` `known` (size, size, 1) bool.
+      `image` (size, size, 3) in [-1, 1], or `latents` (h, w, Z), not scaled; with a tokenizer the caption, as
+      `clip_example` gives it; with `inpaint` `known` (size, size, 1) bool.
 
     Raises `ValueError` if the image cannot be decoded, or a caption is missing.
     """
-    row = picture_example(record, rng, size=size, crop_scale=crop_scale, training=training)
+    if "latents" in (record.embeds or {}) and not inpaint:
+        row = {"latents": np.float32(record.embeds["latents"])}
+    else:
+        row = picture_example(record, rng, size=size, crop_scale=crop_scale, training=training)
     if tokenizer is not None:
-        row |= _caption_row(record.captions[_caption_number(record, rng, training)], tokenizer, None)
+        chosen = _caption_number(record, rng, training)
+        embedded = record.embeds is not None
+        row |= (
+            _embedded_captions(record, chosen, tokenizer, None)
+            if embedded
+            else _caption_row(record.captions[chosen], tokenizer, None)
+        )
     if inpaint:
         row["known"] = ops.random_mask(size, rng)
     return row

@@ -32,7 +32,7 @@ from unclip_jax.run.resume import resolve
 from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_shardings, make_gather, replicate
 
 EMPTY = "empty_caption"
-EMBEDDABLE = ("prior_diffusion", "prior_ar", "codec")  # stages that can train from embeddings alone
+EMBEDDABLE = ("prior_diffusion", "prior_ar", "codec", "latent")  # stages that can train from embeddings alone
 BESIDE_PICTURES = ("decoder",)  # stages that can train from pictures with their embeddings
 
 
@@ -172,6 +172,39 @@ def check_pictures(data: Data) -> None:
             raise InputError(
                 f"{source.name} holds no pictures, which this stage needs: "
                 "give the source from which the embeddings were made"
+            )
+
+
+def check_latents(autoencoder: Network, data: Data, side: int, crop_scale: float) -> None:
+    """Checks that every source without pictures holds latents of this autoencoder.
+
+    Args:
+      side: of the latents that the stage trains on.
+      crop_scale: the stage's; latents are of the centred square.
+
+    Raises:
+      ValueError: naming the source, and what does not fit.
+    """
+    for source in (data.train, *data.held_out.values()):
+        if source.pictures:
+            continue
+        latents = source.embedded.latents
+        if latents is None:
+            raise InputError(f"{source.name} holds no latents: embed with --latents and --size")
+        if latents["autoencoder"] != autoencoder.hash:
+            raise InputError(
+                f"{source.name} holds latents of autoencoder {latents['autoencoder']}, but the one given is "
+                f"{autoencoder.hash}: embed again, or give that autoencoder"
+            )
+        found = latents["shape"][0]
+        if found != side:
+            raise InputError(
+                f"{source.name} holds latents of the side {found}, and model.image_size is {side}"
+            )
+        if crop_scale < 1:
+            raise InputError(
+                f"data.crop_scale={crop_scale} crops at random, and latents are of the centred square: "
+                "set it to 1, or train from the pictures"
             )
 
 

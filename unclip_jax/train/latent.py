@@ -30,7 +30,15 @@ from unclip_jax.generate.text import Texts, select_text
 from unclip_jax.models.latent_unet import RESAMPLES, LatentUNet
 from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
-from unclip_jax.run.frozen import EMPTY, arrays, check_pictures, clip_reader, hashes, load_frozen
+from unclip_jax.run.frozen import (
+    EMPTY,
+    arrays,
+    check_latents,
+    check_pictures,
+    clip_reader,
+    hashes,
+    load_frozen,
+)
 from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json, load_widened_latent
 from unclip_jax.run.stage import Stage, without_extra
@@ -178,10 +186,12 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     check(config)
     mesh = make_mesh(config.mesh)
     data = open_data(config, mesh)
-    check_pictures(data)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     frozen = arrays(networks)
     trained = stage(config, mesh, networks)
+    if trained.name == "latent_inpaint":  # a mask is of pixels
+        check_pictures(data)
+    check_latents(networks["autoencoder"], data, trained.model.image_size, config.data.crop_scale)
     clip = clip_reader(config, mesh, networks) if "clip" in networks else None
     inpaints = trained.name == "latent_inpaint"
 
@@ -196,7 +206,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         texts = None if clip is None else Texts(clip.captions(frozen["clip"], batch), frozen[EMPTY])
         beside = inpainting_inputs(autoencoder, batch["image"], batch["known"]) if inpaints else None
         size = (trained.model.image_size,) * 2
-        rows = len(batch["clip_tokens"] if clip is not None else batch["image"])
+        rows = len(jax.tree.leaves(batch)[0])
         z = sample_latents(network, texts, size, rng, options, beside=beside, rows=rows)
         return decode_latents(autoencoder, z)
 
