@@ -76,7 +76,7 @@ def start(drawn):
 
     def make(**settings):
         worker = Worker(
-            Settings(**{"batch": 4, "wait": 0.0, **settings}), Telemetry(), [drawn.task(["warm"])]
+            Settings(**{"batch": 4, "wait": 0.0, **settings}), Telemetry(), [[drawn.task(["warm"])]]
         )
         started.append(worker)
         worker.start()
@@ -108,7 +108,7 @@ def test_sizes_are_compiled_before_they_are_used(drawn, start):
 def test_batches_are_split_over_the_devices(drawn):
     """With two devices, batches have an even number of rows, up to --batch on each device."""
     drawn.sampler.mesh.shape = {"data": 2, "fsdp": 1, "tensor": 1}
-    worker = Worker(Settings(batch=4, wait=0.0), Telemetry(), [drawn.task(["warm"])])
+    worker = Worker(Settings(batch=4, wait=0.0), Telemetry(), [[drawn.task(["warm"])]])
     worker.start()
     while worker.compiling():
         time.sleep(0.001)

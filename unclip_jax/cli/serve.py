@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, metavar="N", help="most pictures at a time on each device (4 on CPU, else 16)"
     )
+    parser.add_argument(
+        "--compile",
+        metavar="VERB,...",
+        help="what to compile at start, of generations, stream, edits and variations; the rest is compiled "
+        "when it is first asked for (all)",
+    )
     parser.add_argument("--queue", type=int, default=256, metavar="N", help="most pictures that wait (256)")
     parser.add_argument(
         "--deadline", type=number, default=300.0, metavar="S", help="seconds that a request may take (300)"
@@ -85,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
             f'unclip serve needs {error.name}: pip install "unclip_jax[serve]"'
         ) from None
     from unclip_jax.serve.models import load_models
-    from unclip_jax.serve.settings import MIB, Settings
+    from unclip_jax.serve.settings import MIB, VERBS, Settings
 
     settings = Settings(
         host=args.host,
@@ -93,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
         api_key=args.api_key or os.environ.get("UNCLIP_API_KEY") or None,
         no_auth=args.no_auth,
         batch=args.batch,
+        compile=VERBS if args.compile is None else tuple(args.compile.split(",")),
         queue=args.queue,
         deadline=args.deadline,
         upload=int(args.upload * MIB),

@@ -246,20 +246,27 @@ class Model:
         key = "embed_images", self.name
         return Task(self.sampler, key, list(images), draw, self.name, "embed_images")
 
-    def announced(self) -> list[Task]:
-        """The tasks that a server of this bundle compiles before they are asked for, the first one first."""
+    def first(self) -> Task:
+        """The task whose program is compiled first: a picture of a caption."""
+        return self.generate(WARM, 1, 0, self.prior({}), {})
+
+    def announced(self) -> dict[str, list[Task]]:
+        """The tasks that a server of this bundle compiles before they are asked for, by verb."""
         prior, side = self.prior({}), self.sizes[0]
-        first = self.generate(WARM, 1, 0, prior, {})
-        tasks = [first, *([first.shows(1)] if first.shows else [])]
+        tasks = {"generations": [self.first()]}
+        if tasks["generations"][0].shows:
+            tasks["stream"] = [tasks["generations"][0].shows(1)]
         image = np.zeros((side, side, 3), np.uint8)
         if "edits" in self.verbs:
             mask = np.arange(side) < np.full((side, 1), side // 2)
-            tasks.append(self.inpaint([(image, mask)], WARM, 1, 0, prior, {}))
+            tasks["edits"] = [self.inpaint([(image, mask)], WARM, 1, 0, prior, {})]
         if "variations" in self.verbs:
-            tasks.append(self.encode([image], None, None))
+            tasks["variations"] = [self.encode([image], None, None)]
             z_image = np.zeros(self.sampler.network("clip").config["model"]["embed_dim"], np.float32)
             noise = np.zeros((side, side, 3), np.float32)
-            tasks += [self.decode([(z_image, noise)], 0, [0], None, None, eta) for eta in (1.0, 0.0)]
+            tasks["variations"] += [
+                self.decode([(z_image, noise)], 0, [0], None, None, eta) for eta in (1.0, 0.0)
+            ]
         return tasks
 
     @property

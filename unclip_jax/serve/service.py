@@ -50,7 +50,19 @@ class Service:
 
     def __init__(self, settings: Settings, models: Models, telemetry: Telemetry):
         self.settings, self.models, self.telemetry = settings, models, telemetry
-        announced = [task for model in models.by_name.values() for task in model.announced()]
+        tasks = [model.announced() for model in models.by_name.values()]
+        # Captions come first, and the rest when all of their programs are there.
+        groups = (("generations", "stream"), ("edits", "variations"))
+        announced = [
+            [
+                task
+                for by_verb in tasks
+                for verb in group
+                if verb in settings.compile
+                for task in by_verb.get(verb, ())
+            ]
+            for group in groups
+        ]
         self.worker = Worker(settings, telemetry, announced)
         self.links = Links(settings.link_time, settings.links)
         self.decoding = asyncio.Semaphore(2)  # pictures that are decoded at the same time

@@ -10,6 +10,7 @@ import re
 from unclip_jax.errors import InputError
 
 MIB = 2**20
+VERBS = ("generations", "stream", "edits", "variations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Settings:
     api_key: what clients send as a bearer token; None asks for none.
     no_auth: allows other addresses without a key.
     batch: largest number of pictures that each device draws at a time; None chooses by the device.
+    compile: what is compiled at start, of VERBS: the verbs whose first request should not wait.
     queue: pictures that may wait; more are refused with status 429.
     wait: seconds that a request waits for others to join its batch.
     deadline: seconds after which a request that is not done is given up with status 503.
@@ -41,6 +43,7 @@ class Settings:
     api_key: str | None = None
     no_auth: bool = False
     batch: int | None = None
+    compile: tuple[str, ...] = VERBS
     queue: int = 256
     wait: float = 0.005
     deadline: float = 300.0
@@ -80,6 +83,9 @@ class Settings:
             given = getattr(self, name)
             if given is not None and given < value:
                 raise InputError(f"{name} must be at least {value}, got {given}")
+        for verb in self.compile:
+            if verb not in VERBS:
+                raise InputError(f"unknown verb {verb!r} to compile; choose among {', '.join(VERBS)}")
         for name in ("deadline", "body_time", "link_time", "drain"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number of seconds, got {getattr(self, name)}")

@@ -20,9 +20,7 @@ def add_status(app: FastAPI, service: Service) -> None:
     @app.get("/healthz", responses={503: {"description": "not ready"}})
     async def healthz() -> Response:
         """Whether pictures can be drawn: 200 when the first programs are compiled, 503 before."""
-        sizes = {
-            model.name: worker.compiled_sizes(model.announced()[0].key) for model in models.by_name.values()
-        }
+        sizes = {model.name: worker.compiled_sizes(model.first().key) for model in models.by_name.values()}
         body = {
             "status": "ready" if worker.ready else "compiling",
             "batch_sizes": sizes,

@@ -81,11 +81,12 @@ class Worker:
     Args:
       settings: batch, queue, wait, deadline.
       telemetry: where batches are counted.
-      announced: tasks of one row each, whose programs are compiled before anything asks for them, in this
-        order. The worker is ready when the first one's smallest size is compiled.
+      announced: groups of tasks of one row each, whose programs are compiled before anything asks for them.
+        Within a group, small sizes of all tasks come before large ones. The worker is ready when the smallest
+        size of the very first task is compiled.
     """
 
-    def __init__(self, settings: Settings, telemetry: Telemetry, announced: Sequence[Task] = ()):
+    def __init__(self, settings: Settings, telemetry: Telemetry, announced: Sequence[Sequence[Task]] = ()):
         self.settings, self.telemetry = settings, telemetry
         self._condition = threading.Condition()
         self._queue: deque[Job] = deque()
@@ -94,13 +95,15 @@ class Worker:
         self._kept: set[Hashable] = set()  # programs of announced keys
         self._asked: deque[tuple[Task, int]] = deque()  # to compile, by requests
         self._announced: deque[tuple[Task, int]] = deque()
-        self._first = announced[0].key if announced else None
-        self._announced_keys = {task.key for task in announced}
-        largest = max((len(self.batch_sizes(task.sampler)) for task in announced), default=0)
-        for i in range(largest):  # small sizes of all tasks come before large ones
-            for task in announced:
-                if i < len(self.batch_sizes(task.sampler)):
-                    self._announced.append((task, self.batch_sizes(task.sampler)[i]))
+        tasks = [task for group in announced for task in group]
+        self._first = tasks[0].key if tasks else None
+        self._announced_keys = {task.key for task in tasks}
+        for group in announced:
+            sized = [
+                (i, size, task) for task in group for i, size in enumerate(self.batch_sizes(task.sampler))
+            ]
+            for _, size, task in sorted(sized, key=lambda row: row[0]):
+                self._announced.append((task, size))
         self._compiling: tuple[Hashable, int] | None = None
         self._seconds_per_row = 1.0
         self._stopping = False

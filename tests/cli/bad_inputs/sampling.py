@@ -279,6 +279,7 @@ SERVE = {
     "a short key": (["--api-key", "short"], "must have at least 8 characters"),
     "a key and none": (["--api-key", "long enough", "--no-auth"], "exclude each other"),
     "a batch of nothing": (["--batch", "0"], "batch must be at least 1"),
+    "an unknown verb to compile": (["--compile", "edits,dreams"], "unknown verb 'dreams' to compile"),
     "a queue of nothing": (["--queue", "0"], "queue must be at least 1"),
     "no deadline": (["--deadline", "0"], "deadline must be a positive number"),
     "an upload of nothing": (["--upload", "0"], "upload must be at least"),
