@@ -321,12 +321,14 @@ def test_a_body_that_does_not_come(models):
         assert b" 408 " in answer.splitlines()[0]
 
 
-def test_a_client_that_goes_leaves_no_job(server):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_leaves_no_job(server, stream):
     """The rows that nobody waits for are not drawn."""
 
     async def ask():
         reader, writer = await asyncio.open_connection(*server[0].removeprefix("http://").split(":"))
-        body = json.dumps({"prompt": "a fox", "n": 10}).encode()
+        fields = {"prompt": "a fox", "n": 10, "stream": stream, "partial_images": 2 * stream}
+        body = json.dumps(fields).encode()
         writer.write(
             b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: " + str(len(body)).encode() + b"\r\n\r\n" + body
@@ -381,10 +383,10 @@ def test_logs_and_metrics(server, http, caplog):
 
 
 def test_a_server_that_is_told_to_stop_finishes_first(models):
-    """The request in progress gets its pictures; new ones are refused."""
+    """The request in progress gets its pictures; new ones are refused. So are those beyond the limit."""
     import threading
 
-    with running(models, wait_for=False, batch=1) as (address, service):
+    with running(models, wait_for=False, batch=1, connections=1) as (address, service):
         drawing, gate, draw = threading.Event(), threading.Event(), service.worker._draw
         service.worker._draw = lambda *args: (drawing.set(), gate.wait(600), draw(*args))
         answers = []
@@ -394,6 +396,9 @@ def test_a_server_that_is_told_to_stop_finishes_first(models):
         thread = threading.Thread(target=ask)
         thread.start()
         assert drawing.wait(600)
+        error = error_of(httpx.get(f"{address}/v1/models"), 503)
+        assert "too many requests" in error["message"]
+        assert httpx.get(f"{address}/healthz").json()["status"] == "ready"
         service.server.should_exit = True
         time.sleep(0.3)
         with pytest.raises(httpx.ConnectError):

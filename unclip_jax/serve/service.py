@@ -92,7 +92,7 @@ class Service:
         own = model.sizes[place]
         headers = {"x-unclip-resized": f"{own}x{own} to {side}x{side}"} if side not in (None, own) else {}
         if values.get("stream"):
-            events = self._events(plan, values["partial_images"], side, place)
+            events = self._events(request, plan, values["partial_images"], side, place)
             first = await anext(events)  # a full queue is an error of the request, not of the stream
             return StreamingResponse(_chain(first, events), media_type="text/event-stream", headers=headers)
         drawn = await self.draw(request, plan.task)
@@ -116,13 +116,17 @@ class Service:
             for sizes, how in zip(drawn, plan.how)
         ]
 
-    async def _events(self, plan: Plan, count: int, side: int | None, place: int) -> AsyncIterator[bytes]:
+    async def _events(
+        self, request: Request, plan: Plan, count: int, side: int | None, place: int
+    ) -> AsyncIterator[bytes]:
         # The events of a stream: `count` times pictures on the way, then all of them. The first item is
         # empty.
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         put = lambda item: loop.call_soon_threadsafe(queue.put_nowait, item)
         job = self.worker.submit(self._streamed(plan.task, count), lambda i, image: put((i, image)))
         job.future.add_done_callback(lambda future: put(None))
+        gone = asyncio.ensure_future(_gone(request))
+        gone.add_done_callback(lambda task: self._drop(job))
         own = plan.model.sizes[place]
         shown = side or own
         shared = {
@@ -147,6 +151,8 @@ class Service:
                 }
                 counts[i] += 1
                 yield _event(f"{plan.kind}.partial_image", said | shared)
+            if job.future.cancelled():  # the client has gone
+                return
             try:
                 drawn = job.future.result()
             except Exception as error:
@@ -161,6 +167,7 @@ class Service:
                 }
                 yield _event(f"{plan.kind}.completed", said | shared | _public(plan.how[i]))
         finally:
+            gone.cancel()
             self._drop(job)
 
     def _streamed(self, task: Task, count: int) -> Task:
