@@ -1,15 +1,13 @@
 """Times `unclip serve` beside a bare loop of `text_to_image` on the same machine.
 
     python benchmarks/serving.py                       the shipped bundle
-    python benchmarks/serving.py --requests 1000 --rounds 0        memory over many requests
+    python benchmarks/serving.py --requests 1000 --rounds 1        memory over many requests
 
-1. In a process of its own: a loop of `text_to_image`, for four pictures and for the batch that draws most
-   pictures per second.
-2. The server, with nothing else running: p50 and p95 of requests of four pictures, one after another.
-3. The server under load: requests of one picture from many clients at the same time; throughput, latencies,
-   how full its batches are, and its memory.
+The server and the bare loop are two processes that take turns, so that both meet the same load.
 
-The two must not run at the same time, so they take turns: bare, server, bare.
+1. Four pictures: a bare call, then a request, `--rounds` times. The ratio is the median of the pairs'.
+2. Throughput: bare calls of 1, 2 and 4 captions, of which the best counts; then requests of one picture from
+   many clients at the same time; `--turns` times. Also the latencies, how full batches are, and memory.
 """
 
 from __future__ import annotations
@@ -28,30 +26,47 @@ import time
 from pathlib import Path
 
 CAPTION = "a 3d emoji of a fox"
+SIZES = (1, 2, 4)  # captions of a bare call
 
 
-def bare(bundle: str, rounds: int, sizes: list[int]) -> dict[str, float]:
-    """Seconds of `text_to_image` for each number of captions: the median of `rounds` calls."""
-    code = f"""
-import json, time
+class Bare:
+    """A loop of `text_to_image` in a process of its own, which draws when it is told to."""
+
+    CODE = """
+import sys, time
 from unclip_jax.cli.options import save_memory_on_cpu, use_compilation_cache
 save_memory_on_cpu(), use_compilation_cache()
 import unclip_jax
-from unclip_jax.checkpoint.load import stored_bytes
+from unclip_jax.checkpoint.load import load_bundle, stored_bytes
 from unclip_jax.sharding import sampling_mesh
-bundle = unclip_jax.load_bundle({bundle!r}, mesh=sampling_mesh(None, stored_bytes({bundle!r})))
-sampler, seconds = unclip_jax.Sampler(bundle), {{}}
-for size in {sizes}:
-    times = []
-    for seed in range({rounds} + 1):
-        started = time.perf_counter()
-        unclip_jax.text_to_image(sampler, [{CAPTION!r}] * size, seed=seed)
-        times.append(time.perf_counter() - started)
-    seconds[size] = sorted(times[1:])[len(times[1:]) // 2]
-print(json.dumps(seconds))
+name, caption = sys.argv[1:]
+sampler = unclip_jax.Sampler(load_bundle(name, mesh=sampling_mesh(None, stored_bytes(name))))
+for seed, line in enumerate(sys.stdin):
+    started = time.perf_counter()
+    unclip_jax.text_to_image(sampler, [caption] * int(line), seed=seed)
+    print(time.perf_counter() - started, flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
-    return {int(size): value for size, value in json.loads(done.stdout.splitlines()[-1]).items()}
+
+    def __init__(self, bundle: str):
+        command = [sys.executable, "-c", self.CODE, bundle, CAPTION]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for size in SIZES:
+            self.draw(size)  # compiles
+
+    def draw(self, size: int) -> float:
+        """Seconds of one call with `size` captions."""
+        self.process.stdin.write(f"{size}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def rate(self) -> float:
+        """Pictures per second of the size that draws most."""
+        return max(size / self.draw(size) for size in SIZES)
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait(60)
 
 
 class Server:
@@ -113,6 +128,11 @@ class Server:
         self.process.wait(60)
 
 
+def at(values: list[float], share: float) -> float:
+    """The value below which a share of the values lies."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
 def load(server: Server, clients: int, requests: int) -> dict[str, float]:
     """Requests of one picture from `clients` clients: pictures per second, latencies, and batch fill."""
     todo: queue.Queue[int] = queue.Queue()
@@ -142,7 +162,7 @@ def load(server: Server, clients: int, requests: int) -> dict[str, float]:
     return {
         "pictures_per_second": requests / took,
         "p50": statistics.median(seconds),
-        "p95": statistics.quantiles(seconds, n=20)[-1],
+        "p95": at(seconds, 0.95),
         "fill": fill,
         "rows_per_batch": used("unclip_batch_rows_total") / used("unclip_batches_total"),
     }
@@ -153,31 +173,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", default="emoji", metavar="DIR", help="a bundle (emoji)")
     parser.add_argument("--clients", type=int, default=32, metavar="N", help="clients at the same time (32)")
-    parser.add_argument("--requests", type=int, default=128, metavar="N", help="their requests in all (128)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="calls of four pictures (7)")
+    parser.add_argument("--requests", type=int, default=64, metavar="N", help="their requests per turn (64)")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="pairs of four pictures (9)")
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="pairs of throughputs (3)")
     parser.add_argument("--batch", type=int, metavar="N", help="--batch of the server")
     args = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sizes = [1, 2, 4]
-    loops = [bare(args.bundle, args.rounds, sizes)] if args.rounds else []
-    server = Server(args.bundle, [] if args.batch is None else ["--batch", str(args.batch)])
-    print(f"ready after {server.ready:.1f} s, all programs after {server.compiled:.1f} s")
+    bare, server = Bare(args.bundle), None
     try:
+        server = Server(args.bundle, [] if args.batch is None else ["--batch", str(args.batch)])
+        print(f"ready after {server.ready:.1f} s, all programs after {server.compiled:.1f} s", flush=True)
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
-        four = [server.draw(connection, 4, seed) for seed in range(args.rounds)]
-        first = server.memory()
-        loaded = load(server, args.clients, args.requests)
-        memory = first, server.memory()
+        pairs = [(bare.draw(4), server.draw(connection, 4, seed)) for seed in range(args.rounds)]
+        memory = [server.memory()]
+        turns = [(bare.rate(), load(server, args.clients, args.requests)) for _ in range(args.turns)]
+        memory.append(server.memory())
     finally:
-        server.stop()
-    if args.rounds:
-        loops.append(bare(args.bundle, args.rounds, sizes))
-        best = max(size / loop[size] for loop in loops for size in sizes)
-        alone = statistics.median(loop[4] for loop in loops)
-        p50, p95 = statistics.median(four), statistics.quantiles(four, n=20)[-1]
-        print(f"bare loop: four pictures {alone:.2f} s, at best {best:.2f} pictures per second")
-        print(f"n=4: p50 {p50:.2f} s, p95 {p95:.2f} s; p50 / bare {p50 / alone:.2f}")
-        print(f"throughput / bare {loaded['pictures_per_second'] / best:.2f}")
+        bare.stop()
+        if server is not None:
+            server.stop()
+    alone, four = ([pair[i] for pair in pairs] for i in range(2))
+    print(f"four pictures, bare: p50 {statistics.median(alone):.2f} s")
+    print(f"four pictures, server: p50 {statistics.median(four):.2f} s, p95 {at(four, 0.95):.2f} s")
+    print(f"  server / bare {statistics.median(b / a for a, b in pairs):.2f}")
+    rates = [loaded["pictures_per_second"] / rate for rate, loaded in turns]
+    print(f"throughput, bare: {statistics.median(rate for rate, _ in turns):.2f} pictures per second")
+    print(f"  server / bare {statistics.median(rates):.2f}")
+    loaded = {key: statistics.median(found[key] for _, found in turns) for key in turns[0][1]}
     print(f"{args.clients} clients, {args.requests} requests of one picture:")
     print(f"  {loaded['pictures_per_second']:.2f} pictures per second")
     print(f"  p50 {loaded['p50']:.1f} s, p95 {loaded['p95']:.1f} s")
