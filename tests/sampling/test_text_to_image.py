@@ -161,9 +161,10 @@ def test_a_seed_and_a_scale_a_row(bundle):
 def test_a_stream_ends_with_the_same_pictures(bundle):
     """Predictions on the way come nearer to the decoder's picture."""
     from unclip_jax.sampling.programs import Partial
+    from unclip_jax.sampling.stream import stream_stages
 
     shared = {"seed": 4, "options": {"decoder": {"steps": 9}}}
-    *partials, last = unclip.stream_stages(bundle, ["a fox", "a heart"], partials=3, **shared)
+    *partials, last = stream_stages(bundle, ["a fox", "a heart"], partials=3, **shared)
     whole = sample_stages(bundle, ["a fox", "a heart"], **shared)
     for streamed, drawn in zip((last.z_text, last.z_image, *last.images), (*whole[:2], *whole.images)):
         np.testing.assert_allclose(streamed, drawn, atol=2e-3)
