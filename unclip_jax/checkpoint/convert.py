@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -216,16 +216,15 @@ def _reversed(rule: Rule) -> tuple[str, str]:
     return ours, template
 
 
-def export(params: Any, rules: Sequence[Rule], name: str) -> dict[str, np.ndarray]:
-    """A parameter tree of ours -> tensors by the other library's names: the inverse of `convert`, by the same
-    rules.
+def names_of(paths: Iterable[str], rules: Sequence[Rule], name: str) -> dict[str, tuple[str, str]]:
+    """Paths of our parameters -> their names in the other library, and the transforms of their rules.
 
     Raises:
       ValueError: listing parameters for which no rule has a name.
     """
-    known = [(*_reversed(rule), TRANSFORMS[rule.transform]) for rule in rules if isinstance(rule.target, str)]
-    tensors, nameless = {}, []
-    for path, value in traverse_util.flatten_dict(params, sep="/").items():
+    known = [(*_reversed(rule), rule.transform) for rule in rules if isinstance(rule.target, str)]
+    named, nameless = {}, []
+    for path in paths:
         found = next(
             (
                 (m, template, transform)
@@ -238,10 +237,25 @@ def export(params: Any, rules: Sequence[Rule], name: str) -> dict[str, np.ndarra
             nameless.append(path)
             continue
         match, template, transform = found
-        tensors[template.format(**match.groupdict())] = transform.backward(np.asarray(value))
+        named[path] = template.format(**match.groupdict()), transform
     if nameless:
         raise InputError(f"{name}: the other library has no name for {list_names(nameless)}")
-    return tensors
+    return named
+
+
+def export(params: Any, rules: Sequence[Rule], name: str) -> dict[str, np.ndarray]:
+    """A parameter tree of ours -> tensors by the other library's names: the inverse of `convert`, by the same
+    rules.
+
+    Raises:
+      ValueError: listing parameters for which no rule has a name.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    named = names_of(flat, rules, name)
+    return {
+        theirs: TRANSFORMS[transform].backward(np.asarray(flat[path]))
+        for path, (theirs, transform) in named.items()
+    }
 
 
 def shapes_of(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

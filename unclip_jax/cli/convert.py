@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from unclip_jax.cli.options import add_lora_argument, merge_loras
+
 DTYPES = ("float16", "float32")
 
 
@@ -25,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="float16", help="type of the weights on disk (float16)"
     )
 
+    add_lora_argument(parser)
+
 
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
@@ -36,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.sampling.programs import stage_options
 
     check_target(args.out)
-    bundle = load_bundle(args.folder)
+    bundle = merge_loras(load_bundle(args.folder), args.lora)
     stage_options(bundle)
     path = save_bundle(bundle, args.out, np.dtype(args.dtype))
     print(f"{path}: {', '.join(bundle.parts)}; {total_bytes(path) / 2**20:.1f} MiB")

@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> None:
 
     from unclip_jax.cli.options import image_task, read_image
     from unclip_jax.data.ops import center_crop_square
-    from unclip_jax.sampling.edits.inpaint import METHODS, inpaint
     from unclip_jax.sampling.edits.inversion import square
+    from unclip_jax.sampling.text_to_image import system_of
 
     if args.mask is None and os.path.isfile(args.caption):
         raise InputError(f"{args.caption} is a file, and no caption; give the caption after it")
@@ -91,10 +91,13 @@ def run(args: argparse.Namespace) -> None:
     settings = {
         k: v for k, v in {"guidance_scale": args.guidance, "steps": task.steps}.items() if v is not None
     }
-    drawn = inpaint(
-        task.sampler, image, ~redrawn, args.caption,
-        count=args.count, method=args.method, resamples=args.resamples, seed=args.seed,
-        options={part: settings for part in METHODS.values() if part in task.sampler.bundle.parts},
+    bundle = task.sampler.bundle
+    system, drawing = system_of(bundle), ("decoder", "latent")
+    count = range(args.count)
+    drawn = system.inpaint(
+        task.sampler, [image for _ in count], [~redrawn for _ in count], [args.caption for _ in count],
+        method=args.method, resamples=args.resamples, seed=args.seed,
+        options={name: settings for name, part in bundle.parts.items() if part.config["kind"] in drawing},
         progress=task.progress,
     )  # fmt: skip
     white = np.repeat(redrawn[..., None], 3, axis=2).astype(np.uint8) * 255

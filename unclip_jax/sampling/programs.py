@@ -254,6 +254,19 @@ class Program:
         )
 
 
+def placed(bundle: Bundle, mesh: Mesh) -> Bundle:
+    """A bundle on the host, placed onto a mesh as `load_bundle` does it."""
+    place = placer(mesh)
+    parts = {
+        name: dataclasses.replace(
+            part,
+            params=jax.tree_util.tree_map_with_path(lambda path, v: place(path_name(path), v), part.params),
+        )
+        for name, part in bundle.parts.items()
+    }
+    return dataclasses.replace(bundle, parts=parts, mesh=mesh)
+
+
 def as_sampler(bundle: Sampler | Bundle) -> Sampler:
     """Returns a sampler unchanged, and makes one for a plain bundle."""
     return bundle if isinstance(bundle, Sampler) else Sampler(bundle)

@@ -11,7 +11,7 @@ from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
 from unclip_jax.sampling import latent, stream, unclip
-from unclip_jax.sampling.edits import inpaint, inversion
+from unclip_jax.sampling.edits import inpaint, inversion, latent_inpaint
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
 
@@ -91,6 +91,7 @@ SYSTEMS = {
         lambda bundle, prior: list(latent.PARTS),
         sizes=latent.sizes,
         overrides=latent.overrides,
+        inpaint=latent_inpaint.inpaint_rows,
     ),
 }
 

@@ -25,6 +25,7 @@ from unclip_jax.cli.main import main
 from unclip_jax.diffusion import process
 from unclip_jax.errors import InputError
 from unclip_jax.models.autoencoder import KLAutoencoder
+from unclip_jax.sampling.edits.latent_inpaint import inpaint_rows
 from unclip_jax.sampling.latent import sample_stages
 from unclip_jax.sampling.programs import Sampler
 from unclip_jax.sampling.text_to_image import text_to_image
@@ -229,15 +230,60 @@ def test_what_cannot_be_exported(made, tmp_path):
     assert "spacing even" in " ".join(stable_diffusion_export.obstacles(even))
 
 
-def test_inpainting_network(tmp_path):
-    """A U-Net of nine channels is read; a caption alone does not draw with it."""
+def picture_and_mask():
+    """A picture of 16 px, and where it is drawn anew."""
+    rng = np.random.default_rng(4)
+    redrawn = np.zeros((16, 16), bool)
+    redrawn[2:9, 5:] = True
+    return rng.integers(0, 256, (16, 16, 3), np.uint8), redrawn
+
+
+def test_inpainting_network(tmp_path, monkeypatch):
+    """Pictures of the library's inpainting pipeline, to one level where they are drawn anew; the rest is
+    kept."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from PIL import Image
+
     pipeline = peers.stable_diffusion(tmp_path / "inpaint", in_channels=9)
     found = load_bundle(tmp_path / "inpaint")
-    kernel = found.parts["latent"].params["conv_in"]["kernel"]
-    np.testing.assert_array_equal(kernel, pipeline.unet.conv_in.weight.detach().numpy().transpose(2, 3, 1, 0))
-    assert kernel.shape[2] == 9
     with pytest.raises(InputError, match="inpaints: it takes 9 channels"):
         text_to_image(found, CAPTIONS)
+    # Theirs draws the latents of the kept part, and ours takes the mean.
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+    image, redrawn = picture_and_mask()
+    noise = normal(1, 8, 8, 4)
+    scheduler = pipeline.scheduler
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    scheduler.alphas_cumprod = torch.cumprod(1 - betas, 0)
+    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    theirs = pipeline(
+        CAPTIONS[:1], image=Image.fromarray(image), mask_image=Image.fromarray(redrawn), latents=nchw(noise),
+        num_inference_steps=4, guidance_scale=3.0, height=16, width=16, strength=1.0, output_type="np",
+    ).images  # fmt: skip
+    share_noise(monkeypatch, noise)
+    options = {"latent": {"steps": 4, "guidance_scale": 3.0}}
+    ours = inpaint_rows(found, [image], [~redrawn], CAPTIONS[:1], options=options)[0]
+    np.testing.assert_array_equal(ours[~redrawn], image[~redrawn])
+    levels = np.round(theirs[0] * 255).astype(int)
+    assert np.abs(ours.astype(int) - levels)[redrawn].max() <= 1
+    assert np.abs(levels - image)[redrawn].mean() > 5
+    with pytest.raises(InputError, match="resample needs a latent U-Net of Z input channels"):
+        inpaint_rows(found, [image], [~redrawn], CAPTIONS[:1], method="resample")
+
+
+def test_inpainting_with_any_network(made):
+    """RePaint in the latents keeps what is known, and draws the rest."""
+    image, redrawn = picture_and_mask()
+    options = {"latent": {"steps": 3, "guidance_scale": 2.0, "negative": "blurry"}}
+    drawn = inpaint_rows(
+        made[1][2], [image] * 2, [~redrawn] * 2, CAPTIONS, options=options, seed=1, resamples=2
+    )
+    np.testing.assert_array_equal(drawn[:, ~redrawn], np.stack([image] * 2)[:, ~redrawn])
+    assert np.abs(drawn[0].astype(int) - drawn[1])[redrawn].mean() > 1
+    with pytest.raises(InputError, match="trained needs a latent U-Net of 2 Z"):
+        inpaint_rows(made[1][2], [image], [~redrawn], CAPTIONS[:1], method="trained")
+    with pytest.raises(InputError, match="leave height and width out"):
+        inpaint_rows(made[1][2], [image], [~redrawn], CAPTIONS[:1], options={"latent": {"height": 16}})
 
 
 # ------------------------------------------------------------------------------------------- single files

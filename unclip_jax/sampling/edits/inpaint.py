@@ -118,7 +118,7 @@ def inpaint_rows(
     Raises:
       ValueError, KeyError: as in `inpaint`.
     """
-    images, masks, captions = _rows(images, masks, captions)
+    images, masks, captions = check_rows(images, masks, captions)
     if resamples is not None and not 1 <= resamples <= MAX_RESAMPLES:
         raise InputError(f"resamples must be between 1 and {MAX_RESAMPLES}, got {resamples}")
     sampler, count = as_sampler(bundle), len(images)
@@ -161,7 +161,7 @@ def inpaint_rows(
 
     parts = made_by(sampler.bundle, prior, name)
     drawn = ops.to_uint8(sampler.in_batches(batch, count, parts, progress)[-1][-1])
-    return _paste(drawn, images, masks)
+    return paste(drawn, images, masks)
 
 
 def stream_rows(
@@ -185,20 +185,21 @@ def stream_rows(
     Raises:
       ValueError, KeyError: as `inpaint_rows`; KeyError where the bundle has no decoder that inpaints.
     """
-    images, masks, captions = _rows(images, masks, captions)
+    images, masks, captions = check_rows(images, masks, captions)
     sampler, name = as_sampler(bundle), METHODS["trained"]
     for made in stream_stages(
         sampler, captions, partials=partials, seed=seed, prior=prior, positions=positions, options=options,
         known=_known(sampler, name, images, masks), decoder=name,
     ):  # fmt: skip
         last = not isinstance(made, Partial)
-        yield _paste(ops.to_uint8(made.images[-1]), images, masks) if last else made
+        yield paste(ops.to_uint8(made.images[-1]), images, masks) if last else made
 
 
-def _rows(
+def check_rows(
     images: Sequence[np.ndarray], masks: Sequence[np.ndarray], captions: Sequence[str]
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[str]]:
-    # The rows of a call, checked.
+    """The rows of a call. Raises ValueError unless there is a mask of each image's size and a caption for
+    it."""
     images, masks, captions = [np.asarray(i) for i in images], [np.asarray(m) for m in masks], list(captions)
     if not 0 < len(images) == len(masks) == len(captions):
         counts = f"{len(images)}, {len(masks)} and {len(captions)}"
@@ -215,17 +216,17 @@ def _rows(
 def _known(sampler: Sampler, name: str, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Known:
     # What the decoder `name` keeps of the images.
     size = image_size(sampler.network(name).config)
-    return Known(ops.to_float(square(images, size)), np.stack([_shrink(mask, size) for mask in masks]))
+    return Known(ops.to_float(square(images, size)), np.stack([shrink(mask, size) for mask in masks]))
 
 
-def _paste(drawn: np.ndarray, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> np.ndarray:
-    # The images' own pixels where the masks keep them.
+def paste(drawn: np.ndarray, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures uint8 (B, S, S, 3) with the images' own pixels where the masks keep them."""
     size = drawn.shape[1]
-    kept = np.stack([_shrink(mask, size) for mask in masks])
+    kept = np.stack([shrink(mask, size) for mask in masks])
     return np.where(kept, square(images, size), drawn)
 
 
-def _shrink(mask: np.ndarray, size: int) -> np.ndarray:
+def shrink(mask: np.ndarray, size: int) -> np.ndarray:
     """Resizes the centred square of a mask, bool (H, W) -> (size, size, 1).
 
     A pixel is kept only if every input pixel that falls into it is kept.

@@ -1,0 +1,151 @@
+"""LoRA files, merged into the weights of a latent-diffusion bundle (Hu et al. 2021).
+
+A file holds for some of the network's matrices W (out, in) two small ones, and W becomes
+W + scale * (alpha / r) * up @ down, where down is (r, in) and up is (out, r); without alpha, alpha = r. For
+convolutions down has the kernel and up is 1x1.
+
+Two ways to name them are read. peft and diffusers: `unet.<name>.lora_A.weight` (down), `.lora_B.weight` (up),
+with `<name>` as in diffusers' networks, and `text_encoder.<name>`. kohya:
+`lora_unet_<name>.lora_down.weight`, `.lora_up.weight`, `.alpha`, with underscores for dots in `<name>`, and
+`lora_te_<name>`. Any other tensor (LoHa, LoKr, DoRA) is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from unclip_jax.checkpoint.bundle import Bundle, Part
+from unclip_jax.checkpoint.convert import TRANSFORMS, Transform, names_of
+from unclip_jax.checkpoint.files import Weights, check_floats, finite, list_names, open_file
+from unclip_jax.checkpoint.providers import clip, latent_names
+from unclip_jax.checkpoint.store import params_hash
+from unclip_jax.errors import InputError
+
+# What follows a layer's name -> which of its tensors it is.
+ENDINGS = {
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_A.default.weight": "down",
+    "lora_B.default.weight": "up",
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+    "alpha": "alpha",
+}
+PREFIXES = {"unet.": "latent", "lora_unet_": "latent", "text_encoder.": "clip", "lora_te_": "clip"}
+
+
+def merge_lora(bundle: Bundle, path: Path, scale: float = 1.0) -> Bundle:
+    """The bundle with a LoRA file merged into its U-Net and its text tower.
+
+    Args:
+      bundle: of the system `latent`, on the host.
+      path: a `.safetensors` file.
+      scale: of the change; 0 changes nothing, and a negative number turns it round.
+
+    Raises:
+      FileNotFoundError: when the file is missing.
+      ValueError: when it is no LoRA of these networks; the error names the tensors that do not fit.
+    """
+    if bundle.system != "latent" or bundle.mesh is not None:
+        raise InputError("a LoRA is merged into a bundle of the system latent, loaded without a mesh")
+    if not np.isfinite(scale):
+        raise InputError(f"the scale of a LoRA must be a finite number, got {scale}")
+    weights = open_file(path)
+    found = _layers(weights, path)
+    parts, merged = dict(bundle.parts), {}
+    for name in ("clip", "latent"):
+        layers = found.get(name)
+        if layers:
+            parts[name] = merged[name] = _merged(parts[name], name, layers, weights, scale, path)
+    if not merged:
+        raise InputError(f"{path} holds no LoRA")
+    if "clip" in merged:
+        config = parts["latent"].config
+        frozen = config.get("frozen", {}) | {"clip": merged["clip"].hash}
+        parts["latent"] = dataclasses.replace(parts["latent"], config=config | {"frozen": frozen})
+    files = [*bundle.provenance.get("lora", ()), {"file": path.name, "scale": float(scale)}]
+    return dataclasses.replace(bundle, parts=parts, provenance=bundle.provenance | {"lora": files})
+
+
+def _layers(weights: Weights, path: Path) -> dict[str, dict[str, dict[str, str]]]:
+    # part -> layer's name with underscores -> "down", "up", "alpha" -> the tensor.
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    unknown = []
+    for tensor in weights:
+        short = tensor.removeprefix("base_model.model.")
+        prefix = next((one for one in PREFIXES if short.startswith(one)), None)
+        ending = next((one for one in ENDINGS if short.endswith(f".{one}")), None)
+        if prefix is None or ending is None:
+            unknown.append(tensor)
+            continue
+        layer = short[len(prefix) : -len(ending) - 1].replace(".", "_")
+        found.setdefault(PREFIXES[prefix], {}).setdefault(layer, {})[ENDINGS[ending]] = tensor
+    if unknown:
+        raise InputError(
+            f"{path}: {len(unknown)} tensors are not those of a LoRA known here (peft's or kohya's names): "
+            f"{list_names(unknown)}"
+        )
+    for part, layers in found.items():
+        halves = [layer for layer, kinds in layers.items() if not {"down", "up"} <= kinds.keys()]
+        if halves:
+            raise InputError(
+                f"{path}: layers of the {part} lack one of their two matrices: {list_names(halves)}"
+            )
+    return found
+
+
+def _targets(part: Part, name: str) -> dict[str, tuple[str, Transform]]:
+    # Layer's name with underscores -> the parameter's path, and the transform of its weight.
+    if name == "latent":
+        rules = latent_names.diffusers_unet(part.config["model"])
+        named = names_of(traverse_util.flatten_dict(part.params, sep="/"), rules, "the U-Net")
+    else:
+        tower = {k: v for k, v in part.params["text_tower"].items() if k != "projection"}
+        flat = traverse_util.flatten_dict({"text_tower": tower}, sep="/")
+        named = names_of(flat, clip.TEXT, "the text encoder")
+    targets = {}
+    for path, (theirs, transform) in named.items():
+        if theirs.endswith(".weight"):
+            layer = theirs.removesuffix(".weight").replace(".", "_")
+            targets[layer] = targets[re.sub(r"^text_model_", "", layer)] = (path, TRANSFORMS[transform])
+    return targets
+
+
+def _merged(
+    part: Part, name: str, layers: Mapping[str, Mapping[str, str]], weights: Weights, scale: float, path: Path
+) -> Part:
+    targets, params = _targets(part, name), traverse_util.flatten_dict(part.params, sep="/")
+    missing = [layer for layer in layers if layer not in targets]
+    if missing:
+        raise InputError(f"{path} changes layers that the part {name!r} does not have: {list_names(missing)}")
+    check_floats(weights, [t for kinds in layers.values() for t in kinds.values()], str(path))
+    for layer, kinds in layers.items():
+        target, transform = targets[layer]
+        down, up = (np.asarray(weights[kinds[kind]], np.float32) for kind in ("down", "up"))
+        rank = down.shape[0] if down.ndim else 0
+        if down.ndim < 2 or up.ndim < 2 or up.shape[1] != rank:
+            raise InputError(
+                f"{path}: the matrices of {layer} do not fit: {list(up.shape)}, {list(down.shape)}"
+            )
+        alpha = float(np.asarray(weights[kinds["alpha"]]).reshape(-1)[0]) if "alpha" in kinds else rank
+        change = np.tensordot(up.reshape(up.shape[:2]), down, axes=1) * np.float32(scale * alpha / rank)
+        old = np.asarray(params[target])
+        if not transform.fits(old.shape, change.shape):
+            raise InputError(
+                f"{path}: the change of {layer} is {list(change.shape)}, which does not fit "
+                f"{target} {list(old.shape)}"
+            )
+        params[target] = finite(old + transform.forward(change, old.shape), layer, str(path))
+        for tensor in kinds.values():
+            weights.release(tensor)
+    tree: Any = traverse_util.unflatten_dict(params, sep="/")
+    return Part(part.config, tree, params_hash(tree))
