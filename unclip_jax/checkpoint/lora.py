@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,19 @@ ENDINGS = {
     "alpha": "alpha",
 }
 PREFIXES = {"unet.": "latent", "lora_unet_": "latent", "text_encoder.": "clip", "lora_te_": "clip"}
+
+
+def merge_loras(bundle: Bundle, texts: Iterable[str]) -> Bundle:
+    """`merge_lora` for each text FILE or FILE=SCALE, one after the other."""
+    for text in texts:
+        path, _, scale = text.rpartition("=")
+        try:
+            bundle = merge_lora(bundle, Path(path or text), float(scale) if path else 1.0)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            bundle = merge_lora(bundle, Path(text))  # what follows the sign is no number: it is a file's name
+    return bundle
 
 
 def merge_lora(bundle: Bundle, path: Path, scale: float = 1.0) -> Bundle:

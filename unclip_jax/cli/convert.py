@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from unclip_jax.cli.options import add_lora_argument, merge_loras
+from unclip_jax.cli.options import add_lora_argument
 
 DTYPES = ("float16", "float32")
 
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
 
     from unclip_jax.checkpoint.bundle import check_target, save_bundle
     from unclip_jax.checkpoint.load import load_bundle
+    from unclip_jax.checkpoint.lora import merge_loras
     from unclip_jax.paths import total_bytes
     from unclip_jax.sampling.programs import stage_options
 

@@ -239,7 +239,7 @@ def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_lora_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds `--lora`, which `merge_loras` reads."""
+    """Adds `--lora`, which `checkpoint.lora.merge_loras` reads."""
     parser.add_argument(
         "--lora",
         action="append",
@@ -247,26 +247,6 @@ def add_lora_argument(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[=SCALE]",
         help="a LoRA of Stable Diffusion to merge into the weights, with its scale (1); may be given again",
     )
-
-
-def merge_loras(bundle: Any, texts: Sequence[str]) -> Any:
-    """The bundle, on the host, with the LoRAs of `--lora` merged.
-
-    Raises:
-      ValueError, OSError: with a message of one line.
-    """
-    from pathlib import Path
-
-    from unclip_jax.checkpoint.lora import merge_lora
-
-    for text in texts:
-        path, _, scale = text.rpartition("=")
-        try:
-            scale = float(scale)
-        except ValueError:
-            path, scale = text, 1.0
-        bundle = merge_lora(bundle, Path(path or text), scale)
-    return bundle
 
 
 def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
@@ -291,6 +271,7 @@ def open_bundle(args: argparse.Namespace) -> Any:
     mesh = read_mesh(args)
     if not getattr(args, "lora", None):
         return load_bundle(args.bundle, mesh=mesh)
+    from unclip_jax.checkpoint.lora import merge_loras
     from unclip_jax.sampling.programs import placed
 
     return placed(merge_loras(load_bundle(args.bundle), args.lora), mesh)
