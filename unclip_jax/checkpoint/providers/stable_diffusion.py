@@ -127,7 +127,9 @@ def _folder(path: Path, place: Place) -> tuple[dict, dict, dict]:
     text = read_json(path / "text_encoder" / "config.json")
     clip_model = text_tower(text)
     tokenizer = folder_tokenizer(path / "tokenizer", clip_model["text"]["length"])
-    vae, scale = stable_diffusion_config.vae_model(read_json(path / "vae" / "config.json"), "the autoencoder")
+    first_stage = read_json(path / "vae" / "config.json")
+    first_stage = autoencoder.part_config(first_stage, "kl_autoencoder", "the autoencoder")
+    vae, scale = first_stage["model"], first_stage["scale_factor"]
     unet = stable_diffusion_config.unet_model(read_json(path / "unet" / "config.json"), "the U-Net")
     scheduler = read_json(path / "scheduler" / "scheduler_config.json", infinities=True)
     diffusion, sampling = stable_diffusion_config.scheduler(scheduler, "the scheduler")

@@ -70,30 +70,6 @@ UNET = Settings(
     # The scores of attention are float32 here in any case.
     free=("dropout", "upcast_attention", "addition_embed_type_num_heads"),
 )
-VAE = Settings(
-    read={
-        "latent_channels": (int, 4),
-        "block_out_channels": (tuple[int, ...], (64,)),
-        "layers_per_block": (int, 1),
-        "norm_num_groups": (int, 32),
-        "scaling_factor": (float, SCALE_FACTOR),
-        "down_block_types": (tuple[str, ...], ("DownEncoderBlock2D",)),
-        "up_block_types": (tuple[str, ...], ("UpDecoderBlock2D",)),
-        "mid_block_add_attention": (bool, True),
-    },
-    same={
-        "_class_name": CLASSES["vae"],
-        "in_channels": (3,),
-        "out_channels": (3,),
-        "act_fn": ("silu",),
-        "use_quant_conv": (True,),
-        "use_post_quant_conv": (True,),
-        "shift_factor": (None,),
-        "latents_mean": (None,),
-        "latents_std": (None,),
-    },
-    free=("sample_size", "force_upcast"),
-)
 # Settings of one scheduler stand in the files of others, which pass them over.
 _LEFT_OVER = (
     *("clip_sample", "clip_sample_range", "set_alpha_to_one", "skip_prk_steps", "steps_offset"),
@@ -217,31 +193,6 @@ def unet_model(config: Mapping[str, Any], name: str) -> dict:
         "groups": taken["norm_num_groups"],
         **({"vector_dim": taken["projection_class_embeddings_input_dim"]} if projected else {}),
     }
-
-
-def vae_model(config: Mapping[str, Any], name: str) -> tuple[dict, float]:
-    """`AutoencoderKL`'s configuration -> keyword arguments of `KLAutoencoder`, and the scale factor.
-
-    Raises:
-      ValueError: naming the setting with which the network differs from ours.
-    """
-    taken = VAE.take(config, name)
-    channels = tuple(taken["block_out_channels"])
-    blocks = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-    for key, kind in blocks.items():
-        if list(taken[key]) != [kind] * len(channels):
-            raise InputError(f"{name}: {key} must be {len(channels)} of {kind}, not {shown(taken[key])}")
-    if not 0 < taken["scaling_factor"] < 1e6:
-        raise InputError(f"{name}: scaling_factor must be positive, not {shown(taken['scaling_factor'])}")
-    model = {
-        "latent_channels": taken["latent_channels"],
-        "channels": channels[0],
-        "channel_mult": _multiples(channels, name),
-        "res_blocks": taken["layers_per_block"],
-        "middle_attention": taken["mid_block_add_attention"],
-        "groups": taken["norm_num_groups"],
-    }
-    return model, float(taken["scaling_factor"])
 
 
 # ------------------------------------------------------------------------------------------- scheduler
