@@ -319,6 +319,9 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
         return shapes_of(module.init, *[array(1, SMALLEST, SMALLEST, 3)] * 2)
     if kind == "latent":
         return latent_shapes(model)
+    if kind == "safety":
+        side = model["image"]["image_size"]
+        return shapes_of(module.init, array(1, side, side, 3))
     if kind == "upsampler":
         return shapes_of(module.init, *_pixels(model), low_res=array(1, 1, 1, 3))
     own = model.get("text")

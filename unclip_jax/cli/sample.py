@@ -60,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the pictures should not show, in place of the empty caption (Stable Diffusion)",
     )
     parser.add_argument(
+        "--no-filter",
+        action="store_true",
+        help="keep the pictures that a bundle's safety checker flags, and would make black",
+    )
+    parser.add_argument(
         "--guidance",
         metavar="S",
         help="the decoder's guidance scale; several (1,2,4) give a row of the grid each (the bundle's)",
@@ -99,6 +104,8 @@ def read_options(
         if "negative" in options.get(draws, {}):
             raise InputError(f"--negative and --set {draws}.negative say the same thing: give one of them")
         options.setdefault(draws, {})["negative"] = args.negative
+    if args.no_filter:
+        options.setdefault(draws, {})["filter"] = False
     if args.prior_guidance is not None:
         drawn = [prior or "prior_diffusion" for prior in priors if (prior or "prior_").startswith("prior_")]
         if not drawn:

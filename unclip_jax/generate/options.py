@@ -172,6 +172,7 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "offset": ("a whole number", _is_whole),
     "last": _TEXT,
     "negative": _TEXT,
+    "filter": ("true or false", lambda value: isinstance(value, (bool, np.bool_))),
     "height": _WHOLE_OR_NONE,
     "width": _WHOLE_OR_NONE,
     "tile": _WHOLE_OR_NONE,

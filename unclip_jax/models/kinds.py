@@ -16,6 +16,7 @@ from unclip_jax.models.latent_unet import LatentUNet
 from unclip_jax.models.lpips import LPIPS
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.prior_diffusion import DiffusionPrior
+from unclip_jax.models.safety import SafetyChecker
 from unclip_jax.models.text_encoder import TextEncoder
 from unclip_jax.models.unet import UNet
 from unclip_jax.models.upsampler import Upsampler
@@ -50,6 +51,7 @@ KINDS: dict[str, Kind] = {
         DIFFUSES | {"factor": (int, True), "last_step_of": (str, False)}, Upsampler, {"unet": UNet}
     ),
     "latent": Kind(DIFFUSES, LatentUNet),
+    "safety": Kind(NETWORK, SafetyChecker, {"image": ImageTower}),
     "kl_autoencoder": Kind(ENCODES, KLAutoencoder),
     "vq_autoencoder": Kind(ENCODES, VQAutoencoder),
     "lpips": Kind(NETWORK, LPIPS),

@@ -7,12 +7,14 @@ negative caption is an argument too.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError
 from unclip_jax.generate.latents import decode_latents, sample_latents
@@ -30,6 +32,7 @@ from unclip_jax.sampling.programs import (
     with_scales,
 )
 
+log = logging.getLogger(__name__)
 LATENT = 0  # what the stage folds into a row's random key
 PARTS = ("clip", "latent", "autoencoder")
 LARGEST_SIDE = 4096  # of a picture, in pixels
@@ -165,7 +168,8 @@ def sample_stages(
         raise InputError("a negative caption needs guidance: set a guidance_scale other than 1")
     plain = {row: {"latent": dataclasses.replace(row, negative="")} for row in set(rows)}
     static, scales = split_scales([plain[row] for row in rows])
-    size, tile = picture_size(sampler, rows[0]), tile_size(sampler, rows[0])
+    drawn_with = rows[0]
+    size, tile = picture_size(sampler, drawn_with), tile_size(sampler, drawn_with)
     run = sampler.program(
         ("latent", size, tile, *static.items()), lambda: _cascade(sampler, static, size, tile)
     )
@@ -178,7 +182,36 @@ def sample_stages(
         return run(sampler.params, scale, texts, not_shown, numbers, where)
 
     latents, image = sampler.in_batches(batch, len(captions), ["latent", "autoencoder"], progress)
-    return LatentStages(latents, [image])
+    if drawn_with.filter:
+        image = np.where(flagged(sampler, ops.to_uint8(image))[:, None, None, None], -1.0, image)
+    return LatentStages(latents, [np.float32(image)])
+
+
+def flagged(sampler: Sampler, images: np.ndarray) -> np.ndarray:
+    """What the bundle's safety checker flags, and a warning of it; nothing where the bundle has none.
+
+    Args:
+      images: uint8 (B, H, W, 3).
+
+    Returns:
+      (B,) bool.
+    """
+    if "safety" not in sampler.bundle.parts:
+        return np.zeros(len(images), bool)
+    side = sampler.network("safety").config["model"]["image"]["image_size"]
+    seen = ops.to_float(np.stack([ops.resize_then_crop(image, side) for image in images]))
+    check = sampler.program(
+        ("safety",), lambda: lambda params, seen: sampler.with_params(params)["safety"].apply(seen)
+    )
+    run = lambda rows: check(sampler.params, sampler.rows(seen, rows))
+    found = np.asarray(sampler.in_batches(run, len(images), ["safety"]))
+    if found.any():
+        log.warning(
+            "the safety checker flagged %d of %d pictures, which are black; --no-filter keeps them",
+            found.sum(),
+            len(found),
+        )
+    return found
 
 
 def _cascade(

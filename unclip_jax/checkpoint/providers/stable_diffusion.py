@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x: folders in diffusers' layout, and single files with CompVis' names.
 
-A bundle of the system `latent` has three parts: `clip`, the text tower; `latent`, the U-Net; `autoencoder`.
+A bundle of the system `latent` has three parts: `clip`, the text tower; `latent`, the U-Net; `autoencoder`. A
+folder's safety checker is the part `safety`.
 The tower of 1.x is CLIP's ViT-L/14 with its last states, and captions are padded with the end token. That of
 2.x is OpenCLIP's ViT-H/14 without its last block (files hold it, and nothing uses it), and captions are
 padded with 0. A U-Net of 2 Z + 1 input channels inpaints: it also sees the mask and the latents of the known
@@ -28,12 +29,19 @@ from unclip_jax.checkpoint.bundle import Bundle, Part, no_part
 from unclip_jax.checkpoint.check import clip_shapes, latent_shapes
 from unclip_jax.checkpoint.convert import Rule, array, convert, shapes_of
 from unclip_jax.checkpoint.files import Place, Weights, keep, open_file, open_weights, read_json
-from unclip_jax.checkpoint.providers import autoencoder, clip, latent_names, stable_diffusion_config
+from unclip_jax.checkpoint.providers import (
+    autoencoder,
+    clip,
+    latent_names,
+    preprocess,
+    stable_diffusion_config,
+)
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.diffusion.schedule import schedule_of
 from unclip_jax.errors import InputError
 from unclip_jax.models.autoencoder import KLAutoencoder
+from unclip_jax.models.safety import SafetyChecker
 from unclip_jax.sharding import path_name
 from unclip_jax.typed import shown
 
@@ -123,7 +131,8 @@ def _parts(
 
 
 def _folder(path: Path, place: Place) -> tuple[dict, dict, dict]:
-    stable_diffusion_config.check_index(read_json(path / "model_index.json"), str(path / "model_index.json"))
+    index = read_json(path / "model_index.json")
+    stable_diffusion_config.check_index(index, str(path / "model_index.json"))
     text = read_json(path / "text_encoder" / "config.json")
     clip_model = text_tower(text)
     tokenizer = folder_tokenizer(path / "tokenizer", clip_model["text"]["length"])
@@ -149,7 +158,43 @@ def _folder(path: Path, place: Place) -> tuple[dict, dict, dict]:
     parts = _parts(
         clip_model, tokenizer, read_clip, vae, scale, read_vae, unet, diffusion, read_unet, place
     )  # fmt: skip
+    if index.get("safety_checker") and index["safety_checker"][-1] is not None:
+        parts["safety"] = _safety(path, place)
     return parts, {"latent": sampling}, {}
+
+
+SAFETY: tuple[Rule, ...] = (
+    Rule("concept_embeds", "concept"),
+    Rule("concept_embeds_weights", "concept_threshold"),
+    Rule("special_care_embeds", "special"),
+    Rule("special_care_embeds_weights", "special_threshold"),
+    *(
+        rule
+        if rule.pattern.startswith("visual_projection")
+        else Rule(rf"vision_model\.{rule.pattern}", rule.target, rule.transform)
+        for rule in clip.IMAGE
+    ),
+)
+
+
+def _safety(path: Path, place: Place) -> Callable[[], Part]:
+    config = read_json(path / "safety_checker" / "config.json")
+    whole = clip.WHOLE_SETTINGS.take(
+        {k: v for k, v in config.items() if k not in ("text_config",)}, "the safety checker"
+    )
+    tower = clip.transformers_config(None, config.get("vision_config") or {}, whole["projection_dim"])
+    side = tower["image"]["image_size"]
+    tower["image"] |= preprocess.of_transformers(path / "feature_extractor", side, required=True)
+    model = {name: tower[name] for name in ("embed_dim", "image", "activation")}
+
+    def make() -> Part:
+        shapes = shapes_of(SafetyChecker(**model).init, array(1, side, side, 3))
+        weights = open_weights(path / "safety_checker")
+        return Part(
+            {"kind": "safety", "model": model}, convert(weights, SAFETY, shapes, "the safety checker", place)
+        )
+
+    return make
 
 
 def text_tower(config: dict) -> dict:

@@ -244,6 +244,8 @@ def check_index(index: Mapping[str, Any], name: str) -> None:
     """
     for part, (*_, kind) in ((k, v) for k, v in index.items() if isinstance(v, list) and v):
         if part in ASIDE:
+            if part == "safety_checker" and kind not in (None, "StableDiffusionSafetyChecker"):
+                raise InputError(f"{name}: safety_checker is a {shown(kind)}, which is not known here")
             continue
         if part not in CLASSES or kind not in CLASSES[part]:
             known = ", ".join(CLASSES.get(part, ())) or "no such part"

@@ -25,7 +25,7 @@ from unclip_jax.generate.options import is_guided
 from unclip_jax.generate.text import Texts, encode_text
 from unclip_jax.sampling.edits.inpaint import MAX_RESAMPLES, RESAMPLES, check_rows, paste, shrink
 from unclip_jax.sampling.edits.inversion import square
-from unclip_jax.sampling.latent import LATENT, tile_size
+from unclip_jax.sampling.latent import LATENT, flagged, tile_size
 from unclip_jax.sampling.programs import (
     Overrides,
     Progress,
@@ -111,7 +111,8 @@ def inpaint_rows(
         raise InputError("a negative caption needs guidance: set a guidance_scale other than 1")
     plain = {row: {name: dataclasses.replace(row, negative="")} for row in set(rows)}
     static, scales = split_scales([plain[row] for row in rows])
-    tile, side = tile_size(sampler, rows[0]), sampler.network(name).module.image_size
+    first = rows[0]
+    tile, side = tile_size(sampler, first), sampler.network(name).module.image_size
     pixels = side * sampler.network("autoencoder").module.factor
     given = ops.to_float(square(images, pixels)), np.stack([shrink(mask, pixels) for mask in masks])
 
@@ -148,4 +149,7 @@ def inpaint_rows(
         return run(sampler.params, scale, texts, not_shown, known, numbers, where)
 
     drawn = sampler.in_batches(batch, count, [name, "autoencoder"], progress)[1]
-    return paste(ops.to_uint8(drawn), images, masks)
+    drawn = paste(ops.to_uint8(drawn), images, masks)
+    if first.filter:
+        drawn = np.where(flagged(sampler, drawn)[:, None, None, None], np.uint8(0), drawn)
+    return drawn
