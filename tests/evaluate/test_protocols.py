@@ -112,7 +112,7 @@ def made(fid, clip, scale):
 
 def test_published_figures_are_an_assertion():
     """Karlo's table is reached within the tolerance or the command fails, naming the numbers."""
-    assert sweep.PUBLISHED == tuple(protocols.EXPECTED)
+    assert sweep.PUBLISHED == tuple(protocols.EXPECTED) and sweep.COCO_ROWS == protocols.COCO_ROWS
     lines = protocols.check_expected([made(15.3, 0.319, 8), made(14.2, 0.32, 8)], "karlo")
     assert len(lines) == 4 and "fid 14.2000, published 14.43" in lines[2]
     with pytest.raises(ValueError, match="are not reached: 50 steps: fid 16.0000, published 14.43") as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from unclip_jax.cli.options import number
+from unclip_jax.cli import sample
 from unclip_jax.errors import InputError
 
 # The figures, in the order of `evaluate.distance.FIGURES`.
@@ -72,30 +72,8 @@ def add_captions_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that say how `bundle=DIR` draws; `read_drawing` reads them."""
-    parser.add_argument(
-        "--prior",
-        default="prior_diffusion",
-        metavar="P",
-        help="a bundle: where z_i comes from, see `unclip sample` (prior_diffusion)",
-    )
-    parser.add_argument(
-        "--guidance",
-        metavar="S",
-        help="a bundle: the decoder's guidance scale; a sweep takes several, 1,2,4 (its own)",
-    )
-    parser.add_argument(
-        "--prior-guidance", type=number, metavar="S", help="a bundle: the prior's guidance scale (its own)"
-    )
-    parser.add_argument("--steps", metavar="N", help="a bundle: the decoder's sampling steps (its own)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="PART.OPTION=VALUE",
-        dest="assignments",
-        help="a bundle: set any sampling option, e.g. prior_diffusion.steps=64",
-    )
+    """Adds the arguments that say how `bundle=DIR` draws, those of `unclip sample`; `drawn_by` reads them."""
+    sample.add_drawing_arguments(parser.add_argument_group("how a bundle draws"))
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of samples, subsets and chosen images (0)"
     )
@@ -280,6 +258,7 @@ def open_sets(args: argparse.Namespace, names: list[str], mesh: Any) -> list[Any
 
     bundles = [sets.bundle_of(name) for name in names]
     given = {"captions": args.captions, "guidance": args.guidance, "prior-guidance": args.prior_guidance}
+    given |= {"negative": args.negative, "prior": args.prior, "no-filter": args.no_filter or None}
     given |= {"steps": args.steps, "set": args.assignments or None}
     extra = [f"--{name}" for name, value in given.items() if value is not None]
     if extra and not any(bundles):
@@ -290,9 +269,10 @@ def open_sets(args: argparse.Namespace, names: list[str], mesh: Any) -> list[Any
         for name, bundle in zip(names, bundles)
     ]
     if any(bundles):
-        drawing = read_drawing(args, [side for side in opened if side is not None])
+        check_drawing(args)
+        captions = captions_of(args.captions, [side.images for side in opened if side and side.images])
         opened = [
-            sets.Opened(name, images=drawn_by(bundle, drawing, mesh)) if bundle is not None else side
+            side or sets.Opened(name, images=drawn_by(bundle, args, captions, mesh))
             for name, bundle, side in zip(names, bundles, opened)
         ]
     limits = [args.rows, getattr(args, "reference_rows", None)]
@@ -306,20 +286,22 @@ def open_sets(args: argparse.Namespace, names: list[str], mesh: Any) -> list[Any
     return opened
 
 
-def read_drawing(args: argparse.Namespace, others: list[Any]) -> Any:
-    """How the bundle draws (`sets.Drawing`). Without `--captions` it draws those of another set."""
-    from unclip_jax.cli.sample import read_options
-    from unclip_jax.evaluate import sets
+def check_drawing(args: argparse.Namespace, several: bool = False) -> None:
+    """Checks what says how a bundle draws, as far as that goes without the bundle.
+
+    several: whether `--guidance` may name several scales.
+
+    Raises:
+      ValueError: with a message of one line.
+    """
     from unclip_jax.sampling.unclip import check_prior_name
 
-    check_prior_name(args.prior)
-    options = read_options(args, [args.prior])
-    if len(options) > 1:
+    if args.prior is not None:
+        check_prior_name(args.prior)
+    if len(sample.read_options(args, [args.prior])) > 1 and not several:
         raise InputError(
             "a figure is measured at one guidance scale: `unclip evaluate sweep` measures several"
         )
-    captions = captions_of(args.captions, [side.images for side in others if side.images])
-    return sets.Drawing(captions, args.prior, args.seed, options[0])
 
 
 def captions_of(named: str | None, others: list[Any]) -> list[str]:
@@ -336,9 +318,13 @@ def captions_of(named: str | None, others: list[Any]) -> list[str]:
     return known[0].captions(range(known[0].count))
 
 
-def drawn_by(bundle: str, drawing: Any, mesh: Any) -> Any:
+def drawn_by(bundle: str, args: argparse.Namespace, captions: list[str], mesh: Any) -> Any:
     """The set of what a bundle draws; loads it onto the mesh."""
     from unclip_jax.checkpoint.load import load_bundle
-    from unclip_jax.evaluate.sets import bundle_set
+    from unclip_jax.evaluate.sets import Drawing, bundle_set
+    from unclip_jax.sampling.programs import Sampler
+    from unclip_jax.sampling.text_to_image import system_of
 
-    return bundle_set(load_bundle(bundle, mesh=mesh), drawing)
+    sampler = Sampler(load_bundle(bundle, mesh=mesh))
+    (options,) = sample.read_options(args, [args.prior], system_of(sampler.bundle).draws)
+    return bundle_set(sampler, Drawing(captions, args.prior, args.seed, options))

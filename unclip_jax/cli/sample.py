@@ -6,6 +6,7 @@ With `--prompts` and `--layout` it writes a folder for the tools of a benchmark 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from unclip_jax.cli.options import add_bundle_arguments, number
 from unclip_jax.errors import InputError
@@ -46,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pictures per caption (1; with --layout what the benchmark asks for: 4, 4, 10, 1)",
     )
+    add_drawing_arguments(parser)
+
+
+def add_drawing_arguments(parser: Any) -> None:
+    """Adds the arguments that `read_options` reads, to a parser or to a group of one."""
     parser.add_argument(
         "--prior",
         metavar="P",
@@ -67,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance",
         metavar="S",
-        help="the decoder's guidance scale; several (1,2,4) give a row of the grid each (the bundle's)",
+        help="the decoder's guidance scale; several (1,2,4) give a row of the grid, or of a "
+        "sweep, each (the bundle's)",
     )
     parser.add_argument(
         "--prior-guidance", type=number, metavar="S", help="the prior's guidance scale (the bundle's)"

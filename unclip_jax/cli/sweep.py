@@ -13,6 +13,7 @@ TASKS = {
     "coco30k": "run the protocol of GLIDE, DALL-E 2 and Karlo: 30,000 captions of MS-COCO's val2014",
 }
 FIGURES = "fid,clip-score,prdc"
+COCO_ROWS = 30_000  # as `protocols.COCO_ROWS`
 PUBLISHED = ("karlo",)  # the tables of `protocols.EXPECTED`
 
 
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument(
             "--rows",
             type=int,
-            default=30_000,
+            default=COCO_ROWS,
             metavar="N",
             help="number of captions, chosen at random; fewer need --partial (30000)",
         )
@@ -81,20 +82,20 @@ def run(args: argparse.Namespace) -> None:
     """Runs a task."""
     import unclip_jax
     from unclip_jax.checkpoint.load import load_bundle
-    from unclip_jax.cli.options import check_range, check_seed, progress_bar
+    from unclip_jax.cli.options import check_range, check_seed, parse_numbers, progress_bar
     from unclip_jax.cli.sample import read_options
     from unclip_jax.evaluate import distance, plot, protocols, sets, streaming
     from unclip_jax.paths import write_json
     from unclip_jax.run import features
     from unclip_jax.sampling.programs import Sampler
-    from unclip_jax.sampling.unclip import check_prior_name
+    from unclip_jax.sampling.text_to_image import system_of
 
     # -------------------------------------------------------------------------------- the command line
     check_seed(args.seed)
     check_range("--rows", args.rows, 2, figure.MOST_ROWS)
     check_range("--reference-rows", getattr(args, "reference_rows", None), 2, figure.MOST_ROWS)
     check_range("--batch", args.batch, 1, figure.MOST_ROWS)
-    check_prior_name(args.prior)
+    figure.check_drawing(args, several=True)
     figures = args.figures.split(",")
     for name in figures:
         if name not in distance.FIGURES:
@@ -105,10 +106,11 @@ def run(args: argparse.Namespace) -> None:
     coco, work = args.task == "coco30k", streaming.work_folder(args.work)
     preparation = protocols.COCO if coco else streaming.Preparation(args.crop, args.size, args.jpeg)
     published = getattr(args, "expect", None)
-    options = read_options(args, [args.prior])
-    variants = _variants(args, options, published, protocols)
+    if published is not None:
+        _check_published(args, published)
+    scales = parse_numbers("--guidance", args.guidance)
     figure.check_files(json=args.json, plot=args.plot)
-    if args.plot is not None and len(variants) < 2:
+    if args.plot is not None and len(scales) < 2:
         raise InputError("--plot draws a line through several scales: give them with --guidance 1,2,4")
 
     # -------------------------------------------------------------------------------- the sets
@@ -126,11 +128,16 @@ def run(args: argparse.Namespace) -> None:
             networks[name] = features.open_network(name, weights, mesh=mesh)
         return networks[name]
 
-    shared = {part: dict(chosen) for part, chosen in options[0].items()}
-    if len(options) > 1:
-        shared["decoder"].pop("guidance_scale")
+    sampler = Sampler(load_bundle(named, mesh=mesh))
+    draws = system_of(sampler.bundle).draws
+    shared = read_options(args, [args.prior], draws)[0]
+    if scales:
+        del shared[draws]["guidance_scale"]  # the variants have it
+    variants = protocols.guidance_variants(scales, draws) or [protocols.Variant("its own", {})]
+    if published is not None:
+        variants = [row.variant for row in protocols.EXPECTED[published]]
     points = protocols.measure(
-        Sampler(load_bundle(named, mesh=mesh)),
+        sampler,
         sets.Drawing(captions, args.prior, args.seed, shared),
         variants,
         reference,
@@ -160,21 +167,15 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(protocols.check_expected(points, published)))
 
 
-def _variants(args: argparse.Namespace, options: list[dict], published: str | None, protocols: Any) -> list:
-    # What is measured: the scales of --guidance, the bundle's own, or those of a published table.
-    if published is None:
-        scales = [chosen.get("decoder", {}).get("guidance_scale") for chosen in options]
-        if args.guidance is None:
-            return [protocols.Variant("its own", {})]
-        return protocols.guidance_variants(scales)
+def _check_published(args: argparse.Namespace, published: str) -> None:
     if published not in PUBLISHED:
         raise InputError(f"no published table {published!r}: choose one of {', '.join(PUBLISHED)}")
-    given = [args.guidance, args.prior_guidance, args.steps, args.assignments or None]
-    if any(value is not None for value in given) or args.rows != protocols.COCO_ROWS or args.partial:
+    given = [args.guidance, args.prior_guidance, args.steps, args.negative]
+    given += [args.assignments or None, args.no_filter or None]
+    if any(value is not None for value in given) or args.rows != COCO_ROWS or args.partial:
         raise InputError("--expect sets the guidance, the steps and the rows itself: leave them out")
     if not {"fid", "clip-score"} <= set(args.figures.split(",")):
         raise InputError("--expect compares FID and the CLIP score: --figures must name fid and clip-score")
-    return [row.variant for row in protocols.EXPECTED[published]]
 
 
 def _reference_and_captions(args: argparse.Namespace) -> tuple[Any, list[str]]:

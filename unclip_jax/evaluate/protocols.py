@@ -36,10 +36,15 @@ SHOWN = ("fid", "sfid", "clip_score", "precision", "recall")  # columns of the t
 
 
 class Variant(NamedTuple):
-    """One way in which a bundle draws: its name in tables, and options over those of the drawing."""
+    """One way in which a bundle draws.
+
+    name: in tables. options: over those of the drawing, by part. scale: the guidance scale that it stands for
+      in plots; None if it stands for none.
+    """
 
     name: str
     options: Mapping[str, Mapping[str, Any]]
+    scale: float | None = None
 
 
 class Point(NamedTuple):
@@ -78,9 +83,9 @@ def _karlo(steps: int, fid: float) -> Expected:
 EXPECTED = {"karlo": (_karlo(25, 15.24), _karlo(50, 14.43))}
 
 
-def guidance_variants(scales: Sequence[float]) -> list[Variant]:
-    """A variant for each guidance scale of the decoder."""
-    return [Variant(f"{scale:g}", {"decoder": {"guidance_scale": float(scale)}}) for scale in scales]
+def guidance_variants(scales: Sequence[float], part: str = "decoder") -> list[Variant]:
+    """A variant for each guidance scale of the part that draws (`System.draws`)."""
+    return [Variant(f"{scale:g}", {part: {"guidance_scale": float(scale)}}, float(scale)) for scale in scales]
 
 
 def measure(
@@ -221,7 +226,7 @@ def panels(points: Sequence[Point]) -> list[Panel]:
     """
     names = [point.variant.name for point in points]
     columns = {name: [point.value(name) for point in points] for name in SHOWN}
-    scales = [point.variant.options.get("decoder", {}).get("guidance_scale") for point in points]
+    scales = [point.variant.scale for point in points]
     shown = []
     for title, x_name, x, y_name in (
         ("FID by guidance", "guidance scale", scales, "fid"),
