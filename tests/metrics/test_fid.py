@@ -7,7 +7,7 @@ import torch
 
 from tests.fidelity import torch_fidelity
 from unclip_jax.metrics.fid import frechet_distance, frechet_distance_at_infinity, frechet_error
-from unclip_jax.metrics.moments import moments
+from unclip_jax.metrics.moments import Moments, moments
 
 RNG = np.random.default_rng(0)
 
@@ -43,6 +43,17 @@ def test_frechet_distance_of_singular_sets():
     expected = np.sum((x.mean(axis=0) - y.mean(axis=0)) ** 2) + np.sum(a**2) + np.sum(b**2)
     expected -= 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum()
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("least", [1e-4, 1e-8])
+def test_frechet_distance_of_features_with_little_variance(least):
+    """Inception has features whose variance is far below that of others; they count too."""
+    width = 200
+    basis, _ = np.linalg.qr(RNG.normal(size=(width, width)))
+    variances = np.geomspace(20, least, width), np.geomspace(22, least * 2, width)
+    a, b = (Moments(None, np.zeros(width), (basis * each) @ basis.T) for each in variances)
+    expected = np.sum((np.sqrt(variances[0]) - np.sqrt(variances[1])) ** 2)
+    assert frechet_distance(a, b) == pytest.approx(expected, abs=1e-9)
 
 
 def test_frechet_distance_of_equal_rows():
