@@ -11,12 +11,14 @@ from unclip_jax.data import ops
 class FakeNetwork:
     """Has the interface of `features.FeatureNetwork`.
 
+    config: of the part.
     width: of the pooled features.
     calls: number of images of each call so far.
     """
 
     name: str = "inception"
     hash: str = "f" * 64
+    config: dict = dataclasses.field(default_factory=dict, compare=False)
     resize: str = "tf1-bilinear 299"
     width: int = 6
     calls: list = dataclasses.field(default_factory=list, compare=False)

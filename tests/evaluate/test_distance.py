@@ -1,7 +1,9 @@
 """`unclip evaluate FIGURE`: every figure equals the function of `metrics` on the features of the images."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -22,6 +24,7 @@ from unclip_jax.metrics.precision_recall import prdc
 from unclip_jax.run import features
 from unclip_jax.sampling.programs import Sampler
 from unclip_jax.sampling.text_to_image import text_to_image
+from unclip_jax.sharding import make_mesh
 
 
 @pytest.fixture
@@ -131,6 +134,40 @@ def test_statistics_stand_for_images(run, networks, folders, tmp_path):
         "fid", tmp_path / "a.npz", folders[1], "--partial", "--infinity", status=1
     )
     assert "--rows cannot choose" in run("fid", tmp_path / "a.npz", folders[1], "--rows", 5, status=1)
+
+
+@pytest.mark.parametrize("name", ["inception-score", "clip-score"])
+def test_statistics_without_the_outputs_that_a_figure_needs(run, folders, tmp_path, name):
+    """A file of KID holds pooled features: neither logits nor captions."""
+    run("kid", *folders, "--partial", "--save-statistics", tmp_path / "a.npz")
+    error = run(name, tmp_path / "a.npz", "--partial", status=1)
+    assert f"a.npz holds statistics, and {name} needs images" in error
+    pool = raw(folders[1])["pool"].astype(np.float64)
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "adm.npz", arr_0=images, mu=pool.mean(axis=0), sigma=np.cov(pool, rowvar=False))
+    if name == "inception-score":
+        assert "adm.npz, 40" in run(name, tmp_path / "adm.npz", "--made-by", "adm", "--partial")
+
+
+def test_moments_on_a_number_of_devices_that_does_not_divide_a_block():
+    mesh, x = (
+        make_mesh({"data": 3}, jax.devices()[:3]),
+        np.float32(np.random.default_rng(0).normal(size=(1500, 4))),
+    )
+    found = distance._accumulated(x, mesh)
+    np.testing.assert_allclose(found.cov, np.cov(x, rowvar=False), rtol=1e-6)
+
+
+def test_samples_depend_on_the_configuration_of_the_parts(tiny_bundle):
+    """Another schedule draws other images with the same weights, so their features must not be reused."""
+    bundle, drawing = unclip_jax.load_bundle(tiny_bundle), sets.Drawing(["a cat"], "null")
+    part = bundle.part("decoder")
+    config = part.config | {"diffusion": part.config["diffusion"] | {"steps": 7}}
+    other = dataclasses.replace(
+        bundle, parts=bundle.parts | {"decoder": dataclasses.replace(part, config=config)}
+    )
+    first, same, second = (sets.bundle_set(each, drawing).checksum for each in (bundle, bundle, other))
+    assert first == same != second
 
 
 def test_statistics_of_other_tools(run, folders, tmp_path):

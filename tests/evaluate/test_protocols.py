@@ -66,7 +66,7 @@ def test_coco30k_with_guidance_swept(coco, networks, tiny_bundle, tmp_path, caps
     assert "fid is measured on 30,000 images" in capsys.readouterr().err
     assert main([*words, "--partial"]) == 0
     out = capsys.readouterr().out
-    assert "partial: 8 of 30,000 images" in out and out.splitlines()[0].split() == [
+    assert "partial: fid, 8 of 30,000 images" in out and out.splitlines()[0].split() == [
         "guidance", "fid", "sfid", "clip_score", "precision", "recall"
     ]  # fmt: skip
     captions = protocols.coco_captions(coco, 8, 5)
@@ -100,6 +100,35 @@ def test_sweep_on_any_reference(networks, tiny_bundle, tmp_path, capsys):
     assert point["variant"] == "its own" and point["results"]["kid"]["images"]["count"] == 8
     assert main([*words, "--plot", str(tmp_path / "p.png")]) == 1
     assert "--plot draws a line through several scales" in capsys.readouterr().err
+
+
+def test_a_reference_made_in_another_way_is_refused_before_anything_is_drawn(
+    networks, tiny_bundle, tmp_path, capsys, monkeypatch
+):
+    write_images(tmp_path / "real", 8)
+    work = ["--work", str(tmp_path / "w"), "--partial"]
+    real, saved = str(tmp_path / "real"), str(tmp_path / "real.npz")
+    assert main(["evaluate", "fid", real, real, "--crop", "center", "--save-statistics", saved, *work]) == 0
+    (tmp_path / "c.txt").write_text("a cat\na dog")
+    monkeypatch.setattr("unclip_jax.evaluate.sets.text_to_image", lambda *_, **__: pytest.fail("drawn"))
+    words = ["evaluate", "sweep", f"bundle={tiny_bundle}", saved, "--captions", str(tmp_path / "c.txt")]
+    assert main([*words, "--figures", "fid", "--prior", "null", *work]) == 1
+    assert "were made differently: crop 'none' and 'center'" in capsys.readouterr().err
+    monkeypatch.setattr(FakeNetwork, "outputs", {"pool": 6, "spatial": 5})
+    words[3] = real
+    assert main([*words, "--figures", "fid,inception-score", "--prior", "null", *work]) == 1
+    assert "inception-score needs the classifier" in capsys.readouterr().err
+
+
+def test_each_partial_figure_is_named():
+    images = type("Set", (), {"count": 9})()
+    asked = {"fid": 50_000, "prdc": 10_000}
+    results = {name: Result(name, {}, least, True, images, None, []) for name, least in asked.items()}
+    points = [protocols.Point(variant, results) for variant in protocols.guidance_variants([1, 2])]
+    assert protocols.table(points, "guidance")[3:] == [
+        "partial: fid, 9 of 50,000 images",
+        "partial: prdc, 9 of 10,000 images",
+    ]
 
 
 def made(fid, clip, scale):

@@ -50,6 +50,13 @@ def test_our_layout_comes_back_whole(tmp_path):
             np.testing.assert_array_equal(found.features["pool"], POOL)
 
 
+def test_an_unknown_count_comes_back(tmp_path):
+    """Statistics of another tool, which do not say how many images there were, saved in our layout."""
+    save_statistics(tmp_path / "s.npz", described(count=None))
+    found = read_statistics(tmp_path / "s.npz").statistics
+    assert found.count is None and found.moments["pool"].count is None
+
+
 def test_other_tools_read_ours(tmp_path):
     """pytorch-fid and clean-fid read `mu` and `sigma`; ADM's evaluator also `mu_s` and `sigma_s`."""
     save_statistics(tmp_path / "s.npz", described())

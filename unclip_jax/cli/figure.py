@@ -39,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     )
     if name not in ALONE:
         parser.add_argument("--reference-rows", type=int, metavar="N", help="the same for REFERENCE (all)")
-        parser.add_argument(
-            "--made-by",
-            metavar="TOOL",
-            help="the tool that made a statistics file that does not say it: adm, torch-fidelity, clean-fid, "
-            "clean-fid-legacy-tensorflow or pytorch-fid (such a file is refused)",
-        )
+    parser.add_argument(
+        "--made-by",
+        metavar="TOOL",
+        help="the tool that made a statistics file that does not say it: adm, torch-fidelity, clean-fid, "
+        "clean-fid-legacy-tensorflow or pytorch-fid (such a file is refused)",
+    )
     add_preparation_arguments(parser)
     add_feature_arguments(parser, name in ANY_NETWORK)
     if name in ("fid", "fd-dinov2"):
@@ -75,8 +75,13 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that say how `bundle=DIR` draws, those of `unclip sample`; `drawn_by` reads them."""
     sample.add_drawing_arguments(parser.add_argument_group("how a bundle draws"))
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of samples, subsets and chosen images (0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of samples and of the images that are chosen (0)",
     )
+    parser.set_defaults(negative=None, no_filter=False)  # what `sample.read_options` reads beside these
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser, any_network: bool) -> None:
@@ -263,9 +268,8 @@ def open_sets(args: argparse.Namespace, names: list[str], mesh: Any) -> list[Any
     extra = [f"--{name}" for name, value in given.items() if value is not None]
     if extra and not any(bundles):
         raise InputError(f"{extra[0]} says how a bundle draws, and no set is a bundle (bundle=DIR)")
-    tool = getattr(args, "made_by", None)
     opened = [
-        None if bundle is not None else sets.open_set(name, source_options, tool)
+        None if bundle is not None else sets.open_set(name, source_options, args.made_by)
         for name, bundle in zip(names, bundles)
     ]
     if any(bundles):

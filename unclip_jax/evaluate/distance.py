@@ -43,7 +43,7 @@ from unclip_jax.sharding import BATCH
 LOGITS, TEXT = "logits", "text"
 SUBSET = 1_000  # images of a subset of KID
 SMALLEST = 5_000  # images of the smallest subset by which FID is extrapolated
-ROWS = 1024  # features that are added to the moments at a time
+ROWS = 1024  # features that are added to the moments at a time, about
 
 
 class Value(NamedTuple):
@@ -221,7 +221,9 @@ def needs_images(opened: Opened, name: str) -> bool:
     found, needs = opened.statistics, FIGURES[name].needs
     if found is None:
         return True
-    return not (found.features if needs else found.moments or found.features)
+    if needs:
+        return not all(output in found.features for output in needs)
+    return not (found.moments or found.features)
 
 
 def check_set(opened: Opened, name: str) -> None:
@@ -229,6 +231,8 @@ def check_set(opened: Opened, name: str) -> None:
     if not needs_images(opened, name):
         return
     if opened.images is None:
+        if FIGURES[name].needs != (POOL,):
+            raise InputError(f"{opened.name} holds statistics, and {name} needs images: give the images")
         raise InputError(
             f"{opened.name} holds the mean and the covariance alone, and {name} needs the features: "
             f"save them with `unclip evaluate {name} --save-statistics`, or give the images"
@@ -309,11 +313,13 @@ def recipe_of(network: Any, preparation: Preparation) -> Recipe:
 
 def _accumulated(features: np.ndarray, mesh: Mesh) -> Moments:
     step, sums, split = mesh_update(mesh), empty(features.shape[1]), NamedSharding(mesh, BATCH)
-    for first in range(0, len(features), ROWS):
-        block = np.asarray(features[first : first + ROWS])
-        padded = np.zeros((ROWS, block.shape[1]), np.float32)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = ways * max(1, ROWS // ways)  # every device gets as many
+    for first in range(0, len(features), rows):
+        block = np.asarray(features[first : first + rows])
+        padded = np.zeros((rows, block.shape[1]), np.float32)
         padded[: len(block)] = block
-        sums = step(sums, jax.device_put(padded, split), jax.device_put(np.arange(ROWS) < len(block), split))
+        sums = step(sums, jax.device_put(padded, split), jax.device_put(np.arange(rows) < len(block), split))
     return moments(gather(sums))
 
 

@@ -22,9 +22,21 @@ from jax.sharding import Mesh
 
 from unclip_jax.data.sources import make_source
 from unclip_jax.errors import InputError
-from unclip_jax.evaluate.distance import FIGURES, Result, as_json, check_rows, compare, describe
+from unclip_jax.evaluate.distance import (
+    FIGURES,
+    Result,
+    as_json,
+    check_network,
+    check_rows,
+    check_set,
+    compare,
+    describe,
+    planned,
+    recipe_of,
+)
 from unclip_jax.evaluate.plot import Panel
 from unclip_jax.evaluate.sets import Drawing, Opened, bundle_set, source_set
+from unclip_jax.evaluate.statistics import check_comparable
 from unclip_jax.evaluate.streaming import PLAIN, Preparation
 from unclip_jax.paths import user_path
 from unclip_jax.sampling.programs import Sampler
@@ -120,8 +132,9 @@ def measure(
       streaming: as `streaming.image_features`: work, batch, skip_bad.
 
     Raises:
-      ValueError, KeyError: before anything is drawn, if there are too few captions, or the bundle cannot draw
-        so; otherwise as `distance.describe` and `distance.compare`.
+      ValueError, KeyError: before anything is drawn, if there are too few captions, the bundle cannot draw
+        so, or a network or the reference lacks what a figure needs or was made in another way; otherwise as
+        `distance.describe` and `distance.compare`.
     """
     images = []
     for variant in variants:
@@ -132,6 +145,14 @@ def measure(
     for name in figures:
         check_rows(name, len(drawing.captions), partial, "the list of captions", rows)
     networks = {kind: open_network(kind) for kind in dict.fromkeys(FIGURES[name].network for name in figures)}
+    for name in figures:
+        network = networks[FIGURES[name].network]
+        check_network(network, name)
+        if FIGURES[name].reference:
+            check_set(reference, name)
+            recipe = recipe_of(network, preparation)
+            drawn = planned(Opened(images[0].name, images=images[0]), name, recipe)
+            check_comparable(drawn, planned(reference, name, recipe))
     shared = {"preparation": preparation, **streaming}
 
     def described(opened: Opened, name: str, words: str) -> tuple:
@@ -199,8 +220,9 @@ def table(points: Sequence[Point], first: str) -> list[str]:
         lines.append(
             f"{point.variant.name:14}" + "".join(f"{'' if c is None else f'{c:.4f}':>12}" for c in cells)
         )
-    partial = {r.images.count: r for point in points for r in point.results.values() if r.partial}
-    lines += [f"partial: {count:,} of {r.least:,} images" for count, r in partial.items()]
+    few = [(name, r) for point in points for name, r in point.results.items() if r.partial]
+    partial = [f"partial: {name}, {r.images.count:,} of {r.least:,} images" for name, r in few]
+    lines += dict.fromkeys(partial)
     notes = [note for point in points for result in point.results.values() for note in result.notes]
     return [*lines, *(f"note: {note}" for note in dict.fromkeys(notes))]
 

@@ -230,9 +230,12 @@ def bundle_set(bundle: Sampler | Bundle, drawing: Drawing) -> ImageSet:
         if part not in used:
             raise InputError(f"{part} does not draw with the prior {prior}: leave its options out")
     captions, name = list(drawing.captions), sampler.bundle.path or "the bundle"
-    hashes = {n: part.hash or params_hash(part.params) for n, part in sampler.bundle.parts.items()}
+    # A part's configuration holds what its weights do not, such as the schedule and the embeddings' scale.
+    parts = {
+        n: [part.hash or params_hash(part.params), part.config] for n, part in sampler.bundle.parts.items()
+    }
     options = {part: dataclasses.asdict(chosen[part]) for part in used if part in chosen}
-    identity = [hashes, captions, prior, int(drawing.seed), options]
+    identity = [parts, captions, prior, int(drawing.seed), options]
 
     def load(rows: Sequence[int]) -> list[Picture | str]:
         drawn = text_to_image(

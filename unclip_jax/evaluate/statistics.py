@@ -279,7 +279,8 @@ def _about(name: str, stored: np.ndarray | None, made_by: str | None, images: bo
     texts = texts and all(value is None or isinstance(value, str) for value in recipe.values())
     formats, count = about.get("stored"), about.get("count")
     known = isinstance(formats, list) and all(isinstance(each, str) for each in formats)
-    if not texts or not known or not isinstance(count, int) or count < 1:
+    counted = count is None or (isinstance(count, int) and count >= 1)  # None where the file read had none
+    if not texts or not known or not counted:
         raise InputError(f"{name}: about does not say how many images there were and how they were read")
     return about
 

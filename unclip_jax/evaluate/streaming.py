@@ -5,7 +5,7 @@ process that is killed loses at most the batch at which it was. The same call th
 batches become one array per output of the network, which figures read memory-mapped:
 
     plan.json                 what was computed, for people
-    blocks/000000.npz, ...    the batches; deleted in the end
+    blocks-64/000000000.npz   the batches of 64 images, and so on; deleted in the end
     pool.npy, ...             the features, (N, D) float32
     rows.npy, done.json       the numbers of the images that could be used, and what else was seen
 
@@ -40,7 +40,7 @@ from unclip_jax.data.record import json_checksum
 from unclip_jax.errors import InputError
 from unclip_jax.evaluate.sets import ImageSet, Picture
 from unclip_jax.paths import cache_folder, is_remote, user_path, write_json, write_whole
-from unclip_jax.run.hosts import leave_if_stopped, stop_signals
+from unclip_jax.run.hosts import leave_if_stopped, stop_signals, wait_for_hosts
 from unclip_jax.sampling.programs import Progress
 
 log = logging.getLogger("unclip_jax")
@@ -163,6 +163,7 @@ def image_features(
         "format": FORMAT_VERSION,
         "network": network.name,
         "hash": network.hash,
+        "config": network.config,
         "resize": network.resize,
         "outputs": dict(network.outputs),
         "crop": preparation.crop_words,
@@ -238,7 +239,11 @@ def _run(
             if done is None:
                 _compute_all(folder, plan, images, outputs, compute, batch, own, progress)
                 done = _finished(folder, outputs)
-    return _gathered(done[1]) if hosts > 1 else done[1]
+    if hosts == 1:
+        return done[1]
+    # Hosts may end hours apart, as some may have been stopped, and a collective waits for minutes only.
+    wait_for_hosts("features")
+    return _gathered(done[1])
 
 
 def _own_batches(count: int, batch: int, host: int, hosts: int) -> list[range]:
@@ -249,7 +254,7 @@ def _own_batches(count: int, batch: int, host: int, hosts: int) -> list[range]:
 
 def _compute_all(folder, plan, images, outputs, compute, batch, own, progress) -> None:
     blocks = folder / f"blocks-{batch}"
-    total, seen = sum(len(rows) for rows in own), 0
+    total = sum(len(rows) for rows in own)
     write_json(folder / "plan.json", plan)
     waiting: Future | None = None
     with stop_signals(alone=True) as stop, ThreadPoolExecutor(1) as pool:
@@ -336,7 +341,8 @@ def _join(folder: Path, blocks: Path, own: Sequence[range], outputs: Mapping[str
     np.save(file, numbers)
     write_whole(folder / "rows.npy", file.getvalue())
     write_json(folder / "done.json", {"bad": bad, "stored": sorted(stored), "digests": digests})
-    shutil.rmtree(blocks, ignore_errors=True)
+    for each in folder.glob("blocks-*"):  # also those of a stopped call with other batches
+        shutil.rmtree(each, ignore_errors=True)
 
 
 def _finished(folder: Path, outputs: Mapping[str, int]) -> tuple[dict, Features] | None:

@@ -11,9 +11,9 @@ With C_a = F_a F_a^T and C_b = F_b F_b^T, the trace of (C_a C_b)^(1/2) is the su
 F_a^T F_b. Their rounding error is a share of the largest one, also when a covariance is singular.
 pytorch-fid and ADM's evaluator take a matrix square root of C_a C_b, and torch-fidelity takes the square
 roots of that matrix's eigenvalues. All agree where both covariances have full rank. Where one is singular (no
-more rows than features, N <= D), the product has many eigenvalues that are zero up to rounding. The references
-then add up the square roots of rounding errors, and the distance of a set to itself may be negative. The error
-is small either way: 500 rows of 2048 features differ from torch-fidelity by 1e-4 in 1895.
+more rows than features, N <= D), the product has many eigenvalues that are zero up to rounding. The
+references then add up the square roots of rounding errors, and the distance of a set to itself may be
+negative. The error is small either way: 500 rows of 2048 features differ from torch-fidelity by 1e-4 in 1895.
 
 FID is biased: it grows as a set gets smaller. Compare only values of sets of equal sizes, or use
 `frechet_distance_at_infinity`.

@@ -123,6 +123,7 @@ class FeatureNetwork:
 
     name: a key of `NETWORKS`.
     hash: of its weights (`checkpoint.store.params_hash`).
+    config: the configuration of the part, JSON values: what its weights do not say, such as the activation.
     outputs: the features that it computes, by name, with their widths.
     resize: what is done to an image before the network, in words, for files of statistics.
     mesh: the devices that share a batch.
@@ -131,6 +132,7 @@ class FeatureNetwork:
 
     name: str
     hash: str
+    config: Mapping[str, Any]
     outputs: Mapping[str, int]
     resize: str
     mesh: Mesh
@@ -287,6 +289,7 @@ def open_network(
     return FeatureNetwork(
         name=name,
         hash=part.hash or params_hash(part.params),
+        config=part.config,
         outputs={output: widths[output] for output in chosen},
         resize=row.resize.format(size),
         mesh=mesh,
