@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 from unclip_jax.checkpoint.convert import array, shapes_of
 from unclip_jax.data.record import Record
 from unclip_jax.data.tokenizer import caption_arrays
+from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network
+from unclip_jax.models.autoencoder import KLAutoencoder
 from unclip_jax.models.codec import Codec
 from unclip_jax.models.lpips import LPIPS, SMALLEST
 from unclip_jax.run.frozen import EMPTY, captions_of, clip_tokenizer, text_tokenizer, wanted_roles
@@ -49,6 +51,30 @@ def abstract_lpips(mesh: Mesh, dtype: str) -> Network:
     return Network(module, placed(shapes_of(module.init, image, image), mesh), {"kind": "lpips", "model": {}})
 
 
+# Widths of the released KL autoencoders, by the channels of their latents (Rombach et al. 2022, table 8).
+KL_WIDTHS = {3: (1, 2, 4), 4: (1, 2, 4, 4), 16: (1, 1, 2, 2, 4)}
+
+
+def abstract_autoencoder(channels: int, mesh: Mesh, dtype: str) -> Network:
+    """The released KL autoencoder with latents of so many channels. Its parameters are shapes on the mesh.
+
+    Raises:
+      ValueError: when none was released.
+    """
+    if channels not in KL_WIDTHS:
+        known = ", ".join(map(str, KL_WIDTHS))
+        raise InputError(f"no autoencoder with latents of {channels} channels is known here; known: {known}")
+    model = {
+        "latent_channels": channels,
+        "channels": 128,
+        "channel_mult": KL_WIDTHS[channels],
+        "res_blocks": 2,
+    }
+    module = KLAutoencoder(**model, dtype=compute_dtype(dtype, mesh))
+    params = placed(shapes_of(module.init, array(1, module.factor, module.factor, 3)), mesh)
+    return Network(module, params, {"kind": "kl_autoencoder", "model": model, "scale_factor": 1.0})
+
+
 def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> dict[str, Network]:
     """The frozen networks of a stage by role, like those of `run.frozen.load_frozen`.
 
@@ -60,6 +86,8 @@ def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = 
             frozen[role] = abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, embedded)
         elif kind == "lpips":
             frozen[role] = abstract_lpips(mesh, config.dtype)
+        elif kind == "autoencoder":
+            frozen[role] = abstract_autoencoder(config.model.out_channels, mesh, config.dtype)
         else:
             frozen[role] = abstract_codec(clip_config.model.embed_dim, mesh)
     if "clip" in frozen:

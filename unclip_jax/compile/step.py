@@ -27,6 +27,7 @@ from unclip_jax.compile import hlo
 from unclip_jax.compile.abstract import abstract_batch, abstract_frozen, placed, spread
 from unclip_jax.errors import InputError, MemoryNeededError, MissingPackageError
 from unclip_jax.generate.decoder import sample_decoder
+from unclip_jax.generate.latents import sample_latents
 from unclip_jax.generate.networks import Network, image_size, sampling_model
 from unclip_jax.generate.options import options_from
 from unclip_jax.generate.prior import sample_prior
@@ -261,6 +262,9 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
         if config.stage == "upsampler":
             return sample_upsampler(network, given["low_res"], given["keys"], options)
         texts = Texts(given["text"], given["empty"])
+        if config.stage == "latent":
+            size = (stage.model.image_size,) * 2
+            return sample_latents(network, texts, size, given["keys"], options)
         if config.stage == "decoder":
             return sample_decoder(network, given["z_image"], texts, given["keys"], options)
         return sample_prior(network, texts, given["keys"], options, given.get("codec"))
