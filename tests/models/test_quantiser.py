@@ -16,6 +16,7 @@ from unclip_jax.models.quantiser import (
     quantise,
     quantiser_loss,
     restart_dead,
+    trained_averages,
     update_averages,
     usage,
 )
@@ -131,6 +132,21 @@ def test_dead_codes_start_again(debias):
     assert np.abs(OUTPUTS.reshape(-1, Z) - vector).sum(1).min() < 1e-3
     same = restart_dead(averages, OUTPUTS, jax.random.key(0), 0.0, decay=0.9, debias=debias)
     jax.tree.map(np.testing.assert_array_equal, same, averages)
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_a_trained_codebook_goes_on(debias):
+    """Its averages stand for it; vectors that a batch does not choose stay, and the others move a little."""
+    codebook = CODEBOOK.copy()
+    codebook[3] = 100.0
+    averages = trained_averages(jnp.asarray(codebook), OUTPUTS[..., 0].size)
+    np.testing.assert_allclose(averaged_codebook(averages, 0.9, debias, 1e-9), codebook, rtol=1e-5)
+    codes = nearest(OUTPUTS, codebook)
+    moved = averaged_codebook(update_averages(averages, OUTPUTS, codes, 0.9), 0.9, debias, 1e-9)
+    chosen = np.isin(np.arange(K), codes)
+    assert not chosen[3] and chosen.sum() > 3
+    np.testing.assert_allclose(moved[~chosen], codebook[~chosen], rtol=1e-4)
+    assert np.all(np.abs(moved - codebook)[chosen].max(1) > 1e-3)
 
 
 def test_usage_of_a_codebook():

@@ -127,6 +127,20 @@ def init_averages(codebook: jax.Array, debias: bool = True) -> Averages:
     return Averages(jnp.zeros(len(codebook)), sums, jnp.zeros((), jnp.int32))
 
 
+def trained_averages(codebook: jax.Array, outputs: int) -> Averages:
+    """The averages of a codebook that is trained already, as if its codes had been chosen equally often.
+
+    Vectors that the next batches do not choose stay where they are. `init_averages` would forget them.
+
+    Args:
+      codebook: (K, Z).
+      outputs: number of the encoder's outputs in a batch.
+    """
+    counts = jnp.full(len(codebook), outputs / len(codebook), jnp.float32)
+    begun = jnp.full((), 10**6, jnp.int32)  # nothing is left of a bias
+    return Averages(counts, codebook.astype(jnp.float32) * counts[:, None], begun)
+
+
 def update_averages(averages: Averages, z: jax.Array, codes: jax.Array, decay: float = 0.99) -> Averages:
     """Moves the averages by one batch.
 

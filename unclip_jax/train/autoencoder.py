@@ -39,6 +39,7 @@ from unclip_jax.models.quantiser import (
     init_averages,
     quantiser_loss,
     restart_dead,
+    trained_averages,
     update_averages,
     usage,
 )
@@ -366,7 +367,13 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return float(f"{1.0 / max(float(found), 1e-6):.6g}")
 
     # -------------------------------------------------------------------------------- loop
-    with Run(config, workdir, trained, mesh, data, init_from) as run:
+    run = Run(config, workdir, trained, mesh, data, init_from)
+    if init_from is not None and not run.start.step and "averages" in run.state.extra:
+        place = jax.jit(trained_averages, static_argnums=1, out_shardings=run.shardings.extra["averages"])
+        outputs = config.batch_size * (config.image_size // model.factor) ** 2
+        kept = {"averages": place(run.state.params["codebook"], outputs)}
+        run.state = run.state.replace(extra=run.state.extra | kept)
+    with run:
         update = run.update()
         for step, batch in run:
             run.state, metrics = update(run.state, frozen, batch)
