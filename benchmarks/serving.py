@@ -59,9 +59,9 @@ for seed, line in enumerate(sys.stdin):
         self.process.stdin.flush()
         return float(self.process.stdout.readline())
 
-    def rate(self) -> float:
-        """Pictures per second of the size that draws most."""
-        return max(size / self.draw(size) for size in SIZES)
+    def all_sizes(self) -> dict[int, float]:
+        """Seconds of a call of each size."""
+        return {size: self.draw(size) for size in SIZES}
 
     def stop(self) -> None:
         """Ends the process."""
@@ -186,7 +186,7 @@ def main() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
         pairs = [(bare.draw(4), server.draw(connection, 4, seed)) for seed in range(args.rounds)]
         memory = [server.memory()]
-        turns = [(bare.rate(), load(server, args.clients, args.requests)) for _ in range(args.turns)]
+        turns = [(bare.all_sizes(), load(server, args.clients, args.requests)) for _ in range(args.turns)]
         memory.append(server.memory())
     finally:
         bare.stop()
@@ -196,10 +196,11 @@ def main() -> None:
     print(f"four pictures, bare: p50 {statistics.median(alone):.2f} s")
     print(f"four pictures, server: p50 {statistics.median(four):.2f} s, p95 {at(four, 0.95):.2f} s")
     print(f"  server / bare {statistics.median(b / a for a, b in pairs):.2f}")
-    rates = [loaded["pictures_per_second"] / rate for rate, loaded in turns]
-    print(f"throughput, bare: {statistics.median(rate for rate, _ in turns):.2f} pictures per second")
-    print(f"  server / bare {statistics.median(rates):.2f}")
     loaded = {key: statistics.median(found[key] for _, found in turns) for key in turns[0][1]}
+    rates = {size: size / statistics.median(found[size] for found, _ in turns) for size in SIZES}
+    best = max(rates, key=rates.get)
+    print(f"throughput, bare: {rates[best]:.2f} pictures per second, by {best} at a time")
+    print(f"  server / bare {loaded['pictures_per_second'] / rates[best]:.2f}")
     print(f"{args.clients} clients, {args.requests} requests of one picture:")
     print(f"  {loaded['pictures_per_second']:.2f} pictures per second")
     print(f"  p50 {loaded['p50']:.1f} s, p95 {loaded['p95']:.1f} s")
