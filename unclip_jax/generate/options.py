@@ -77,9 +77,11 @@ class LatentSamplingOptions(SamplingOptions):
       training images.
     tile: side in pixels of the tiles that are decoded one at a time (`latents.decode_tiled`); None decodes
       the whole picture at once.
+    filter: whether the bundle's safety checker, if it has one, blackens the pictures that it flags.
     """
 
     clip: float | None = None
+    filter: bool = True
     negative: str = ""
     height: int | None = None
     width: int | None = None
