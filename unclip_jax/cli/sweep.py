@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> None:
     figure.check_files(json=args.json, plot=args.plot)
     if args.plot is not None and len(scales) < 2:
         raise InputError("--plot draws a line through several scales: give them with --guidance 1,2,4")
+    if args.plot is not None and not {"fid", "prdc"} & set(figures):
+        raise InputError("--plot draws FID, or precision against recall: --figures must name fid or prdc")
 
     # -------------------------------------------------------------------------------- the sets
     mesh = figure.open_mesh(args, [args.bundle])

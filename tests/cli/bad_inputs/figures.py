@@ -120,6 +120,10 @@ OTHERS = {
     "no figure of a sweep": ([*SWEEP, "--figures", ""], "unknown figure '' in --figures"),
     "words as scales of a sweep": ([*SWEEP, "--guidance", "1,much"], "--guidance must be a finite number"),
     "a plot of one scale": ([*SWEEP, "--plot", "p.png"], "--plot draws a line through several scales"),
+    "a plot of nothing": (
+        [*SWEEP, "--plot", "p.png", "--guidance", "1,2", "--figures", "kid"],
+        "--plot draws FID, or precision against recall",
+    ),
     "a plot in another format": ([*SWEEP, "--plot", "p.pdf", "--guidance", "1,2"], "end the name in .png"),
     "a sweep without captions": (SWEEP, "has no caption"),
     "COCO without its folder": (["coco30k", "bundle=tiny"], "the following arguments are required: --coco"),
