@@ -23,6 +23,7 @@ from unclip_jax.checkpoint.check import check_config, check_shapes
 from unclip_jax.checkpoint.load import load_part, load_trained
 from unclip_jax.checkpoint.providers.autoencoder import diffusers_rules
 from unclip_jax.cli.train import load_config
+from unclip_jax.compile.step import train_step
 from unclip_jax.generate.networks import Network
 from unclip_jax.models.autoencoder import VQAutoencoder
 from unclip_jax.models.discriminator import PatchDiscriminator
@@ -313,3 +314,17 @@ def test_lpips_is_added_to_every_value(kind):
     expected = values * (metrics["l1"] + 0.5 * metrics["lpips"])
     assert metrics["lpips"] != 0
     np.testing.assert_allclose(metrics["pixels"], expected, rtol=1e-5)
+
+
+def test_the_papers_step_is_whole():
+    """The update of kl-f8 at full size, by shapes: both players, LPIPS, and a part of the published size."""
+    config = load_config(str(ROOT / "configs/latent/autoencoder.py:kl-f8"))
+    with config.unlocked():
+        config.mesh.fsdp, config.batch_size = 1, 2
+    step = train_step(config, None, sharding.make_mesh({"data": 1}, jax.devices()[:1]))
+    state, metrics = jax.eval_shape(step.update, step.state, step.frozen, step.batch)
+    assert step.batch["image"].shape == (2, 256, 256, 3)
+    assert param_count(state.ema_params) == 83_653_863
+    assert param_count(state.params) == 83_653_863 + 2_765_633
+    assert param_count(step.frozen) == 14_716_160
+    assert {"loss", "generator_lpips", "generator_adaptive_weight", "discriminator_loss"} <= set(metrics)
