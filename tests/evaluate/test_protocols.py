@@ -12,9 +12,10 @@ from tests.evaluate.test_streaming import write_images
 from unclip_jax.cli import sweep
 from unclip_jax.cli.main import main
 from unclip_jax.data import ops
-from unclip_jax.evaluate import protocols
+from unclip_jax.evaluate import protocols, sets
 from unclip_jax.evaluate.distance import Result, Value
 from unclip_jax.evaluate.plot import Panel, draw_panels, ticks
+from unclip_jax.metrics.clip_score import clip_score
 from unclip_jax.metrics.fid import frechet_distance
 from unclip_jax.run import features
 from unclip_jax.sampling.programs import Sampler
@@ -46,7 +47,7 @@ def coco(tmp_path):
     return tmp_path / "coco"
 
 
-def test_coco30k_with_guidance_swept(coco, networks, tiny_bundle, tmp_path, capsys):
+def test_coco30k_with_guidance_swept(coco, networks, tiny_bundle, tmp_path, capsys, monkeypatch):
     """Each scale draws the same random captions; the reference is every picture, cut to 256 px."""
     words = ["evaluate", "coco30k", f"bundle={tiny_bundle}", "--coco", str(coco), "--guidance", "1.5,3"]
     words += [
@@ -64,7 +65,12 @@ def test_coco30k_with_guidance_swept(coco, networks, tiny_bundle, tmp_path, caps
     words += ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "p.png"), "--rows", "8"]
     assert main(words) == 1
     assert "fid is measured on 30,000 images" in capsys.readouterr().err
+    drawn_rows, draw = [], sets.text_to_image
+    monkeypatch.setattr(
+        sets, "text_to_image", lambda *args, **options: drawn_rows.extend(args[1]) or draw(*args, **options)
+    )
     assert main([*words, "--partial"]) == 0
+    assert len(drawn_rows) == 2 * 8  # once for all networks
     out = capsys.readouterr().out
     assert "partial: fid, 8 of 30,000 images" in out and out.splitlines()[0].split() == [
         "guidance", "fid", "sfid", "clip_score", "precision", "recall"
@@ -80,11 +86,16 @@ def test_coco30k_with_guidance_swept(coco, networks, tiny_bundle, tmp_path, caps
     for point, scale in zip(points, (1.5, 3.0)):
         options = {"decoder": {"steps": 2, "guidance_scale": scale}}
         drawn = text_to_image(sampler, captions, seed=5, prior="null", options=options)
-        samples = FakeNetwork()([ops.resize(image, 256) for image in drawn])
+        samples_seen = [ops.resize(image, 256) for image in drawn]
+        samples = FakeNetwork()(samples_seen)
         found = point["results"]["fid"]["values"]
         assert found["fid"]["value"] == pytest.approx(
             frechet_distance(samples["pool"], real["pool"]), rel=1e-5
         )
+        scored = clip_score(
+            FakeNetwork("clip")(samples_seen)["pool"], FakeNetwork("clip").text(captions)
+        ).mean
+        assert point["results"]["clip-score"]["values"]["clip_score"]["value"] == pytest.approx(scored)
         assert f"{scale:<14g}{found['fid']['value']:>12.4f}" in out
     assert points[0]["results"]["fid"]["images"]["crop"] == "center 256 bicubic"
     assert points[0]["results"] != points[1]["results"]

@@ -81,7 +81,6 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="seed of samples and of the images that are chosen (0)",
     )
-    parser.set_defaults(negative=None, no_filter=False)  # what `sample.read_options` reads beside these
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser, any_network: bool) -> None:

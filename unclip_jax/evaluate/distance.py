@@ -29,7 +29,7 @@ import unclip_jax
 from unclip_jax.errors import InputError
 from unclip_jax.evaluate.sets import Opened
 from unclip_jax.evaluate.statistics import MOMENTS, POOL, SPATIAL, Recipe, Statistics, check_comparable
-from unclip_jax.evaluate.streaming import PLAIN, Preparation, image_features, text_features
+from unclip_jax.evaluate.streaming import PLAIN, Features, Preparation, image_features, text_features
 from unclip_jax.metrics.clip_score import clip_score
 from unclip_jax.metrics.cmmd import cmmd
 from unclip_jax.metrics.fid import frechet_distance, frechet_distance_at_infinity, frechet_error
@@ -268,6 +268,7 @@ def describe(
     mesh: Mesh | None,
     *,
     preparation: Preparation = PLAIN,
+    found: Features | None = None,
     **streaming: Any,
 ) -> tuple[Statistics, list[str]]:
     """What a figure needs to know of a set, from its file or computed from its images.
@@ -278,6 +279,7 @@ def describe(
       network: a `features.FeatureNetwork`; None if `needs_images` is False.
       mesh: where moments are accumulated; None as with `network`.
       preparation: what is done to an image before the network.
+      found: the features of the images, where the caller has them already.
       streaming: as `streaming.image_features`: work, batch, skip_bad, progress.
 
     Returns:
@@ -289,13 +291,14 @@ def describe(
     check_set(opened, name)
     figure = FIGURES[name]
     if not needs_images(opened, name):
-        found = opened.statistics
-        if not figure.needs and POOL not in found.moments:  # clean-fid's files for KID hold features alone
-            return dataclasses.replace(found, moments={POOL: moments(found.features[POOL])}), []
-        return found, []
+        known = opened.statistics
+        if not figure.needs and POOL not in known.moments:  # clean-fid's files for KID hold features alone
+            return dataclasses.replace(known, moments={POOL: moments(known.features[POOL])}), []
+        return known, []
     check_network(network, name)
     images = opened.images
-    found = image_features(network, images, preparation=preparation, **streaming)
+    if found is None:
+        found = image_features(network, images, preparation=preparation, **streaming)
     features, described = dict(found.outputs), {}
     if TEXT in figure.needs:
         features[TEXT] = text_features(network.text, images.captions([int(i) for i in found.rows]))

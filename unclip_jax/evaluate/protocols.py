@@ -37,7 +37,7 @@ from unclip_jax.evaluate.distance import (
 from unclip_jax.evaluate.plot import Panel
 from unclip_jax.evaluate.sets import Drawing, Opened, bundle_set, source_set
 from unclip_jax.evaluate.statistics import check_comparable
-from unclip_jax.evaluate.streaming import PLAIN, Preparation
+from unclip_jax.evaluate.streaming import PLAIN, Features, Joined, Preparation, image_features
 from unclip_jax.paths import user_path
 from unclip_jax.sampling.programs import Sampler
 
@@ -115,7 +115,7 @@ def measure(
     progress: Callable[[str], Callable[[int, int], None] | None] = lambda words: None,
     **streaming: Any,
 ) -> list[Point]:
-    """Measures several variants of what a bundle draws.
+    """Measures several variants of what a bundle draws. It draws each variant once, for all figures.
 
     Args:
       sampler: the bundle.
@@ -155,20 +155,23 @@ def measure(
             check_comparable(drawn, planned(reference, name, recipe))
     shared = {"preparation": preparation, **streaming}
 
-    def described(opened: Opened, name: str, words: str) -> tuple:
+    def described(opened: Opened, name: str, words: str, found: Features | None = None) -> tuple:
         network = networks[FIGURES[name].network]
-        return describe(opened, name, network, mesh, progress=progress(words), **shared)
+        return describe(opened, name, network, mesh, progress=progress(words), found=found, **shared)
 
     compared = {
         name: described(reference, name, f"features of {reference.name}")
         for name in figures
         if FIGURES[name].reference
     }
-    points = []
+    points, joined = [], Joined(dict(sorted(networks.items())))
     for variant, drawn in zip(variants, images):
-        results = {}
+        results, known, words = {}, {}, f"samples at {variant.name}"
+        if len(networks) > 1:
+            known = joined.split(image_features(joined, drawn, progress=progress(words), **shared))
         for name in figures:
-            found, notes = described(Opened(drawn.name, images=drawn), name, f"samples at {variant.name}")
+            sampled = Opened(drawn.name, images=drawn)
+            found, notes = described(sampled, name, words, known.get(FIGURES[name].network))
             other, told = compared.get(name, (None, []))
             results[name] = compare(name, found, other, partial=partial, notes=[*notes, *told], least=rows)
         points.append(Point(variant, results))

@@ -147,7 +147,7 @@ def image_features(
     Images may have different sizes: the network resizes each on its own.
 
     Args:
-      network: a `features.FeatureNetwork`.
+      network: a `features.FeatureNetwork`, or a `Joined`.
       images: the set.
       preparation: what is done to an image first.
       work: from `work_folder`.
@@ -197,6 +197,53 @@ def image_features(
     if len(found.rows) == 0:
         raise InputError(f"none of the {images.count} images of {images.name} can be used")
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Several networks as one, so that a bundle draws its samples once for all of them.
+
+    networks: by name. The output of a network is called "name.output" here. The rest is as in
+      `features.FeatureNetwork`.
+    """
+
+    networks: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The names of all."""
+        return "+".join(self.networks)
+
+    @property
+    def hash(self) -> list[str]:
+        """The hashes of all."""
+        return [network.hash for network in self.networks.values()]
+
+    @property
+    def config(self) -> list[Mapping]:
+        """The configurations of all."""
+        return [network.config for network in self.networks.values()]
+
+    @property
+    def resize(self) -> list[str]:
+        """How each resizes."""
+        return [network.resize for network in self.networks.values()]
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        """The outputs of all, with their widths."""
+        return {f"{n}.{o}": width for n, each in self.networks.items() for o, width in each.outputs.items()}
+
+    def __call__(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """The features of all."""
+        return {f"{n}.{o}": found for n, each in self.networks.items() for o, found in each(images).items()}
+
+    def split(self, found: Features) -> dict[str, Features]:
+        """What `image_features` returns for this network -> the same for each of its networks."""
+        return {
+            n: dataclasses.replace(found, outputs={o: found.outputs[f"{n}.{o}"] for o in each.outputs})
+            for n, each in self.networks.items()
+        }
 
 
 def text_features(
