@@ -13,6 +13,7 @@ from unclip_jax.checkpoint.load import load_bundle
 from unclip_jax.models.clip import MEAN, STD
 from unclip_jax.sampling.latent import flagged
 from unclip_jax.sampling.programs import Sampler
+from unclip_jax.sampling.text_to_image import text_to_image
 
 ROWS = 12
 
@@ -73,3 +74,14 @@ def test_pictures_of_a_bundle(made):
     assert found.shape == (ROWS,) and found.dtype == bool
     del bundle.parts["safety"]
     assert not flagged(Sampler(bundle), large).any()
+
+
+def test_flagged_pictures_are_black(made, tmp_path, caplog):
+    """With thresholds that all pictures exceed, they are black and a warning says so; `filter` keeps them."""
+    bundle = load_bundle(made[0])
+    bundle.parts["safety"].params["concept_threshold"] = np.full(17, -2, np.float32)
+    sampler, captions = Sampler(bundle), ["a fox", "a cat"]
+    options = {"steps": 2, "guidance_scale": 2.0}
+    assert not text_to_image(sampler, captions, options={"latent": options}).any()
+    assert "flagged 2 of 2 pictures" in caplog.text and "--no-filter" in caplog.text
+    assert text_to_image(sampler, captions, options={"latent": options | {"filter": False}}).std() > 10

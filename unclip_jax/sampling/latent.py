@@ -166,7 +166,7 @@ def sample_stages(
     rows = [row["latent"] for row in sampler.row_options(options, len(captions))]
     if any(row.negative and not is_guided(row) for row in rows):
         raise InputError("a negative caption needs guidance: set a guidance_scale other than 1")
-    plain = {row: {"latent": dataclasses.replace(row, negative="")} for row in set(rows)}
+    plain = {row: {"latent": dataclasses.replace(row, negative="", filter=True)} for row in set(rows)}
     static, scales = split_scales([plain[row] for row in rows])
     drawn_with = rows[0]
     size, tile = picture_size(sampler, drawn_with), tile_size(sampler, drawn_with)

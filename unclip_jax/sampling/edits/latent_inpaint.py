@@ -109,7 +109,7 @@ def inpaint_rows(
         raise InputError("inpainting draws the size of the training images: leave height and width out")
     if any(row.negative and not is_guided(row) for row in rows):
         raise InputError("a negative caption needs guidance: set a guidance_scale other than 1")
-    plain = {row: {name: dataclasses.replace(row, negative="")} for row in set(rows)}
+    plain = {row: {name: dataclasses.replace(row, negative="", filter=True)} for row in set(rows)}
     static, scales = split_scales([plain[row] for row in rows])
     first = rows[0]
     tile, side = tile_size(sampler, first), sampler.network(name).module.image_size
