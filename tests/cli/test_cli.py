@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unclip_jax.cli import options
 from unclip_jax.cli.main import main
 from unclip_jax.cli.train import load_config, override
 
@@ -295,3 +296,18 @@ def test_errors_of_a_program_are_not_another_hosts(monkeypatch, capsys):
         except Left as end:
             (left,) = end.args
         assert left == status and message in capsys.readouterr().err
+
+
+def test_progress_lines_say_the_remaining_time(monkeypatch, capsys):
+    """Work that was done before the command began does not count as fast work."""
+    clock = iter([0.0, 0.0, 30.0, 90.0, 100.0, 100.0])
+    monkeypatch.setattr(options.time, "monotonic", lambda: next(clock))
+    show = options.progress_bar("features")
+    for done in (60, 70, 100, 5):  # the last one begins a new pass
+        show(done, 100)
+    assert capsys.readouterr().err.splitlines() == [
+        "features: 60/100",
+        "features: 70/100, 01:30 left",
+        "features: 100/100",
+        "features: 5/100",
+    ]

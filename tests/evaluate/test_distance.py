@@ -115,6 +115,9 @@ def test_statistics_stand_for_images(run, networks, folders, tmp_path):
     """A saved file gives the same figure, without a network; one of another recipe is refused before work."""
     whole = run("fid", *folders, "--partial", "--save-statistics", tmp_path / "a.npz")
     run("kid", folders[1], folders[0], "--partial", "--save-statistics", tmp_path / "b.npz")
+    few = run("fid", folders[1], folders[0], "--partial", "--infinity", "--rows", 12)
+    assert "; not to be trusted, as the smallest has no more images than features" in few
+    assert "not to be trusted" not in run("fid", *folders, "--partial", "--infinity")
     asked = len(networks)
     numbers = lambda out: [line.split()[:2] for line in out.splitlines() if line.startswith(("fid", "sfid"))]
     values = numbers(whole)

@@ -84,6 +84,8 @@ def test_cmmd_is_a_distance_of_directions():
 def test_bad_features_are_refused(a, b, message):
     with pytest.raises(ValueError, match=message):
         cmmd(a, b)
+    with pytest.raises(ValueError, match="an embedding is zero"):
+        cmmd(A * (np.arange(300) != 7)[:, None], B)
     if len(a) > 1:
         with pytest.raises(ValueError, match=message):
             kernel_inception_distance(a, b, subsets=1, subset_size=200)

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -178,10 +179,20 @@ def progress_bar(words: str) -> Callable[[int, int], None]:
 
     On a terminal it shows a bar with the rate and the remaining time; elsewhere it prints lines.
     """
-    if not sys.stderr.isatty():
-        return lambda done, total: print(f"{words}: {done}/{total}", file=sys.stderr, flush=True)
     from tqdm import tqdm
 
+    began: list = []  # when the pass began, what was done then, what is done
+
+    def line(done: int, total: int) -> None:
+        if not began or done <= began[2]:
+            began[:] = [time.monotonic(), done, done]
+        began[2], spent, more, left = done, time.monotonic() - began[0], done - began[1], ""
+        if more and done < total:
+            left = f", {tqdm.format_interval(spent / more * (total - done))} left"
+        print(f"{words}: {done}/{total}{left}", file=sys.stderr, flush=True)
+
+    if not sys.stderr.isatty():
+        return line
     bar = tqdm(desc=words, unit="image", dynamic_ncols=True)
 
     def show(done: int, total: int) -> None:

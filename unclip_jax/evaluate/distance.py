@@ -131,6 +131,8 @@ def _frechet(a: Statistics, b: Statistics | None, settings: Settings) -> dict[st
             f"standard error by the delta method, and of a line through {len(line.rows)} subsets of "
             f"{smallest:,} to {count:,} images"
         )
+        if smallest <= a.features[POOL].shape[1]:
+            kind += "; not to be trusted, as the smallest has no more images than features"
         values[f"{names[POOL]}_infinity"] = Value(line.distance, line.error, kind=kind)
     return values
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from unclip_jax.errors import InputError
 from unclip_jax.metrics.fid import check_features
 from unclip_jax.metrics.kid import kernel_sum
 from unclip_jax.metrics.retrieval import unit
@@ -34,9 +35,13 @@ def cmmd(a: np.ndarray, b: np.ndarray) -> float:
       b: (M, D) embeddings of any norm above 0.
 
     Raises:
-      ValueError: when a set has fewer than two rows, the widths differ, or an embedding is not finite.
+      ValueError: when a set has fewer than two rows, the widths differ, an embedding is not finite, or one is
+        zero.
     """
-    a, b = (unit(x) for x in check_features(a, b))
+    a, b = check_features(a, b)
+    if not all(x.any(axis=1).all() for x in (a, b)):
+        raise InputError("an embedding is zero, and has no direction")
+    a, b = unit(a), unit(b)
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         squares = np.sum(x * x, axis=1)[:, None] + np.sum(y * y, axis=1) - 2 * x @ y.T

@@ -13,9 +13,11 @@ It may exceed 1. An outlier in a set has a large ball, which raises precision an
 suffer less from it.
 
 A row on the edge of a ball lies inside for precision and recall, and outside for density and coverage, as in
-the authors' programs. So a set against itself gives exactly 1 four times. ADM's evaluator and torch-fidelity
-count the edge the same way for precision and recall; prdc counts it as outside for all four. ADM's evaluator
-computes distances in float16 where that is finite, so its values may differ in the third digit.
+the authors' programs. So a set without copies gives exactly 1 four times against itself. With more than k
+copies of each row, density and coverage are 0, because every ball has the radius 0. ADM's evaluator and
+torch-fidelity count the edge the same way for precision and recall; prdc counts it as outside for all four.
+ADM's evaluator computes distances in float16 where that is finite, so its values may differ in the third
+digit.
 
 Distances come in blocks of one matrix product in float32. Where the bound of its rounding error leaves a
 comparison open, the distance is computed anew from differences in float64. So the result does not depend on
