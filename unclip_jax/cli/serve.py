@@ -56,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--public-url", metavar="URL", help="what urls of pictures start with (the address that clients call)"
     )
+    parser.add_argument(
+        "--no-filter",
+        action="store_true",
+        help="keep the pictures that a bundle's safety checker flags, and would make black",
+    )
     parser.add_argument("--log-prompts", action="store_true", help="write prompts into the log")
 
 
@@ -112,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     listening = listen(settings.host, settings.port)
     save_memory_on_cpu()
     use_compilation_cache()
-    app = create_app(settings, load_models(args.bundles or ["emoji"], mesh))
+    app = create_app(settings, load_models(args.bundles or ["emoji"], mesh, args.no_filter))
     config = uvicorn.Config(
         app,
         host=settings.host,

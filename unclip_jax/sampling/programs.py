@@ -247,11 +247,10 @@ class Program:
         return self.compiled(*args)(*args)
 
     def stand_in(self, *args: Any) -> Any:
-        """Compiles the program, and returns noise of its results' shapes."""
+        """Compiles the program, and returns noise of its results' shapes; False for truth values."""
         rng = np.random.default_rng(0)
-        return jax.tree.map(
-            lambda info: rng.normal(size=info.shape).astype(info.dtype), self.compiled(*args).out_info
-        )
+        noise = lambda info: rng.normal(size=info.shape) * (info.dtype != np.bool_)
+        return jax.tree.map(lambda info: noise(info).astype(info.dtype), self.compiled(*args).out_info)
 
 
 def placed(bundle: Bundle, mesh: Mesh) -> Bundle:

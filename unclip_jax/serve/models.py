@@ -25,14 +25,16 @@ class Model:
     """A bundle that draws.
 
     name: what requests call it. sampler: the bundle on its devices. system: its row of `SYSTEMS`.
+    base: sampling options of every request.
     sizes: the sides in pixels that its stages draw, ascending. priors: those whose parts the bundle has.
     """
 
-    def __init__(self, name: str, sampler: Sampler):
+    def __init__(self, name: str, sampler: Sampler, no_filter: bool = False):
         self.name, self.sampler = name, sampler
         self.system: System = system_of(sampler.bundle)
         self.sizes = self.system.sizes(sampler.bundle)
         parts = sampler.bundle.parts
+        self.base = {self.system.draws: {"filter": False}} if no_filter and "safety" in parts else {}
         self.priors = [
             prior for prior, needed in self.system.priors.items() if all(name in parts for name in needed)
         ]
@@ -72,6 +74,8 @@ class Model:
             given["negative"] = values["negative_prompt"]
         try:
             chosen = self.system.overrides(self.sampler.bundle, prior, **given)
+            for part, settings in self.base.items():
+                chosen[part] = {**settings, **chosen.get(part, {})}
             self.sampler.options(chosen)
         except UserError as error:
             param = next(iter(given)) if len(given) == 1 else None
@@ -248,7 +252,7 @@ class Model:
 
     def first(self) -> Task:
         """The task whose program is compiled first: a picture of a caption."""
-        return self.generate(WARM, 1, 0, self.prior({}), {})
+        return self.generate(WARM, 1, 0, self.prior({}), self.base)
 
     def announced(self) -> dict[str, list[Task]]:
         """The tasks that a server of this bundle compiles before they are asked for, by verb."""
@@ -259,7 +263,7 @@ class Model:
         image = np.zeros((side, side, 3), np.uint8)
         if "edits" in self.verbs:
             mask = np.arange(side) < np.full((side, 1), side // 2)
-            tasks["edits"] = [self.inpaint([(image, mask)], WARM, 1, 0, prior, {})]
+            tasks["edits"] = [self.inpaint([(image, mask)], WARM, 1, 0, prior, self.base)]
         if "variations" in self.verbs:
             tasks["variations"] = [self.encode([image], None, None)]
             z_image = np.zeros(self.sampler.network("clip").config["model"]["embed_dim"], np.float32)
@@ -313,12 +317,15 @@ class Models:
         raise ApiError(404, f"no model {name!r} here; there is {known}", "model", "model_not_found")
 
 
-def load_models(bundles: Sequence[str], mesh: Mapping[str, int] | None = None) -> Models:
+def load_models(
+    bundles: Sequence[str], mesh: Mapping[str, int] | None = None, no_filter: bool = False
+) -> Models:
     """Loads bundles onto the devices.
 
     Args:
       bundles: names or folders, as `load_bundle` takes them. A bundle is called like its folder.
       mesh: axes of the mesh, as `sharding.sampling_mesh` takes them.
+      no_filter: keeps the pictures that a bundle's safety checker flags, which are black otherwise.
 
     Raises:
       ValueError, OSError: with one line.
@@ -333,7 +340,7 @@ def load_models(bundles: Sequence[str], mesh: Mapping[str, int] | None = None) -
         bundle = load_bundle(name, mesh=sampling_mesh(mesh, stored_bytes(name)))
         short = name.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
         try:
-            models.append(Model(short, Sampler(bundle)))
+            models.append(Model(short, Sampler(bundle), no_filter))
         except MissingError as error:
             raise InputError(f"{name} cannot draw pictures: {error}") from None
     return Models(models)
