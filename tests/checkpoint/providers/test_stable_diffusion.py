@@ -11,9 +11,10 @@ import torch
 
 from tests.checkpoint import peers
 from tests.checkpoint.peers import close, nchw, run_part
+from tests.models.test_latent_unet import SD1, SD2
 from unclip_jax.checkpoint.bundle import save_bundle
 from unclip_jax.checkpoint.load import load_bundle
-from unclip_jax.checkpoint.providers import stable_diffusion_export
+from unclip_jax.checkpoint.providers import stable_diffusion_config, stable_diffusion_export
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.cli.main import main
 from unclip_jax.diffusion import process
@@ -57,6 +58,33 @@ def test_parts(made, version):
     assert bundle.parts["latent"].config["diffusion"]["prediction"] == ("eps" if version == 1 else "v")
     assert bundle.sampling["latent"]["sampler"] == "plms" and bundle.sampling["latent"]["offset"] == 1
     assert bundle.parts["autoencoder"].config["scale_factor"] == 0.18215
+
+
+def test_published_configurations():
+    """The files of 1.x and 2.x describe the networks whose parameters `test_latent_unet` counts."""
+    unet = {
+        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 8, "freq_shift": 0,
+        "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False,
+        "cross_attention_dim": 768, "downsample_padding": 1, "flip_sin_to_cos": True, "in_channels": 4,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "layers_per_block": 2,
+        "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4,
+        "sample_size": 64, "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    }  # fmt: skip
+    second = unet | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024}
+    second |= {"use_linear_projection": True, "upcast_attention": True, "dual_cross_attention": False}
+    for config, wanted in ((unet, SD1), (second, SD2)):
+        model = stable_diffusion_config.unet_model(config, "the U-Net")
+        assert {key: model[key] for key in wanted} == wanted
+    scheduler = {
+        "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False,
+        "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+    }  # fmt: skip
+    for kind, prediction, sampler in (("PNDM", "epsilon", "plms"), ("DDIM", "v_prediction", "ddim")):
+        config = scheduler | {"_class_name": f"{kind}Scheduler", "prediction_type": prediction}
+        diffusion, sampling = stable_diffusion_config.scheduler(config, "the scheduler")
+        assert sampling["sampler"] == sampler and sampling["offset"] == 1 and sampling["last"] == "first"
+        assert diffusion["prediction"] == {"epsilon": "eps", "v_prediction": "v"}[prediction]
 
 
 @both

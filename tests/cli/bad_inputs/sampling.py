@@ -102,6 +102,14 @@ SAMPLE = {
         [*FOX, *TINY, "--set", "decoder_inpaint.steps=2"],
         "decoder_inpaint does not draw with --prior prior_diffusion",
     ),
+    "a negative caption of another system": (
+        [*FOX, *TINY, "--negative", "a cat"],
+        "decoder: unknown sampling option negative",
+    ),
+    "a LoRA of another system": (
+        [*FOX, *TINY, "--lora", "lora.safetensors=0.5"],
+        "a LoRA is merged into a bundle of the system latent",
+    ),
     "a folder to come as output": ([*FOX, "--out", "new/"], "--out new/ is a folder; name a file"),
     "prompts without a layout": (["sample", "--prompts", "p.txt", "--out", "o"], "give --layout"),
     "a layout without prompts": (["sample", "--layout", "folder", "--out", "o"], "give --prompts"),
@@ -154,6 +162,8 @@ OPTIONS = {
     "decoder.eta=0.5": "eta=0.5 is for the sampler ddim, not for ddpm: set it to 0",
     "decoder.variance=analytic": "decoder: variance 'analytic' needs measured errors",
     "decoder.variance=huge": "unknown variance 'huge'",
+    "decoder.spacing=karras": "unknown spacing 'karras'; choose one of even, leading, trailing",
+    "decoder.offset=1": "offset and last belong to the other spacings",
     "decoder.sampler=heun": "unknown sampler 'heun'",
     "decoder.sampler=[]": "unknown sampler '[]'",
     "decoder.clip=-1": "clip must be positive or None",
