@@ -71,7 +71,6 @@ setup(
             "schemathesis==4.32.5",
             "scikit-learn>=1.5,<2",
             "torch==2.13.0",
-            "torch-fidelity==0.4.0",
             "transformers>=4.50,<6",
             "trustme>=1.2,<2",
         ],
