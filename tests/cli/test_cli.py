@@ -243,8 +243,8 @@ def test_a_missing_part_is_named(tiny_bundle, pictures, monkeypatch, capsys):
 
 
 def test_a_wrong_command_line_is_status_2():
-    done = unclip("sample")
-    assert done.returncode == 2 and "CAPTION" in done.stderr
+    done = unclip("vary")
+    assert done.returncode == 2 and "IMAGE" in done.stderr
 
 
 def test_config_overrides():

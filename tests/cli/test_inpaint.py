@@ -8,7 +8,7 @@ from PIL import Image
 
 from unclip_jax.cli import options
 from unclip_jax.cli.main import build_parser, main
-from unclip_jax.sampling.edits import inpaint
+from unclip_jax.sampling import text_to_image
 
 LEFT = np.repeat([[True] * 8 + [False] * 16], 24, axis=0)  # what the masks below draw anew
 
@@ -77,14 +77,15 @@ def test_what_is_kept_is_what_the_mask_does_not_draw_anew(words, pictures, monke
     """The verb keeps the mask's complement, of the picture that `decode_image` composites on white."""
     given = {}
 
-    def draw(bundle, image, mask, caption, *, count, **_):
-        given.update(image=image, kept=mask, caption=caption)
-        return np.zeros((count, 24, 24, 3), np.uint8)
+    def draw(sampler, images, masks, captions, **_):
+        given.update(image=images[0], kept=masks[0], caption=captions[0])
+        return np.zeros((len(images), 24, 24, 3), np.uint8)
 
     empty = types.SimpleNamespace(bundle=types.SimpleNamespace(parts={}))
     task = options.ImageTask(empty, [], None, lambda done, total: None, "grid.png")
     monkeypatch.setattr(options, "image_task", lambda args: task)
-    monkeypatch.setattr(inpaint, "inpaint", draw)
+    system = types.SimpleNamespace(inpaint=draw)
+    monkeypatch.setattr(text_to_image, "system_of", lambda bundle: system)
     assert main(["inpaint", *words, "a fox", "--count", "1"]) == 0
     assert given["kept"].dtype == np.bool_ and given["caption"] == "a fox"
     np.testing.assert_array_equal(given["kept"], ~LEFT)

@@ -1,8 +1,10 @@
 """A server in this process, for tests: uvicorn in a thread, on a free port."""
 
+import asyncio
 import contextlib
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
 
@@ -35,3 +37,9 @@ def running(models, wait_for=True, **settings):
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive(), "the server does not stop"
+
+
+def run_async(task):
+    """Runs a coroutine to its end, in a thread: Playwright leaves an event loop running in the main one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, task).result()

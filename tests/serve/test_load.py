@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
+from tests.serve.running import run_async
 from tests.serve.test_safety import HOSTILE, bomb, picture
 
 pytestmark = pytest.mark.slow
@@ -113,7 +114,7 @@ def run(address, requests, clients, manners, seed=0):
     async def everyone():
         await asyncio.gather(*(one() for _ in range(clients)))
 
-    asyncio.run(everyone())
+    run_async(everyone())
 
 
 def test_two_hundred_requests_from_thirty_two_clients(server):

@@ -1,5 +1,6 @@
 """The unmodified `openai` client against a running server."""
 
+import asyncio
 import base64
 import io
 import json
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 import unclip_jax
+from tests.serve.running import run_async, running
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +281,6 @@ def test_streams_of_edits_and_variations(client, photo):
 # ---------------------------------------------------------------------------------------- clients' manners
 def test_async_client_and_joined_requests(server, models):
     """Requests at the same time share batches, and each gets its own picture."""
-    import asyncio
 
     sampler, before = models.first.sampler, server[1].telemetry.slots._value.get()
 
@@ -296,7 +297,7 @@ def test_async_client_and_joined_requests(server, models):
             ]
             return await asyncio.gather(*asked)
 
-    answers = asyncio.run(draw())
+    answers = run_async(draw())
     for seed, (prompt, answer) in enumerate(zip(["a fox", "a heart", "a car", "a fox"], answers)):
         options = {"decoder": {"guidance_scale": 2 + seed / 4}}
         expected = unclip_jax.text_to_image(sampler, prompt, seed=seed, options=options).astype(int)
@@ -313,8 +314,6 @@ def test_a_timeout_ends_the_request(server):
 
 def test_a_full_queue_is_tried_again(models):
     """429 and 503 come with `retry-after`, and the client's own retries succeed."""
-    from tests.serve.running import running
-
     with running(models, wait_for=False, batch=1, queue=2) as (address, service):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0, timeout=600)
         drawing, gate, draw = threading.Event(), threading.Event(), service.worker._draw

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.serve.running import running
+from tests.serve.running import run_async, running
 from unclip_jax.serve.links import Links
 from unclip_jax.serve.settings import Settings
 
@@ -344,7 +344,7 @@ def test_a_client_that_goes_leaves_no_job(server, stream):
         raise AssertionError("the job is still there")
 
     before = server[1].telemetry.rows._value.get()
-    asyncio.run(ask())
+    run_async(ask())
     assert server[1].telemetry.rows._value.get() - before < 10
 
 
