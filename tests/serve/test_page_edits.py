@@ -197,6 +197,13 @@ def test_a_run_goes_on_when_the_viewer_looks_elsewhere(open_page):
 def test_variations_interpolation_and_text_diff(open_page):
     page = open_page()
     draw(page, n=2)
+    streamed = []
+    page.on(
+        "response",
+        lambda answer: (
+            "event-stream" in answer.headers.get("content-type", "") and streamed.append(answer.url)
+        ),
+    )
     open_picture(page)
     page.keyboard.press("v")
     page.get_by_role("button", name="Draw variations").click()
@@ -220,6 +227,8 @@ def test_variations_interpolation_and_text_diff(open_page):
     page.get_by_role("button", name="Draw the change").click()
     page.get_by_role("button", name="Draw the change").wait_for()
     assert page.locator("#strip .tile").count() == 6
+    # All three are asked to show their pictures as they clear up.
+    assert [url.rsplit("/", 1)[1] for url in streamed] == ["variations", "interpolate", "text_diff"]
     page.keyboard.press("Escape")
     kinds = [text.split(" · ")[0] for text in page.locator(".run-about").all_inner_texts()]
     assert kinds == ["Text diff", "Interpolation", "Variations", "Prompt"]

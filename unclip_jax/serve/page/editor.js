@@ -104,7 +104,7 @@ export function createEditor({ settings, draw, store, onSaved }) {
     easel.locked = true;
     refresh();
     const files = await easel.sheet.request();
-    job = draw({ kind: "edit", title: fields.prompt, path: "v1/images/edits", fields, files, count, quiet: true, settings: settings.complete(fields) });
+    job = draw({ kind: "edit", title: fields.prompt, path: "v1/images/edits", fields, files, count, partials: settings.partials, quiet: true, settings: settings.complete(fields) });
     const mine = job;
     showProgress(job);
     try {

@@ -72,8 +72,10 @@ export class Job extends EventTarget {
     const seen = this.seen.reduce((sum, k) => sum + k + 1, 0) / this.count;
     const bySteps = this.partials ? seen / (this.partials + 1) : 0;
     const byClock = this.expected ? Math.min(0.97, this.elapsed / this.expected) : 0;
-    // The clock may run ahead of the pictures by one interval, no further.
-    const interval = this.partials ? 1 / (this.partials + 1) : 1;
+    // The clock may run ahead of the pictures by one interval, no further; unless none come: a server sends the
+    // pictures of a program that it has not compiled yet at their end alone.
+    const step = 1 / (this.partials + 1);
+    const interval = seen || byClock < 2 * step ? step : 1;
     this.fraction = this.expected || bySteps ? Math.max(bySteps, Math.min(byClock, bySteps + interval)) : null;
     const total = bySteps > 0 ? this.elapsedAtPicture / bySteps : this.expected;
     this.secondsLeft = total ? Math.max(0, total - this.elapsed) : null;

@@ -184,7 +184,7 @@ export function createSettings() {
   return {
     setModels, values, complete, problem, use,
     get model() { return state.model; },
-    /** How many pictures on the way to each picture of a prompt are asked for. */
+    /** How many pictures on the way to each picture are asked for. */
     get partials() { return field("stream").checked && can("stream") ? 3 : 0; },
     can,
     /** The side of the pictures that the bundle draws, in pixels. */

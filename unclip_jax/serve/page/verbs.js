@@ -37,7 +37,7 @@ export function createVerbs({ settings, draw, store, addresses, recent }) {
       const fields = { ...model(), n: count.value, seed: randomSeed(), eta: eta.value, steps: steps.value };
       const { kind, picture, created, generator, ...from } = source.settings;
       const kept = { ...(from.prompt ? { prompt: from.prompt } : {}), ...fields };
-      follow(draw({ kind: "variation", title: source.title, path: "v1/images/variations", fields, files: { image: source.blob }, count: count.value, quiet: true, settings: kept }));
+      follow(draw({ kind: "variation", title: source.title, path: "v1/images/variations", fields, files: { image: source.blob }, count: count.value, partials: settings.partials, quiet: true, settings: kept }));
     };
     return [el("p", { class: "note", text: "Pictures that show the same and differ in the details." }), count.node, eta.node, steps.node, submit("Draw variations", go)];
   }
@@ -76,7 +76,7 @@ export function createVerbs({ settings, draw, store, addresses, recent }) {
       const title = source.title === second.title ? source.title : `${source.title} → ${second.title}`;
       follow(draw({
         kind: "interpolate", title, path: "v1/unclip/interpolate", fields, files: { "image[]": [source.blob, second.blob] },
-        count: count.value, quiet: true, settings: fields, thetas: linspace(count.value, 1),
+        count: count.value, partials: settings.partials, quiet: true, settings: fields, thetas: linspace(count.value, 1),
       }));
     });
     send.disabled = true;
@@ -104,7 +104,7 @@ export function createVerbs({ settings, draw, store, addresses, recent }) {
       const fields = { ...model(), source: from.value, target: to.value, n: count.value, max_theta: theta.value, seed: randomSeed(), steps: steps.value };
       follow(draw({
         kind: "text_diff", title: `${from.value || "…"} → ${to.value}`, path: "v1/unclip/text_diff", fields, files: { image: source.blob },
-        count: count.value, quiet: true, settings: fields, thetas: linspace(count.value, theta.value),
+        count: count.value, partials: settings.partials, quiet: true, settings: fields, thetas: linspace(count.value, theta.value),
       }));
     };
     return [
