@@ -183,7 +183,8 @@ def test_a_run_goes_on_when_the_viewer_looks_elsewhere(open_page):
     held[0].continue_()
     page.locator(".run:not([aria-busy])").nth(1).wait_for()
     assert page.locator(".run").first.locator(".tile").count() == 4
-    # Stop ends a run for good.
+    # Stop ends a run for good. The server must not be faster.
+    page.route("**/v1/images/variations", lambda route: held.append(route), times=1)
     open_picture(page)
     page.click("#tab-variation")
     page.get_by_role("button", name="Draw variations").click()
