@@ -37,7 +37,7 @@ from unclip_jax.models.layers import (
     gelu,
     with_hooks,
 )
-from unclip_jax.models.unet import ZEROS, AttentionBlock, GroupNorm, ResBlock, upsample
+from unclip_jax.models.unet import ZEROS, AttentionBlock, GroupNorm, ResBlock, run_levels, upsample
 from unclip_jax.models.winograd import conv3x3
 
 RESAMPLES = ("conv", "block")
@@ -205,7 +205,10 @@ class LatentUNet(nn.Module):
             settings = (self.groups, resample, self.dropout, self.scale_shift, self.dtype, self.winograd)
             return res_class(channels, *settings, name=name)(x, emb, deterministic)
 
-        def attention(x: jax.Array, name: str, heads: int) -> jax.Array:
+        def attention(x: jax.Array, name: str, level: int | None) -> jax.Array:
+            if level is not None and level not in self.attention_levels:
+                return x
+            heads = self.heads[-1 if level is None else level]
             if self.transformer_depth == 0:
                 if x.shape[-1] % heads:
                     raise InputError(f"{x.shape[-1]} channels are not a multiple of {heads} heads")
@@ -226,42 +229,20 @@ class LatentUNet(nn.Module):
                 name=name,
             )(x)
 
-        levels = len(self.channel_mult)
+        def down(x: jax.Array, name: str) -> jax.Array:
+            if self.resample == "block":
+                return res(x, name, x.shape[-1], "down")
+            return conv(x, name, x.shape[-1], stride=2)
+
+        def up(x: jax.Array, name: str, sides: tuple[int, int]) -> jax.Array:
+            height, width = sides
+            if self.resample == "block":
+                return res(x, name, x.shape[-1], "up")[:, :height, :width]
+            return conv(upsample(x)[:, :height, :width], name, x.shape[-1])
+
         h = conv(x.astype(self.dtype), "conv_in", self.channels)
-        skips = [h]
-        for level, mult in enumerate(self.channel_mult):
-            for i in range(self.res_blocks):
-                h = res(h, f"down_{level}_res_{i}", self.channels * mult)
-                if level in self.attention_levels:
-                    h = attention(h, f"down_{level}_attn_{i}", self.heads[level])
-                skips.append(h)
-            if level < levels - 1:
-                name = f"down_{level}_pool"
-                if self.resample == "block":
-                    h = res(h, name, h.shape[-1], "down")
-                else:
-                    h = conv(h, name, h.shape[-1], stride=2)
-                skips.append(h)
-
-        h = res(h, "middle_res_0", h.shape[-1])
-        h = attention(h, "middle_attn", self.heads[-1])
-        h = res(h, "middle_res_1", h.shape[-1])
-
-        for level, mult in reversed(list(enumerate(self.channel_mult))):
-            for i in range(self.res_blocks + 1):
-                h = res(
-                    jnp.concatenate([h, skips.pop()], axis=-1), f"up_{level}_res_{i}", self.channels * mult
-                )
-                if level in self.attention_levels:
-                    h = attention(h, f"up_{level}_attn_{i}", self.heads[level])
-            if level > 0:
-                height, width = skips[-1].shape[1:3]
-                name = f"up_{level}_expand"
-                if self.resample == "block":
-                    h = res(h, name, h.shape[-1], "up")[:, :height, :width]
-                else:
-                    h = conv(upsample(h)[:, :height, :width], name, h.shape[-1])
-
+        widths = [self.channels * mult for mult in self.channel_mult]
+        h = run_levels(h, widths, self.res_blocks, res=res, attention=attention, down=down, up=up)
         h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_out")(h))
         return conv(h, "conv_out", self.out_channels, init=ZEROS).astype(jnp.float32)
 

@@ -20,6 +20,8 @@ The topology is that of the public Karlo decoder and super-resolution networks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -158,6 +160,53 @@ class AttentionBlock(nn.Module):
         return x + out.reshape(b, h, w, c)
 
 
+def run_levels(
+    h: jax.Array,
+    widths: Sequence[int],
+    res_blocks: int,
+    *,
+    res: Callable[[jax.Array, str, int], jax.Array],
+    attention: Callable[[jax.Array, str, int | None], jax.Array],
+    down: Callable[[jax.Array, str], jax.Array],
+    up: Callable[[jax.Array, str, tuple[int, int]], jax.Array],
+) -> jax.Array:
+    """Runs the blocks of a U-Net: down the levels, through the middle, and up again with the skips.
+
+    Args:
+      h: (B, H, W, C), the first convolution's output.
+      widths: channels of each level; level 0 has the sides of `h`.
+      res_blocks: residual blocks of a level on the way down; there is one more on the way up.
+      res: (x, name, channels) -> a residual block's output.
+      attention: (x, name, level) -> an attention block's output, or x where there is none. The level of the
+        block in the middle is None.
+      down: (x, name) -> x at half the sides.
+      up: (x, name, (H, W)) -> x at twice the sides, which shall be H and W.
+
+    Returns:
+      (B, H, W, widths[0]).
+    """
+    skips = [h]
+    for level, width in enumerate(widths):
+        for i in range(res_blocks):
+            h = attention(res(h, f"down_{level}_res_{i}", width), f"down_{level}_attn_{i}", level)
+            skips.append(h)
+        if level < len(widths) - 1:
+            h = down(h, f"down_{level}_pool")
+            skips.append(h)
+
+    h = res(h, "middle_res_0", h.shape[-1])
+    h = attention(h, "middle_attn", None)
+    h = res(h, "middle_res_1", h.shape[-1])
+
+    for level, width in reversed(list(enumerate(widths))):
+        for i in range(res_blocks + 1):
+            h = res(jnp.concatenate([h, skips.pop()], axis=-1), f"up_{level}_res_{i}", width)
+            h = attention(h, f"up_{level}_attn_{i}", level)
+        if level > 0:
+            h = up(h, f"up_{level}_expand", skips[-1].shape[1:3])
+    return h
+
+
 class UNet(nn.Module):
     """The network shared by decoder and upsamplers.
 
@@ -251,39 +300,25 @@ class UNet(nn.Module):
             )
             return block(x, emb, deterministic)
 
-        def attention(x, name):
+        attends = [self.image_size // 2**level in self.attention_resolutions for level in range(levels)]
+
+        def attention(x, name, level):
+            if not (self.middle_attention if level is None else attends[level]):
+                return x
             return attention_class(self.head_channels, self.groups, self.dtype, name=name)(
                 x, context, context_mask
             )
 
-        attends = [self.image_size // 2**level in self.attention_resolutions for level in range(levels)]
         h = nn.Conv(self.channels, (3, 3), padding=1, dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
-        skips = [h]
-        for level, mult in enumerate(self.channel_mult):
-            for i in range(self.res_blocks):
-                h = res(h, f"down_{level}_res_{i}", self.channels * mult)
-                if attends[level]:
-                    h = attention(h, f"down_{level}_attn_{i}")
-                skips.append(h)
-            if level < levels - 1:
-                h = res(h, f"down_{level}_pool", self.channels * mult, "down")
-                skips.append(h)
-
-        h = res(h, "middle_res_0", h.shape[-1])
-        if self.middle_attention:
-            h = attention(h, "middle_attn")
-        h = res(h, "middle_res_1", h.shape[-1])
-
-        for level, mult in reversed(list(enumerate(self.channel_mult))):
-            for i in range(self.res_blocks + 1):
-                h = res(
-                    jnp.concatenate([h, skips.pop()], axis=-1), f"up_{level}_res_{i}", self.channels * mult
-                )
-                if attends[level]:
-                    h = attention(h, f"up_{level}_attn_{i}")
-            if level > 0:
-                h = res(h, f"up_{level}_expand", self.channels * mult, "up")
-
+        h = run_levels(
+            h,
+            [self.channels * mult for mult in self.channel_mult],
+            self.res_blocks,
+            res=res,
+            attention=attention,
+            down=lambda x, name: res(x, name, x.shape[-1], "down"),
+            up=lambda x, name, sides: res(x, name, x.shape[-1], "up"),
+        )
         h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm_out")(h))
         return nn.Conv(
             self.out_channels, (3, 3), padding=1, dtype=self.dtype, kernel_init=ZEROS, name="conv_out"

@@ -90,17 +90,22 @@ def _cross_attention(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
+def ways(levels: int) -> list[tuple[str, str, str, int, int]]:
+    """The levels of a U-Net, down and up, each with its way, diffusers' and our name of what resamples, and
+    diffusers' and our number. On the way up, diffusers counts from the coarsest level, and we from the finest
+    one."""
+    down = [("down", "downsamplers", "pool", level, level) for level in range(levels)]
+    return down + [("up", "upsamplers", "expand", levels - 1 - level, level) for level in range(levels)]
+
+
 def unet(levels: int) -> tuple[Rule, ...]:
-    """Rules of a U-Net with so many levels. On the way up, diffusers counts the levels from the coarsest one,
-    and we count them from the finest one."""
-    ways = [("down", "downsamplers", "pool", level, level) for level in range(levels)]
-    ways += [("up", "upsamplers", "expand", levels - 1 - level, level) for level in range(levels)]
+    """Rules of a U-Net with so many levels."""
     return (
         *linear("conv_in", "unet/conv_in", "conv"),
         *linear(r"time_embedding\.linear_([12])", r"unet/time/fc\1"),
         *(
             rule
-            for way, sampler, resample, at, level in ways
+            for way, sampler, resample, at, level in ways(levels)
             for rule in (
                 *res_block(rf"{way}_blocks\.{at}\.resnets\.(\d+)\.", rf"unet/{way}_{level}_res_\1"),
                 *res_block(rf"{way}_blocks\.{at}\.{sampler}\.0\.", f"unet/{way}_{level}_{resample}"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unclip_jax.checkpoint.convert import Rule, linear, norm
-from unclip_jax.checkpoint.providers.karlo import attention, res_block
+from unclip_jax.checkpoint.providers.karlo import attention, res_block, ways
 
 
 def _transformer(theirs: str, ours: str, projection: str) -> list[Rule]:
@@ -33,16 +33,13 @@ def diffusers_unet(unet: Mapping[str, Any]) -> tuple[Rule, ...]:
       unet: keyword arguments of `LatentUNet`.
     """
     levels, projection = len(unet["channel_mult"]), "linear" if unet.get("linear") else "conv"
-    # On the way up, diffusers counts the levels from the coarsest one.
-    ways = [("down", "downsamplers", "pool", level, level) for level in range(levels)]
-    ways += [("up", "upsamplers", "expand", levels - 1 - level, level) for level in range(levels)]
     return (
         *linear("conv_in", "conv_in", "conv"),
         *linear(r"time_embedding\.linear_([12])", r"time/fc\1"),
         *linear(r"class_embedding\.linear_([12])", r"vector_fc\1"),
         *(
             rule
-            for way, sampler, resample, at, level in ways
+            for way, sampler, resample, at, level in ways(levels)
             for rule in (
                 *res_block(rf"{way}_blocks\.{at}\.resnets\.(\d+)\.", rf"{way}_{level}_res_\1"),
                 *linear(rf"{way}_blocks\.{at}\.{sampler}\.0\.conv", f"{way}_{level}_{resample}", "conv"),
