@@ -16,6 +16,7 @@ from unclip_jax.checkpoint.files import Place, read_json
 from unclip_jax.checkpoint.providers import (
     autoencoder,
     clip,
+    diffusers_folder,
     dinov2,
     inception,
     karlo,
@@ -62,7 +63,7 @@ PROVIDERS: dict[str, Provider] = {
         read=karlo.read,
         format="diffusers",
         obstacles=karlo_export.obstacles,
-        check_target=karlo_export.check_target,
+        check_target=diffusers_folder.check_target,
         write=karlo_export.write,
     ),
     "stable_diffusion": Provider(
@@ -72,7 +73,7 @@ PROVIDERS: dict[str, Provider] = {
         format="diffusers",
         system="latent",
         obstacles=stable_diffusion_export.obstacles,
-        check_target=karlo_export.check_target,
+        check_target=diffusers_folder.check_target,
         write=stable_diffusion_export.write,
     ),
     "clip": Provider(

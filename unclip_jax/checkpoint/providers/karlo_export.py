@@ -3,8 +3,6 @@ same rules."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,17 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, last_step, upsamplers
 from unclip_jax.checkpoint.convert import Rule, export
-from unclip_jax.checkpoint.files import cast, save_tensors
 from unclip_jax.checkpoint.providers import clip, karlo, karlo_config
+from unclip_jax.checkpoint.providers.diffusers_folder import (
+    VERSION,
+    text_encoder_config,
+    write_config,
+    write_network,
+    write_whole,
+)
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.errors import InputError
-from unclip_jax.paths import check_writable, store_errors, user_path, whole_folder
 
-VERSION = "0.33.1"  # of diffusers: the last in which the pipeline is not deprecated
 # The class that reads each folder: (library, name).
 CLASSES = {
     **{"prior": ("diffusers", "PriorTransformer"), "decoder": ("diffusers", "UNet2DConditionModel")},
@@ -89,23 +91,6 @@ def obstacles(bundle: Bundle) -> Iterator[str]:
         yield "Karlo's upsampler enlarges with the cubic filter"
 
 
-def check_target(path: str | os.PathLike) -> Any:
-    """Checks that `write` can write to a folder; call it before long work.
-
-    Returns:
-      The folder, with pathlib's methods.
-
-    Raises:
-      ValueError: when it is not empty. OSError: when it cannot be written.
-    """
-    path = user_path(path)
-    with store_errors(path):
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise InputError(f"{path} exists and is not empty; choose another folder")
-    check_writable(path / "model_index.json")
-    return path
-
-
 def write(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Path:
     """Writes a bundle in the layout of diffusers' `UnCLIPPipeline`. The folder appears whole or not at all.
 
@@ -121,14 +106,7 @@ def write(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Path:
     Raises:
       ValueError: naming everything that keeps the bundle from this layout, or when the folder is not empty.
     """
-    path = check_target(path)
-    reasons = list(obstacles(bundle))
-    if reasons:
-        name = bundle.path or "(unsaved)"
-        raise InputError(f"the bundle {name} cannot be exported to diffusers: {'; '.join(reasons)}")
-    with whole_folder(path, "model_index.json") as temporary:
-        _write_folders(bundle, temporary, dtype)
-    return path
+    return write_whole(bundle, path, dtype, obstacles, _write_folders)
 
 
 def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
@@ -139,20 +117,8 @@ def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
     def network(
         folder: str, config: dict, params: Any, rules: Sequence[Rule], buffers: dict | None = None
     ) -> None:
-        library, kind = CLASSES[folder]
-        transformers = library == "transformers"
-        header = (
-            {"architectures": [kind]}
-            if transformers
-            else {"_class_name": kind, "_diffusers_version": VERSION}
-        )
-        write_config(path / folder / "config.json", header | config)
         tensors = export(params, rules, folder) | (buffers or {})
-        file = (
-            path / folder / ("model.safetensors" if transformers else "diffusion_pytorch_model.safetensors")
-        )
-        stored = {k: cast(v, dtype, k, f"the {folder} of diffusers") for k, v in tensors.items()}
-        save_tensors(stored, file, metadata={"format": "pt"})
+        write_network(path / folder, CLASSES[folder], config, tensors, dtype)
 
     text_tower = {"text_tower": clip_part.params["text_tower"]}
     network("text_encoder", text_encoder_config(clip_part.config["model"]), text_tower, clip.TEXT)
@@ -178,32 +144,6 @@ def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
 
 def _unet_rules(part: Part) -> tuple[Rule, ...]:
     return karlo.unet(len(part.config["model"]["unet"]["channel_mult"]))
-
-
-def write_config(path: Path, value: dict) -> None:
-    """Writes a JSON file, with its folder."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def text_encoder_config(model: dict) -> dict:
-    """transformers' configuration of a `CLIP`'s text tower."""
-    text = model["text"]
-    return {
-        "model_type": "clip_text_model",
-        "hidden_size": text["width"],
-        "intermediate_size": round(text["width"] * text.get("mlp_ratio", 4.0)),
-        "num_hidden_layers": text["layers"],
-        "num_attention_heads": text["heads"],
-        "vocab_size": text["vocab_size"],
-        "max_position_embeddings": text["length"],
-        "projection_dim": model["embed_dim"],
-        "hidden_act": model.get("activation", "quick_gelu"),
-        "layer_norm_eps": 1e-5,
-        "bos_token_id": text["vocab_size"] - 2,
-        "eos_token_id": text["vocab_size"] - 1,
-        "pad_token_id": 0,
-    }
 
 
 def _prior(model: dict) -> dict:

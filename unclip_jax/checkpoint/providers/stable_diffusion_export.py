@@ -11,14 +11,16 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle, Part
 from unclip_jax.checkpoint.convert import export
-from unclip_jax.checkpoint.files import cast, save_tensors
 from unclip_jax.checkpoint.providers import autoencoder, clip, latent_names, stable_diffusion_config
-from unclip_jax.checkpoint.providers.karlo_export import check_target, text_encoder_config, write_config
+from unclip_jax.checkpoint.providers.diffusers_folder import (
+    VERSION,
+    text_encoder_config,
+    write_config,
+    write_network,
+    write_whole,
+)
 from unclip_jax.data.tokenizer import ClipTokenizer
-from unclip_jax.errors import InputError
-from unclip_jax.paths import whole_folder
 
-VERSION = "0.33.1"  # of diffusers
 LIBRARIES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -70,27 +72,14 @@ def write(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Path:
     Raises:
       ValueError: naming everything that keeps the bundle from this layout, or when the folder is not empty.
     """
-    path = check_target(path)
-    reasons = list(obstacles(bundle))
-    if reasons:
-        name = bundle.path or "(unsaved)"
-        raise InputError(f"the bundle {name} cannot be exported to diffusers: {'; '.join(reasons)}")
-    with whole_folder(path, "model_index.json") as temporary:
-        _write_folders(bundle, temporary, dtype)
-    return path
+    return write_whole(bundle, path, dtype, obstacles, _write_folders)
 
 
 def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
     clip_part, latent, vae = (bundle.parts[name] for name in ("clip", "latent", "autoencoder"))
 
     def network(folder: str, config: dict, tensors: dict) -> None:
-        library, kind = LIBRARIES[folder]
-        header = {"_class_name": kind, "_diffusers_version": VERSION}
-        header = {"architectures": [kind]} if library == "transformers" else header
-        write_config(path / folder / "config.json", header | config)
-        stored = {k: cast(v, dtype, k, f"the {folder} of diffusers") for k, v in tensors.items()}
-        name = "model" if library == "transformers" else "diffusion_pytorch_model"
-        save_tensors(stored, path / folder / f"{name}.safetensors", metadata={"format": "pt"})
+        write_network(path / folder, LIBRARIES[folder], config, tensors, dtype)
 
     tower = {k: v for k, v in clip_part.params["text_tower"].items() if k != "projection"}
     text = text_encoder_config(clip_part.config["model"])
