@@ -91,6 +91,21 @@ def inpaint(
     )  # fmt: skip
 
 
+def passes_of(method: str, resamples: int | None) -> int:
+    """The passes per step of RePaint that `resamples` asks for; RESAMPLES for None.
+
+    Raises:
+      ValueError: if they are out of range, or the method has no passes.
+    """
+    if resamples is None:
+        return RESAMPLES
+    if not 1 <= resamples <= MAX_RESAMPLES:
+        raise InputError(f"resamples must be between 1 and {MAX_RESAMPLES}, got {resamples}")
+    if method == "trained":
+        raise InputError("resamples is for the method resample, not for trained: leave it out")
+    return resamples
+
+
 def inpaint_rows(
     bundle: Sampler | Bundle,
     images: Sequence[np.ndarray],
@@ -119,16 +134,12 @@ def inpaint_rows(
       ValueError, KeyError: as in `inpaint`.
     """
     images, masks, captions = check_rows(images, masks, captions)
-    if resamples is not None and not 1 <= resamples <= MAX_RESAMPLES:
-        raise InputError(f"resamples must be between 1 and {MAX_RESAMPLES}, got {resamples}")
     sampler, count = as_sampler(bundle), len(images)
     seeds, places = as_seeds(seed, count), as_positions(positions, count)
     method = method or ("trained" if METHODS["trained"] in sampler.bundle.parts else "resample")
     if method not in METHODS:
         raise InputError(f"unknown way to inpaint {method!r}; choose one of {', '.join(METHODS)}")
-    if method == "trained" and resamples is not None:
-        raise InputError("resamples is for the method resample, not for trained: leave it out")
-    resamples, name = resamples or RESAMPLES, METHODS[method]
+    passes, name = passes_of(method, resamples), METHODS[method]
     for needed in ("clip", name):
         sampler.bundle.part(needed)
     check_prior(sampler.bundle, prior)
@@ -145,14 +156,14 @@ def inpaint_rows(
             if method == "trained":
                 drawn = sample_decoder(decoder, z_image, texts, key, chosen[name], known=known)
             else:
-                drawn = inpaint_decoder(decoder, known, z_image, texts, key, chosen[name], resamples)
+                drawn = inpaint_decoder(decoder, known, z_image, texts, key, chosen[name], passes)
             z_text = texts.captions.embed
             shown_z = z_text if z_image is None else z_image
             return z_text, shown_z, enlarge(sampler.bundle.parts, networks, drawn, keys, static)
 
         return run
 
-    run = sampler.program(("inpaint", method, prior, resamples, *static.items()), make)
+    run = sampler.program(("inpaint", method, prior, passes, *static.items()), make)
     texts, empty = sampler.captions(captions), sampler.captions([""])
 
     def batch(rows):

@@ -23,7 +23,7 @@ from unclip_jax.generate.denoise import NOISE, STEPS, diffusion_sampler
 from unclip_jax.generate.latents import decode_latents, inpainting_inputs, latent_denoiser, sample_latents
 from unclip_jax.generate.options import is_guided
 from unclip_jax.generate.text import Texts, encode_text
-from unclip_jax.sampling.edits.inpaint import MAX_RESAMPLES, RESAMPLES, check_rows, paste, shrink
+from unclip_jax.sampling.edits.inpaint import check_rows, passes_of, paste, shrink
 from unclip_jax.sampling.edits.inversion import square
 from unclip_jax.sampling.latent import LATENT, flagged, tile_size
 from unclip_jax.sampling.programs import (
@@ -99,11 +99,7 @@ def inpaint_rows(
         sampler.bundle.part(needed)
     seeds, places = as_seeds(seed, count), as_positions(positions, count)
     method, name = part_of(sampler.bundle, method)
-    if resamples is not None and (method == "trained" or not 1 <= resamples <= MAX_RESAMPLES):
-        raise InputError(
-            f"resamples is for the method resample, and between 1 and {MAX_RESAMPLES}; got {resamples}"
-        )
-    passes = resamples or RESAMPLES
+    passes = passes_of(method, resamples)
     rows = [row[name] for row in sampler.row_options(options, count)]
     if any(row.height or row.width for row in rows):
         raise InputError("inpainting draws the size of the training images: leave height and width out")
