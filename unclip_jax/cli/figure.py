@@ -255,8 +255,6 @@ def open_sets(args: argparse.Namespace, names: list[str], mesh: Any) -> list[Any
     Raises:
       ValueError, KeyError, OSError: with a message of one line.
     """
-    import dataclasses
-
     from unclip_jax.cli.options import source_options
     from unclip_jax.evaluate import sets
 
@@ -278,15 +276,27 @@ def open_sets(args: argparse.Namespace, names: list[str], mesh: Any) -> list[Any
             side or sets.Opened(name, images=drawn_by(bundle, args, captions, mesh))
             for name, bundle, side in zip(names, bundles, opened)
         ]
-    limits = [args.rows, getattr(args, "reference_rows", None)]
-    for i, (side, limit) in enumerate(zip(opened, limits)):
-        if limit is not None and side.images is None:
-            option = ("--rows", "--reference-rows")[i]
-            raise InputError(f"{side.name} holds statistics: {option} cannot choose among its images")
-        if limit is not None:  # statistics in the same file describe all images
-            limited = sets.some_of(side.images, limit, args.seed)
-            opened[i] = dataclasses.replace(side, statistics=None, images=limited)
+    limits = {"--rows": args.rows, "--reference-rows": getattr(args, "reference_rows", None)}
+    opened = [limited(side, *limit, args.seed) for side, limit in zip(opened, limits.items())]
     return opened
+
+
+def limited(opened: Any, option: str, rows: int | None, seed: int) -> Any:
+    """At most so many images of a set, chosen at random (`sets.Opened`); the set itself without a limit.
+
+    Raises:
+      ValueError: naming the option, if the set has no images.
+    """
+    import dataclasses
+
+    from unclip_jax.evaluate import sets
+
+    if rows is None:
+        return opened
+    if opened.images is None:
+        raise InputError(f"{opened.name} holds statistics: {option} cannot choose among its images")
+    # Statistics in the same file describe all images.
+    return dataclasses.replace(opened, statistics=None, images=sets.some_of(opened.images, rows, seed))
 
 
 def check_drawing(args: argparse.Namespace, several: bool = False) -> None:

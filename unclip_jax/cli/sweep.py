@@ -181,8 +181,6 @@ def _check_published(args: argparse.Namespace, published: str) -> None:
 
 
 def _reference_and_captions(args: argparse.Namespace) -> tuple[Any, list[str]]:
-    import dataclasses
-
     from unclip_jax.cli.options import source_options
     from unclip_jax.evaluate import sets
 
@@ -192,11 +190,5 @@ def _reference_and_captions(args: argparse.Namespace) -> tuple[Any, list[str]]:
     captions = figure.captions_of(args.captions, [reference.images] if reference.images else [])
     if args.rows is not None:
         captions = [captions[i] for i in sets.chosen_rows(len(captions), args.rows, args.seed)]
-    if args.reference_rows is not None:
-        if reference.images is None:
-            raise InputError(
-                f"{reference.name} holds statistics: --reference-rows cannot choose among its images"
-            )
-        limited = sets.some_of(reference.images, args.reference_rows, args.seed)
-        reference = dataclasses.replace(reference, statistics=None, images=limited)
+    reference = figure.limited(reference, "--reference-rows", args.reference_rows, args.seed)
     return reference, captions

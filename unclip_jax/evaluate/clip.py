@@ -27,6 +27,7 @@ from unclip_jax.data import ops
 from unclip_jax.data.pipeline import DATA_ERRORS
 from unclip_jax.data.record import Record, Source, class_of, error_summary
 from unclip_jax.errors import InputError
+from unclip_jax.evaluate.sets import chosen_rows
 from unclip_jax.metrics.linear_probe import Probe, check_classes, check_installed, linear_probe
 from unclip_jax.metrics.retrieval import recall_at_k
 from unclip_jax.metrics.zeroshot import class_embeddings, top_k_accuracy
@@ -68,16 +69,6 @@ class _Images:
 
     def __getitem__(self, i: int) -> np.ndarray:
         return ops.decode_image(self.source.read(int(self.rows[i])).image)
-
-
-def choose_rows(source: Source, rows: int | None, seed: int) -> np.ndarray:
-    """The numbers of at most `rows` records of a source, in its order; None means all.
-
-    They are chosen at random, because sources may be sorted by class.
-    """
-    if rows is None or rows >= len(source):
-        return np.arange(len(source))
-    return np.sort(np.random.default_rng(seed).choice(len(source), rows, replace=False))
 
 
 def usable_rows(
@@ -154,7 +145,7 @@ def retrieval(
     Raises:
       ValueError: before anything is embedded, if a record cannot be used, or there is only one.
     """
-    chosen, captions = usable_rows(source, choose_rows(source, rows, seed), captions_of, skip_bad)
+    chosen, captions = usable_rows(source, chosen_rows(len(source), rows, seed), captions_of, skip_bad)
     if len(chosen) < 2:
         raise InputError(f"{source.name} has 1 record to rank; retrieval needs two")
     image_of_caption = np.repeat(np.arange(len(chosen)), [len(c) for c in captions])
@@ -192,7 +183,7 @@ def zeroshot(
     """
     known, classes = _labels(source, label, skip_bad)
     chosen, names = usable_rows(
-        source, choose_rows(source, rows, seed), lambda record: label_of(record, label), skip_bad
+        source, chosen_rows(len(source), rows, seed), lambda record: label_of(record, label), skip_bad
     )
     labels = np.asarray([known[name] for name in names])
     sampler, known_ks = as_sampler(bundle), [k for k in ks if k < len(classes)]
@@ -232,7 +223,9 @@ def probe(
             "is tested on"
         )
     (train_rows, train_labels), (test_rows, test_labels) = (
-        usable_rows(source, choose_rows(source, rows, seed), lambda record: label_of(record, label), skip_bad)
+        usable_rows(
+            source, chosen_rows(len(source), rows, seed), lambda record: label_of(record, label), skip_bad
+        )
         for source in (train, test)
     )
     check_classes(train_labels, test_labels)

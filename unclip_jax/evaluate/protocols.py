@@ -43,7 +43,6 @@ from unclip_jax.sampling.programs import Sampler
 
 COCO_ROWS = 30_000
 COCO = Preparation("center", 256)
-COCO_FIGURES = ("fid", "clip-score", "prdc")
 SHOWN = ("fid", "sfid", "clip_score", "precision", "recall")  # columns of the table, where they were measured
 
 

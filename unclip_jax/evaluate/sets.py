@@ -255,14 +255,17 @@ def bundle_set(bundle: Sampler | Bundle, drawing: Drawing) -> ImageSet:
 
 
 def chosen_rows(count: int, rows: int | None, seed: int) -> np.ndarray:
-    """At most `rows` of `count` numbers, chosen at random with `seed`, in ascending order."""
+    """At most `rows` of `count` numbers in ascending order; None means all.
+
+    They are chosen at random with `seed`, because sources may be sorted by what they show.
+    """
     if rows is None or rows >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, rows, replace=False))
 
 
 def some_of(images: ImageSet, rows: int | None, seed: int) -> ImageSet:
-    """At most `rows` images of a set, chosen at random: sources may be sorted by what they show."""
+    """At most `rows` images of a set, chosen as `chosen_rows` does."""
     chosen = chosen_rows(images.count, rows, seed)
     if len(chosen) == images.count:
         return images

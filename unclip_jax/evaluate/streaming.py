@@ -363,20 +363,22 @@ def _block(blocks: Path, rows: range, outputs: Mapping[str, int]) -> dict[str, n
 
 def _join(folder: Path, blocks: Path, own: Sequence[range], outputs: Mapping[str, int]) -> None:
     # Writes one array per output. `done.json` comes last; before it, the batches are still there.
+    # Each value is read once: an array of an archive is read when it is asked for.
     kept, bad, stored, digests = [], 0, set(), {}
     for rows in own:
-        block = _block(blocks, rows, outputs)
-        kept.append(block[ROWS])
-        bad += int(block[BAD])
-        stored |= set(json.loads(str(block[STORED])))
-        digests[str(rows.start)] = str(block[DIGEST])
+        with np.load(_block_path(blocks, rows), allow_pickle=False) as block:
+            kept.append(block[ROWS])
+            bad += int(block[BAD])
+            stored |= set(json.loads(str(block[STORED])))
+            digests[str(rows.start)] = str(block[DIGEST])
     numbers = np.concatenate([np.zeros(0, np.int64), *kept])
     for name, width in outputs.items():
         partial, first, shape = folder / f".{name}.partial.npy", 0, (len(numbers), width)
         if len(numbers):
             array = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
             for rows in own:
-                values = _block(blocks, rows, outputs)[name]
+                with np.load(_block_path(blocks, rows), allow_pickle=False) as block:
+                    values = block[name]
                 array[first : first + len(values)] = values
                 first += len(values)
             array.flush()

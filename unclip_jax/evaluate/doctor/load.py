@@ -15,9 +15,10 @@ from unclip_jax.data import ops
 from unclip_jax.data.embeddings import is_embedded
 from unclip_jax.data.record import Source
 from unclip_jax.errors import InputError, UserError, one_line
-from unclip_jax.evaluate.clip import captions_of, choose_rows, usable_rows
+from unclip_jax.evaluate.clip import captions_of, usable_rows
 from unclip_jax.evaluate.doctor.report import FAULT, Finding
 from unclip_jax.evaluate.doctor.subject import Subject
+from unclip_jax.evaluate.sets import chosen_rows
 from unclip_jax.paths import store_errors
 from unclip_jax.run.resume import resolve
 from unclip_jax.sampling.programs import Progress, Sampler
@@ -122,7 +123,7 @@ def make_subject(
         raise InputError(
             f"the doctor needs {LEAST_ROWS} records of {source.name} or more, got {min(rows, len(source))}"
         )
-    chosen, captions = usable_rows(source, choose_rows(source, rows, seed), captions_of, False)
+    chosen, captions = usable_rows(source, chosen_rows(len(source), rows, seed), captions_of, False)
     pictures = [ops.decode_image(source.read(int(i)).image) for i in chosen]
     sampler = Sampler(opened.bundle, mesh if opened.bundle.mesh is None else None)
     drawn = min(drawn, len(chosen) // 2)
