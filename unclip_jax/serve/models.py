@@ -107,10 +107,8 @@ class Model:
         self, verb: str, *settings: Any, options: Mapping[str, Mapping[str, Any]] | None = None
     ) -> tuple:
         static, _ = split_scales([self.sampler.options(options)])
-        for (
-            part,
-            chosen,
-        ) in static.items():  # a negative caption is an argument of the program, as captions are
+        for part, chosen in static.items():
+            # A negative caption is an argument of the program, as captions are.
             if getattr(chosen, "negative", ""):
                 static[part] = dataclasses.replace(chosen, negative="")
         return (verb, self.name, *settings, *static.items())

@@ -189,11 +189,11 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     frozen = arrays(networks)
     trained = stage(config, mesh, networks)
-    if trained.name == "latent_inpaint":  # a mask is of pixels
+    inpaints = trained.name == "latent_inpaint"
+    if inpaints:  # a mask is of pixels
         check_pictures(data)
     check_latents(networks["autoencoder"], data, trained.model.image_size, config.data.crop_scale)
     clip = clip_reader(config, mesh, networks) if "clip" in networks else None
-    inpaints = trained.name == "latent_inpaint"
 
     # -------------------------------------------------------------------------------- evaluators
     options = options_from(config.sampling, "latent")
