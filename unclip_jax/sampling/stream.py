@@ -22,18 +22,14 @@ from unclip_jax.sampling.programs import (
     Overrides,
     Partial,
     Sampler,
-    as_positions,
     as_sampler,
-    as_seeds,
     row_keys,
-    split_scales,
     with_scales,
 )
 from unclip_jax.sampling.unclip import (
     DECODER,
     Stages,
-    check_embeddings,
-    check_prior,
+    check_call,
     draw_z_image,
     encode_captions,
     enlarge,
@@ -106,26 +102,17 @@ def stream_stages(
       ValueError, KeyError, NumericalError: as `sample_stages`.
     """
     sampler, captions = as_sampler(bundle), list(captions)
-    count = len(captions)
-    if not captions:
-        raise InputError("no captions: give at least one")
     if partials < 0:
         raise InputError(f"partials must be at least 0, got {partials}")
-    seeds, places = as_seeds(seed, count), as_positions(positions, count)
-    for name in ("clip", decoder):
-        sampler.bundle.part(name)
-    chosen_prior = prior if z_image is None else None
-    if chosen_prior is not None:
-        check_prior(sampler.bundle, chosen_prior)
-    z = None if z_image is None else check_embeddings(sampler, z_image)
-    static, scales = split_scales(sampler.row_options(options, count))
-    key = ("stream", chosen_prior, decoder, x_T is None, *static.items())
-    functions = _functions(sampler, static, chosen_prior, decoder)
+    call = check_call(sampler, captions, seed, prior, z_image, positions, options, decoder)
+    key = ("stream", call.prior, decoder, x_T is None, *call.options.items())
+    functions = _functions(sampler, call.options, call.prior, decoder)
     begin, advance, finish = (
         sampler.program((*key, i), lambda run=run: run) for i, run in enumerate(functions)
     )
-    rows = (scales, sampler.captions(captions), (z, x_T, known), seeds, places)
-    scale, texts, given, numbers, where = sampler.rows(rows, sampler.padded(count))
+    given = (call.z_image, x_T, known)
+    rows = (call.scales, sampler.captions(captions), given, call.seeds, call.positions)
+    scale, texts, given, numbers, where = sampler.rows(rows, sampler.padded(len(captions)))
     params, empty = sampler.params, sampler.captions([""])
     z_text, z, carry = begin(params, scale, texts, empty, given, numbers, where)
     given = (z, *given[1:])
@@ -133,10 +120,10 @@ def stream_stages(
         segment = np.int32(k), np.int32(partials + 1)
         carry, x0, drawn = advance(params, scale, texts, empty, given, numbers, where, carry, *segment)
         if k < partials:
-            yield Partial(np.asarray(x0)[:count], (k + 1) / (partials + 1))
+            yield Partial(np.asarray(x0)[: len(captions)], (k + 1) / (partials + 1))
     images = finish(params, drawn, numbers, where)
     z = jnp.zeros_like(z_text) if z is None else z
-    made = [np.asarray(a)[:count] for a in (z_text, z, *images)]
-    for part, values in zip(made_by(sampler.bundle, chosen_prior or "none", decoder), made, strict=True):
+    made = [np.asarray(a)[: len(captions)] for a in (z_text, z, *images)]
+    for part, values in zip(made_by(sampler.bundle, call.prior or "none", decoder), made, strict=True):
         sampler.check_finite(part, values)
     yield Stages(*made[:2], made[2:])

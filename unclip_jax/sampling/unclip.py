@@ -200,6 +200,54 @@ def _cascade(sampler: Sampler, options: dict[str, Options], prior: str | None) -
     return run
 
 
+class Call(NamedTuple):
+    """The checked arguments of a call of the cascade, for B captions.
+
+    prior: None where the caller gives `z_image`.
+    z_image: (B, D) float32, or None.
+    seeds, positions: (B,) uint32.
+    options, scales: per part, from `split_scales`.
+    """
+
+    prior: str | None
+    z_image: np.ndarray | None
+    seeds: np.ndarray
+    positions: np.ndarray
+    options: dict[str, Options]
+    scales: dict[str, Any]
+
+
+def check_call(
+    sampler: Sampler,
+    captions: Sequence[str],
+    seed: int | Sequence[int],
+    prior: str,
+    z_image: np.ndarray | None,
+    positions: Sequence[int] | None,
+    options: Overrides | Sequence[Overrides],
+    decoder: str = "decoder",
+) -> Call:
+    """Checks the arguments of `sample_stages`, with the part that decodes, before anything is compiled.
+
+    Raises:
+      ValueError, KeyError: as `sample_stages`.
+    """
+    count = len(captions)
+    if not count:
+        raise InputError("no captions: give at least one")
+    seeds, places = as_seeds(seed, count), as_positions(positions, count)
+    for name in ("clip", decoder):
+        sampler.bundle.part(name)
+    if z_image is None:
+        check_prior(sampler.bundle, prior)
+    elif len(z_image) != count:
+        raise InputError(f"expected one embedding per caption, got {len(z_image)} and {count}")
+    static, scales = split_scales(sampler.row_options(options, count))
+    if z_image is None:
+        return Call(prior, None, seeds, places, static, scales)
+    return Call(None, check_embeddings(sampler, z_image), seeds, places, static, scales)
+
+
 def sample_stages(
     bundle: Sampler | Bundle,
     captions: Sequence[str],
@@ -237,25 +285,15 @@ def sample_stages(
       NumericalError: naming the first part that made values that are not finite.
     """
     sampler, captions = as_sampler(bundle), list(captions)
-    if not captions:
-        raise InputError("no captions: give at least one")
-    seeds, places = as_seeds(seed, len(captions)), as_positions(positions, len(captions))
-    for name in ("clip", "decoder"):
-        sampler.bundle.part(name)
-    chosen_prior = prior if z_image is None else None
-    if chosen_prior is not None:
-        check_prior(sampler.bundle, chosen_prior)
-    elif len(z_image) != len(captions):
-        raise InputError(f"expected one embedding per caption, got {len(z_image)} and {len(captions)}")
-    static, scales = split_scales(sampler.row_options(options, len(captions)))
-    key = ("text_to_image", chosen_prior, *static.items())
-    run = sampler.program(key, lambda: _cascade(sampler, static, chosen_prior))
+    call = check_call(sampler, captions, seed, prior, z_image, positions, options)
+    key = ("text_to_image", call.prior, *call.options.items())
+    run = sampler.program(key, lambda: _cascade(sampler, call.options, call.prior))
     arrays, empty = sampler.captions(captions), sampler.captions([""])
-    given = None if z_image is None else check_embeddings(sampler, z_image)
+    inputs = (call.scales, arrays, call.z_image, call.seeds, call.positions)
 
     def batch(rows):
-        scale, texts, z, numbers, where = sampler.rows((scales, arrays, given, seeds, places), rows)
+        scale, texts, z, numbers, where = sampler.rows(inputs, rows)
         return run(sampler.params, scale, texts, empty, z, numbers, where)
 
-    parts = made_by(sampler.bundle, chosen_prior or "none")
+    parts = made_by(sampler.bundle, call.prior or "none")
     return Stages(*sampler.in_batches(batch, len(captions), parts, progress))
