@@ -12,7 +12,7 @@ import pytest
 
 import unclip_jax.data.emoji
 from unclip_jax.data import tfrecord
-from unclip_jax.data.emoji import build, names
+from unclip_jax.data.emoji import build, names, packages, selection
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -66,7 +66,7 @@ def test_shards_are_those_of_the_manifest(manifest):
     digests = "".join(manifest["files"][name]["sha256"] for name in sorted(manifest["files"]))
     assert manifest["checksum"] == hashlib.sha256(digests.encode()).hexdigest()
     assert (
-        manifest["packages"] == {name: version for name, version, _ in build.PACKAGES.values()}
+        manifest["packages"] == {name: version for name, version, _ in packages.PACKAGES.values()}
         and manifest["tools"] == build.TOOLS
     )
 
@@ -85,7 +85,7 @@ def test_counts_and_sizes(manifest, by_split):
         assert len({row["base"] for row in rows}) == manifest["bases"][split]
     assert len(by_split["val"]) >= 350 and manifest["bases"]["val"] >= 120
     assert len(by_split["compose"]) >= 450 and manifest["names"]["compose"] >= 200
-    assert len(by_split["train"]) >= 5000 and set(manifest["counts"]["train"]) == set(build.STYLES)
+    assert len(by_split["train"]) >= 5000 and set(manifest["counts"]["train"]) == set(selection.STYLES)
 
 
 def test_notice_names_every_source(manifest):
@@ -98,14 +98,14 @@ def test_notice_names_every_source(manifest):
         "Copyright 2013 Google, Inc.",
         "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION",
         "UNICODE LICENSE V3",
-        *build.STYLES,
+        *selection.STYLES,
     ):
         assert text in notice
 
 
 def test_vocabulary():
-    data = (build.VOCAB / build.VOCAB_FILE).read_bytes()
-    assert hashlib.sha256(data).hexdigest() == build.VOCAB_PACKAGE[2]
+    data = (build.VOCAB / packages.VOCAB_FILE).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == packages.VOCAB_PACKAGE[2]
     assert "Copyright (c) 2021 OpenAI" in (build.VOCAB / "LICENSE").read_text()
 
 
@@ -191,7 +191,7 @@ def test_first_rows_of_val_and_compose_are_all_different(by_split):
             == len({row["txt"] for row in head})
             == 100
         )
-        assert len({row["style"] for row in head}) == len(build.STYLES)
+        assert len({row["style"] for row in head}) == len(selection.STYLES)
 
 
 # ------------------------------------------------------------------------------------------------------------
