@@ -21,6 +21,9 @@ from unclip_jax.generate.text import Texts, twice
 from unclip_jax.models.autoencoder import Moments, sample_moments
 
 OVERLAP = 4  # a tile's overlap with the next one is its side divided by this
+# Inputs of a U-Net by name: B rows, and the B rows or the one row that stand for them in the unconditional
+# half of guidance.
+Inputs = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
 def latent_denoiser(
@@ -30,6 +33,7 @@ def latent_denoiser(
     options: SamplingOptions,
     rows: int,
     beside: jax.Array | None = None,
+    inputs: Inputs | None = None,
 ) -> Denoise:
     """The guided denoiser of a latent U-Net.
 
@@ -41,9 +45,14 @@ def latent_denoiser(
       rows: B.
       beside: (B, h, w, E) what the U-Net sees beside the latents, in its last input channels; None for
         nothing.
+      inputs: the network's other inputs by name, each for both halves of guidance; None for no others.
     """
-    guided = texts is not None and is_guided(options)
+    inputs = inputs or {}
+    guided = (texts is not None or bool(inputs)) and is_guided(options)
     given = {} if texts is None else {"context": (texts.both() if guided else texts.captions).states}
+    for name, (cond, uncond) in inputs.items():
+        uncond = jnp.broadcast_to(uncond, cond.shape)
+        given[name] = jnp.concatenate([cond, uncond]) if guided else cond
     beside = None if beside is None else twice(beside, guided)
     variables = {"params": latent.params}
 
@@ -67,12 +76,13 @@ def sample_latents(
     *,
     x_T: jax.Array | None = None,
     beside: jax.Array | None = None,
+    inputs: Inputs | None = None,
     rows: int | None = None,
 ) -> jax.Array:
     """Draws latents for captions.
 
     Args:
-      latent, texts, size, options, beside: as in `latent_denoiser`.
+      latent, texts, size, options, beside, inputs: as in `latent_denoiser`.
       rng: one key, or (B,) keys, one per row.
       x_T: (B, h, w, Z) the noise to start from; drawn when None.
       rows: B, which a U-Net without condition needs.
@@ -81,7 +91,7 @@ def sample_latents(
       (B, h, w, Z) float32, scaled as in training.
     """
     rows = rows if texts is None else texts.rows
-    denoise = latent_denoiser(latent, texts, size, options, rows, beside)
+    denoise = latent_denoiser(latent, texts, size, options, rows, beside, inputs)
     shape = (rows, *size, latent.module.out_channels)
     x = standard_normal(fold_in(rng, NOISE), shape) if x_T is None else x_T
     return diffusion_sampler(latent.config, options).run(denoise, x, rng)
