@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.checkpoint.bundle import Bundle, Part
+from tests.helpers import random_params
+from unclip_jax.checkpoint.bundle import Bundle, Part, save_bundle
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.cli.train import load_config, override
 from unclip_jax.data.tokenizer import ClipTokenizer
@@ -149,6 +150,15 @@ def random_bundle():
     sampling = {name: plain(config.sampling) for name, config in configs.items() if name != "clip"}
     sampling["decoder_inpaint"] = sampling["decoder"]
     return Bundle(parts, sampling=sampling, provenance={"note": "random"})
+
+
+def random_autoencoder(kind, folder, latents=3):
+    """The folder of a bundle with a tiny autoencoder of random weights; latents are half as wide."""
+    model = {"latent_channels": latents, "channels": 8, "channel_mult": [1, 2], "res_blocks": 1, "groups": 4}
+    model |= {"codes": 9} if kind == "vq_autoencoder" else {}
+    config = {"kind": kind, "model": model, "scale_factor": 0.5}
+    params = random_params(build_model(config), np.zeros((1, 8, 8, 3), np.float32))
+    return save_bundle(Bundle({"autoencoder": Part(config, params)}), folder)
 
 
 def losses(workdir):

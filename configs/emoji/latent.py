@@ -56,7 +56,7 @@ def get_config(variant: str = "") -> ConfigDict:
         )
         config.ema_decay = 0.999
         config.sampling = {"steps": 30, "sampler": "dpmpp_2m", "guidance_scale": 3.0, "clip": None}
-        config.eval = {"batch_size": 32, "rows": 256, "samples": 16}
+        config.eval = {"batch_size": 32, "rows": 256, "samples": 16, "fid_rows": 0}
     if variant == "inpaint":
         config.steps = 2000
         config.optimizer.update({"learning_rate": 3e-4, "warmup_steps": 100})

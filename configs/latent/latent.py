@@ -62,7 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
         )
         config.ema_decay = 0.9999
         config.sampling = {"steps": 200, "sampler": "ddim", "guidance_scale": 1.0, "clip": None}
-        config.eval = {"batch_size": 48, "rows": 2048, "samples": 16}
+        config.eval = {"batch_size": 48, "rows": 2048, "samples": 16, "fid_rows": 0}
     if variant == "tiny":
         defaults.tiny(config)
         config.model.update({"image_size": 8, "in_channels": 4, "out_channels": 4, "channels": 16})

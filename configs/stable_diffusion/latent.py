@@ -79,7 +79,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "guidance_scale": 7.5,
             "clip": None,
         }
-        config.eval = {"batch_size": 64, "rows": 2048, "samples": 16}
+        config.eval = {"batch_size": 64, "rows": 2048, "samples": 16, "fid_rows": 0}
     if variant.startswith("tiny"):
         defaults.tiny(config)
         config.model.update({"image_size": 8, "channels": 16, "channel_mult": (1, 2), "groups": 8})

@@ -11,7 +11,7 @@ import pytest
 from tests import runs
 from tests.helpers import random_params
 from unclip_jax import sharding
-from unclip_jax.checkpoint.bundle import Bundle, Part, save_bundle
+from unclip_jax.checkpoint.bundle import Bundle, save_bundle
 from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.cli.main import main
@@ -24,15 +24,6 @@ from unclip_jax.train import latent
 from unclip_jax.train.embed import embed
 
 COUNT, SIZE = 20, 24
-
-
-def bundle_of(kind, folder, latents=3):
-    """A tiny autoencoder with random weights, as a bundle."""
-    model = {"latent_channels": latents, "channels": 8, "channel_mult": [1, 2], "res_blocks": 1, "groups": 4}
-    model |= {"codes": 9} if kind == "vq_autoencoder" else {}
-    config = {"kind": kind, "model": model, "scale_factor": 0.5}
-    params = random_params(build_model(config), np.zeros((1, 8, 8, 3), np.float32))
-    return save_bundle(Bundle({"autoencoder": Part(config, params)}), folder)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +53,7 @@ def run(clip, source, out, autoencoder, size=SIZE):
 @pytest.mark.parametrize("kind", ["kl_autoencoder", "vq_autoencoder"])
 def test_latents_are_those_of_the_encoder(kind, clip, source, tmp_path):
     """Each record has its image's latents, in half precision, not scaled; a second call changes nothing."""
-    autoencoder = bundle_of(kind, tmp_path / "autoencoder")
+    autoencoder = runs.random_autoencoder(kind, tmp_path / "autoencoder")
     manifest = run(clip, source, tmp_path / "out", autoencoder)
     part = load_part(autoencoder, "autoencoder")[0]
     described = {
@@ -92,7 +83,7 @@ def test_latents_are_those_of_the_encoder(kind, clip, source, tmp_path):
 
 def test_what_is_refused(clip, source, tmp_path, capsys):
     """Another autoencoder or size in the same folder, a size that does not fit, damaged latents."""
-    autoencoder = bundle_of("kl_autoencoder", tmp_path / "autoencoder")
+    autoencoder = runs.random_autoencoder("kl_autoencoder", tmp_path / "autoencoder")
     out = tmp_path / "out"
     run(clip, source, out, autoencoder)
     with pytest.raises(ValueError, match="holds other embeddings .latents was"):
@@ -117,7 +108,7 @@ def test_what_is_refused(clip, source, tmp_path, capsys):
 
 def test_records_without_pictures(clip, source, tmp_path):
     """A record holds all that was stored, and no picture that would be decoded."""
-    autoencoder = bundle_of("kl_autoencoder", tmp_path / "autoencoder")
+    autoencoder = runs.random_autoencoder("kl_autoencoder", tmp_path / "autoencoder")
     run(clip, source, tmp_path / "out", autoencoder)
     opened = sources.make_source({"name": "embeddings", "path": str(tmp_path / "out")})
     record = opened.read(3)
@@ -127,7 +118,7 @@ def test_records_without_pictures(clip, source, tmp_path):
 
 def test_latent_diffusion_trains_from_it(clip, source, tmp_path, capsys):
     """Its loss is that of the pictures, up to half precision, and neither CLIP nor the encoder runs."""
-    autoencoder = bundle_of("vq_autoencoder", tmp_path / "autoencoder", latents=4)
+    autoencoder = runs.random_autoencoder("vq_autoencoder", tmp_path / "autoencoder", latents=4)
     run(clip, source, tmp_path / "out", autoencoder, size=16)
     config = load_config(str(runs.ROOT / "configs/emoji/latent.py:tiny"))
     override(config, "frozen.clip", clip)

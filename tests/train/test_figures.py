@@ -1,5 +1,6 @@
 """FID and the like at a stage's evaluations, by a small network in place of Inception."""
 
+import dataclasses
 import functools
 import json
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.evaluate.fake import FakeNetwork
-from tests.runs import tiny_config, train_tiny
+from tests.runs import random_autoencoder, random_bundle, tiny_config, train_tiny
+from unclip_jax.checkpoint.bundle import Bundle, save_bundle
 from unclip_jax.data import ops
 from unclip_jax.data.examples import picture_example
 from unclip_jax.data.sources import make_source
@@ -75,6 +77,27 @@ def test_without_inception_no_run_begins(tmp_path):
     with pytest.raises(FileNotFoundError, match="unclip fetch inception"):
         train_tiny("upsampler_16", tmp_path / "runs" / "u", eval__fid_rows=10)
     assert not (tmp_path / "runs").exists()
+
+
+def test_embeddings_are_no_pictures(network):
+    """Latents alone are nothing to compare with."""
+    source = make_source({"name": "emoji", "split": "val"})
+    bare = dataclasses.replace(source, pictures=False)
+    config = ConfigDict({"eval_every": 5, "eval": {"fid_rows": 10}})
+    with pytest.raises(ValueError, match="eval.fid_rows=10 compares with pictures, and .* holds none"):
+        image_figures(None, config, make_mesh(), Data(source, {"eval": bare}))
+
+
+def test_latent_diffusion_measures_its_pictures(network, tmp_path):
+    """It decodes what it draws: the network sees pictures of the evaluation source's size and number."""
+    parts = random_bundle().parts
+    clip = save_bundle(Bundle({"clip": parts["clip"]}), tmp_path / "clip")
+    autoencoder = random_autoencoder("kl_autoencoder", tmp_path / "autoencoder", latents=4)
+    small = {"model__channel_mult": (1,), "model__heads": (2,), "model__attention_levels": ()}
+    small |= {"frozen__clip": str(clip), "frozen__autoencoder": str(autoencoder), "sampling__steps": 1}
+    found = train_tiny("latent", tmp_path / "run", steps=3, eval_every=3, eval__fid_rows=10, **small)
+    assert set(found) == {"eval_loss", *IMAGE_FIGURES} and found["fid"] > 0
+    assert network.calls == [8, 8, 2, 2]
 
 
 def test_a_stage_records_them_and_keeps_the_best(network, tmp_path):

@@ -93,7 +93,7 @@ def image_figures(
 
     Raises:
       FileNotFoundError: if `unclip fetch inception` has not been run.
-      ValueError: if there are too few rows.
+      ValueError: if there are too few rows, or they hold no pictures.
     """
     rows = config.get("eval", {}).get("fid_rows", 0)
     if not rows or not config.eval_every:
@@ -103,6 +103,11 @@ def image_figures(
         raise InputError(
             f"eval.fid_rows={rows} must be 0, or between {LEAST_ROWS} and the {len(source)} rows of "
             f"{source.name}"
+        )
+    if not source.pictures:
+        raise InputError(
+            f"eval.fid_rows={rows} compares with pictures, and {source.name} holds none: "
+            "leave out --embeddings eval=DIR, so that the run evaluates on pictures"
         )
     network = features.open_network("inception", outputs=["pool"])
 

@@ -43,7 +43,7 @@ from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json, load_widened_latent
 from unclip_jax.run.stage import Stage, without_extra
 from unclip_jax.sharding import compute_dtype, gather_rest, make_gather, make_mesh
-from unclip_jax.train.figures import held_out_loss, sample_grid
+from unclip_jax.train.figures import held_out_loss, image_figures, sample_grid, with_image_figures
 
 FROZEN: dict[str, str] = {"clip": "clip", "autoencoder": "autoencoder"}
 SETTINGS = settings.TRAINED | {
@@ -98,7 +98,7 @@ def loss_fn(params, rng, batch, *, frozen, model, encode, beside, tables, predic
 # ------------------------------------------------------------------------------------ stage
 def check(config) -> None:
     """Raises ValueError on a setting out of range, or settings that do not fit together."""
-    settings.check_settings(config, SETTINGS, FIGURES)
+    settings.check_settings(config, SETTINGS, with_image_figures(config, FIGURES))
     model, groups = config.model, config.model.get("groups", 32)
     levels, latents = len(model.channel_mult), model.out_channels
     if model.in_channels not in (latents, 2 * latents + 1):
@@ -198,6 +198,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     # -------------------------------------------------------------------------------- evaluators
     options = options_from(config.sampling, "latent")
     loss_of_held_out = held_out_loss(trained, config, mesh, data)
+    images_against_held_out = image_figures(trained, config, mesh, data)
 
     @jax.jit
     def draw(params, frozen, batch, rng):
@@ -211,8 +212,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return decode_latents(autoencoder, z)
 
     def evaluate(run, step) -> dict[str, float]:
-        sample_grid(run, step, functools.partial(draw, run.state.ema_params, frozen))
-        return {"eval_loss": loss_of_held_out(run.state, frozen)}
+        sample = functools.partial(draw, run.state.ema_params, frozen)
+        sample_grid(run, step, sample)
+        return {"eval_loss": loss_of_held_out(run.state, frozen)} | images_against_held_out(sample, step)
 
     # -------------------------------------------------------------------------------- loop
     load = load_widened_latent if inpaints else load_part
