@@ -203,7 +203,7 @@ def test_names_of_compvis(kind):
 def test_latents_of_the_gaussian():
     """Latents have the Gaussian's mean and variance; the KL is zero for N(0, 1) and never negative."""
     moments = Moments(jnp.full((1, 64, 64, 4), 2.0), jnp.full((1, 64, 64, 4), np.log(0.25)))
-    z = sample_moments(moments, jax.random.key(0))
+    z = sample_moments(moments, jax.random.normal(jax.random.key(0), moments.mean.shape))
     np.testing.assert_allclose([z.mean(), z.std()], [2.0, 0.5], atol=0.02)
     zeros = jnp.zeros((3, 2, 2, 4))
     np.testing.assert_array_equal(kl_divergence(Moments(zeros, zeros)), np.zeros(3))

@@ -275,6 +275,15 @@ def center_crop_square(image: np.ndarray) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
+def center_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The largest central part of an image (H, W, 3) with the proportions of `size`, a (height, width)."""
+    height, width = image.shape[:2]
+    scale = min(height / size[0], width / size[1])
+    h, w = (min(max(round(side * scale), 1), most) for side, most in zip(size, (height, width)))
+    top, left = (height - h) // 2, (width - w) // 2
+    return image[top : top + h, left : left + w]
+
+
 def random_crop_square(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A largest square of an image (H, W, 3), uniformly placed: (S, S, 3), S = min(H, W)."""
     return random_crop(image, min(image.shape[:2]), rng)

@@ -195,6 +195,7 @@ def dpmpp_2m(
     rng: jax.Array | None = None,
     *,
     bound: float | None = 1.0,
+    left_out: int = 0,
     loop: Loop = scan,
 ) -> jax.Array:
     """DPM-Solver++(2M): second order, with one evaluation per step.
@@ -203,6 +204,7 @@ def dpmpp_2m(
       denoise, x, schedule, steps: as in `ddpm`.
       rng: not used; all samplers share one signature.
       bound: of h / h'; None for the published method.
+      left_out: steps before these that sampling from a picture leaves out. They count in the rule of 15.
 
     Returns:
       (B, ...) samples.
@@ -211,7 +213,7 @@ def dpmpp_2m(
     abar_t, abar_r = np.maximum(schedule.abar(t), SMALLEST_ABAR), schedule.abar(r)
     with np.errstate(divide="ignore"):
         h = 0.5 * (np.log(abar_r) - np.log1p(-abar_r) - np.log(abar_t) + np.log1p(-abar_t))
-    end = len(t) if r[-1] != CLEAN and len(t) >= 15 else len(t) - 1
+    end = len(t) if r[-1] != CLEAN and left_out + len(t) >= 15 else len(t) - 1
     extrapolate = np.zeros(len(t))
     extrapolate[1:end] = np.minimum(h[1:end] / h[: max(end - 1, 0)], np.inf if bound is None else bound) / 2
     columns = (np.sqrt((1 - abar_r) / (1 - abar_t)), np.sqrt(abar_r) * -np.expm1(-h), extrapolate)

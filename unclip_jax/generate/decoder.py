@@ -17,7 +17,7 @@ from unclip_jax.diffusion.loops import Segment
 from unclip_jax.diffusion.process import eps_from_x0, fold_in, standard_normal
 from unclip_jax.diffusion.samplers import ddim_invert, repaint
 from unclip_jax.errors import InputError
-from unclip_jax.generate.denoise import NOISE, STEPS, diffusion_sampler
+from unclip_jax.generate.denoise import NOISE, STEPS, Start, diffusion_sampler
 from unclip_jax.generate.networks import Network, image_size, part_schedule
 from unclip_jax.generate.options import SamplingOptions, is_guided
 from unclip_jax.generate.text import Texts, text_inputs, twice
@@ -88,6 +88,7 @@ def sample_decoder(
     x_T: jax.Array | None = None,
     known: Known | None = None,
     segment: Segment | None = None,
+    start: Start | None = None,
 ) -> jax.Array:
     """Draws images for embeddings (unCLIP section 2.1). A decoder trained to inpaint draws their unknown
     part.
@@ -102,6 +103,8 @@ def sample_decoder(
       known: the part to keep, for a decoder that inpaints.
       segment: makes some of the steps only (`loops.Segment`). After the last segment the result is the
         sample.
+      start: images (B, H, W, 3) in [-1, 1] to start from in place of noise; x_T is then what they are noised
+        with.
 
     Returns:
       (B, H, W, 3) float32 in [-1, 1], H = W = the decoder's image size; equal to the known image where it is
@@ -116,8 +119,9 @@ def sample_decoder(
         )
     denoise = decoder_denoiser(decoder, z_image, texts, options, known)
     size = image_size(decoder.config)
-    x = standard_normal(fold_in(rng, NOISE), (texts.rows, size, size, 3)) if x_T is None else x_T
-    return jnp.clip(diffusion_sampler(decoder.config, options).run(denoise, x, rng, segment), -1, 1)
+    noise = standard_normal(fold_in(rng, NOISE), (texts.rows, size, size, 3)) if x_T is None else x_T
+    sampler, x = diffusion_sampler(decoder.config, options).begin(noise, start)
+    return jnp.clip(sampler.run(denoise, x, rng, segment), -1, 1)
 
 
 def invert_decoder(

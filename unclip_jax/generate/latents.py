@@ -14,7 +14,7 @@ import numpy as np
 
 from unclip_jax.diffusion.guidance import Denoise
 from unclip_jax.diffusion.process import fold_in, standard_normal
-from unclip_jax.generate.denoise import NOISE, diffusion_sampler
+from unclip_jax.generate.denoise import NOISE, Start, diffusion_sampler
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import SamplingOptions, is_guided
 from unclip_jax.generate.text import Texts, twice
@@ -78,6 +78,7 @@ def sample_latents(
     beside: jax.Array | None = None,
     inputs: Inputs | None = None,
     rows: int | None = None,
+    start: Start | None = None,
 ) -> jax.Array:
     """Draws latents for captions.
 
@@ -86,6 +87,8 @@ def sample_latents(
       rng: one key, or (B,) keys, one per row.
       x_T: (B, h, w, Z) the noise to start from; drawn when None.
       rows: B, which a U-Net without condition needs.
+      start: scaled latents (B, h, w, Z) to start from in place of noise; x_T is then what they are noised
+        with.
 
     Returns:
       (B, h, w, Z) float32, scaled as in training.
@@ -93,8 +96,9 @@ def sample_latents(
     rows = rows if texts is None else texts.rows
     denoise = latent_denoiser(latent, texts, size, options, rows, beside, inputs)
     shape = (rows, *size, latent.module.out_channels)
-    x = standard_normal(fold_in(rng, NOISE), shape) if x_T is None else x_T
-    return diffusion_sampler(latent.config, options).run(denoise, x, rng)
+    noise = standard_normal(fold_in(rng, NOISE), shape) if x_T is None else x_T
+    sampler, x = diffusion_sampler(latent.config, options).begin(noise, start)
+    return sampler.run(denoise, x, rng)
 
 
 def encode_latents(autoencoder: Network, batch: Mapping[str, jax.Array], rng: jax.Array) -> jax.Array:
@@ -104,7 +108,7 @@ def encode_latents(autoencoder: Network, batch: Mapping[str, jax.Array], rng: ja
     Args:
       autoencoder: of kind `kl_autoencoder` or `vq_autoencoder`.
       batch: with `image` (B, H, W, 3) in [-1, 1], or with `latents` (B, h, w, Z), not scaled.
-      rng: one key.
+      rng: one key, or (B,) keys, one per row.
 
     Returns:
       (B, h, w, Z) float32.
@@ -114,7 +118,7 @@ def encode_latents(autoencoder: Network, batch: Mapping[str, jax.Array], rng: ja
     else:
         latents = autoencoder.apply(batch["image"], method="encode")
         if isinstance(latents, Moments):
-            latents = sample_moments(latents, rng)
+            latents = sample_moments(latents, standard_normal(rng, latents.mean.shape))
     return latents.astype(jnp.float32) * autoencoder.config["scale_factor"]
 
 

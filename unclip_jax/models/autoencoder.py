@@ -40,9 +40,8 @@ class Moments(NamedTuple):
     logvar: jax.Array
 
 
-def sample_moments(moments: Moments, key: jax.Array) -> jax.Array:
-    """Latents (B, h, w, Z) drawn from the Gaussian."""
-    noise = jax.random.normal(key, moments.mean.shape, jnp.float32)
+def sample_moments(moments: Moments, noise: jax.Array) -> jax.Array:
+    """Latents (B, h, w, Z) of the Gaussian, from a standard normal draw of their shape."""
     return moments.mean + jnp.exp(0.5 * moments.logvar) * noise
 
 

@@ -18,6 +18,7 @@ from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError
 from unclip_jax.generate.latents import decode_latents, sample_latents
+from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import LatentSamplingOptions, Options, is_guided
 from unclip_jax.generate.text import Texts, encode_text
 from unclip_jax.sampling.programs import (
@@ -132,6 +133,61 @@ def check_draws(bundle: Bundle) -> None:
         )
 
 
+class Call(NamedTuple):
+    """The checked arguments of a call of a latent U-Net, for B pictures.
+
+    seeds, positions: (B,) uint32.
+    options, scales: of the U-Net, by its part's name, from `split_scales`; without the negative captions, and
+      with the filter on, so that calls which differ in these share a program.
+    negative: B negative captions.
+    drawn_with: the options of the first row, as they were given.
+    """
+
+    seeds: np.ndarray
+    positions: np.ndarray
+    options: dict[str, Options]
+    scales: dict[str, np.ndarray]
+    negative: list[str]
+    drawn_with: LatentSamplingOptions
+
+
+def check_call(
+    sampler: Sampler,
+    name: str,
+    count: int,
+    seed: int | Sequence[int],
+    positions: Sequence[int] | None,
+    options: Overrides | Sequence[Overrides],
+) -> Call:
+    """Checks the arguments that all calls of a latent U-Net share, before anything is compiled.
+
+    Args:
+      name: the U-Net's part.
+      count: B.
+      seed, positions, options: as in `sample_stages`.
+
+    Raises:
+      ValueError: if one of them is out of range, or a negative caption is given without guidance.
+    """
+    seeds, places = as_seeds(seed, count), as_positions(positions, count)
+    rows = [row[name] for row in sampler.row_options(options, count)]
+    if any(row.negative and not is_guided(row) for row in rows):
+        raise InputError("a negative caption needs guidance: set a guidance_scale other than 1")
+    plain = {row: {name: dataclasses.replace(row, negative="", filter=True)} for row in set(rows)}
+    static, scales = split_scales([plain[row] for row in rows])
+    return Call(seeds, places, static, scales, [row.negative for row in rows], rows[0])
+
+
+def tokens(sampler: Sampler, captions: Sequence[str], call: Call) -> tuple[dict, dict]:
+    """The tokens of B captions and of the call's negative captions, for `encode_captions`."""
+    return sampler.captions(captions), sampler.captions(call.negative)
+
+
+def encode_captions(clip: Network, captions: dict, negative: dict) -> Texts:
+    """Encodes B captions and as many negative ones (`tokens`)."""
+    return Texts(encode_text(clip, captions), encode_text(clip, negative))
+
+
 def sample_stages(
     bundle: Sampler | Bundle,
     captions: Sequence[str],
@@ -159,30 +215,18 @@ def sample_stages(
     sampler, captions = as_sampler(bundle), list(captions)
     if not captions:
         raise InputError("no captions: give at least one")
-    seeds, places = as_seeds(seed, len(captions)), as_positions(positions, len(captions))
     for name in PARTS:
         sampler.bundle.part(name)
     check_draws(sampler.bundle)
-    rows = [row["latent"] for row in sampler.row_options(options, len(captions))]
-    if any(row.negative and not is_guided(row) for row in rows):
-        raise InputError("a negative caption needs guidance: set a guidance_scale other than 1")
-    plain = {row: {"latent": dataclasses.replace(row, negative="", filter=True)} for row in set(rows)}
-    static, scales = split_scales([plain[row] for row in rows])
-    drawn_with = rows[0]
-    size, tile = picture_size(sampler, drawn_with), tile_size(sampler, drawn_with)
+    call = check_call(sampler, "latent", len(captions), seed, positions, options)
+    size, tile = picture_size(sampler, call.drawn_with), tile_size(sampler, call.drawn_with)
     run = sampler.program(
-        ("latent", size, tile, *static.items()), lambda: _cascade(sampler, static, size, tile)
+        ("latent", size, tile, *call.options.items()), lambda: _cascade(sampler, call.options, size, tile)
     )
-    arrays, negative = sampler.captions(captions), sampler.captions([row.negative for row in rows])
-
-    def batch(rows):
-        scale, texts, not_shown, numbers, where = sampler.rows(
-            (scales, arrays, negative, seeds, places), rows
-        )
-        return run(sampler.params, scale, texts, not_shown, numbers, where)
-
+    given = (call.scales, *tokens(sampler, captions, call), call.seeds, call.positions)
+    batch = lambda rows: run(sampler.params, *sampler.rows(given, rows))
     latents, image = sampler.in_batches(batch, len(captions), ["latent", "autoencoder"], progress)
-    if drawn_with.filter:
+    if call.drawn_with.filter:
         image = np.where(flagged(sampler, ops.to_uint8(image))[:, None, None, None], -1.0, image)
     return LatentStages(latents, [np.float32(image)])
 
@@ -220,7 +264,7 @@ def _cascade(
     def run(params, scales, captions, negative, seeds, positions):
         networks, chosen = sampler.with_params(params), with_scales(options, scales)
         keys = row_keys(seeds, positions)
-        texts = Texts(encode_text(networks["clip"], captions), encode_text(networks["clip"], negative))
+        texts = encode_captions(networks["clip"], captions, negative)
         z = sample_latents(networks["latent"], texts, size, fold_in(keys, LATENT), chosen["latent"])
         return z, decode_latents(networks["autoencoder"], z, tile)
 

@@ -11,7 +11,7 @@ from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
 from unclip_jax.sampling import latent, stream, unclip
-from unclip_jax.sampling.edits import inpaint, inversion, latent_inpaint
+from unclip_jax.sampling.edits import img2img, inpaint, inversion, latent_img2img, latent_inpaint
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
 
@@ -43,6 +43,7 @@ class System(NamedTuple):
     stream: `sample` as a generator of `programs.Partial`s and then the stages.
     decode: `edits.inversion.Latents` -> images: the way back of `encode`.
     inpaint: (sampler, images, masks, captions, ...) -> images, see `edits.inpaint.inpaint_rows`.
+    img2img: (sampler, images, captions, *, strength, ...) -> images, see `edits.img2img.img2img_rows`.
     stream_decode, stream_inpaint: these two as generators of `Partial`s and then the images.
     """
 
@@ -58,6 +59,7 @@ class System(NamedTuple):
     stream: Callable[..., Any] | None = None
     decode: Callable[..., Any] | None = None
     inpaint: Callable[..., Any] | None = None
+    img2img: Callable[..., Any] | None = None
     stream_decode: Callable[..., Any] | None = None
     stream_inpaint: Callable[..., Any] | None = None
 
@@ -81,6 +83,7 @@ SYSTEMS = {
         stream=stream.stream_stages,
         decode=inversion.decode,
         inpaint=inpaint.inpaint_rows,
+        img2img=img2img.img2img_rows,
         stream_decode=inversion.stream_decode,
         stream_inpaint=inpaint.stream_rows,
     ),
@@ -92,6 +95,7 @@ SYSTEMS = {
         sizes=latent.sizes,
         overrides=latent.overrides,
         inpaint=latent_inpaint.inpaint_rows,
+        img2img=latent_img2img.img2img_rows,
     ),
 }
 

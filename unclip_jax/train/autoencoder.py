@@ -109,7 +109,8 @@ def reconstruct(params, extra, rng, image, *, model, config):
     )
     encoded = apply(image, "encode", keys[0])
     if config.quantiser is None:
-        z, kl = sample_moments(encoded, rng_latents), jnp.mean(kl_divergence(encoded))
+        noise = jax.random.normal(rng_latents, encoded.mean.shape)
+        z, kl = sample_moments(encoded, noise), jnp.mean(kl_divergence(encoded))
         latent_loss, metrics["kl"] = config.kl_weight * kl, kl
     else:
         quantiser, size = config.quantiser, config.model.codes
@@ -356,7 +357,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     @jax.jit
     def deviation(params, image, rng):
         latents = model.apply({"params": params}, image, method="encode")
-        return jnp.std(latents if config.quantiser is not None else sample_moments(latents, rng))
+        if config.quantiser is None:
+            latents = sample_moments(latents, jax.random.normal(rng, latents.mean.shape))
+        return jnp.std(latents)
 
     def scale_factor(run) -> float:
         """1 / the standard deviation of the first training batch's latents."""

@@ -242,6 +242,29 @@ INPAINT = {
     ),
     "an unknown method": ([*MASKED, "--method", "gan"], "unknown way to inpaint 'gan'"),
 }
+AGAINST = ["good.png", "a fox", *TINY]
+IMG2IMG = {
+    "no caption to draw for": (["good.png"], "the following arguments are required: CAPTION"),
+    "no picture to start from": (["nothing.png", "a fox"], "no picture nothing.png"),
+    "no strength": ([*AGAINST, "--strength", "0"], "--strength must be in (0, 1], got 0"),
+    "too much strength": ([*AGAINST, "--strength", "0.5,1.1"], "--strength must be in (0, 1], got 1.1"),
+    "a word as strength": ([*AGAINST, "--strength", "high"], "--strength must be a finite number"),
+    "a strength without a step": (
+        [*AGAINST, "--strength", "0.1", "--steps", "5", "--prior", "none"],
+        "a strength of 0.1 makes none of 5 steps: raise the strength or the steps",
+    ),
+    "pictures of no number": ([*AGAINST, "--count", "0"], "--count must be between 1 and"),
+    "more strengths than a grid holds": (
+        [*AGAINST, "--strength", "0.5,0.6", "--count", "6000"],
+        "one grid holds 10000 pictures",
+    ),
+    "two scales from a picture": ([*AGAINST, "--guidance", "1,2"], "img2img draws with one guidance scale"),
+    "two priors from a picture": ([*AGAINST, "--prior", "none,null"], "unknown prior 'none,null'"),
+    "options of another decoder": (
+        [*AGAINST, "--set", "decoder_inpaint.steps=2"],
+        "decoder_inpaint does not draw here",
+    ),
+}
 EVALUATE = {
     "no task": ([], "the following arguments are required: TASK"),
     "an unknown task": (["lpips"], "invalid choice: 'lpips'"),
@@ -328,8 +351,9 @@ def rows(box: Path) -> list[Row]:
     save_bundle(random_bundle(), box / "tiny")
     options = {f"--set {item}": ([*FOX, *TINY, "--set", item], says) for item, says in OPTIONS.items()}
     inpaint = {name: (["inpaint", *words], says) for name, (words, says) in INPAINT.items()}
+    img2img = {name: (["img2img", *words], says) for name, (words, says) in IMG2IMG.items()}
     evaluate = {name: (["evaluate", *words], says) for name, (words, says) in EVALUATE.items()}
     serve = {name: (["serve", *words], says) for name, (words, says) in SERVE.items()}
     doctor = {name: (["doctor", *words], says) for name, (words, says) in DOCTOR.items()}
-    drawn = SAMPLE | options | EDITS | inpaint
+    drawn = SAMPLE | options | EDITS | inpaint | img2img
     return [Row(name, argv, says) for name, (argv, says) in (drawn | evaluate | serve | doctor).items()]

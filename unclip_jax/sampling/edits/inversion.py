@@ -92,6 +92,16 @@ def square(images: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
     Raises:
       ValueError: if there are no images, or one is not uint8 (H, W, 3).
     """
+    return fitted(images, (size, size))
+
+
+def fitted(images: Sequence[np.ndarray] | np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Crops uint8 images (H, W, 3) to the proportions of `size`, a (height, width), and resizes them to it,
+    uint8 (N, height, width, 3).
+
+    Raises:
+      ValueError: as `square`.
+    """
     if len(images) == 0:
         raise InputError("no images: give at least one")
     for image in images:
@@ -99,7 +109,7 @@ def square(images: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
             raise InputError(
                 f"images must be uint8 (H, W, 3), got {np.asarray(image).dtype} {np.shape(image)}"
             )
-    return np.stack([ops.resize(ops.center_crop_square(np.asarray(image)), size) for image in images])
+    return np.stack([ops.resize(ops.center_crop(np.asarray(image), size), size) for image in images])
 
 
 def embed_images(

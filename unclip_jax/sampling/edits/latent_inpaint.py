@@ -8,7 +8,6 @@ theirs.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -21,20 +20,15 @@ from unclip_jax.diffusion.samplers import repaint
 from unclip_jax.errors import InputError
 from unclip_jax.generate.denoise import NOISE, STEPS, diffusion_sampler
 from unclip_jax.generate.latents import decode_latents, inpainting_inputs, latent_denoiser, sample_latents
-from unclip_jax.generate.options import is_guided
-from unclip_jax.generate.text import Texts, encode_text
 from unclip_jax.sampling.edits.inpaint import check_rows, passes_of, paste, shrink
 from unclip_jax.sampling.edits.inversion import square
-from unclip_jax.sampling.latent import LATENT, flagged, tile_size
+from unclip_jax.sampling.latent import LATENT, check_call, encode_captions, flagged, tile_size, tokens
 from unclip_jax.sampling.programs import (
     Overrides,
     Progress,
     Sampler,
-    as_positions,
     as_sampler,
-    as_seeds,
     row_keys,
-    split_scales,
     with_scales,
 )
 
@@ -97,26 +91,20 @@ def inpaint_rows(
     sampler, count = as_sampler(bundle), len(images)
     for needed in ("clip", "autoencoder"):
         sampler.bundle.part(needed)
-    seeds, places = as_seeds(seed, count), as_positions(positions, count)
     method, name = part_of(sampler.bundle, method)
     passes = passes_of(method, resamples)
-    rows = [row[name] for row in sampler.row_options(options, count)]
-    if any(row.height or row.width for row in rows):
+    call = check_call(sampler, name, count, seed, positions, options)
+    if call.drawn_with.height or call.drawn_with.width:
         raise InputError("inpainting draws the size of the training images: leave height and width out")
-    if any(row.negative and not is_guided(row) for row in rows):
-        raise InputError("a negative caption needs guidance: set a guidance_scale other than 1")
-    plain = {row: {name: dataclasses.replace(row, negative="", filter=True)} for row in set(rows)}
-    static, scales = split_scales([plain[row] for row in rows])
-    first = rows[0]
-    tile, side = tile_size(sampler, first), sampler.network(name).module.image_size
+    tile, side = tile_size(sampler, call.drawn_with), sampler.network(name).module.image_size
     pixels = side * sampler.network("autoencoder").module.factor
     given = ops.to_float(square(images, pixels)), np.stack([shrink(mask, pixels) for mask in masks])
 
     def make():
         def run(params, scales, captions, negative, given, seeds, positions):
-            networks, chosen = sampler.with_params(params), with_scales(static, scales)
+            networks, chosen = sampler.with_params(params), with_scales(call.options, scales)
             key = fold_in(row_keys(seeds, positions), LATENT)
-            texts = Texts(encode_text(networks["clip"], captions), encode_text(networks["clip"], negative))
+            texts = encode_captions(networks["clip"], captions, negative)
             latent, autoencoder = networks[name], networks["autoencoder"]
             beside = inpainting_inputs(autoencoder, *given)
             if method == "trained":
@@ -135,17 +123,11 @@ def inpaint_rows(
 
         return run
 
-    run = sampler.program(("latent_inpaint", method, passes, tile, *static.items()), make)
-    arrays, negative = sampler.captions(captions), sampler.captions([row.negative for row in rows])
-
-    def batch(rows):
-        scale, texts, not_shown, known, numbers, where = sampler.rows(
-            (scales, arrays, negative, given, seeds, places), rows
-        )
-        return run(sampler.params, scale, texts, not_shown, known, numbers, where)
-
+    run = sampler.program(("latent_inpaint", method, passes, tile, *call.options.items()), make)
+    inputs = (call.scales, *tokens(sampler, captions, call), given, call.seeds, call.positions)
+    batch = lambda rows: run(sampler.params, *sampler.rows(inputs, rows))
     drawn = sampler.in_batches(batch, count, [name, "autoencoder"], progress)[1]
     drawn = paste(ops.to_uint8(drawn), images, masks)
-    if first.filter:
+    if call.drawn_with.filter:
         drawn = np.where(flagged(sampler, drawn)[:, None, None, None], np.uint8(0), drawn)
     return drawn
