@@ -152,6 +152,16 @@ def random_bundle():
     return Bundle(parts, sampling=sampling, provenance={"note": "random"})
 
 
+def without_image_tower(bundle):
+    """The CLIP and the diffusion prior of a bundle, without CLIP's image tower, as in Karlo."""
+    clip, prior = (bundle.parts[name] for name in ("clip", "prior_diffusion"))
+    config = clip.config | {"model": clip.config["model"] | {"image": None}}
+    text = Part(config, {"text_tower": clip.params["text_tower"]})
+    prior = Part(prior.config | {"frozen": {"clip": params_hash(text.params)}}, prior.params)
+    sampling = {"prior_diffusion": bundle.sampling["prior_diffusion"]}
+    return Bundle({"clip": text, "prior_diffusion": prior}, sampling=sampling)
+
+
 def random_autoencoder(kind, folder, latents=3):
     """The folder of a bundle with a tiny autoencoder of random weights; latents are half as wide."""
     model = {"latent_channels": latents, "channels": 8, "channel_mult": [1, 2], "res_blocks": 1, "groups": 4}

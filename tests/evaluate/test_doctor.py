@@ -12,11 +12,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import unclip_jax
-from unclip_jax.checkpoint.bundle import Part, save_bundle
+from tests.runs import without_image_tower
+from unclip_jax.checkpoint.bundle import Bundle, Part, save_bundle
+from unclip_jax.checkpoint.load import load_part
 from unclip_jax.cli.main import main
 from unclip_jax.data.sources import make_source
 from unclip_jax.evaluate.doctor.examine import examine
-from unclip_jax.evaluate.doctor.load import Opened, make_subject, open_patient
+from unclip_jax.evaluate.doctor.load import Opened, make_subject, open_patient, with_clip
 from unclip_jax.evaluate.doctor.report import FAULT, OK, WARN, Finding, Limits, Report, explained, finding
 from unclip_jax.sampling.programs import Sampler
 
@@ -196,6 +198,63 @@ def test_a_damaged_part_on_disk_is_named(emoji, tmp_path, capsys):
     assert "z_out/kernel holds values that are not finite" in only["change"]
     assert found["stages"]["clip"]["verdict"] != FAULT and len(found["stages"]["clip"]["findings"]) > 2
     assert any("prior_diffusion" in words for words in found["untested"])
+
+
+@pytest.fixture(scope="module")
+def towerless(tiny_bundle, tmp_path_factory):
+    """The folder of a bundle with a CLIP and a prior, without CLIP's image tower, as Karlo's is."""
+    made = without_image_tower(unclip_jax.load_bundle(tiny_bundle))
+    return save_bundle(made, tmp_path_factory.mktemp("towerless") / "towerless")
+
+
+def test_an_image_tower_from_elsewhere(towerless, tiny_bundle, tmp_path, capsys):
+    """`--clip` gives what the bundle lacks: the same figures as those of the whole bundle."""
+    source = make_source({"name": "emoji", "split": "compose"})
+    whole = unclip_jax.load_bundle(tiny_bundle)
+    parts = {name: whole.parts[name] for name in ("clip", "prior_diffusion")}
+    subject = make_subject(Opened(dataclasses.replace(whole, parts=parts), {}), source, rows=16, drawn=0)
+    expected = examine(subject, "whole", "compose").to_json()["stages"]
+    words, file = ["doctor", str(towerless), "--rows", "16", "--drawn", "0"], tmp_path / "report.json"
+    main([*words, "--clip", str(tiny_bundle), "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert not any("CLIP's image tower" in words for words in found["untested"])
+    for stage in parts:
+        ours, theirs = (
+            {one["figure"]: one["value"] for one in stages[stage]["findings"]}
+            for stages in (found["stages"], expected)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-3, nan_ok=True)
+    main([*words, "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert any("CLIP's image tower" in words for words in found["untested"])
+    assert len(found["stages"]["prior_diffusion"]["findings"]) < len(expected["prior_diffusion"]["findings"])
+
+
+def test_an_image_tower_that_does_not_belong(towerless, tiny_bundle, tiny_judge, tmp_path):
+    """Another CLIP, one without towers, and a bundle that needs none: one line each."""
+    opened = open_patient(towerless)
+    rounded = load_part(tiny_bundle, "clip")[0]
+    half = jax.tree.map(lambda x: np.asarray(np.asarray(x, jax.numpy.bfloat16), np.float32), rounded.params)
+    save_bundle(Bundle({"clip": Part(rounded.config, half)}), tmp_path / "half")
+    assert with_clip(opened, tmp_path / "half").bundle.parts["clip"].config["model"]["image"] is not None
+    other = copy.deepcopy(rounded.config)
+    other["model"]["activation"] = "gelu"
+    save_bundle(Bundle({"clip": Part(other, rounded.params)}), tmp_path / "gelu")
+    for clip, says in {
+        tiny_judge: "in another space than that of .*: .* of its text tower differs by 2 of its root",
+        tmp_path / "gelu": "in another space than that of .*: its activation is gelu, not quick_gelu",
+        towerless: "has no image tower: name a CLIP with both",
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            with_clip(opened, clip)
+    parts = unclip_jax.load_bundle(tiny_bundle).parts
+    alone = Opened(Bundle({"prior_diffusion": parts["prior_diffusion"]}, path="prior"), {})
+    assert set(with_clip(alone, tiny_bundle).bundle.parts) == {"clip", "prior_diffusion"}
+    with pytest.raises(ValueError, match="'prior_diffusion' was trained in the embedding space of CLIP"):
+        with_clip(alone, tiny_judge)
+    upsampler = Bundle({"upsampler_16": parts["upsampler_16"]}, path="u")
+    with pytest.raises(ValueError, match="no part of u was trained with a CLIP: leave out --clip"):
+        with_clip(Opened(upsampler, {}), tiny_bundle)
 
 
 def test_a_bundle_of_a_clip_alone(capsys):

@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(emoji)",
     )
     parser.add_argument(
+        "--clip",
+        metavar="DIR",
+        help="the CLIP with the image tower that BUNDLE lacks, as Karlo does: a bundle, public weights, or a "
+        "training run (without it, what needs true image embeddings is left out)",
+    )
+    parser.add_argument(
         "--data",
         action="append",
         default=[],
@@ -67,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from unclip_jax.data.sources import make_source
     from unclip_jax.evaluate.doctor.examine import examine, swap_grid
-    from unclip_jax.evaluate.doctor.load import LEAST_ROWS, make_subject, open_patient
+    from unclip_jax.evaluate.doctor.load import LEAST_ROWS, make_subject, open_patient, with_clip
     from unclip_jax.evaluate.doctor.report import FAULT
     from unclip_jax.grid import save_grid
     from unclip_jax.paths import check_writable, user_path, write_json
@@ -95,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     source = make_source({"name": "emoji", **({} if args.data else {"split": "compose"}), **given})
     mesh = read_mesh(args)
     opened = open_patient(args.bundle, mesh)
+    if args.clip is not None:
+        opened = with_clip(opened, args.clip)
     subject = make_subject(
         opened,
         source,

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from tests.cli.bad_inputs import Row
-from tests.runs import random_bundle
+from tests.runs import random_bundle, without_image_tower
 from unclip_jax.checkpoint.bundle import save_bundle
 
 FOX = ["sample", "a fox"]
@@ -289,6 +289,12 @@ DOCTOR = {
     "no bundle to examine": (["nothing"], "nothing is not a bundle"),
     "a picture to examine": (["good.png"], "good.png is not a bundle"),
     "two bundles to examine": (["emoji", "judge"], "unrecognized arguments: judge"),
+    "a CLIP beside a whole one": (["tiny", "--clip", "judge"], "has CLIP's image tower already"),
+    "a CLIP that is not there": (
+        ["towerless", "--clip", "nowhere"],
+        "nowhere holds neither checkpoints nor a bundle",
+    ),
+    "a CLIP of another space": (["towerless", "--clip", "judge"], "makes image embeddings in another space"),
     "too few rows to examine": (["--rows", "15"], "--rows must be between 16 and 10000, got 15"),
     "one drawn caption": (["--drawn", "1"], "--drawn must be between 2 and 64, got 1"),
     "more drawn captions than half the rows": (["--rows", "16", "--drawn", "9"], "between 2 and 8, got 9"),
@@ -348,7 +354,9 @@ def rows(box: Path) -> list[Row]:
     (box / "photos" / "good.txt").write_text("a grey square")
     (box / "loop").symlink_to("loop")
     os.mkfifo(box / "pipe")
-    save_bundle(random_bundle(), box / "tiny")
+    bundle = random_bundle()
+    save_bundle(bundle, box / "tiny")
+    save_bundle(without_image_tower(bundle), box / "towerless")
     options = {f"--set {item}": ([*FOX, *TINY, "--set", item], says) for item, says in OPTIONS.items()}
     inpaint = {name: (["inpaint", *words], says) for name, (words, says) in INPAINT.items()}
     img2img = {name: (["img2img", *words], says) for name, (words, says) in IMG2IMG.items()}

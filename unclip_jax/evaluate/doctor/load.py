@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from unclip_jax.checkpoint.bundle import Bundle, read_description, read_part
+from unclip_jax.checkpoint.bundle import Bundle, Part, check_frozen, read_description, read_part
 from unclip_jax.checkpoint.load import bundle_path, load_bundle, load_part, load_trained
-from unclip_jax.checkpoint.store import folder, read_items
+from unclip_jax.checkpoint.store import folder, params_hash, read_items
 from unclip_jax.data import ops
 from unclip_jax.data.embeddings import is_embedded
 from unclip_jax.data.record import Source
@@ -19,12 +22,16 @@ from unclip_jax.evaluate.clip import captions_of, usable_rows
 from unclip_jax.evaluate.doctor.report import FAULT, Finding
 from unclip_jax.evaluate.doctor.subject import Subject
 from unclip_jax.evaluate.sets import chosen_rows
+from unclip_jax.models.clip import CLIP
 from unclip_jax.paths import store_errors
 from unclip_jax.run.resume import resolve
 from unclip_jax.sampling.programs import Progress, Sampler
 from unclip_jax.sampling.text_to_image import SYSTEMS
+from unclip_jax.sharding import path_name, placer
 
 LEAST_ROWS = 16  # fewer tell nothing
+# Two copies of a tower's tensor differ by less, in parts of its root mean square: bfloat16 rounds by 0.002.
+ROUNDED = 0.005
 
 
 class Opened(NamedTuple):
@@ -93,6 +100,66 @@ def _open_run(path: str | os.PathLike) -> Opened:
         return Opened(bundle, {})
     _, items, _ = read_items(path, ("state",))
     return Opened(bundle, {name: items["state"]["params"]})
+
+
+def with_clip(opened: Opened, path: str | os.PathLike) -> Opened:
+    """The same parts with the image tower that a CLIP elsewhere has: a bundle, public weights, or a run.
+
+    Its image embeddings lie in the space of the parts if it is the CLIP that they were trained with. A bundle
+    that holds a text tower (Karlo) shows this by the tower's weights, other parts by the hash of their CLIP.
+
+    Raises:
+      FileNotFoundError, ValueError, KeyError: one line, when there is no CLIP with both towers, it is another
+        one, or the parts need none.
+    """
+    bundle = opened.bundle
+    own, place = bundle.parts.get("clip"), None if bundle.mesh is None else placer(bundle.mesh)
+    if own is not None and own.config["model"].get("image") is not None:
+        raise InputError(f"{bundle.path} has CLIP's image tower already: leave out --clip")
+    if own is None and not any("clip" in part.config.get("frozen", {}) for part in bundle.parts.values()):
+        raise InputError(f"no part of {bundle.path} was trained with a CLIP: leave out --clip")
+    given, _ = load_part(path, "clip")
+    for tower in ("image", "text"):
+        if given.config["model"].get(tower) is None:
+            raise InputError(f"--clip {path} has no {tower} tower: name a CLIP with both")
+    params = given.params
+    if place is not None:
+        params = jax.tree_util.tree_map_with_path(lambda where, x: place(path_name(where), x), params)
+    if own is None:
+        clip = Part(given.config, params, given.hash or params_hash(given.params))
+        check_frozen(bundle.parts | {"clip": clip})
+    else:
+        difference = _other_text_tower(own, given)
+        if difference:
+            raise InputError(
+                f"--clip {path} makes image embeddings in another space than that of "
+                f"{bundle.path}: {difference}"
+            )
+        model = own.config["model"] | {"image": given.config["model"]["image"]}
+        towers = {name: params[name] for name in ("image_tower", "logit_scale")}
+        clip = Part(own.config | {"model": model}, own.params | towers, own.hash)
+    return opened._replace(bundle=dataclasses.replace(bundle, parts=bundle.parts | {"clip": clip}))
+
+
+def _other_text_tower(own: Part, given: Part) -> str:
+    # In which way the text towers of two CLIPs differ, in words; "" if they are the same up to rounding.
+    wanted, found = (part.config["model"].get("activation", CLIP.activation) for part in (own, given))
+    if found != wanted:
+        return f"its activation is {found}, not {wanted}"
+    ours, theirs = (
+        {path_name(where): leaf for where, leaf in jax.tree_util.tree_leaves_with_path(params["text_tower"])}
+        for params in (own.params, given.params)
+    )
+    if ours.keys() != theirs.keys():
+        return "its text tower has other layers"
+    for name, leaf in ours.items():
+        if np.shape(leaf) != np.shape(theirs[name]):
+            return f"{name} of its text tower has the shape {np.shape(theirs[name])}, not {np.shape(leaf)}"
+        leaf, other = np.asarray(leaf, np.float64), np.asarray(theirs[name], np.float64)
+        apart = np.sqrt(np.mean(np.square(leaf - other)) / max(np.mean(np.square(leaf)), 1e-20))
+        if not apart <= ROUNDED:
+            return f"{name} of its text tower differs by {apart:.2g} of its root mean square"
+    return ""
 
 
 def make_subject(
