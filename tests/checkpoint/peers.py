@@ -240,17 +240,13 @@ def inception_state(seed=0):
 
 
 # ------------------------------------------------------------------------------------------- Stable Diffusion
-def stable_diffusion(folder, *, version=1, prediction="epsilon", in_channels=4, scheduler=None, width=16):
-    """A tiny Stable Diffusion 1.x or 2.x in its library's pipeline, saved into the folder; returns the
-    pipeline."""
-    warnings.filterwarnings("ignore")
-    from diffusers import (
-        AutoencoderKL,
-        PNDMScheduler,
-        StableDiffusionInpaintPipeline,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
+SCALED_LINEAR = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def latent_parts(folder, *, version=1, in_channels=4, width=16, **unet):
+    """The tiny networks and the tokenizer that the pipelines of Stable Diffusion's family share; `unet` are
+    more settings of the U-Net."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     vocab_size = 600
@@ -267,6 +263,7 @@ def stable_diffusion(folder, *, version=1, prediction="epsilon", in_channels=4, 
         cross_attention_dim=width,
         attention_head_dim=8 if version == 1 else (2, 4),
         use_linear_projection=version == 2,
+        **unet,
     )
     vae = AutoencoderKL(
         block_out_channels=(32, 64),
@@ -283,26 +280,96 @@ def stable_diffusion(folder, *, version=1, prediction="epsilon", in_channels=4, 
     tokenizer = CLIPTokenizer.from_pretrained(
         folder / "tokenizer", model_max_length=LENGTH, pad_token=pad_token
     )
-    schedule = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    if scheduler is None:
-        scheduler = PNDMScheduler(
-            **schedule,
-            skip_prk_steps=True,
-            steps_offset=1,
-            set_alpha_to_one=False,
-            prediction_type=prediction,
-        )
+    return {
+        "unet": randomize(unet, 1),
+        "vae": randomize(vae, 2),
+        "text_encoder": randomize(CLIPTextModel(text), 3),
+        "tokenizer": tokenizer,
+    }
+
+
+def pndm(prediction):
+    """Stable Diffusion's scheduler."""
+    from diffusers import PNDMScheduler
+
+    settings = dict(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    return PNDMScheduler(**SCALED_LINEAR, **settings, prediction_type=prediction)
+
+
+def saved(pipeline, folder):
+    """The pipeline, quiet, saved into the folder."""
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def stable_diffusion(folder, *, version=1, prediction="epsilon", in_channels=4, scheduler=None, width=16):
+    """A tiny Stable Diffusion 1.x or 2.x in its library's pipeline, saved into the folder; returns the
+    pipeline."""
+    warnings.filterwarnings("ignore")
+    from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+
     pipeline = StableDiffusionPipeline if in_channels == 4 else StableDiffusionInpaintPipeline
     made = pipeline(
-        unet=randomize(unet, 1),
-        vae=randomize(vae, 2),
-        text_encoder=randomize(CLIPTextModel(text), 3),
-        tokenizer=tokenizer,
-        scheduler=scheduler,
+        **latent_parts(folder, version=version, in_channels=in_channels, width=width),
+        scheduler=scheduler or pndm(prediction),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    made.set_progress_bar_config(disable=True)
-    made.save_pretrained(folder)
-    return made
+    return saved(made, folder)
+
+
+def stable_unclip(folder, *, draws=True):
+    """A tiny StableUnCLIP in its library's pipeline, saved into the folder; returns the pipeline.
+
+    draws: with a prior, to draw from captions; or with an image encoder, to vary images.
+    """
+    warnings.filterwarnings("ignore")
+    import diffusers
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+        StableUnCLIPImageNormalizer,
+    )
+    from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+    projected = dict(class_embed_type="projection", projection_class_embeddings_input_dim=2 * DIM)
+    normalizer = randomize(StableUnCLIPImageNormalizer(DIM), 4)
+    with torch.no_grad():
+        normalizer.std.copy_(normalizer.std.abs() + 0.5)
+    parts = latent_parts(folder, version=2, **projected) | {
+        "scheduler": diffusers.DDIMScheduler(
+            **SCALED_LINEAR,
+            steps_offset=1,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            prediction_type="v_prediction",
+        ),
+        "image_normalizer": normalizer,
+        "image_noising_scheduler": diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+    }
+    text, image = clip_configs()
+    if not draws:
+        sizes = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        statistics = dict(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.5, 0.7])
+        encoder = randomize(CLIPVisionModelWithProjection(image), 7)
+        extractor = CLIPImageProcessor(**sizes, **statistics)
+        return saved(
+            diffusers.StableUnCLIPImg2ImgPipeline(
+                image_encoder=encoder, feature_extractor=extractor, **parts
+            ),
+            folder,
+        )
+    # Karlo's scheduler as a DDPM one. The pipeline does not tell Karlo's own where a step leads.
+    settings = dict(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
+    settings["beta_schedule"] = "squaredcos_cap_v2"
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=DIM, num_embeddings=LENGTH
+    )
+    made = diffusers.StableUnCLIPPipeline(
+        prior=randomize(prior, 6),
+        prior_tokenizer=write_tokenizer(folder / "prior_tokenizer"),
+        prior_text_encoder=randomize(CLIPTextModelWithProjection(text), 5),
+        prior_scheduler=diffusers.DDPMScheduler(**settings),
+        **parts,
+    )
+    return saved(made, folder)

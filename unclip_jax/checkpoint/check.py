@@ -41,14 +41,13 @@ NAME = re.compile(r"[a-z0-9_]+")
 HOOKS = ("parent", "name", "dtype", "gather", "remat", "scan", "winograd")
 ABOVE = {ImageTower: ("embed_dim", "activation"), TextTower: ("embed_dim", "activation")}
 ABOVE[ClipConditioning] = ("cond_dim",)
-DIFFUSION = {
+SCHEDULE = {
     "schedule": (str, True),
     "num_steps": (int, True),
-    "prediction": (str, True),
-    "vb_weight": (float, False),
     "beta_ends": (tuple[float, ...] | None, False),
     "zero_snr": (bool, False),
 }
+DIFFUSION = SCHEDULE | {"prediction": (str, True), "vb_weight": (float, False)}
 SPACE = {
     "kind": (str, True),
     "scale": (float | None, False),
@@ -159,6 +158,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     _check_words(config, where)
     if "diffusion" in config:
         _check_diffusion(config["diffusion"], f"{where}: diffusion")
+    if kind == "latent":
+        _check_augmentation(config, where)
     if kind == "prior_diffusion":
         _check_space(config["embedding_space"], config["model"]["embed_dim"], f"{where}: embedding_space")
         errors = config.get("x0_error")
@@ -217,17 +218,39 @@ def _check_range(key: str, value: Any, where: str) -> None:
             raise InputError(f"{where}: {key} must be between 1 and {largest}, not {shown(number)}")
 
 
+def _check_augmentation(config: Mapping[str, Any], where: str) -> None:
+    # A U-Net that sees a noised z_i says how it is noised and whitened; its vector is z_i and the level.
+    found = [key for key in ("augmentation", "embedding_space") if key in config]
+    if not found:
+        return
+    if len(found) == 1:
+        raise InputError(f"{where} has {found[0]!r}; augmentation and embedding_space belong together")
+    vector = config["model"].get("vector_dim")
+    if vector is None or vector % 2:
+        raise InputError(f"{where}: a U-Net with augmentation has an even vector_dim, not {shown(vector)}")
+    check_fields(config["augmentation"], SCHEDULE, f"{where}: augmentation")
+    _check_schedule(config["augmentation"], f"{where}: augmentation")
+    _check_space(config["embedding_space"], vector // 2, f"{where}: embedding_space")
+
+
 def _check_diffusion(diffusion: Any, where: str) -> None:
     check_fields(diffusion, DIFFUSION, where)
-    for key, known in (("schedule", SCHEDULES), ("prediction", PREDICTIONS)):
-        if diffusion[key] not in known:
-            raise InputError(f"{where}: unknown {key} {shown(diffusion[key])}; choose one of {listed(known)}")
+    if diffusion["prediction"] not in PREDICTIONS:
+        wrong = shown(diffusion["prediction"])
+        raise InputError(f"{where}: unknown prediction {wrong}; choose one of {listed(PREDICTIONS)}")
+    _check_schedule(diffusion, where)
+
+
+def _check_schedule(diffusion: Mapping[str, Any], where: str) -> None:
+    if diffusion["schedule"] not in SCHEDULES:
+        wrong = shown(diffusion["schedule"])
+        raise InputError(f"{where}: unknown schedule {wrong}; choose one of {listed(SCHEDULES)}")
     if not 2 <= diffusion["num_steps"] <= 100_000:
         raise InputError(f"{where}: num_steps must be between 2 and 100000, not {diffusion['num_steps']}")
     ends = diffusion.get("beta_ends")
     if ends is not None and len(ends) != 2:
         raise InputError(f"{where}: beta_ends must be two numbers, not {len(ends)}")
-    if diffusion.get("zero_snr") and diffusion["prediction"] == "eps":
+    if diffusion.get("zero_snr") and diffusion.get("prediction") == "eps":
         raise InputError(f"{where}: a network that predicts eps cannot start without signal (zero_snr)")
     try:
         schedule_of(diffusion)

@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         metavar="FOLDER",
-        help="a diffusers folder of Karlo or Stable Diffusion, a single file of Stable Diffusion, a CLIP of "
-        "transformers, open_clip or OpenAI, or any bundle",
+        help="a diffusers folder of Karlo, Stable Diffusion or StableUnCLIP, a single file of Stable "
+        "Diffusion, a CLIP of transformers, open_clip or OpenAI, or any bundle",
     )
     parser.add_argument(
         "--out",

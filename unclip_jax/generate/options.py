@@ -13,6 +13,7 @@ from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, transitions
 from unclip_jax.diffusion.schedule import time_steps
 from unclip_jax.diffusion.spacing import Moves, spaced
 from unclip_jax.errors import InputError
+from unclip_jax.generate.image_embeds import check_noise_level
 from unclip_jax.generate.networks import part_schedule
 
 
@@ -78,6 +79,7 @@ class LatentSamplingOptions(SamplingOptions):
     tile: side in pixels of the tiles that are decoded one at a time (`latents.decode_tiled`); None decodes
       the whole picture at once.
     filter: whether the bundle's safety checker, if it has one, blackens the pictures that it flags.
+    noise_level: of the noise on z_i, for a U-Net that sees one (`generate.image_embeds`); from 0 (least).
     """
 
     clip: float | None = None
@@ -86,6 +88,7 @@ class LatentSamplingOptions(SamplingOptions):
     height: int | None = None
     width: int | None = None
     tile: int | None = None
+    noise_level: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "height": _WHOLE_OR_NONE,
     "width": _WHOLE_OR_NONE,
     "tile": _WHOLE_OR_NONE,
+    "noise_level": ("a whole number", _is_whole),
 }
 
 
@@ -218,6 +222,8 @@ def check_options(options: Options, part_config: dict) -> None:
         )
     if kind in ("decoder", "upsampler", "latent") and options.candidates != 1:
         raise InputError(f"only a prior chooses among candidates: they must be 1, got {options.candidates}")
+    if isinstance(options, LatentSamplingOptions):
+        check_noise_level(part_config, options.noise_level)
     if options.sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
     schedule = part_schedule(part_config)

@@ -50,7 +50,7 @@ KINDS: dict[str, Kind] = {
     "upsampler": Kind(
         DIFFUSES | {"factor": (int, True), "last_step_of": (str, False)}, Upsampler, {"unet": UNet}
     ),
-    "latent": Kind(DIFFUSES, LatentUNet),
+    "latent": Kind(DIFFUSES | {"augmentation": (dict, False), "embedding_space": (dict, False)}, LatentUNet),
     "safety": Kind(NETWORK, SafetyChecker, {"image": ImageTower}),
     "kl_autoencoder": Kind(ENCODES, KLAutoencoder),
     "vq_autoencoder": Kind(ENCODES, VQAutoencoder),

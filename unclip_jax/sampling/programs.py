@@ -68,6 +68,7 @@ class Sampler:
         self.networks = {name: self._network(part, place) for name, part in bundle.parts.items()}
         self.params = {name: network.params for name, network in self.networks.items()}
         self._programs: dict[Hashable, Program] = {}
+        self._tokenizers: dict[str, ClipTokenizer] = {}
         self._compiling = threading.local()
 
     def _network(self, part: Part, place: Callable | None) -> Network:
@@ -126,7 +127,22 @@ class Sampler:
     @functools.cached_property
     def tokenizer(self) -> ClipTokenizer:
         """CLIP's tokenizer."""
-        return ClipTokenizer.from_config(self.bundle.part("clip").config["tokenizer"])
+        return self.tokenizer_of("clip")
+
+    def tokenizer_of(self, tower: str) -> ClipTokenizer:
+        """The tokenizer of a part of the kind `clip`.
+
+        Raises:
+          ValueError: when the part has no text encoder.
+        """
+        if tower not in self._tokenizers:
+            config = self.bundle.part(tower).config
+            if "tokenizer" not in config:
+                raise InputError(
+                    f"the part {tower} of {self.bundle.path or 'the bundle'} has no text encoder"
+                )
+            self._tokenizers[tower] = ClipTokenizer.from_config(config["tokenizer"])
+        return self._tokenizers[tower]
 
     @functools.cached_property
     def _text_encoder_tokenizer(self) -> ClipTokenizer | None:
@@ -140,16 +156,24 @@ class Sampler:
             )
         return ClipTokenizer.from_config(configs[0]) if configs else None
 
-    def captions(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """Tokenizes captions for all networks of the bundle (see `tokenizer.caption_arrays`).
+    def captions(
+        self, captions: Sequence[str], tower: str = "clip", warns: bool = True
+    ) -> dict[str, np.ndarray]:
+        """Tokenizes captions for a text tower, and for the parts with a text encoder of their own (see
+        `tokenizer.caption_arrays`).
 
-        Logs a warning with the words of captions that are too long for a network.
+        Args:
+          captions: the texts.
+          tower: a part of the kind `clip`.
+          warns: whether to log a warning with the words of captions that are too long for a network.
 
         Raises:
-          ValueError: when two parts have text encoders with different tokenizers.
+          ValueError: when the tower reads no text, or two parts have text encoders with different tokenizers.
         """
-        warn_of_cuts(captions, self.tokenizer, self._text_encoder_tokenizer)
-        return caption_arrays(captions, self.tokenizer, self._text_encoder_tokenizer)
+        tokenizer = self.tokenizer_of(tower)
+        if warns:
+            warn_of_cuts(captions, tokenizer, self._text_encoder_tokenizer)
+        return caption_arrays(captions, tokenizer, self._text_encoder_tokenizer)
 
     def rows(self, batch: Any, rows: np.ndarray) -> Any:
         """Takes `rows` of every array of a tree and splits them over the mesh."""

@@ -10,7 +10,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
-from unclip_jax.sampling import latent, stream, unclip
+from unclip_jax.sampling import latent, stable_unclip, stream, unclip
 from unclip_jax.sampling.edits import img2img, inpaint, inversion, latent_img2img, latent_inpaint
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
@@ -96,6 +96,15 @@ SYSTEMS = {
         overrides=latent.overrides,
         inpaint=latent_inpaint.inpaint_rows,
         img2img=latent_img2img.img2img_rows,
+    ),
+    "stable_unclip": System(
+        stable_unclip.PARTS,
+        stable_unclip.sample_stages,
+        "latent",
+        stable_unclip.made_by,
+        priors=unclip.PRIORS,
+        sizes=latent.sizes,
+        overrides=stable_unclip.overrides,
     ),
 }
 

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.cli.bad_inputs import Row
 from tests.cli.bad_inputs.public import CLIP, DELETE, public_rows, set_in, write_json
+from tests.cli.bad_inputs.stable_unclip import stable_unclip_rows
 from unclip_jax.checkpoint.load import SHIPPED
 
 PARTS = ("clip", "codec", "prior_diffusion", "prior_ar")
@@ -340,4 +341,10 @@ def verb_rows(box):
 def rows(box: Path) -> list[Row]:
     """Makes the files and returns the rows."""
     small_bundle(box / BASE, *PARTS)
-    return [*bundle_rows(box), *public_rows(box), *run_rows(box), *verb_rows(box)]
+    return [
+        *bundle_rows(box),
+        *public_rows(box),
+        *stable_unclip_rows(box),
+        *run_rows(box),
+        *verb_rows(box),
+    ]

@@ -25,6 +25,7 @@ from unclip_jax.checkpoint.providers import (
     open_clip,
     stable_diffusion,
     stable_diffusion_export,
+    stable_unclip,
 )
 from unclip_jax.errors import InputError
 
@@ -75,6 +76,11 @@ PROVIDERS: dict[str, Provider] = {
         obstacles=stable_diffusion_export.obstacles,
         check_target=diffusers_folder.check_target,
         write=stable_diffusion_export.write,
+    ),
+    "stable_unclip": Provider(
+        layout="StableUnCLIP in diffusers' layout",
+        recognises=stable_unclip.recognises,
+        read=stable_unclip.read,
     ),
     "clip": Provider(
         layout="CLIP of transformers or of OpenAI",

@@ -164,7 +164,8 @@ def _plan(path: Path, place: Place) -> tuple[dict[str, Callable[[], Part]], dict
 
     makers, sampling = {"clip": clip_part}, {}
     if not varies:
-        makers["prior_diffusion"] = _prior(path, model, frozen, place)
+        diffusion = _diffusion(path, "prior", "x0")
+        makers["prior_diffusion"] = prior_maker(path, model, diffusion, frozen, place)
         sampling["prior_diffusion"] = _sampling(path, "prior", "prior_diffusion")
     makers["decoder"] = _decoder(path, model, frozen, place)
     sampling["decoder"] = _sampling(path, "decoder", "decoder")
@@ -193,7 +194,21 @@ def _diffusion(path: Path, part: str, prediction: str) -> dict:
     return karlo_config.schedule(config, prediction, f"{part}_scheduler")
 
 
-def _prior(path: Path, clip_model: dict, frozen: Callable[[], dict], place: Place) -> Callable[[], Part]:
+def prior_maker(
+    path: Path, clip_model: dict, diffusion: dict, frozen: Callable[[], dict], place: Place
+) -> Callable[[], Part]:
+    """A function that makes the part of a pipeline's `prior`.
+
+    Args:
+      path: the pipeline's folder.
+      clip_model: keyword arguments of the `CLIP` whose embeddings it draws.
+      diffusion: the part's.
+      frozen: makes the part's `frozen`.
+      place: where each parameter goes.
+
+    Raises:
+      FileNotFoundError, ValueError: when its configuration is missing or does not fit CLIP.
+    """
     model = karlo_config.prior_model(read_json(path / "prior" / "config.json"))
     dim, length = clip_model["embed_dim"], clip_model["text"]["length"]
     if model["embed_dim"] != dim or model["length"] != length:
@@ -201,7 +216,6 @@ def _prior(path: Path, clip_model: dict, frozen: Callable[[], dict], place: Plac
             f"the prior works on {model['length']} states and embeddings of {model['embed_dim']}, "
             f"but the text encoder makes {length} and {dim}: they are of different CLIPs"
         )
-    diffusion = _diffusion(path, "prior", "x0")
 
     def make() -> Part:
         weights = open_weights(path / "prior")

@@ -91,8 +91,10 @@ def _parts(
     diffusion: dict,
     read_unet: Callable[[Any], dict],
     place: Place,
+    text: str = "clip",
 ) -> dict[str, Callable[[], Part]]:
-    # A function that makes each part. The parameters of the first two are hashed before they are placed.
+    # A function that makes each part; `text` names the text tower's. The parameters of text tower and
+    # autoencoder are hashed before they are placed.
     width = clip_model["text"]["width"]
     if unet_model["context_dim"] != width:
         raise InputError(
@@ -123,18 +125,35 @@ def _parts(
         return Part(config, placed(params), params_hash(params))
 
     def unet_part() -> Part:
-        frozen = {"clip": clip_part().hash, "autoencoder": vae_part().hash}
+        frozen = {text: clip_part().hash, "autoencoder": vae_part().hash}
         config = {"kind": "latent", "model": unet_model, "diffusion": diffusion, "frozen": frozen}
         return Part(config, read_unet(latent_shapes(unet_model)))
 
-    return {"clip": clip_part, "latent": unet_part, "autoencoder": vae_part}
+    return {text: clip_part, "latent": unet_part, "autoencoder": vae_part}
 
 
 def _folder(path: Path, place: Place) -> tuple[dict, dict, dict]:
     index = read_json(path / "model_index.json")
     stable_diffusion_config.check_index(index, str(path / "model_index.json"))
-    text = read_json(path / "text_encoder" / "config.json")
-    clip_model = text_tower(text)
+    parts, sampling = folder_parts(path, place)
+    if index.get("safety_checker") and index["safety_checker"][-1] is not None:
+        parts["safety"] = _safety(path, place)
+    return parts, {"latent": sampling}, {}
+
+
+def folder_parts(path: Path, place: Place, text: str = "clip") -> tuple[dict[str, Callable[[], Part]], dict]:
+    """What the folders of Stable Diffusion's family share: text tower, U-Net and autoencoder.
+
+    Args:
+      path: the pipeline's folder, whose index was checked.
+      place: where each parameter goes.
+      text: the name of the text tower's part.
+
+    Returns:
+      A function that makes each part, by name, and the U-Net's sampling defaults. All configurations are
+      checked, and no weights are read.
+    """
+    clip_model = text_tower(read_json(path / "text_encoder" / "config.json"))
     tokenizer = folder_tokenizer(path / "tokenizer", clip_model["text"]["length"])
     first_stage = read_json(path / "vae" / "config.json")
     first_stage = autoencoder.part_config(first_stage, "kl_autoencoder", "the autoencoder")
@@ -156,11 +175,9 @@ def _folder(path: Path, place: Place) -> tuple[dict, dict, dict]:
         )
 
     parts = _parts(
-        clip_model, tokenizer, read_clip, vae, scale, read_vae, unet, diffusion, read_unet, place
+        clip_model, tokenizer, read_clip, vae, scale, read_vae, unet, diffusion, read_unet, place, text
     )  # fmt: skip
-    if index.get("safety_checker") and index["safety_checker"][-1] is not None:
-        parts["safety"] = _safety(path, place)
-    return parts, {"latent": sampling}, {}
+    return parts, sampling
 
 
 SAFETY: tuple[Rule, ...] = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from unclip_jax.checkpoint.settings import STATED, Settings
@@ -236,20 +236,30 @@ def scheduler(config: Mapping[str, Any], name: str) -> tuple[dict, dict]:
     return diffusion, SAMPLING | sampling
 
 
-def check_index(index: Mapping[str, Any], name: str) -> None:
+def check_index(
+    index: Mapping[str, Any],
+    name: str,
+    classes: Mapping[str, tuple[str, ...]] = CLASSES,
+    aside: Collection[str] = ASIDE,
+) -> None:
     """Checks that each part of `model_index.json` is of a class that is known here.
+
+    Args:
+      index: what the file holds. name: the file's, for messages.
+      classes: part -> the classes that are known; each part must be there.
+      aside: parts that are not read, and may be missing.
 
     Raises:
       ValueError: naming the part and its class.
     """
     for part, (*_, kind) in ((k, v) for k, v in index.items() if isinstance(v, list) and v):
-        if part in ASIDE:
+        if part in aside:
             if part == "safety_checker" and kind not in (None, "StableDiffusionSafetyChecker"):
                 raise InputError(f"{name}: safety_checker is a {shown(kind)}, which is not known here")
             continue
-        if part not in CLASSES or kind not in CLASSES[part]:
-            known = ", ".join(CLASSES.get(part, ())) or "no such part"
+        if part not in classes or kind not in classes[part]:
+            known = ", ".join(classes.get(part, ())) or "no such part"
             raise InputError(f"{name}: {part} is a {shown(kind)}; known here: {known}")
-    missing = [part for part in CLASSES if not index.get(part)]
+    missing = [part for part in classes if not index.get(part)]
     if missing:
         raise InputError(f"{name} lacks {', '.join(missing)}; copy the folder again")

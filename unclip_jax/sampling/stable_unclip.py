@@ -1,0 +1,237 @@
+"""StableUnCLIP's cascade: text, prior, noised z_i, latents, autoencoder, in one compiled program.
+
+The prior draws z_i for a caption, as in unCLIP. The U-Net of latent diffusion sees z_i with noise of the
+level `noise_level`, and the caption through the part `text`, or through `clip` where one CLIP serves both.
+Where the bundle has no prior, z_i comes from a picture.
+
+As in `unclip`, guidance scales are arguments of the program, and every row has its own random key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
+from unclip_jax.diffusion.process import fold_in, standard_normal
+from unclip_jax.errors import InputError
+from unclip_jax.generate.image_embeds import noised_vector
+from unclip_jax.generate.latents import Inputs, decode_latents, sample_latents
+from unclip_jax.generate.networks import Network, part_space
+from unclip_jax.generate.options import LatentSamplingOptions, Options, is_guided
+from unclip_jax.generate.text import Texts, encode_text
+from unclip_jax.sampling.latent import check_draws, flagged, picture_size, tile_size
+from unclip_jax.sampling.latent import overrides as latent_overrides
+from unclip_jax.sampling.programs import (
+    Overrides,
+    Progress,
+    Sampler,
+    as_positions,
+    as_sampler,
+    as_seeds,
+    row_keys,
+    split_scales,
+    with_scales,
+)
+from unclip_jax.sampling.unclip import PRIORS, check_embeddings, check_prior, draw_z_image, encode_captions
+
+# What each stage folds into a row's random key; `unclip.PRIOR` is 0.
+LATENT, AUGMENTATION = 1, 2
+PARTS = ("clip", "latent", "autoencoder")
+
+
+class StableUnclipStages(NamedTuple):
+    """What each stage drew, as NumPy arrays.
+
+    z_image: (B, D) raw image embeddings, without noise; zero with the prior `null`.
+    latents: (B, h, w, Z) scaled latents.
+    images: [float array (B, H, W, 3) in [-1, 1]].
+    """
+
+    z_image: np.ndarray
+    latents: np.ndarray
+    images: list[np.ndarray]
+
+
+def context_tower(parts: Mapping[str, Any]) -> str:
+    """The name of the part whose text states the U-Net sees."""
+    return "text" if "text" in parts else "clip"
+
+
+def check_reads(sampler: Sampler, prior: str) -> None:
+    """Raises a ValueError or KeyError where the bundle cannot make z_i with a prior: it is unknown, or a part
+    or the text tower of the CLIP of z_i is missing."""
+    check_prior(sampler.bundle, prior)
+    if prior != "null" and sampler.network("clip").config["model"]["text"] is None:
+        raise InputError(
+            f"the CLIP of {sampler.bundle.path or 'the bundle'} has no text encoder, so no caption gives a "
+            "z_i: give a picture, or the prior null"
+        )
+
+
+def made_by(bundle: Bundle, prior: str | None) -> list[str]:
+    """The parts that make z_image, the latents and the picture, in this order."""
+    return [*(PRIORS[prior or "none"] or ("clip",))[:1], "latent", "autoencoder"]
+
+
+def overrides(
+    bundle: Bundle,
+    prior: str,
+    *,
+    steps: int | str | None = None,
+    guidance_scale: float | None = None,
+    prior_guidance_scale: float | None = None,
+    eta: float | None = None,
+    candidates: int | None = None,
+    negative: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Overrides of the bundle's sampling defaults from the options that people know; None keeps a default.
+
+    Args:
+      bundle: the parts. prior: one of `unclip.PRIORS`.
+      steps, guidance_scale, eta, negative: of the U-Net, as in `latent.overrides`.
+      prior_guidance_scale, candidates: of the prior.
+
+    Raises:
+      ValueError: if an option of the prior is given and the prior draws nothing.
+    """
+    chosen = latent_overrides(
+        bundle, None, steps=steps, guidance_scale=guidance_scale, eta=eta, negative=negative
+    )
+    drawn = {"guidance_scale": prior_guidance_scale, "candidates": candidates}
+    drawn = {name: value for name, value in drawn.items() if value is not None}
+    if drawn and not PRIORS[prior]:
+        raise InputError(f"the prior {prior!r} draws nothing, so leave its options out: {', '.join(drawn)}")
+    return chosen | ({prior: drawn} if drawn else {})
+
+
+def vector_input(
+    latent: Network, z_image: jax.Array | None, rows: int, keys: jax.Array, options: LatentSamplingOptions
+) -> Inputs:
+    """The U-Net's vector of z_i (B, D) with noise, and the zeros of the unconditional half. With z_i None it
+    is zero in both."""
+    if z_image is None:
+        vector = jnp.zeros((rows, latent.module.vector_dim))
+    else:
+        level = jnp.full(rows, options.noise_level)
+        eps = standard_normal(fold_in(keys, AUGMENTATION), z_image.shape)
+        space = part_space(latent.config)
+        vector = noised_vector(latent.config["augmentation"], space, z_image, level, eps)
+    return {"vector": (vector, jnp.zeros((1, vector.shape[1])))}
+
+
+def _cascade(
+    sampler: Sampler,
+    options: dict[str, Options],
+    prior: str | None,
+    size: tuple[int, int],
+    tile: int | None,
+) -> Callable:
+    # With prior None, the caller gives z_image.
+    def run(params, scales, captions, negative, asked, empty, z_image, x_T, seeds, positions):
+        networks, chosen = sampler.with_params(params), with_scales(options, scales)
+        keys, tower, latent = (
+            row_keys(seeds, positions),
+            networks[context_tower(networks)],
+            networks["latent"],
+        )
+        texts = Texts(encode_text(tower, captions), encode_text(tower, negative))
+        if prior not in (None, "null"):
+            wanted = encode_captions(networks["clip"], asked, empty)
+            z_image = draw_z_image(prior, networks, wanted, keys, chosen)
+        inputs = vector_input(latent, z_image, texts.rows, keys, chosen["latent"])
+        key = fold_in(keys, LATENT)
+        z = sample_latents(latent, texts, size, key, chosen["latent"], x_T=x_T, inputs=inputs)
+        shown = jnp.zeros((texts.rows, latent.module.vector_dim // 2)) if z_image is None else z_image
+        return shown, z, decode_latents(networks["autoencoder"], z, tile)
+
+    return run
+
+
+def sample_stages(
+    bundle: Sampler | Bundle,
+    captions: Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    prior: str = "prior_diffusion",
+    z_image: np.ndarray | None = None,
+    x_T: np.ndarray | None = None,
+    positions: Sequence[int] | None = None,
+    options: Overrides | Sequence[Overrides] = None,
+    progress: Progress | None = None,
+) -> StableUnclipStages:
+    """Runs the cascade and returns the output of every stage.
+
+    Args:
+      bundle: with the parts clip, latent and autoencoder, the chosen prior's parts, and text where the U-Net
+        has a text tower of its own.
+      captions: at least one text. The tokenizers truncate texts that are too long.
+      prior: how to get z_i, one of `unclip.PRIORS`.
+      z_image: (B, D) raw image embeddings, one per caption. If given, they replace the prior's.
+      x_T: (B, h, w, Z) the latents' noise. None: the seed determines it.
+      seed, positions, options, progress: as in `unclip.sample_stages`.
+
+    Returns:
+      The stages' arrays.
+
+    Raises:
+      ValueError: if there are no captions, the number of embeddings differs from that of captions, the prior
+        is unknown or cannot read captions, or an option, the seed or a position is out of range.
+      KeyError: if the bundle lacks a part.
+      NumericalError: naming the first part that made values that are not finite.
+    """
+    sampler, captions = as_sampler(bundle), list(captions)
+    count = len(captions)
+    if not count:
+        raise InputError("no captions: give at least one")
+    seeds, places = as_seeds(seed, count), as_positions(positions, count)
+    for name in PARTS:
+        sampler.bundle.part(name)
+    check_draws(sampler.bundle)
+    chosen_prior = prior if z_image is None else None
+    if chosen_prior is not None:
+        check_reads(sampler, chosen_prior)
+    elif len(z_image) != count:
+        raise InputError(f"expected one embedding per caption, got {len(z_image)} and {count}")
+    used = ("latent", *(PRIORS[chosen_prior] if chosen_prior else ()))
+    rows = [{n: o for n, o in row.items() if n in used} for row in sampler.row_options(options, count)]
+    if any(row["latent"].negative and not is_guided(row["latent"]) for row in rows):
+        raise InputError("a negative caption needs guidance: set a guidance_scale other than 1")
+    negative, drawn_with = [row["latent"].negative for row in rows], rows[0]["latent"]
+    static, scales = split_scales(
+        [row | {"latent": dataclasses.replace(row["latent"], negative="", filter=True)} for row in rows]
+    )
+    size, tile = picture_size(sampler, drawn_with), tile_size(sampler, drawn_with)
+    z = None if z_image is None else check_embeddings(sampler, z_image)
+    noise = None if x_T is None else np.asarray(x_T, np.float32)
+    if noise is not None and noise.shape != (count, *size, sampler.network("latent").module.out_channels):
+        raise InputError(f"x_T must be of {count} latents of {size[0]} x {size[1]}, got {noise.shape}")
+    run = sampler.program(
+        ("stable_unclip", chosen_prior, size, tile, *static.items()),
+        lambda: _cascade(sampler, static, chosen_prior, size, tile),
+    )
+    tower = context_tower(sampler.bundle.parts)
+    reads = chosen_prior not in (None, "null")
+    lengths = {sampler.tokenizer_of(name).length for name in ((tower, "clip") if reads else (tower,))}
+    asked, empty = (
+        sampler.captions(words, warns=len(lengths) > 1) if reads else None for words in (captions, [""])
+    )
+    given = (sampler.captions(captions, tower), sampler.captions(negative, tower), asked)
+
+    def batch(index):
+        scale, (texts, not_shown, asks), z_i, x, numbers, where = sampler.rows(
+            (scales, given, z, noise, seeds, places), index
+        )
+        return run(sampler.params, scale, texts, not_shown, asks, empty, z_i, x, numbers, where)
+
+    parts = made_by(sampler.bundle, chosen_prior)
+    found, latents, image = sampler.in_batches(batch, count, parts, progress)
+    if drawn_with.filter:
+        image = np.where(flagged(sampler, ops.to_uint8(image))[:, None, None, None], -1.0, image)
+    return StableUnclipStages(found, latents, [np.float32(image)])
