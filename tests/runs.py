@@ -16,7 +16,17 @@ from unclip_jax.cli.train import load_config, override
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.generate.networks import build_model
 from unclip_jax.run import batches
-from unclip_jax.train import autoencoder, clip, codec, decoder, latent, prior_ar, prior_diffusion, upsampler
+from unclip_jax.train import (
+    autoencoder,
+    clip,
+    codec,
+    decoder,
+    latent,
+    prior_ar,
+    prior_diffusion,
+    upsampler,
+    vqvae,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {
@@ -27,6 +37,7 @@ STAGES = {
     "upsampler_16": (upsampler, "configs/emoji/upsampler.py:tiny"),
     "autoencoder": (autoencoder, "configs/emoji/autoencoder.py:tiny-vq"),
     "latent": (latent, "configs/emoji/latent.py:tiny"),
+    "vqvae": (vqvae, "configs/vqvae2/vqvae.py:tiny"),
 }
 CODEC = {"codec": (codec, "configs/emoji/codec.py:tiny")}  # fitted, not trained
 BESIDE = {

@@ -28,6 +28,7 @@ from unclip_jax.generate.networks import Network
 from unclip_jax.models.autoencoder import VQAutoencoder
 from unclip_jax.models.discriminator import PatchDiscriminator
 from unclip_jax.models.lpips import LPIPS
+from unclip_jax.models.quantiser import init_averages
 from unclip_jax.run import defaults
 from unclip_jax.train import autoencoder
 
@@ -188,7 +189,7 @@ def test_intended_beta_and_averages():
         "legacy": {}, "intended": {"legacy": False}, "averages": {"codebook": "averages", "decay": 0.9},
     }.items():  # fmt: skip
         config = adversarial_config(0, **settings)
-        extra = {"averages": autoencoder.init_averages(params["codebook"])} if name == "averages" else {}
+        extra = {"averages": {"codebook": init_averages(params["codebook"])}} if name == "averages" else {}
 
         def loss(params, extra=extra, config=config):
             out = autoencoder.reconstruct(params, extra, jax.random.key(0), x, model=model, config=config)
@@ -196,7 +197,7 @@ def test_intended_beta_and_averages():
 
         (value, moved), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
         found[name] = float(value), np.abs(np.asarray(gradient["codebook"])).max()
-    assert moved["averages"].steps == 1 and moved["averages"].counts.sum() > 0
+    assert moved["averages"]["codebook"].steps == 1 and moved["averages"]["codebook"].counts.sum() > 0
     distance = found["legacy"][0] / 1.25
     np.testing.assert_allclose(found["intended"][0], 1.25 * distance, rtol=1e-5)
     np.testing.assert_allclose(found["averages"][0], 0.25 * distance, rtol=1e-5)

@@ -65,6 +65,7 @@ TOKENIZER = {
 CHOICES = {"activation": tuple(ACTIVATIONS), "resize": ("cubic", "linear"), "resample": RESAMPLES}
 # The largest values that a file may ask for. A larger one is a mistake, and would take all memory.
 LARGEST = {"layers": 1000, "res_blocks": 100, "length": 8192, "image_size": 8192, "channel_mult": 1000}
+LARGEST |= {"levels": 8, "halvings": 8}  # powers of two
 LARGE = 2**20
 # The ends of the paths of tensors whose first axis is the size of the embeddings, or of the text states.
 SEES = {
@@ -333,7 +334,7 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     if kind == "clip":
         return clip_shapes(model)
     module = KINDS[kind].module(**model)
-    if kind in ("kl_autoencoder", "vq_autoencoder"):
+    if kind in ("kl_autoencoder", "vq_autoencoder", "vqvae"):
         return shapes_of(module.init, array(1, module.factor, module.factor, module.image_channels))
     if kind in ("inception", "dinov2"):
         side = INCEPTION_SIZE if kind == "inception" else module.positions * module.patch_size

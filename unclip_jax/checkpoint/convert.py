@@ -96,6 +96,13 @@ TRANSFORMS: dict[str, Transform] = {
         lambda a, shape: _transposed(a, 2, 3, 1, 0),
         lambda a: a.transpose(3, 2, 0, 1),
     ),
+    # torch's (in, out, height, width) of a transposed convolution, whose kernel torch turns by half a circle
+    # -> (height, width, in, out)
+    "transposed_conv": Transform(
+        lambda ours, theirs: len(theirs) == 4 and ours == (*theirs[2:], *theirs[:2]),
+        lambda a, shape: keep("", a.transpose(2, 3, 0, 1)[::-1, ::-1]),
+        lambda a: a[::-1, ::-1].transpose(2, 3, 0, 1),
+    ),
     # torch's (out, in), or (out, in, 1, 1) of a 1x1 convolution -> (in, out); written back as a convolution
     "pointwise": Transform(
         lambda ours, theirs: ours == tuple(theirs[1::-1]) and math.prod(theirs[2:]) == 1,

@@ -20,6 +20,7 @@ from unclip_jax.models.safety import SafetyChecker
 from unclip_jax.models.text_encoder import TextEncoder
 from unclip_jax.models.unet import UNet
 from unclip_jax.models.upsampler import Upsampler
+from unclip_jax.models.vqvae import VQVAE
 
 
 class Kind(NamedTuple):
@@ -54,6 +55,7 @@ KINDS: dict[str, Kind] = {
     "safety": Kind(NETWORK, SafetyChecker, {"image": ImageTower}),
     "kl_autoencoder": Kind(ENCODES, KLAutoencoder),
     "vq_autoencoder": Kind(ENCODES, VQAutoencoder),
+    "vqvae": Kind(NETWORK, VQVAE),
     "lpips": Kind(NETWORK, LPIPS),
     "inception": Kind(NETWORK, Inception),
     "dinov2": Kind(NETWORK, DINOv2),

@@ -5,6 +5,7 @@ codebook learns in one of two ways:
 
     gradient   `quantiser_loss`: a codebook term moves the vectors to the encoder's outputs, and a commitment
                term keeps the outputs near the vectors (equation 3)
+               A relaxation may take the place of the nearest vector (`quantise_softly`).
     averages   `Averages`: every vector is the mean of the outputs that chose it, over an exponential window
                (appendix A.1). The loss then has the commitment term alone.
 
@@ -62,6 +63,42 @@ def quantise(z: jax.Array, codebook: jax.Array) -> Quantised:
     codes = nearest(jax.lax.stop_gradient(z), jax.lax.stop_gradient(codebook))
     vectors = codebook.astype(jnp.float32)[codes]
     return Quantised(z + jax.lax.stop_gradient(vectors - z), vectors, codes)
+
+
+def gumbel_softmax(logits: jax.Array, key: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    """A relaxed draw from a categorical distribution (Jang et al. 2017, equation 2).
+
+    Args:
+      logits: (..., K).
+      key: random.
+      temperature: above 0. Near 0 the draws are one-hot; the gradient's variance then grows.
+
+    Returns:
+      (..., K) float32, positive, sums of 1.
+    """
+    noise = jax.random.gumbel(key, logits.shape, jnp.float32)
+    return jax.nn.softmax((logits.astype(jnp.float32) + noise) / temperature, axis=-1)
+
+
+def quantise_softly(
+    z: jax.Array, codebook: jax.Array, key: jax.Array, temperature: jax.Array | float
+) -> Quantised:
+    """Vectors (..., Z) -> mixtures of the codebook's (K, Z): relaxed draws with logits -|z - e|^2.
+
+    The gradient reaches the encoder and the codebook through the mixture. `codes` are the nearest vectors'.
+    """
+    z, codebook = z.astype(jnp.float32), codebook.astype(jnp.float32)
+    inner = jnp.einsum("...z,kz->...k", z, codebook, precision="highest")
+    logits = 2.0 * inner - jnp.sum(jnp.square(codebook), axis=1)  # |z|^2 is the same for all
+    share = gumbel_softmax(logits, key, temperature)
+    codes = nearest(jax.lax.stop_gradient(z), jax.lax.stop_gradient(codebook))
+    return Quantised(jnp.einsum("...k,kz->...z", share, codebook), codebook[codes], codes)
+
+
+def annealed(step: jax.Array, start: float, end: float, steps: int) -> jax.Array:
+    """A value () that goes from `start` to `end` along half a cosine in `steps` steps, and stays there."""
+    share = jnp.clip(step / steps, 0.0, 1.0)
+    return end + (start - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * share))
 
 
 def quantiser_loss(z: jax.Array, vectors: jax.Array, beta: float = 0.25, legacy: bool = True) -> jax.Array:

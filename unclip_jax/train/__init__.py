@@ -3,7 +3,17 @@
 `STAGES` maps the name of a stage to its file.
 """
 
-from unclip_jax.train import autoencoder, clip, codec, decoder, latent, prior_ar, prior_diffusion, upsampler
+from unclip_jax.train import (
+    autoencoder,
+    clip,
+    codec,
+    decoder,
+    latent,
+    prior_ar,
+    prior_diffusion,
+    upsampler,
+    vqvae,
+)
 
 STAGES = {
     "clip": clip,
@@ -14,4 +24,5 @@ STAGES = {
     "upsampler": upsampler,
     "autoencoder": autoencoder,
     "latent": latent,
+    "vqvae": vqvae,
 }

@@ -34,15 +34,7 @@ from unclip_jax.errors import InputError
 from unclip_jax.models.autoencoder import KLAutoencoder, VQAutoencoder, kl_divergence, sample_moments
 from unclip_jax.models.discriminator import PatchDiscriminator
 from unclip_jax.models.lpips import SMALLEST
-from unclip_jax.models.quantiser import (
-    averaged_codebook,
-    init_averages,
-    quantiser_loss,
-    restart_dead,
-    trained_averages,
-    update_averages,
-    usage,
-)
+from unclip_jax.models.quantiser import usage
 from unclip_jax.run import settings
 from unclip_jax.run.batches import eval_batches, open_data
 from unclip_jax.run.frozen import arrays, check_pictures, hashes, load_frozen
@@ -52,10 +44,16 @@ from unclip_jax.run.resume import config_json
 from unclip_jax.run.stage import Player, Stage
 from unclip_jax.run.state import step_rng
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
+from unclip_jax.train.codebooks import (
+    QUANTISER,
+    codebook_loss,
+    codebook_of,
+    continue_averages,
+    start_averages,
+)
 from unclip_jax.train.figures import image_figures, sample_grid, with_image_figures
 
 FROZEN = {"lpips": "lpips"}
-CODEBOOKS = ("gradient", "averages")
 SETTINGS = settings.TRAINED | {
     "frozen": {"lpips": settings.maybe(settings.text())},
     "image_size": settings.whole("[1, inf)"),
@@ -71,17 +69,7 @@ SETTINGS = settings.TRAINED | {
         "codes": settings.absent(settings.whole("[2, inf)")),
     },
     "kl_weight": settings.maybe(settings.number("[0, inf)")),
-    "quantiser": settings.maybe(
-        {
-            "codebook": settings.text(*CODEBOOKS),
-            "weight": settings.number("(0, inf)"),
-            "beta": settings.number("[0, inf)"),
-            "legacy": settings.FLAG,
-            "decay": settings.number("(0, 1)"),
-            "debias": settings.FLAG,
-            "restart": settings.number("[0, inf)"),
-        }
-    ),
+    "quantiser": settings.maybe(QUANTISER),
     "perceptual_weight": settings.number("[0, inf)"),
     "discriminator": settings.maybe(
         {
@@ -113,20 +101,13 @@ def reconstruct(params, extra, rng, image, *, model, config):
         z, kl = sample_moments(encoded, noise), jnp.mean(kl_divergence(encoded))
         latent_loss, metrics["kl"] = config.kl_weight * kl, kl
     else:
-        quantiser, size = config.quantiser, config.model.codes
         found = model.apply(variables, encoded, method="quantise")
-        z = found.latents
-        if quantiser.codebook == "averages":
-            vectors = jax.lax.stop_gradient(found.vectors)
-            latent_loss = quantiser.beta * jnp.mean(jnp.square(vectors - encoded))
-            how = {"decay": quantiser.decay, "debias": quantiser.debias}
-            moved = update_averages(extra["averages"], encoded, found.codes, quantiser.decay)
-            if quantiser.restart:
-                moved = restart_dead(moved, encoded, rng_restart, quantiser.restart, **how)
-            extra = extra | {"averages": moved}
-        else:
-            latent_loss = quantiser_loss(encoded, found.vectors, quantiser.beta, quantiser.legacy)
-        latent_loss, used = quantiser.weight * latent_loss, usage(found.codes, size)
+        z, averages = found.latents, extra.get("averages", {})
+        latent_loss, used, moved = codebook_loss(
+            config.quantiser, encoded, found, config.model.codes, averages.get("codebook"), rng_restart
+        )
+        if moved is not None:
+            extra = extra | {"averages": {"codebook": moved}}
         metrics |= {"quantiser": latent_loss, "perplexity": used.perplexity, "codes_used": used.used}
     method = "decode" if config.quantiser is None else "decode_quantised"
     made, kept = apply(z, method, keys[1], mutable=["intermediates"])
@@ -264,7 +245,7 @@ def stage(config, mesh, frozen) -> Stage:
         image = jnp.zeros((1, size, size, 3))
         params, extra = model.init(key, image)["params"], {}
         if averages:
-            extra["averages"] = init_averages(params["codebook"], config.quantiser.debias)
+            extra["averages"] = {"codebook": start_averages(config.quantiser, params["codebook"])}
         if critic is not None:
             begun = critic.init(jax.random.fold_in(key, 1), image)
             params |= {"discriminator": begun["params"]}
@@ -276,8 +257,7 @@ def stage(config, mesh, frozen) -> Stage:
     def follow(params, extra):
         if not averages:
             return params
-        how = (config.quantiser.decay, config.quantiser.debias)
-        return params | {"codebook": averaged_codebook(extra["averages"], *how)}
+        return params | {"codebook": codebook_of(config.quantiser, extra["averages"]["codebook"])}
 
     shared = {"model": model, "critic": critic, "config": config}
     lpips = frozen["lpips"].module if "lpips" in frozen else None
@@ -372,10 +352,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     # -------------------------------------------------------------------------------- loop
     run = Run(config, workdir, trained, mesh, data, init_from)
     if init_from is not None and not run.start.step and "averages" in run.state.extra:
-        place = jax.jit(trained_averages, static_argnums=1, out_shardings=run.shardings.extra["averages"])
-        outputs = config.batch_size * (config.image_size // model.factor) ** 2
-        kept = {"averages": place(run.state.params["codebook"], outputs)}
-        run.state = run.state.replace(extra=run.state.extra | kept)
+        continue_averages(run, {"codebook": config.batch_size * (config.image_size // model.factor) ** 2})
     with run:
         update = run.update()
         for step, batch in run:

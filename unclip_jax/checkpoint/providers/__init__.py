@@ -26,6 +26,7 @@ from unclip_jax.checkpoint.providers import (
     stable_diffusion,
     stable_diffusion_export,
     stable_unclip,
+    vqvae,
 )
 from unclip_jax.errors import InputError
 
@@ -66,6 +67,11 @@ PROVIDERS: dict[str, Provider] = {
         obstacles=karlo_export.obstacles,
         check_target=diffusers_folder.check_target,
         write=karlo_export.write,
+    ),
+    "vqvae": Provider(  # before the readers of any single file
+        layout="VQ-VAE-2 of vq-vae-2-pytorch (vqvae*.pt, vqvae*.safetensors)",
+        recognises=vqvae.recognises,
+        read=vqvae.read,
     ),
     "stable_diffusion": Provider(
         layout="Stable Diffusion 1.x or 2.x in diffusers' layout or in one file",
