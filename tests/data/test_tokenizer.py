@@ -137,7 +137,7 @@ def test_cut_vocabulary_spells_the_same_text(vocab_size):
     tokens, mask = ClipTokenizer(256, vocab_size)([text])
     engine = ClipTokenizer(256, vocab_size)._engine
     spelled = "".join(engine.id_to_token(int(i)) for i in tokens[0][mask[0]][1:-1]).replace("</w>", "")
-    characters = tokenizer_module._byte_characters()
+    characters = tokenizer_module.byte_characters()
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     bytes_in_order = [*printable, *(byte for byte in range(256) if byte not in printable)]
     assert bytes(
@@ -244,7 +244,7 @@ def test_folder_with_other_merges_travels_in_the_config(tmp_path):
     (tmp_path / "merges.txt").write_text(
         "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges), "utf-8"
     )
-    tokens = [*tokenizer_module._byte_characters()]
+    tokens = [*tokenizer_module.byte_characters()]
     tokens += [token + "</w>" for token in tokens] + ["xy", "xyz</w>", "<|startoftext|>", "<|endoftext|>"]
     (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
     ours = ClipTokenizer.from_folder(tmp_path, 8)

@@ -12,7 +12,7 @@ parameters, the samplers' defaults by part, and the provenance. A part's `config
 | `frozen` | role -> hash of each network that stood frozen under it in training | those that had one |
 | `tokenizer` | of the text encoder that the part owns | CLIP; a part with a text encoder of its own |
 | `embedding_space` | how the image embeddings are normalised | the diffusion prior |
-| `factor` | how much larger the output is than the input | upsamplers |
+| `factor` | how much larger the output is than the input | upsamplers, those of GLIDE too |
 | `last_step_of` | the upsampler whose last sampling step this network makes | some upsamplers |
 
 Tensors are named by their path in the parameter tree ("unet/conv_in/kernel"), one per layer. They are float32
@@ -109,10 +109,13 @@ def no_part(path: str | os.PathLike, name: str, names: Iterable[str]) -> Missing
 
 
 def upsamplers(parts: Mapping[str, Part]) -> list[str]:
-    """The names of the upsamplers, smallest output first. Networks that make another one's last step are not
-    among them."""
+    """The names of the upsamplers, smallest output first. Networks that make another one's last step, and
+    those that inpaint, are not among them."""
     first = [
-        name for name, part in parts.items() if part.config["kind"] == "upsampler" and not last_step_of(part)
+        name
+        for name, part in parts.items()
+        if (part.config["kind"] == "upsampler" or "factor" in part.config)
+        and not (last_step_of(part) or part.config["model"].get("inpaint"))
     ]
     return sorted(first, key=lambda name: parts[name].config["model"]["unet"]["image_size"])
 
@@ -176,7 +179,7 @@ def check_sizes(parts: Mapping[str, Part], where: str) -> None:
         refined = last_step_of(part)
         if refined is not None and refined not in upsamplers(parts):
             raise InputError(f"{where}: {name} makes the last step of {refined}, which is no upsampler here")
-    unets = [name for name in ("decoder",) if name in parts] + upsamplers(parts)
+    unets = [name for name in ("decoder", "glide") if name in parts][:1] + upsamplers(parts)
     for small, large in itertools.pairwise(unets):
         low, size = (parts[name].config["model"]["unet"]["image_size"] for name in (small, large))
         if low * parts[large].config["factor"] != size:

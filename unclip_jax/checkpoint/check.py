@@ -20,7 +20,7 @@ from flax import traverse_util
 
 from unclip_jax.checkpoint.convert import array, shapes_of
 from unclip_jax.checkpoint.files import list_names
-from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.data.tokenizers import tokenizer_of
 from unclip_jax.diffusion.embedding_space import KINDS as SPACES
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace
 from unclip_jax.diffusion.process import PREDICTIONS
@@ -29,6 +29,7 @@ from unclip_jax.errors import InputError, one_line
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower
 from unclip_jax.models.codec import Codec
 from unclip_jax.models.decoder import ClipConditioning
+from unclip_jax.models.glide import Glide
 from unclip_jax.models.inception import SIZE as INCEPTION_SIZE
 from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.latent_unet import RESAMPLES, LatentUNet
@@ -148,7 +149,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         if not 2 <= config["tokenizer"]["length"] <= LARGEST["length"]:
             raise InputError(f"{where}: tokenizer: length must be between 2 and {LARGEST['length']}")
         try:
-            ClipTokenizer.from_config(config["tokenizer"])
+            tokenizer_of(config["tokenizer"])
         except ValueError as error:
             raise InputError(f"{where}: tokenizer: {one_line(error)}") from None
     if KINDS[kind].module is not None:
@@ -156,6 +157,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         if kind == "prior_diffusion" and config["model"].get("text") is not None:
             words = {"num_embeddings": (int, True)}
             check_fields(config["model"]["text"], words, f"{where}: model: text")
+    if kind == "glide" and ("factor" in config) != bool(config["model"].get("upsamples")):
+        raise InputError(f"{where}: a network that upsamples has a factor, and another one has none")
     _check_words(config, where)
     if "diffusion" in config:
         _check_diffusion(config["diffusion"], f"{where}: diffusion")
@@ -348,6 +351,8 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
         return shapes_of(module.init, array(1, side, side, 3))
     if kind == "upsampler":
         return shapes_of(module.init, *_pixels(model), low_res=array(1, 1, 1, 3))
+    if kind == "glide":
+        return glide_shapes(model)
     own = model.get("text")
     length = model["length"] if "length" in model else own["length"] if own else 1
     if kind == "prior_diffusion":
@@ -377,6 +382,18 @@ def _pixels(model: Mapping[str, Any]) -> list:
     # An image and a time.
     side = model["unet"]["image_size"]
     return [array(1, side, side, 3), array(1)]
+
+
+def glide_shapes(model: Mapping[str, Any]) -> Any:
+    """The parameters' shapes of a `Glide` with these keyword arguments."""
+    side, length = 2 ** (len(model["unet"]["channel_mult"]) - 1), model["text"]["length"]
+    image, given = array(1, side, side, 3), {}
+    if model.get("upsamples"):
+        given["low_res"] = array(1, 1, 1, 3)
+    if model.get("inpaint"):
+        given |= {"known_image": image, "known": array(1, side, side, 1, dtype=bool)}
+    words = {"tokens": array(1, length, dtype=jnp.int32), "token_mask": array(1, length, dtype=bool)}
+    return shapes_of(Glide(**model).init, image, array(1), **words, **given)
 
 
 def latent_shapes(model: Mapping[str, Any]) -> Any:

@@ -35,11 +35,14 @@ class Rule:
     target: the parameter's path ("a/b/kernel"; \\1 is the pattern's first group). Several paths when the
       tensor's first axis holds several parameters one after the other; () when the tensor is not a parameter.
     transform: one of TRANSFORMS.
+    by_head: whether several parameters (of the transforms `heads` and `head_bias`) alternate head by head,
+      each with the part that belongs to the head.
     """
 
     pattern: str
     target: str | tuple[str, ...]
     transform: str = "same"
+    by_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,19 @@ TRANSFORMS: dict[str, Transform] = {
     "linear": Transform(
         lambda ours, theirs: ours == theirs[::-1], lambda a, shape: _transposed(a, 1, 0), lambda a: a.T
     ),
+    # A 1x1 convolution over a sequence (out, in, 1) is a linear layer.
     "heads": Transform(
         lambda ours, theirs: (
-            len(ours) == 3 and len(theirs) == 2 and (ours[0], ours[1] * ours[2]) == theirs[::-1]
+            len(ours) == 3 and (ours[0], ours[1] * ours[2]) == theirs[1::-1] and theirs[2:] in ((), (1,))
         ),
-        lambda a, shape: _transposed(a, 1, 0).reshape(shape),
+        lambda a, shape: _transposed(a.reshape(a.shape[:2]), 1, 0).reshape(shape),
         lambda a: a.reshape(a.shape[0], -1).T,
     ),
     "merge": Transform(
         lambda ours, theirs: (
-            len(ours) == 3 and len(theirs) == 2 and (ours[0] * ours[1], ours[2]) == theirs[::-1]
+            len(ours) == 3 and (ours[0] * ours[1], ours[2]) == theirs[1::-1] and theirs[2:] in ((), (1,))
         ),
-        lambda a, shape: _transposed(a, 1, 0).reshape(shape),
+        lambda a, shape: _transposed(a.reshape(a.shape[:2]), 1, 0).reshape(shape),
         lambda a: a.reshape(-1, a.shape[-1]).T,
     ),
     "head_bias": Transform(
@@ -160,6 +164,7 @@ def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, pla
     plan: dict[
         str, list[tuple[str, Transform]]
     ] = {}  # of a tensor: the parameters that it holds one after the other
+    by_head: set[str] = set()  # the tensors in which they alternate
     filled: set[str] = set()
     unused, twice, unfit = [], [], []
     for tensor in weights:
@@ -179,6 +184,8 @@ def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, pla
             if not transform.fits(wanted[target], part):
                 unfit.append(f"{tensor} {list(shape)} for {target} {list(wanted[target])}")
             filled.add(target)
+            if rule.by_head:
+                by_head.add(tensor)
             plan.setdefault(tensor, []).append((target, transform))
     problems = [
         f"{len(found)} {words}: {list_names(found)}"
@@ -195,8 +202,12 @@ def convert(weights: Weights, rules: Sequence[Rule], shapes: Any, name: str, pla
     check_floats(weights, plan, name)
 
     def read(tensor: str) -> list[tuple[tuple[str, ...], Any]]:
-        parameters = plan[tensor]
-        pieces = np.split(weights[tensor], len(parameters)) if len(parameters) > 1 else [weights[tensor]]
+        parameters, values = plan[tensor], weights[tensor]
+        if tensor in by_head:
+            heads = wanted[parameters[0][0]][-2]
+            split = values.reshape(heads, len(parameters), -1, *values.shape[1:])
+            values = split.swapaxes(0, 1).reshape(values.shape)
+        pieces = np.split(values, len(parameters)) if len(parameters) > 1 else [values]
         placed = []
         for (target, transform), piece in zip(parameters, pieces):
             value = finite(keep(target, transform.forward(piece, wanted[target])), tensor, name)

@@ -92,12 +92,17 @@ def run(args: argparse.Namespace) -> None:
         k: v for k, v in {"guidance_scale": args.guidance, "steps": task.steps}.items() if v is not None
     }
     bundle = task.sampler.bundle
-    system, drawing = system_of(bundle), ("decoder", "latent")
+    system = system_of(bundle)
+    drawing = [
+        name
+        for name, part in bundle.parts.items()
+        if part.config["kind"] == bundle.part(system.draws).config["kind"] and "factor" not in part.config
+    ]
     count = range(args.count)
     drawn = system.inpaint(
         task.sampler, [image for _ in count], [~redrawn for _ in count], [args.caption for _ in count],
         method=args.method, resamples=args.resamples, seed=args.seed,
-        options={name: settings for name, part in bundle.parts.items() if part.config["kind"] in drawing},
+        options={name: settings for name in drawing},
         progress=task.progress,
     )  # fmt: skip
     white = np.repeat(redrawn[..., None], 3, axis=2).astype(np.uint8) * 255

@@ -69,9 +69,9 @@ def clean_text(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------------
 # Vocabulary
 # ------------------------------------------------------------------------------------------------------------
-def _byte_characters() -> list[str]:
-    # The characters that stand for the 256 bytes, in CLIP's order: printable bytes stand for themselves and
-    # come first; the others are U+0100 and what follows.
+def byte_characters() -> list[str]:
+    """The characters that stand for the 256 bytes, in the order of GPT-2 and CLIP: printable bytes stand for
+    themselves and come first; the others are U+0100 and what follows."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -101,7 +101,7 @@ def _shipped_merges() -> tuple[tuple[str, str], ...]:
 
 def _tokens(merges: tuple[tuple[str, str], ...]) -> list[str]:
     # All tokens but the start and the end, in the order of their ids.
-    characters = _byte_characters()
+    characters = byte_characters()
     return [
         *characters,
         *(character + "</w>" for character in characters),
@@ -161,7 +161,7 @@ def _folder_merges(folder: Path) -> tuple[tuple[tuple[str, str], ...], int]:
 
 
 def _clip_merges(folder: Path, vocab: Any, pairs: list) -> tuple[tuple[tuple[str, str], ...], int]:
-    if not isinstance(vocab, dict) or not all(_is_merge(pair) for pair in pairs):
+    if not isinstance(vocab, dict) or not all(is_merge(pair) for pair in pairs):
         raise InputError(f"{folder} is not a CLIP tokenizer: its vocabulary or a merge is of another type")
     merges = tuple(tuple(pair) for pair in pairs)
     total = BYTE_TOKENS + len(merges) + SPECIAL_TOKENS
@@ -173,7 +173,8 @@ def _clip_merges(folder: Path, vocab: Any, pairs: list) -> tuple[tuple[tuple[str
     return merges, total
 
 
-def _is_merge(pair: object) -> bool:
+def is_merge(pair: object) -> bool:
+    """Whether a value is a merge: a list or tuple of two texts."""
     return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
 
 
@@ -229,11 +230,7 @@ class ClipTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32 (B, L), mask bool (B, L)) of B texts. Raises `TypeError` if not given texts."""
-        if isinstance(texts, (str, bytes)):
-            raise TypeError("the tokenizer takes a list of texts; for one text pass [text]")
-        for text in texts:
-            if not isinstance(text, str):
-                raise TypeError(f"the tokenizer takes texts, got {type(text).__name__}")
+        check_texts(texts)
         tokens = np.full((len(texts), self.length), self.pad_id, np.int32)
         mask = np.zeros((len(texts), self.length), np.bool_)
         for row, text in enumerate(texts):
@@ -314,7 +311,7 @@ class ClipTokenizer:
             return cls(config["length"], config["vocab_size"], pad_id)
         pairs = config["merges"] if isinstance(config["merges"], list) else [None]
         pairs = [pair.split() if isinstance(pair, str) else None for pair in pairs]
-        if not all(_is_merge(pair) for pair in pairs):
+        if not all(is_merge(pair) for pair in pairs):
             raise InputError("the tokenizer config has merges that are no list of two words each")
         merges = tuple(map(tuple, pairs))
         if BYTE_TOKENS + len(merges) + SPECIAL_TOKENS != config["vocab_size"]:
@@ -325,29 +322,43 @@ class ClipTokenizer:
         return tokenizer
 
 
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises a TypeError unless given a list of texts."""
+    if isinstance(texts, (str, bytes)):
+        raise TypeError("the tokenizer takes a list of texts; for one text pass [text]")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"the tokenizer takes texts, got {type(text).__name__}")
+
+
 def caption_arrays(
-    captions: Sequence[str], tokenizer: ClipTokenizer, text_tokenizer: ClipTokenizer | None = None
+    captions: Sequence[str], tokenizer: ClipTokenizer | None, text_tokenizer: Any = None
 ) -> dict[str, np.ndarray]:
     """The arrays that a batch holds for its captions.
 
     Args:
       captions: B texts.
-      tokenizer: CLIP's tokenizer, for rows of L tokens.
-      text_tokenizer: the tokenizer of a stage that has its own text encoder, for rows of L' tokens.
+      tokenizer: CLIP's tokenizer, for rows of L tokens; None where there is no CLIP.
+      text_tokenizer: the tokenizer of another text encoder (`tokenizers.AnyTokenizer`), for rows of L'
+        tokens.
 
     Returns:
-      `clip_tokens` int32 (B, L) and `clip_token_mask` bool (B, L); with a `text_tokenizer` also `tokens`
-      int32 (B, L') and `token_mask` bool (B, L').
+      With CLIP `clip_tokens` int32 (B, L) and `clip_token_mask` bool (B, L); with a `text_tokenizer` also
+      `tokens` int32 (B, L') and `token_mask` bool (B, L').
     """
-    arrays = dict(zip(("clip_tokens", "clip_token_mask"), tokenizer(captions)))
+    arrays = {}
+    if tokenizer is not None:
+        arrays |= dict(zip(("clip_tokens", "clip_token_mask"), tokenizer(captions)))
     if text_tokenizer is not None:
         arrays |= dict(zip(("tokens", "token_mask"), text_tokenizer(captions)))
     return arrays
 
 
-def warn_of_cuts(captions: Sequence[str], *tokenizers: ClipTokenizer | None) -> None:
+def warn_of_cuts(captions: Sequence[str], *tokenizers: Any) -> None:
     """Logs one warning with the words that captions lose because a tokenizer has too few slots, if any do."""
     tokenizers = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
+    if not tokenizers:
+        return
     shortest = min(tokenizers, key=lambda tokenizer: tokenizer.length)
     unique = list(dict.fromkeys(captions))
     lost = [end for end in map(shortest.lost, unique) if end]

@@ -66,9 +66,12 @@ def decoder_denoiser(
         return decoder.module.apply({"params": decoder.params, **fixed}, x, t, **inputs)
 
     denoise = diffusion_sampler(decoder.config, options).denoiser(network, guided)
-    if known is None:
-        return denoise
-    table = np.asarray(part_schedule(decoder.config).alphas_cumprod)
+    return denoise if known is None else keep_known(denoise, known, decoder.config)
+
+
+def keep_known(denoise: Denoise, known: Known, config: dict) -> Denoise:
+    """A denoiser whose x0 equals the known image where it is known. `config` is the part's."""
+    table = np.asarray(part_schedule(config).alphas_cumprod)
 
     def with_known(x_t, t):
         predicted = denoise(x_t, t)

@@ -70,6 +70,16 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
+class PixelSamplingOptions(SamplingOptions):
+    """How a network that draws pixels from captions is sampled.
+
+    noise_scale: what the noise that sampling starts from is multiplied with (GLIDE's upsampler: 0.997).
+    """
+
+    noise_scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class LatentSamplingOptions(SamplingOptions):
     """How a latent U-Net is sampled, and its latents decoded.
 
@@ -120,6 +130,7 @@ OPTIONS = {
     "decoder": SamplingOptions,
     "upsampler": SamplingOptions,
     "latent": LatentSamplingOptions,
+    "glide": PixelSamplingOptions,
 }
 
 
@@ -173,6 +184,7 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "temperature": _NUMBER,
     "top_k": _WHOLE_OR_NONE,
     "dot_quantile": _NUMBER,
+    "noise_scale": _NUMBER,
     "spacing": _TEXT,
     "offset": ("a whole number", _is_whole),
     "last": _TEXT,
@@ -220,7 +232,7 @@ def check_options(options: Options, part_config: dict) -> None:
         raise InputError(
             f"an upsampler is not guided: guidance_scale must be 1, got {options.guidance_scale}"
         )
-    if kind in ("decoder", "upsampler", "latent") and options.candidates != 1:
+    if kind in ("decoder", "upsampler", "latent", "glide") and options.candidates != 1:
         raise InputError(f"only a prior chooses among candidates: they must be 1, got {options.candidates}")
     if isinstance(options, LatentSamplingOptions):
         check_noise_level(part_config, options.noise_level)
@@ -243,6 +255,8 @@ def check_options(options: Options, part_config: dict) -> None:
     if options.eta and options.sampler != "ddim":
         raise InputError(f"eta={options.eta} is for the sampler ddim, not for {options.sampler}: set it to 0")
     options.guidance.check()
+    if isinstance(options, PixelSamplingOptions) and not 0 < options.noise_scale <= 10:
+        raise InputError(f"noise_scale must be in (0, 10], got {options.noise_scale}")
     if options.clip is not None and not options.clip > 0:
         raise InputError(f"clip must be positive or None, got {options.clip}")
     check_threshold(options.threshold, options.clip)

@@ -17,11 +17,11 @@ from unclip_jax.models.prior_diffusion import DiffusionPrior
 class TextConditioning(NamedTuple):
     """A batch of captions.
 
-    From the frozen CLIP: embed (B, D) raw, states (B, L, W), mask (B, L) bool. For networks with their own
-    text encoder: tokens (B, L') int32 and token_mask (B, L') bool. Absent arrays are None.
+    From the frozen text encoder: embed (B, D) raw, states (B, L, W), mask (B, L) bool. For networks with
+    their own text encoder: tokens (B, L') int32 and token_mask (B, L') bool. Absent arrays are None.
     """
 
-    embed: jax.Array
+    embed: jax.Array | None
     states: jax.Array | None
     mask: jax.Array | None
     tokens: jax.Array | None = None
@@ -37,7 +37,7 @@ class Texts(NamedTuple):
     @property
     def rows(self) -> int:
         """B, the number of captions."""
-        return self.captions.embed.shape[0]
+        return jax.tree.leaves(self.captions)[0].shape[0]
 
     def both(self) -> TextConditioning:
         """2 B rows: the captions, then as many empty ones."""

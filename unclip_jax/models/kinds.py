@@ -11,6 +11,7 @@ from unclip_jax.models.autoencoder import KLAutoencoder, VQAutoencoder
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower
 from unclip_jax.models.decoder import ClipConditioning, Decoder
 from unclip_jax.models.dinov2 import DINOv2
+from unclip_jax.models.glide import Glide
 from unclip_jax.models.inception import Inception
 from unclip_jax.models.latent_unet import LatentUNet
 from unclip_jax.models.lpips import LPIPS
@@ -52,6 +53,7 @@ KINDS: dict[str, Kind] = {
         DIFFUSES | {"factor": (int, True), "last_step_of": (str, False)}, Upsampler, {"unet": UNet}
     ),
     "latent": Kind(DIFFUSES | {"augmentation": (dict, False), "embedding_space": (dict, False)}, LatentUNet),
+    "glide": Kind(DIFFUSES | {"factor": (int, False)}, Glide, {"unet": UNet, "text": TextEncoder}),
     "safety": Kind(NETWORK, SafetyChecker, {"image": ImageTower}),
     "kl_autoencoder": Kind(ENCODES, KLAutoencoder),
     "vq_autoencoder": Kind(ENCODES, VQAutoencoder),

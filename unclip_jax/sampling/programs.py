@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from unclip_jax.checkpoint.bundle import Bundle, Part, upsamplers
+from unclip_jax.checkpoint.bundle import Bundle, Part, last_step_of, upsamplers
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays, warn_of_cuts
+from unclip_jax.data.tokenizers import AnyTokenizer, tokenizer_of
 from unclip_jax.errors import InputError, NumericalError
 from unclip_jax.generate.networks import Network, sampling_model
 from unclip_jax.generate.options import OPTIONS, Options, check_options, is_guided, options_from
@@ -145,8 +146,8 @@ class Sampler:
         return self._tokenizers[tower]
 
     @functools.cached_property
-    def _text_encoder_tokenizer(self) -> ClipTokenizer | None:
-        # The tokenizer of the parts that have a text encoder of their own; None if no part has one.
+    def _text_encoder_tokenizer(self) -> AnyTokenizer | None:
+        # The tokenizer of the parts with another text encoder than CLIP's; None if no part has one.
         parts = [part.config for name, part in self.bundle.parts.items() if part.config["kind"] != "clip"]
         configs = [config["tokenizer"] for config in parts if "tokenizer" in config]
         if any(config != configs[0] for config in configs):
@@ -154,23 +155,23 @@ class Sampler:
                 f"the parts of {self.bundle.path or 'the bundle'} have text encoders "
                 "with different tokenizers"
             )
-        return ClipTokenizer.from_config(configs[0]) if configs else None
+        return tokenizer_of(configs[0]) if configs else None
 
     def captions(
-        self, captions: Sequence[str], tower: str = "clip", warns: bool = True
+        self, captions: Sequence[str], tower: str | None = "clip", warns: bool = True
     ) -> dict[str, np.ndarray]:
         """Tokenizes captions for a text tower, and for the parts with a text encoder of their own (see
         `tokenizer.caption_arrays`).
 
         Args:
           captions: the texts.
-          tower: a part of the kind `clip`.
+          tower: a part of the kind `clip`; None for captions that no CLIP reads.
           warns: whether to log a warning with the words of captions that are too long for a network.
 
         Raises:
           ValueError: when the tower reads no text, or two parts have text encoders with different tokenizers.
         """
-        tokenizer = self.tokenizer_of(tower)
+        tokenizer = None if tower is None else self.tokenizer_of(tower)
         if warns:
             warn_of_cuts(captions, tokenizer, self._text_encoder_tokenizer)
         return caption_arrays(captions, tokenizer, self._text_encoder_tokenizer)
@@ -316,7 +317,7 @@ def stage_options(
     base_names = [
         name
         for name, part in bundle.parts.items()
-        if part.config["kind"] in OPTIONS and part.config["kind"] != "upsampler"
+        if part.config["kind"] in OPTIONS and name not in upsampler_names and not last_step_of(part)
     ]
     names = [*base_names, *upsampler_names]
     unknown = set(overrides or {}) - set(names)

@@ -10,7 +10,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
-from unclip_jax.sampling import latent, stable_unclip, stream, unclip
+from unclip_jax.sampling import glide, latent, stable_unclip, stream, unclip
 from unclip_jax.sampling.edits import img2img, inpaint, inversion, latent_img2img, latent_inpaint
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
@@ -105,6 +105,15 @@ SYSTEMS = {
         priors=unclip.PRIORS,
         sizes=latent.sizes,
         overrides=stable_unclip.overrides,
+    ),
+    "glide": System(
+        glide.CASCADE.parts,
+        glide.sample_stages,
+        "glide",
+        glide.made_by,
+        sizes=glide.sizes,
+        overrides=glide.overrides,
+        inpaint=glide.inpaint_rows,
     ),
 }
 

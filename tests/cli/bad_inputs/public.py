@@ -1,4 +1,7 @@
-"""Bad folders of public weights: CLIP, open_clip, Karlo, DINOv2, Inception. Their rows are with `weights`."""
+"""Bad folders of public weights: CLIP, open_clip, Karlo, DINOv2, Inception, GLIDE.
+
+Their rows are with `weights`.
+"""
 
 import copy
 import json
@@ -206,6 +209,18 @@ INCEPTIONS = [
     ("half a pickle", None, b"\x80\x02}(X", "its pickle ends early"),
     ("a list in itself", None, b"\x80\x02]q\x00h\x00a.", "lie too deep inside one another"),
 ]
+# What lies beside `base.pt`.
+GLIDES = [
+    ("no tokenizer", {}, "holds no tokenizer of GLIDE"),
+    ("one file of the tokenizer", {"vocab.bpe": "#version: 0.2\n"}, "holds no tokenizer of GLIDE"),
+    ("merges of three", {"vocab.bpe": "a b c\n", "encoder.json": "{}"}, "is no list of merges of two words"),
+    ("ids that are no JSON", {"vocab.bpe": "", "encoder.json": "{"}, "encoder.json is damaged"),
+    ("other ids", {"vocab.bpe": "a b\n", "encoder.json": "{}"}, "are not of one GPT-2 tokenizer"),
+    ("a broken archive", {"vocab.bpe.gz": "a b", "encoder.json": "{}"}, "vocab.bpe.gz is damaged"),
+    ("options in a list", {"base.json": "[]"}, "does not hold a JSON object"),
+    ("no heads", {"base.json": '{"xf_heads": 0}'}, "xf_heads must be between 1 and"),
+    ("a schedule unknown", {"base.json": '{"noise_schedule": 3}'}, "noise_schedule must be text"),
+]
 
 
 def public_rows(box):
@@ -267,3 +282,10 @@ def public_rows(box):
                 archive.writestr("x/data.pkl", pickled)
         says = says.replace("default_1.pt", file.name)
         yield Row(f"a VQ-VAE's file with {name}", ["convert", file.name, "--out", "made"], says)
+    for i, (name, files, says) in enumerate(GLIDES):
+        (box / f"glide_{i}").mkdir()
+        with zipfile.ZipFile(box / f"glide_{i}" / "base.pt", "w") as archive:
+            archive.writestr("x/data.pkl", b"\x80\x02cos\nsystem\nX\x01\x00\x00\x00x\x85R.")
+        for file, text in files.items():
+            (box / f"glide_{i}" / file).write_text(text)
+        yield row("a GLIDE", name, f"glide_{i}", says)

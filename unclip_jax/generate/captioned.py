@@ -1,0 +1,116 @@
+"""Images from captions with U-Nets that take no CLIP embedding: GLIDE's.
+
+A base network draws from a caption, and an upsampler enlarges a small image with the same caption. Guidance
+runs the conditional and the unconditional half as one batch of 2B rows; the unconditional half has the empty
+caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.diffusion.guidance import Denoise
+from unclip_jax.diffusion.loops import Segment
+from unclip_jax.diffusion.process import fold_in, standard_normal
+from unclip_jax.errors import InputError
+from unclip_jax.generate.decoder import Known, keep_known
+from unclip_jax.generate.denoise import NOISE, diffusion_sampler
+from unclip_jax.generate.networks import Network
+from unclip_jax.generate.options import PixelSamplingOptions, is_guided
+from unclip_jax.generate.text import TextConditioning, Texts, twice
+
+
+def caption_inputs(text: TextConditioning) -> dict[str, jax.Array]:
+    """The arguments of a network that stand for the caption: what the conditioning has, by their names."""
+    names = {"embed": "text_embed", "states": "text_states", "mask": "text_mask"}
+    found = ((names.get(name, name), value) for name, value in text._asdict().items())
+    return {name: value for name, value in found if value is not None}
+
+
+def captioned_denoiser(
+    network: Network,
+    texts: Texts,
+    size: tuple[int, int],
+    options: PixelSamplingOptions,
+    given: Mapping[str, jax.Array],
+    known: Known | None = None,
+) -> Denoise:
+    """A network as a denoiser of (B, H, W, 3) that already contains caption and guidance.
+
+    Args:
+      network: of kind `glide`.
+      texts: B captions and the empty caption.
+      size: (H, W).
+      options: guidance and clipping.
+      given: its other arguments by name, (B, ...) each.
+      known: for a network that inpaints. The denoiser's x0 equals the known image where it is known.
+    """
+    guided = is_guided(options)
+    inputs = caption_inputs(texts.both() if guided else texts.captions) | twice(dict(given), guided)
+    if known is not None:
+        image, mask = twice(known, guided)
+        inputs |= {"known_image": image, "known": mask}
+    rows = (2 if guided else 1) * texts.rows
+    variables = {"params": network.params}
+    # This call's only used result is the collection, so XLA removes its U-Net.
+    noiseless = jnp.zeros((rows, *size, 3)), jnp.zeros(rows)
+    _, fixed = network.module.apply(variables, *noiseless, **inputs, mutable=["fixed"])
+
+    def run(x: jax.Array, t: jax.Array) -> jax.Array:
+        return network.module.apply(variables | fixed, x, t, **inputs)
+
+    denoise = diffusion_sampler(network.config, options).denoiser(run, guided)
+    return denoise if known is None else keep_known(denoise, known, network.config)
+
+
+def sample_captioned(
+    network: Network,
+    texts: Texts,
+    rng: jax.Array,
+    options: PixelSamplingOptions,
+    *,
+    low_res: jax.Array | None = None,
+    x_T: jax.Array | None = None,
+    known: Known | None = None,
+    segment: Segment | None = None,
+) -> jax.Array:
+    """Draws images for captions, or enlarges images with their captions.
+
+    Args:
+      network: of kind `glide`.
+      texts: B captions and the empty caption.
+      rng: one key, or (B,) keys, one per row.
+      options: steps, guidance, clipping, sampler, scale of the noise.
+      low_res: (B, h, w, 3) in [-1, 1], for a network that upsamples.
+      x_T: (B, H, W, 3) the noise to start from; drawn when None.
+      known: the part to keep, for a network that inpaints.
+      segment: makes some of the steps only (`loops.Segment`).
+
+    Returns:
+      (B, H, W, 3) float32 in [-1, 1], of `factor` times the small image's sides, or of the network's size.
+
+    Raises:
+      ValueError: when a network lacks `low_res` or `known`, or gets one that it cannot use.
+    """
+    module, factor = network.module, network.config.get("factor")
+    if (factor is not None) != (low_res is not None) or module.inpaint != (known is not None):
+        raise InputError(
+            "a network that upsamples needs a small image, and one that inpaints the known part of the "
+            "image; others cannot use them"
+        )
+    side, given = network.config["model"]["unet"]["image_size"], {}
+    size = (side, side)
+    if low_res is not None:
+        size, given = (low_res.shape[1] * factor, low_res.shape[2] * factor), {"low_res": low_res}
+    denoise = captioned_denoiser(network, texts, size, options, given, known)
+    if x_T is None:
+        x_T = options.noise_scale * standard_normal(fold_in(rng, NOISE), (texts.rows, *size, 3))
+    return jnp.clip(diffusion_sampler(network.config, options).run(denoise, x_T, rng, segment), -1, 1)
+
+
+def eight_bits(image: jax.Array) -> jax.Array:
+    """An image in [-1, 1] as it is read back from 256 levels."""
+    return jnp.round((image + 1) * 127.5) / 127.5 - 1
