@@ -162,7 +162,9 @@ def check_sizes(parts: Mapping[str, Part], where: str) -> None:
     size = clip.get("embed_dim", codec.get("embed_dim"))
     for name, part in parts.items():
         model, kind = part.config.get("model", {}), part.config["kind"]
-        takes = {"codec": part.config.get("embed_dim"), "prior_diffusion": model.get("embed_dim")}.get(kind)
+        takes = part.config.get("embed_dim") if kind == "codec" else None
+        if kind in ("prior_diffusion", "kandinsky"):
+            takes = model.get("embed_dim")
         if kind == "decoder":
             takes = np.shape(part.params["conditioning"]["null_image_embed"])[0]
         if size is not None and takes not in (None, size):

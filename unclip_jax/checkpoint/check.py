@@ -31,6 +31,7 @@ from unclip_jax.models.codec import Codec
 from unclip_jax.models.decoder import ClipConditioning
 from unclip_jax.models.glide import Glide
 from unclip_jax.models.inception import SIZE as INCEPTION_SIZE
+from unclip_jax.models.kandinsky import KandinskyDecoder
 from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.latent_unet import RESAMPLES, LatentUNet
 from unclip_jax.models.layers import ACTIVATIONS
@@ -346,6 +347,8 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
         return shapes_of(module.init, *[array(1, SMALLEST, SMALLEST, 3)] * 2)
     if kind == "latent":
         return latent_shapes(model)
+    if kind == "kandinsky":
+        return kandinsky_shapes(model)
     if kind == "safety":
         side = model["image"]["image_size"]
         return shapes_of(module.init, array(1, side, side, 3))
@@ -404,6 +407,13 @@ def latent_shapes(model: Mapping[str, Any]) -> Any:
     if module.vector_dim is not None:
         given["vector"] = array(1, module.vector_dim)
     return shapes_of(module.init, array(1, side, side, module.in_channels), array(1), **given)
+
+
+def kandinsky_shapes(model: Mapping[str, Any]) -> Any:
+    """The parameters' shapes of a `KandinskyDecoder` with these keyword arguments."""
+    module = KandinskyDecoder(**model)
+    x = array(1, module.multiple, module.multiple, module.in_channels)
+    return shapes_of(module.init, x, array(1), image_embed=array(1, module.embed_dim))
 
 
 def clip_shapes(model: Mapping[str, Any]) -> Any:

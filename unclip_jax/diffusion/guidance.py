@@ -17,7 +17,8 @@ section 3.4) pulls the standard deviation of the guided prediction back to that 
     guided <- guided (phi std(cond) / std(guided) + 1 - phi)
 
 Dynamic thresholding (Saharia et al. 2022, section 2.3) takes s, a given percentile of a sample's |x0|, but at
-least the bound. It clips x0 to [-s, s] and divides it by s / bound.
+least the bound, and at most a second bound where there is one. It clips x0 to [-s, s] and divides it by
+s / bound.
 """
 
 from __future__ import annotations
@@ -98,23 +99,44 @@ def rescaled(guided: jax.Array, cond: jax.Array, phi: float) -> jax.Array:
     return guided * (phi * ratio + 1 - phi)
 
 
-def dynamic_threshold(x0: jax.Array, percentile: float, bound: float) -> jax.Array:
+def dynamic_threshold(x0: jax.Array, percentile: float, bound: float, most: float | None = None) -> jax.Array:
     """Dynamic thresholding (module docstring): x0 (B, ...) -> (B, ...) in [-bound, bound].
 
-    The percentile (0 to 100) is that of each row's |x0|.
+    The percentile (0 to 100) is that of each row's |x0|; it counts up to `most`.
     """
     flat = jnp.abs(x0).reshape(x0.shape[0], -1)
-    s = jnp.maximum(jnp.percentile(flat, percentile, axis=1), bound).reshape((-1,) + (1,) * (x0.ndim - 1))
+    s = jnp.clip(jnp.percentile(flat, percentile, axis=1), bound, most).reshape((-1,) + (1,) * (x0.ndim - 1))
     return jnp.clip(x0, -s, s) * (bound / s)
 
 
-def check_threshold(percentile: float | None, clip: float | None) -> None:
-    """Raises ValueError on a percentile outside (0, 100], or one without a clip."""
+def check_threshold(percentile: float | None, clip: float | None, most: float | None = None) -> None:
+    """Raises ValueError on a percentile outside (0, 100], or one without a clip; on a second bound below the
+    clip, or without a percentile."""
     if percentile is not None and (clip is None or not 0 < percentile <= 100):
         raise InputError(
             "dynamic thresholding needs a clip and a percentile in (0, 100], "
             f"got clip {clip}, percentile {percentile}"
         )
+    if most is not None and (percentile is None or most < clip):
+        raise InputError(
+            f"threshold_most is for dynamic thresholding, and at least the clip {clip}, got {most}"
+        )
+
+
+def abar_at(
+    schedule: Schedule, t: jax.Array, dtype: jnp.dtype = jnp.float32, smallest: float = 0.0
+) -> jax.Array:
+    """abar at a traced time step t (), at least `smallest`.
+
+    A step that is no whole number lies between two of the schedule's. There sigma = sqrt((1 - abar) / abar)
+    is interpolated.
+    """
+    table = np.maximum(schedule.alphas_cumprod, smallest)
+    if jnp.issubdtype(t.dtype, jnp.integer):
+        return jnp.asarray(table, dtype)[t]
+    floored = np.maximum(table, SMALLEST_ABAR)
+    sigmas = jnp.asarray(np.sqrt((1 - floored) / floored), dtype)
+    return 1 / (1 + jnp.square(jnp.interp(t, jnp.arange(schedule.num_steps), sigmas)))
 
 
 def make_denoiser(
@@ -125,6 +147,7 @@ def make_denoiser(
     guidance: Guidance | None = None,
     clip: float | None = None,
     threshold: float | None = None,
+    threshold_most: float | None = None,
     smallest_abar: float = 0.0,
 ) -> Denoise:
     """Turns a model into a denoiser.
@@ -138,6 +161,7 @@ def make_denoiser(
       guidance: None for no guidance (half the work).
       clip: bounds x0 to [-clip, clip] and recomputes eps from it. None changes neither.
       threshold: percentile of dynamic thresholding, which then replaces plain clipping; needs `clip`.
+      threshold_most: the second bound of dynamic thresholding; None for none.
       smallest_abar: a lower bound of abar, for samplers that divide by it.
 
     Returns:
@@ -148,19 +172,12 @@ def make_denoiser(
     """
     if guidance is not None:
         guidance.check()
-    check_threshold(threshold, clip)
-    table, num_steps = np.maximum(schedule.alphas_cumprod, smallest_abar), schedule.num_steps
-    floored = np.maximum(table, SMALLEST_ABAR)
-    sigmas = np.sqrt((1 - floored) / floored)
-
-    def abar_at(t: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        if jnp.issubdtype(t.dtype, jnp.integer):
-            return jnp.asarray(table, dtype)[t]
-        return 1 / (1 + jnp.square(jnp.interp(t, jnp.arange(num_steps), jnp.asarray(sigmas, dtype))))
+    check_threshold(threshold, clip, threshold_most)
+    num_steps = schedule.num_steps
 
     def denoise(x_t: jax.Array, t: jax.Array) -> Denoised:
         t = jnp.asarray(t)
-        abar = abar_at(t, x_t.dtype)
+        abar = abar_at(schedule, t, x_t.dtype, smallest_abar)
         b, channels = x_t.shape[0], x_t.shape[-1]
         if guidance is None:
             out, v_frac = split_variance(model(x_t, jnp.full((b,), t)), channels)
@@ -174,7 +191,10 @@ def make_denoiser(
             v_frac = None if v_frac is None else v_frac[:b]
         x0, eps = to_x0_eps(out, x_t, abar, prediction)
         if clip is not None:
-            x0 = jnp.clip(x0, -clip, clip) if threshold is None else dynamic_threshold(x0, threshold, clip)
+            if threshold is None:
+                x0 = jnp.clip(x0, -clip, clip)
+            else:
+                x0 = dynamic_threshold(x0, threshold, clip, threshold_most)
             eps = eps_from_x0(x0, x_t, abar)
         return Denoised(x0, eps, v_frac)
 

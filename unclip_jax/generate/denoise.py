@@ -76,6 +76,7 @@ class DiffusionSampler:
             guidance=self.options.guidance if guided else None,
             clip=self.options.clip,
             threshold=self.options.threshold,
+            threshold_most=self.options.threshold_most,
             smallest_abar=SMALLEST_ABAR if self.floored else 0.0,
         )
 

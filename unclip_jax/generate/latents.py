@@ -140,20 +140,23 @@ def inpainting_inputs(autoencoder: Network, image: jax.Array, known: jax.Array) 
     return jnp.concatenate([drawn, masked * autoencoder.config["scale_factor"]], axis=-1)
 
 
-def decode_latents(autoencoder: Network, z: jax.Array, tile: int | None = None) -> jax.Array:
+def decode_latents(
+    autoencoder: Network, z: jax.Array, tile: int | None = None, method: str = "decode"
+) -> jax.Array:
     """Images from scaled latents.
 
     Args:
       autoencoder: of kind `kl_autoencoder` or `vq_autoencoder`.
       z: (B, h, w, Z) scaled latents.
       tile: side of the tiles in latents, or None for the whole picture at once (`decode_tiled`).
+      method: of the autoencoder; `decode_quantised` takes the latents of a VQ autoencoder as they are.
 
     Returns:
       (B, H, W, 3) float32 in [-1, 1].
     """
 
     def decode(z: jax.Array) -> jax.Array:
-        return autoencoder.apply(z, method="decode")
+        return autoencoder.apply(z, method=method)
 
     z = z / autoencoder.config["scale_factor"]
     image = decode(z) if tile is None else decode_tiled(decode, z, tile, autoencoder.module.factor)

@@ -31,6 +31,7 @@ class SamplingOptions:
     guidance_schedule, guidance_interval, guidance_rescale: see `guidance.Guidance`.
     clip: bound on |x0| in the stage's own units; None for no bound.
     threshold: percentile of dynamic thresholding; None for plain clipping.
+    threshold_most: the largest |x0| that counts in dynamic thresholding; None for no limit.
     candidates: samples that a prior draws per caption. It keeps the one with the largest z_i.z_t (the paper:
     2).
     """
@@ -45,6 +46,7 @@ class SamplingOptions:
     guidance_rescale: float = 0.0
     clip: float | None = 1.0
     threshold: float | None = None
+    threshold_most: float | None = None
     candidates: int = 1
     spacing: str = "even"
     offset: int = 0
@@ -131,6 +133,7 @@ OPTIONS = {
     "upsampler": SamplingOptions,
     "latent": LatentSamplingOptions,
     "glide": PixelSamplingOptions,
+    "kandinsky": LatentSamplingOptions,
 }
 
 
@@ -180,6 +183,7 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "guidance_rescale": _NUMBER,
     "clip": _NUMBER_OR_NONE,
     "threshold": _NUMBER_OR_NONE,
+    "threshold_most": _NUMBER_OR_NONE,
     "candidates": ("a whole number", _is_whole),
     "temperature": _NUMBER,
     "top_k": _WHOLE_OR_NONE,
@@ -232,7 +236,7 @@ def check_options(options: Options, part_config: dict) -> None:
         raise InputError(
             f"an upsampler is not guided: guidance_scale must be 1, got {options.guidance_scale}"
         )
-    if kind in ("decoder", "upsampler", "latent", "glide") and options.candidates != 1:
+    if kind is not None and not kind.startswith("prior_") and options.candidates != 1:
         raise InputError(f"only a prior chooses among candidates: they must be 1, got {options.candidates}")
     if isinstance(options, LatentSamplingOptions):
         check_noise_level(part_config, options.noise_level)
@@ -259,12 +263,13 @@ def check_options(options: Options, part_config: dict) -> None:
         raise InputError(f"noise_scale must be in (0, 10], got {options.noise_scale}")
     if options.clip is not None and not options.clip > 0:
         raise InputError(f"clip must be positive or None, got {options.clip}")
-    check_threshold(options.threshold, options.clip)
+    check_threshold(options.threshold, options.clip, options.threshold_most)
 
 
 def _check_variance(variance: str, part_config: dict) -> None:
-    unet = part_config.get("model", {}).get("unet", {"out_channels": 3})
-    if variance == "learned" and unet["out_channels"] != 6:
+    model = part_config.get("model", {})
+    channels = model.get("latent_channels", 3)  # of a sample
+    if variance == "learned" and model.get("unet", {}).get("out_channels") != 2 * channels:
         raise InputError("variance 'learned' needs a network that predicts it; use 'small' or 'large'")
     if variance == "analytic" and part_config.get("x0_error") is None:
         raise InputError("variance 'analytic' needs measured errors (x0_error), which this network lacks")

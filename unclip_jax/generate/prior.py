@@ -30,7 +30,7 @@ def sample_prior(
 
     Args:
       prior: of kind `prior_diffusion` or `prior_ar`.
-      texts: the captions and the empty caption.
+      texts: the captions and the empty caption, or one negative caption per row.
       rng: one key, or (B,) keys, one per row.
       options: of the prior's kind; `clip` is in units of the diffusion prior's normalised space.
       codec: the autoregressive prior's.
@@ -69,7 +69,7 @@ def _sample_embedding(prior: Network, texts: Texts, rng: jax.Array, options: Sam
 
     caches, allowed = prefix(texts.captions, options.candidates)
     if guided:
-        halves = (caches, allowed), prefix(texts.empty, rows)
+        halves = (caches, allowed), prefix(texts.empty, rows // texts.empty.embed.shape[0])
         caches, allowed = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *halves)
 
     def network(z, t):

@@ -29,7 +29,8 @@ class TextConditioning(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """The two halves of guidance: `captions` (B rows), and `empty`, the empty caption (1 row)."""
+    """The two halves of guidance: `captions` (B rows), and `empty`, the empty caption (1 row) or negative
+    captions (B rows)."""
 
     captions: TextConditioning
     empty: TextConditioning

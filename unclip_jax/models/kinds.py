@@ -13,6 +13,7 @@ from unclip_jax.models.decoder import ClipConditioning, Decoder
 from unclip_jax.models.dinov2 import DINOv2
 from unclip_jax.models.glide import Glide
 from unclip_jax.models.inception import Inception
+from unclip_jax.models.kandinsky import KandinskyDecoder
 from unclip_jax.models.latent_unet import LatentUNet
 from unclip_jax.models.lpips import LPIPS
 from unclip_jax.models.prior_ar import ARPrior
@@ -54,6 +55,7 @@ KINDS: dict[str, Kind] = {
     ),
     "latent": Kind(DIFFUSES | {"augmentation": (dict, False), "embedding_space": (dict, False)}, LatentUNet),
     "glide": Kind(DIFFUSES | {"factor": (int, False)}, Glide, {"unet": UNet, "text": TextEncoder}),
+    "kandinsky": Kind(DIFFUSES, KandinskyDecoder, {"unet": UNet}),
     "safety": Kind(NETWORK, SafetyChecker, {"image": ImageTower}),
     "kl_autoencoder": Kind(ENCODES, KLAutoencoder),
     "vq_autoencoder": Kind(ENCODES, VQAutoencoder),

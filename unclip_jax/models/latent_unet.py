@@ -166,6 +166,11 @@ class LatentUNet(nn.Module):
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
+    @property
+    def multiple(self) -> int:
+        """The sides of the latents must be multiples of this number."""
+        return 2 ** (len(self.channel_mult) - 1) if self.resample == "block" else 1
+
     @nn.compact
     def __call__(
         self,
@@ -256,10 +261,10 @@ class LatentUNet(nn.Module):
             raise InputError(f"attention_levels must be between 0 and {levels - 1}")
         if x.shape[-1] != self.in_channels:
             raise InputError(f"this U-Net takes {self.in_channels} channels, got {x.shape[-1]}")
-        if self.resample == "block" and any(side % 2 ** (levels - 1) for side in x.shape[1:3]):
+        if any(side % self.multiple for side in x.shape[1:3]):
             raise InputError(
                 f"a U-Net of {levels} levels whose blocks resample needs sides that are multiples of "
-                f"{2 ** (levels - 1)}, got {x.shape[1:3]}"
+                f"{self.multiple}, got {x.shape[1:3]}"
             )
         if self.transformer_depth and self.context_dim is None:
             raise InputError(

@@ -54,15 +54,15 @@ def picture_size(sampler: Sampler, options: LatentSamplingOptions) -> tuple[int,
     """(h, w) of the latents of a picture of the size that the options ask for.
 
     Raises:
-      ValueError: when a side is no multiple of the autoencoder's factor, or out of range.
+      ValueError: when a side is no multiple of what autoencoder and U-Net need, or out of range.
     """
-    factor, side = sampler.network("autoencoder").module.factor, sampler.network("latent").module.image_size
-    sizes = []
+    factor, module = sampler.network("autoencoder").module.factor, sampler.network("latent").module
+    side, multiple, sizes = module.image_size, factor * module.multiple, []
     for name, pixels in (("height", options.height), ("width", options.width)):
         pixels = side * factor if pixels is None else pixels
-        if pixels % factor or not factor <= pixels <= LARGEST_SIDE:
+        if pixels % multiple or not multiple <= pixels <= LARGEST_SIDE:
             raise InputError(
-                f"the {name} of a picture must be a multiple of {factor} from {factor} to "
+                f"the {name} of a picture must be a multiple of {multiple} from {multiple} to "
                 f"{LARGEST_SIDE} pixels, got {pixels}"
             )
         sizes.append(pixels // factor)
@@ -88,7 +88,8 @@ def tile_size(sampler: Sampler, options: LatentSamplingOptions) -> int | None:
 def sizes(bundle: Bundle) -> list[int]:
     """The side in pixels of the picture that a bundle draws by its defaults."""
     levels = len(bundle.part("autoencoder").config["model"]["channel_mult"])
-    return [bundle.part("latent").config["model"]["image_size"] * 2 ** (levels - 1)]
+    model = bundle.part("latent").config["model"]
+    return [model.get("unet", model)["image_size"] * 2 ** (levels - 1)]
 
 
 def overrides(

@@ -10,7 +10,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
-from unclip_jax.sampling import glide, latent, stable_unclip, stream, unclip
+from unclip_jax.sampling import glide, kandinsky, latent, stable_unclip, stream, unclip
 from unclip_jax.sampling.edits import img2img, inpaint, inversion, latent_img2img, latent_inpaint
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
@@ -114,6 +114,15 @@ SYSTEMS = {
         sizes=glide.sizes,
         overrides=glide.overrides,
         inpaint=glide.inpaint_rows,
+    ),
+    "kandinsky": System(
+        kandinsky.PARTS,
+        kandinsky.sample_stages,
+        "latent",
+        kandinsky.made_by,
+        priors=unclip.PRIORS,
+        sizes=latent.sizes,
+        overrides=stable_unclip.overrides,
     ),
 }
 

@@ -243,8 +243,9 @@ def test_export_to_diffusers(made, version, tmp_path):
 
 def test_what_cannot_be_exported(made, tmp_path):
     bundle = made[1][2]
-    other = dataclasses.replace(bundle, sampling={"latent": {"steps": 2, "sampler": "ddpm"}})
-    with pytest.raises(InputError, match="its sampler ddpm is none of plms"):
+    settings = {"steps": 2, "sampler": "ddpm", "spacing": "leading", "variance": "analytic"}
+    other = dataclasses.replace(bundle, sampling={"latent": settings})
+    with pytest.raises(InputError, match="its variance analytic is none of small"):
         stable_diffusion_export.write(other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     even = dataclasses.replace(bundle, sampling={"latent": {"steps": 2, "sampler": "ddim"}})

@@ -20,6 +20,7 @@ from unclip_jax.checkpoint.providers import (
     dinov2,
     glide,
     inception,
+    kandinsky,
     karlo,
     karlo_export,
     lpips,
@@ -88,6 +89,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="StableUnCLIP in diffusers' layout",
         recognises=stable_unclip.recognises,
         read=stable_unclip.read,
+    ),
+    "kandinsky": Provider(
+        layout="Kandinsky 2.2 in diffusers' layout (a folder that holds those of its prior and its decoder)",
+        recognises=kandinsky.recognises,
+        read=kandinsky.read,
     ),
     "clip": Provider(
         layout="CLIP of transformers or of OpenAI",

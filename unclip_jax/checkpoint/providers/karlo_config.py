@@ -62,7 +62,7 @@ PRIOR = Settings(
     },
     free=("dropout",),
 )
-_UNET_READ = {
+UNET_READ = {
     "sample_size": (int, STATED),
     "out_channels": (int, STATED),
     "layers_per_block": (int, STATED),
@@ -71,7 +71,7 @@ _UNET_READ = {
     "up_block_types": (tuple[str, ...], STATED),
     "norm_num_groups": (int, 32),
 }
-_UNET_SAME = {
+UNET_SAME = {
     "act_fn": ("silu",),
     "norm_eps": (1e-5,),
     "freq_shift": (0,),
@@ -80,8 +80,8 @@ _UNET_SAME = {
     "time_embedding_type": ("positional",),
 }
 DECODER = Settings(
-    read=_UNET_READ | {"cross_attention_dim": (int, STATED), "attention_head_dim": (int, STATED)},
-    same=_UNET_SAME
+    read=UNET_READ | {"cross_attention_dim": (int, STATED), "attention_head_dim": (int, STATED)},
+    same=UNET_SAME
     | {
         "_class_name": CLASSES["decoder"],
         "resnet_out_scale_factor": (1.0,),
@@ -107,8 +107,8 @@ TEXT_PROJ = Settings(
     same={"_class_name": CLASSES["text_proj"]},
 )
 UPSAMPLER = Settings(
-    read=_UNET_READ,
-    same=_UNET_SAME
+    read=UNET_READ,
+    same=UNET_SAME
     | {
         "_class_name": CLASSES["super_res_first"],
         "mid_block_type": ("UNetMidBlock2D",),
@@ -175,7 +175,12 @@ PLAIN = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
 CROSS = ("SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D")
 
 
-def _unet_model(taken: Mapping[str, Any], name: str) -> dict:
+def unet_model(taken: Mapping[str, Any], name: str) -> dict:
+    """Keyword arguments of `UNet` for what `UNET_READ` names.
+
+    Raises:
+      ValueError: when its levels have other blocks than ours.
+    """
     widths, down, up = taken["block_out_channels"], taken["down_block_types"], taken["up_block_types"]
     pairs = list(zip(down, reversed(up)))
     other = [pair for pair in pairs if pair not in (PLAIN, CROSS)]
@@ -212,7 +217,7 @@ def decoder_model(config: Mapping[str, Any], text_proj: Mapping[str, Any]) -> di
     made, takes = projection["cross_attention_dim"], taken["cross_attention_dim"]
     if made != takes:
         raise InputError(f"text_proj makes tokens of {made}, the decoder takes {takes}")
-    unet = _unet_model(taken, "decoder") | {"head_channels": taken["attention_head_dim"]}
+    unet = unet_model(taken, "decoder") | {"head_channels": taken["attention_head_dim"]}
     for width in taken["block_out_channels"]:
         if width % taken["attention_head_dim"]:
             raise InputError(f"decoder: width {width} has no heads of {taken['attention_head_dim']} channels")
@@ -231,7 +236,7 @@ def upsampler_model(config: Mapping[str, Any], name: str) -> dict:
     Raises:
       ValueError: when it is another network than Karlo's.
     """
-    unet = _unet_model(UPSAMPLER.take(config, name), name)
+    unet = unet_model(UPSAMPLER.take(config, name), name)
     shift = config.get("resnet_time_scale_shift", "default") == "scale_shift"
     return {"unet": unet | {"middle_attention": False, "scale_shift": shift}, "resize": "cubic"}
 

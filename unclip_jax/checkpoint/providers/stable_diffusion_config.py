@@ -22,6 +22,14 @@ SCHEDULERS = {  # diffusers' class -> our sampler
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DDPMScheduler": "ddpm",
+}
+VARIANCES = {  # of DDPMScheduler -> ours. Those of the logarithm are the same variances.
+    "fixed_small": "small",
+    "fixed_small_log": "small",
+    "fixed_large": "large",
+    "fixed_large_log": "large",
+    "learned_range": "learned",
 }
 CLASSES = {
     "unet": ("UNet2DConditionModel",),
@@ -140,6 +148,19 @@ SETTINGS = {
             "use_flow_sigmas": (False, None),
         },
     ),
+    "ddpm": _scheduler(
+        "DDPMScheduler",
+        "leading",
+        _ZERO_SNR
+        | {
+            "variance_type": (str, "fixed_small"),
+            "clip_sample": (bool, True),
+            "clip_sample_range": (float, 1.0),
+            "thresholding": (bool, False),
+            "dynamic_thresholding_ratio": (float, 0.995),
+            "sample_max_value": (float, 1.0),
+        },
+    ),
 }
 
 
@@ -225,6 +246,8 @@ def scheduler(config: Mapping[str, Any], name: str) -> tuple[dict, dict]:
     first = first or taken.get("final_sigmas_type") == "sigma_min"
     sampling = {"sampler": sampler, "spacing": spacing, "last": "first" if first else "clean"}
     sampling |= {"offset": offset} if spacing == "leading" and offset else {}
+    if sampler == "ddpm":
+        sampling |= _ancestral(taken, name)
     diffusion = {
         "schedule": taken["beta_schedule"],
         "num_steps": taken["num_train_timesteps"],
@@ -234,6 +257,26 @@ def scheduler(config: Mapping[str, Any], name: str) -> tuple[dict, dict]:
     if taken.get("rescale_betas_zero_snr"):
         diffusion["zero_snr"] = True
     return diffusion, SAMPLING | sampling
+
+
+def _ancestral(taken: Mapping[str, Any], name: str) -> dict:
+    # The sampling defaults that `DDPMScheduler` adds: its variance, and how it bounds x0.
+    variance, bound = taken["variance_type"], taken["clip_sample_range"]
+    ratio, most = taken["dynamic_thresholding_ratio"], taken["sample_max_value"]
+    if variance not in VARIANCES:
+        raise InputError(f"{name}: variance_type is {shown(variance)}; known here: {', '.join(VARIANCES)}")
+    if taken["thresholding"]:
+        if not 0 < ratio <= 1 or most < 1:
+            raise InputError(
+                f"{name}: dynamic_thresholding_ratio must be in (0, 1] and sample_max_value at least 1, "
+                f"not {ratio} and {most}"
+            )
+        bounds = {"clip": 1.0, "threshold": 100 * ratio, "threshold_most": most}
+    elif taken["clip_sample"] and not bound > 0:
+        raise InputError(f"{name}: clip_sample_range must be positive, not {bound}")
+    else:
+        bounds = {"clip": bound if taken["clip_sample"] else None}
+    return {"variance": VARIANCES[variance]} | bounds
 
 
 def check_index(

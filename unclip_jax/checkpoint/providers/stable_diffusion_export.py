@@ -28,6 +28,7 @@ LIBRARIES = {
     "tokenizer": ("transformers", "CLIPTokenizer"),
 }
 SCHEDULERS = {ours: theirs for theirs, ours in stable_diffusion_config.SCHEDULERS.items()}
+VARIANCES = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}
 PREDICTIONS = {ours: theirs for theirs, ours in stable_diffusion_config.PREDICTIONS.items()}
 
 
@@ -49,12 +50,23 @@ def obstacles(bundle: Bundle) -> Iterator[str]:
         yield "its U-Net has other blocks than Stable Diffusion's"
     if model.get("scale_shift"):
         yield "its U-Net scales and shifts by the time, and Stable Diffusion's adds"
-    if latent["diffusion"]["schedule"] not in ("linear", "scaled_linear"):
-        yield f"its noise schedule is {latent['diffusion']['schedule']}"
-    if sampling.get("sampler", "ddpm") not in SCHEDULERS:
-        yield f"its sampler {sampling.get('sampler', 'ddpm')} is none of {', '.join(SCHEDULERS)}"
-    elif sampling.get("spacing", "even") == "even":
-        yield "its steps are spread by the spacing even: bundle it with latent.spacing=leading, say"
+    yield from scheduler_obstacles("latent", latent["diffusion"], sampling)
+
+
+def scheduler_obstacles(name: str, diffusion: dict, sampling: dict) -> Iterator[str]:
+    """What keeps a part's schedule and its sampling defaults from one of diffusers' schedulers, a sentence
+    each."""
+    if diffusion["schedule"] not in ("linear", "scaled_linear"):
+        yield f"its noise schedule is {diffusion['schedule']}"
+    if sampling.get("spacing", "even") == "even":
+        yield f"its steps are spread by the spacing even: bundle it with {name}.spacing=leading, say"
+    if sampling.get("sampler", "ddpm") == "ddpm":
+        if sampling.get("variance", "small") not in VARIANCES:
+            yield f"its variance {sampling['variance']} is none of {', '.join(VARIANCES)}"
+        if sampling.get("threshold") is not None and sampling.get("clip") != 1:
+            yield f"diffusers thresholds with the clip 1, not {sampling.get('clip')}"
+    elif sampling.get("clip") is not None:
+        yield f"its sampler {sampling['sampler']} clips, and diffusers' does not in latents"
 
 
 def write(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Path:
@@ -90,7 +102,7 @@ def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
     network("vae", _vae(vae), export(vae.params, rules, "the autoencoder"))
     model = latent.config["model"]
     network("unet", _unet(model), export(latent.params, latent_names.diffusers_unet(model), "the U-Net"))
-    scheduler = _scheduler(latent, bundle.sampling["latent"])
+    scheduler = scheduler_config(latent, bundle.sampling["latent"])
     write_config(path / "scheduler" / "scheduler_config.json", scheduler)
     tokenizer.save_folder(path / "tokenizer")
     inpaints = model["in_channels"] != model["out_channels"]
@@ -140,8 +152,9 @@ def _vae(part: Part) -> dict:
     }
 
 
-def _scheduler(part: Part, sampling: dict) -> dict:
-    diffusion, sampler = part.config["diffusion"], sampling["sampler"]
+def scheduler_config(part: Part, sampling: dict) -> dict:
+    """diffusers' configuration of the scheduler that samples a part with these defaults."""
+    diffusion, sampler = part.config["diffusion"], sampling.get("sampler", "ddpm")
     scale = 1000 / diffusion["num_steps"]
     ends = {"linear": (1e-4, 0.02), "scaled_linear": stable_diffusion_config.BETA_ENDS}
     first, last = diffusion.get("beta_ends") or (scale * end for end in ends[diffusion["schedule"]])
@@ -160,6 +173,14 @@ def _scheduler(part: Part, sampling: dict) -> dict:
     if sampler in ("ddim", "plms"):
         config["set_alpha_to_one"] = clean
         config |= {"clip_sample": False} if sampler == "ddim" else {"skip_prk_steps": True}
+    elif sampler == "ddpm":
+        bound, threshold = sampling.get("clip"), sampling.get("threshold")
+        config |= {"variance_type": VARIANCES[sampling.get("variance", "small")]}
+        config |= {"clip_sample": bound is not None, "thresholding": threshold is not None}
+        config |= {} if bound is None else {"clip_sample_range": bound}
+        if threshold is not None:
+            most = sampling.get("threshold_most") or np.finfo(np.float32).max
+            config |= {"dynamic_thresholding_ratio": threshold / 100, "sample_max_value": float(most)}
     elif sampler != "euler_ancestral":
         config["final_sigmas_type"] = "zero" if clean else "sigma_min"
     if sampler != "plms":

@@ -189,6 +189,7 @@ def check_edit(
         "guidance_scale": guidance_scale,
         "clip": None,
         "threshold": None,
+        "threshold_most": None,
     }
     return sampler.options({"decoder": {"steps": steps, **settings}})["decoder"]
 

@@ -1,0 +1,140 @@
+"""Kandinsky 2.2's folders against diffusers, run at the same random weights."""
+
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from tests.checkpoint import peers
+from tests.checkpoint.kandinsky_peers import SCHEDULE, kandinsky
+from tests.checkpoint.peers import close, nchw, run_part
+from unclip_jax.checkpoint.load import load_bundle
+from unclip_jax.checkpoint.store import params_hash
+from unclip_jax.data import ops
+from unclip_jax.diffusion import process
+from unclip_jax.sampling.kandinsky import sample_stages
+
+RNG = np.random.default_rng(0)
+normal = lambda *shape: np.float32(RNG.normal(size=shape))
+nhwc = lambda t: np.moveaxis(t.detach().numpy(), 1, -1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder, the pipelines it was written by, and the bundle read from it."""
+    folder = tmp_path_factory.mktemp("kandinsky")
+    return folder, kandinsky(folder), load_bundle(folder)
+
+
+def test_parts(made):
+    """What the folders become, and the hashes of the parts under each."""
+    bundle = made[2]
+    assert bundle.system == "kandinsky"
+    assert {name: part.config["kind"] for name, part in bundle.parts.items()} == {
+        "clip": "clip",
+        "prior_diffusion": "prior_diffusion",
+        "latent": "kandinsky",
+        "latent_inpaint": "kandinsky",
+        "autoencoder": "vq_autoencoder",
+    }
+    frozen = {name: params_hash(bundle.parts[name].params) for name in ("clip", "autoencoder")}
+    assert (
+        bundle.parts["latent"].config["frozen"] == bundle.parts["latent_inpaint"].config["frozen"] == frozen
+    )
+    assert bundle.parts["prior_diffusion"].config["frozen"] == {"clip": frozen["clip"]}
+    assert bundle.sampling["prior_diffusion"]["clip"] == 10
+    assert bundle.sampling["latent"] == {
+        "steps": 100, "guidance_scale": 4.0, "sampler": "ddpm", "spacing": "leading", "last": "clean",
+        "variance": "small", "clip": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("role, name", [("decoder", "latent"), ("inpaint", "latent_inpaint")])
+def test_decoder_step(made, role, name):
+    """Noise and variance, at a size that is not square."""
+    unet, z = made[1][role].unet, normal(2, peers.DIM)
+    x, t = normal(2, 10, 6, unet.config.in_channels), np.array([3, 912])
+    with torch.no_grad():
+        theirs = unet(
+            nchw(x), torch.from_numpy(t), None, added_cond_kwargs={"image_embeds": torch.from_numpy(z)}
+        ).sample
+    close(run_part(made[2], name, x, t, image_embed=z), nhwc(theirs), 1e-4)
+
+
+def test_autoencoder(made):
+    """Latents of images with odd sides, and images of latents without the codebook."""
+    movq, image, z = made[1]["decoder"].movq, np.tanh(normal(1, 21, 30, 3)), normal(1, 7, 9, 4)
+    with torch.no_grad():
+        latents = movq.encode(nchw(image)).latents
+        decoded = movq.decode(nchw(z), force_not_quantize=True).sample
+    close(run_part(made[2], "autoencoder", image, method="encode"), nhwc(latents), 1e-4)
+    close(run_part(made[2], "autoencoder", z, method="decode_quantised"), nhwc(decoded), 1e-4)
+
+
+def test_prior_step(made):
+    """x0 for noised embeddings, with padding masked."""
+    prior, z = made[1]["prior"].prior, normal(3, peers.DIM)
+    z_text, states = normal(3, peers.DIM), normal(3, peers.LENGTH, peers.DIM)
+    t, mask = np.array([0, 500, 999]), np.arange(peers.LENGTH) < np.array([[2], [5], [10]])
+    given = dict(zip(("proj_embedding", "encoder_hidden_states", "attention_mask"), (z_text, states, mask)))
+    with torch.no_grad():
+        theirs = prior(
+            *map(torch.from_numpy, (z, t)), **{name: torch.from_numpy(a) for name, a in given.items()}
+        ).predicted_image_embedding
+    text = {"text_embed": z_text, "text_states": states, "text_mask": mask}
+    close(run_part(made[2], "prior_diffusion", z, t, **text), theirs, 1e-4)
+
+
+# ------------------------------------------------------------------------------------------ whole pipelines
+CAPTIONS = ["a red fox on the ice", "two cats"]
+
+
+@pytest.fixture(scope="module")
+def exact(made):
+    """The pipelines with their schedulers' tables in float64, as ours are."""
+    for role, pipeline in made[1].items():
+        scheduler = peers.exact(pipeline.scheduler)
+        if role != "prior":
+            ends = SCHEDULE["beta_start"], SCHEDULE["beta_end"]
+            scheduler.alphas_cumprod = torch.cumprod(1 - torch.linspace(*ends, 1000, dtype=torch.float64), 0)
+    return made[1]
+
+
+def share_noise(monkeypatch, size, rows=2):
+    """The same noise in both libraries at every step: of embeddings, and of latents (rows, *size, 4). Theirs
+    draws the negative captions' rows in the same call."""
+    import diffusers.schedulers.scheduling_ddpm as ddpm
+    import diffusers.schedulers.scheduling_unclip as unclip
+
+    embeds, latents = normal(rows, peers.DIM), normal(rows, *size, 4)
+    theirs = {(rows, peers.DIM): torch.from_numpy(embeds)}
+    theirs[2 * rows, peers.DIM] = torch.from_numpy(np.concatenate([embeds, embeds]))
+    theirs[rows, 4, *size] = nchw(latents)
+    theirs[rows, 8, *size] = nchw(np.concatenate([latents, latents], -1))
+    for module in (ddpm, unclip):
+        monkeypatch.setattr(module, "randn_tensor", lambda shape, **kwargs: theirs[tuple(shape)])
+    ours = {embeds.shape: embeds, latents.shape: latents}
+    draw = lambda key, shape, dtype=jnp.float32: jnp.asarray(ours[tuple(shape)])
+    for name, module in list(sys.modules.items()):
+        if name.startswith("unclip_jax.") and hasattr(module, "standard_normal") and module is not process:
+            monkeypatch.setattr(module, "standard_normal", draw)
+    return theirs[rows, peers.DIM], theirs[2 * rows, peers.DIM], theirs[rows, 4, *size]
+
+
+def test_whole_pipeline(made, exact, monkeypatch):
+    """Captions to pictures with the same noise: equal to one level of 255. One of the captions has a negative
+    one beside it, and the other none."""
+    embeds, both, latents = share_noise(monkeypatch, (8, 12))
+    negative, options = ["blurry, dark", ""], {"height": 16, "width": 24, "guidance_scale": 3.0, "steps": 5}
+    rows = [{"prior_diffusion": {"steps": 4}, "latent": options | {"negative": text}} for text in negative]
+    drawn = sample_stages(load_bundle(made[0]), CAPTIONS, options=rows)
+    options = {"num_inference_steps" if name == "steps" else name: value for name, value in options.items()}
+    for row, (words, noise) in enumerate(((negative, both), (None, embeds))):
+        found = exact["prior"](CAPTIONS, words, num_inference_steps=4, latents=noise)
+        close(drawn.z_image[row], found.image_embeds[row], 1e-4)
+        theirs = exact["decoder"](**found, **options, latents=latents, output_type="np").images[row]
+        levels = np.round(theirs * 255).astype(int)
+        assert levels.shape == (16, 24, 3) and levels.std() > 20
+        assert np.abs(ops.to_uint8(drawn.images[0])[row].astype(int) - levels).max() <= 1
