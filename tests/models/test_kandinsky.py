@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from tests.helpers import param_count, param_shapes, struct
-from unclip_jax.checkpoint.check import kandinsky_shapes
+from unclip_jax.checkpoint.check import clip_shapes, kandinsky_shapes
 from unclip_jax.errors import InputError
 from unclip_jax.models.kandinsky import KandinskyDecoder
 from unclip_jax.models.prior_diffusion import DiffusionPrior
@@ -53,3 +53,12 @@ def test_published_prior():
 def test_refused(changes, x, dim, words):
     with pytest.raises(InputError, match=words):
         param_shapes(KandinskyDecoder(**TINY | changes), struct(*x), struct(1), image_embed=struct(1, dim))
+
+
+def test_published_clip():
+    """Both halves of OpenCLIP's ViT-bigG/14, each with its projection."""
+    model = {"embed_dim": 1280, "activation": "gelu", "image": None, "text": None}
+    text = {"vocab_size": 49408, "length": 77, "width": 1280, "layers": 32, "heads": 20}
+    image = {"image_size": 224, "patch_size": 14, "width": 1664, "layers": 48, "heads": 16}
+    assert param_count(clip_shapes(model | {"text": text})) == 694_659_840
+    assert param_count(clip_shapes(model | {"image": image | {"mlp_ratio": 8192 / 1664}})) == 1_844_907_264
