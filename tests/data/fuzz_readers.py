@@ -14,8 +14,10 @@ import tempfile
 import types
 from pathlib import Path
 
+import numpy as np
+
 from tests.data.shards import png, write_tar
-from unclip_jax.data import masks, ops, tfrecord
+from unclip_jax.data import masks, ops, retrieval_index, tfrecord
 from unclip_jax.data.record import Record, caption_texts, parse_captions, parse_metadata
 from unclip_jax.data.sources import tfrecord as tfrecord_source
 from unclip_jax.data.sources import webdataset
@@ -73,7 +75,16 @@ def read_image(data: bytes) -> None:
         assert image.dtype == "uint8" and image.ndim == 3 and image.shape[2] == 3
 
 
-READERS = (read_framing, read_example, read_tar, read_captions, read_image)
+def read_database(data: bytes) -> None:
+    """A part of a published database of neighbours."""
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        file.write(data)
+        file.flush()
+        rows = retrieval_index._npz_rows(Path(file.name))
+    assert rows.ndim == 2 and len(rows)
+
+
+READERS = (read_framing, read_example, read_tar, read_captions, read_image, read_database)
 
 
 def check_record(record: Record) -> None:
@@ -103,7 +114,9 @@ def write_seeds(folder: Path) -> None:
     tar = folder / "a.tar"
     write_tar(tar, [("0.png", png(1)), ("0.txt", b"a fox"), ("0" * 150 + ".json", b"{}"), ("1.txt", None)])
     captions = json.dumps({"captions": ["a fox", None, {"id": 7}], "caption": "a cat"}).encode()
-    seeds = (frame(example) + frame(b""), example, tar.read_bytes(), captions, png(2))
+    database = io.BytesIO()
+    np.savez(database, embedding=np.ones((2, 3)), img_id=np.arange(2), patch_coords=np.zeros((2, 4)))
+    seeds = (frame(example) + frame(b""), example, tar.read_bytes(), captions, png(2), database.getvalue())
     for number, seed in enumerate(seeds):
         (folder / f"seed{number}").write_bytes(bytes([number]) + seed)
     tar.unlink()
@@ -113,7 +126,7 @@ def main() -> None:
     """Fuzzes until an option of libFuzzer says stop, or until an input breaks a reader."""
     import atheris
 
-    for module in (sys.modules[__name__], masks, ops, tfrecord, tfrecord_source, webdataset):
+    for module in (sys.modules[__name__], masks, ops, retrieval_index, tfrecord, tfrecord_source, webdataset):
         for function in vars(module).values():
             if isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
                 atheris.instrument_func(function)  # in place

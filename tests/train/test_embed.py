@@ -32,7 +32,7 @@ from unclip_jax.run.frozen import (
     images_of,
     load_frozen,
 )
-from unclip_jax.train import decoder, prior_diffusion
+from unclip_jax.train import decoder, embed_shards, prior_diffusion
 from unclip_jax.train import embed as stage
 
 COUNT, SHARD = 70, 32  # number of records, in all and in a shard
@@ -150,7 +150,8 @@ def test_two_hosts_share_the_shards(folder, tiny_run, source, tmp_path, monkeypa
                 run(tiny_run("clip"), source, tmp_path / "out")
             turn["host"] = 0
 
-    monkeypatch.setattr(stage, "wait_for_hosts", wait)
+    for module in (stage, embed_shards):
+        monkeypatch.setattr(module, "wait_for_hosts", wait)
     monkeypatch.setattr(stage.jax, "process_count", lambda: 2)
     monkeypatch.setattr(stage.jax, "process_index", lambda: turn["host"])
     run(tiny_run("clip"), source, tmp_path / "out")

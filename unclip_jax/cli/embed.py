@@ -1,5 +1,6 @@
 """`unclip embed --clip BUNDLE --data K=V --out DIR`: embeds a dataset with CLIP, for the priors, and with an
-autoencoder, for latent diffusion."""
+autoencoder, for latent diffusion. With `--index` it makes the index that retrieval-augmented diffusion draws
+neighbours from, and with `--neighbours` it finds the dataset's neighbours there."""
 
 from __future__ import annotations
 
@@ -38,6 +39,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--size", type=int, metavar="PX", help="with --latents: the side of the images that it encodes"
+    )
+    parser.add_argument(
+        "--index",
+        action="store_true",
+        help="make an index of the pictures, to draw neighbours from; captions are not read",
+    )
+    parser.add_argument(
+        "--patches", type=int, metavar="N", help="with --index: random patches of each image (1)"
+    )
+    parser.add_argument(
+        "--patch", type=int, metavar="PX", help="with --index: their side (one patch: the centred square)"
+    )
+    parser.add_argument(
+        "--space",
+        metavar="S",
+        help="with --index: raw keeps CLIP's embeddings as they are, unit divides them by their norms (raw)",
+    )
+    parser.add_argument(
+        "--neighbours",
+        metavar="INDEX",
+        help="store the images' neighbours too: an index of other pictures, or a published database of .npz "
+        "files",
+    )
+    parser.add_argument(
+        "--nearest", type=int, metavar="K", help="with --neighbours: how many of each image (4)"
+    )
+    parser.add_argument(
+        "--search",
+        metavar="S",
+        help="with --neighbours: exact compares all rows; scann (a package) finds most, faster (exact)",
     )
     parser.add_argument(
         "--batch", type=int, default=256, metavar="N", help="images per batch on each host (256)"
@@ -84,8 +115,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--max-bad must be in [0, 1], got {args.max_bad}")
     if (args.latents is None) != (args.size is None):
         raise InputError("--latents and --size go together: name the autoencoder, and the side of the images")
-    for name, value in (("--batch", args.batch), ("--shard", args.shard)):
-        if value < 1:
+    _check_together(args)
+    for name in ("batch", "shard", "patches", "patch", "nearest"):
+        name, value = f"--{name}", getattr(args, name)
+        if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     source = make_source(source_options(args.data))
     if args.distributed:
@@ -95,20 +128,36 @@ def run(args: argparse.Namespace) -> None:
 
     from unclip_jax.sharding import make_mesh
     from unclip_jax.train.embed import embed
+    from unclip_jax.train.embed_index import embed_index
 
+    mesh = make_mesh(devices=jax.local_devices())
+    shared = {
+        "batch_size": args.batch,
+        "shard_records": args.shard,
+        "dtype": args.dtype,
+        "max_bad_fraction": max_bad,
+        "progress": progress_bar("shards"),
+    }
+    if args.index:
+        chosen = {"patches": args.patches or 1, "patch_size": args.patch, "space": args.space or "raw"}
+        manifest = embed_index(args.clip, source, args.out, mesh, **chosen, **shared)
+        print(
+            f"{manifest['rows']} rows of {manifest['images']} images in the index {args.out}; "
+            f"{manifest['bad']} records could not be used"
+        )
+        return
     manifest = embed(
         args.clip,
         source,
         args.out,
-        make_mesh(devices=jax.local_devices()),
-        batch_size=args.batch,
-        shard_records=args.shard,
+        mesh,
         states=args.states,
         autoencoder=args.latents,
         latent_image_size=args.size,
-        dtype=args.dtype,
-        max_bad_fraction=max_bad,
-        progress=progress_bar("shards"),
+        index=args.neighbours,
+        nearest=args.nearest or 4,
+        search=args.search or "exact",
+        **shared,
     )
     print(
         f"{manifest['images']} images and {manifest['captions']} captions in {args.out}; "
@@ -118,3 +167,23 @@ def run(args: argparse.Namespace) -> None:
         "alignment: "
         + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in manifest["alignment"].items())
     )
+    if "recall" in manifest.get("neighbours", {}):
+        print(f"recall of {args.search}: {manifest['neighbours']['recall']:.4g} of the exact neighbours")
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    # Arguments that mean nothing beside others are refused.
+    only = {
+        "--index": ("patches", "patch", "space"),
+        "--neighbours": ("nearest", "search"),
+    }
+    for needed, names in only.items():
+        given = [f"--{name}" for name in names if getattr(args, name) is not None]
+        if given and not getattr(args, needed.strip("-")):
+            raise InputError(f"{given[0]} belongs to {needed}: give that too, or leave it out")
+    if args.index:
+        given = [f"--{name}" for name in ("neighbours", "latents", "states") if getattr(args, name)]
+        if given:
+            raise InputError(f"--index makes an index alone: leave {given[0]} out")
+        if (args.patches or 1) > 1 and args.patch is None:
+            raise InputError(f"{args.patches} patches of an image need their side in pixels: give --patch")

@@ -12,6 +12,8 @@
         record        (n,): the number of each image's record in the source
         text_states   float16 (m, L, W), if they were asked for
         latents       float16 (n, h, w, Z), not scaled, if an autoencoder was given
+        neighbours    float16 (n, K, D), the nearest rows of an index, in its space, if one was given
+        neighbour_rows int64 (n, K), the numbers of these rows
         sum, outer    float64 (D,), (D, D): the sums of z and of z z^T over the image embeddings z
         shard.json    the range of records, counts, records that could not be read, sha256 of every file
     codec/            a bundle whose one part, `codec`, is the codec of the autoregressive prior
@@ -45,6 +47,15 @@ LATENTS = {
     "shape": (tuple[int, ...], True),
     "scale_factor": (float, True),
 }
+NEIGHBOURS = {
+    "index": (str, True),
+    "embedding_space": (str, True),
+    "count": (int, True),
+    "search": (str, True),
+    "rows": (tuple[int, ...], True),
+    "uses": (tuple[int, ...], True),
+    "recall": (float, False),
+}
 log = logging.getLogger("unclip_jax")
 
 
@@ -63,6 +74,8 @@ class Embedded:
       empty: the arrays of the empty caption, one row each.
       shards: how many images and captions each shard holds, and the hashes of its files.
       latents: what the autoencoder's latents are (`train.embed_latents`); None without them.
+      neighbours: what the neighbours are (`train.embed_index`): the index's checksum and space, how many of
+        each image, and the rows that serve most often with their numbers of uses; None without them.
     """
 
     path: str
@@ -76,6 +89,7 @@ class Embedded:
     empty: Mapping[str, np.ndarray] = dataclasses.field(repr=False, compare=False)
     shards: tuple[dict, ...] = dataclasses.field(repr=False)
     latents: dict | None = None
+    neighbours: dict | None = None
 
 
 def shard_path(folder: str | os.PathLike, number: int) -> Any:
@@ -166,11 +180,12 @@ def read_array(folder: Any, name: str) -> np.ndarray:
 
 
 class Shard:
-    """One shard: embeddings, captions, text states and latents of its images. Files are mapped when first
-    read."""
+    """One shard: embeddings, captions, text states, latents and neighbours of its images. Files are mapped
+    when first read."""
 
-    def __init__(self, folder: Any, states: bool, latents: bool = False):
-        self.folder, self.states, self.latents, self._arrays = folder, states, latents, {}
+    def __init__(self, folder: Any, states: bool, latents: bool = False, neighbours: bool = False):
+        self.folder, self.states, self._arrays = folder, states, {}
+        self.of_images = [name for name, kept in (("latents", latents), ("neighbours", neighbours)) if kept]
 
     def array(self, name: str) -> np.ndarray:
         """One of the shard's arrays."""
@@ -191,14 +206,14 @@ class Shard:
         """The embeddings of image i and of its captions.
 
         `image_embed` (D,), `text_embed` (captions, D), and, if they are stored, `text_states` (captions, L,
-        W) and `latents` (h, w, Z).
+        W), `latents` (h, w, Z) and `neighbours` (K, D).
         """
         first, last = self.array("first_caption")[i : i + 2].tolist()
         row = {
             "image_embed": np.asarray(self.array("image_embed")[i]),
             "text_embed": self.array("text_embed")[first:last],
         }
-        row |= {"latents": np.asarray(self.array("latents")[i])} if self.latents else {}
+        row |= {name: np.asarray(self.array(name)[i]) for name in self.of_images}
         return row | ({"text_states": self.array("text_states")[first:last]} if self.states else {})
 
 
@@ -225,6 +240,8 @@ def open_embedded(path: str) -> Embedded:
     if not exists:
         raise FileNotFoundError(f"no folder {path}: embeddings are made with `unclip embed`")
     manifest = read_json(folder / "manifest.json")
+    if manifest.get("kind") is not None:
+        raise InputError(f"{folder} holds an {manifest['kind']} for retrieval, not embeddings with captions")
     if manifest.get("format_version") != FORMAT_VERSION:
         version = manifest.get("format_version")
         raise InputError(
@@ -235,8 +252,8 @@ def open_embedded(path: str) -> Embedded:
     empty = {file.stem: np.array(read_array(folder / EMPTY, file.stem)) for file in files}
     mean, std = (np.asarray(manifest["image_embed"][name], np.float64) for name in ("mean", "std"))
     about = (manifest[name] for name in ("clip", "source", "embed_dim", "states", "tokenizer"))
-    shards, latents = tuple(manifest["shards"]), manifest.get("latents")
-    return Embedded(str(folder), *about, mean, std, empty, shards, latents)
+    kept = manifest.get("latents"), manifest.get("neighbours")
+    return Embedded(str(folder), *about, mean, std, empty, tuple(manifest["shards"]), *kept)
 
 
 def _check_manifest(manifest: dict, name: str) -> None:
@@ -252,8 +269,9 @@ def _check_manifest(manifest: dict, name: str) -> None:
     for key, kind in types.items():
         if type(manifest.get(key)) is not kind:
             raise InputError(f"{name} has no {key!r} of type {kind.__name__}; copy the embeddings again")
-    if "latents" in manifest:
-        check_fields(manifest["latents"], LATENTS, f"{name}: latents")
+    for key, fields in (("latents", LATENTS), ("neighbours", NEIGHBOURS)):
+        if key in manifest:
+            check_fields(manifest[key], fields, f"{name}: {key}")
     for key in ("mean", "std"):
         values = manifest["image_embed"].get(key)
         if not isinstance(values, list) or len(values) != manifest["embed_dim"]:

@@ -1,10 +1,12 @@
 """Embeds a whole source with CLIP, once, so that the priors and the codec can train from the embeddings.
 
 With an autoencoder the same pass makes the latents of the images, so that latent diffusion trains from them.
+With an index it finds the neighbours of the images, so that retrieval-augmented diffusion trains from them.
 `data.embeddings` describes the folder. A shard is a run of records in the source's order. Every host embeds
 its own shards on its own devices; hosts share only the folder. A shard's folder appears complete or not at
-all, so that a run that was cut off can resume with the missing shards. The same pass computes the sums for
-the mean, the standard deviation and the codec of the autoregressive prior (unCLIP section 2.2).
+all, so that a run that was cut off can resume with the missing shards (`embed_shards`). The same pass
+computes the sums for the mean, the standard deviation and the codec of the autoregressive prior (unCLIP
+section 2.2).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,18 +26,30 @@ from jax.sharding import Mesh, NamedSharding
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, save_bundle
 from unclip_jax.data import embeddings, ops
-from unclip_jax.data.pipeline import DATA_ERRORS, MAX_LOGGED, MIN_BAD, BadDataError
+from unclip_jax.data.pipeline import DATA_ERRORS, BadDataError
 from unclip_jax.data.record import Source, error_summary
+from unclip_jax.data.retrieval_index import open_index, picture_hash
 from unclip_jax.data.tokenizer import caption_arrays
 from unclip_jax.errors import InputError
+from unclip_jax.generate.neighbours import check_search
 from unclip_jax.generate.networks import Network
 from unclip_jax.metrics.retrieval import mean_cosine, retrieval_at_1
-from unclip_jax.paths import check_store, check_writable, store_errors, user_path, write_json
+from unclip_jax.paths import user_path, write_json
 from unclip_jax.run.frozen import captions_of, clip_image_size, clip_network, clip_tokenizer, images_of
-from unclip_jax.run.hosts import Stop, leave_if_stopped, stop_signals, wait_for_hosts
+from unclip_jax.run.hosts import Stop, wait_for_hosts
 from unclip_jax.sharding import BATCH, compute_dtype
 from unclip_jax.train.codec import explained, principal_components
+from unclip_jax.train.embed_index import Neighbours, neighbours_of
 from unclip_jax.train.embed_latents import LatentEncoder, latent_encoder
+from unclip_jax.train.embed_shards import (
+    behind,
+    check_finite_rows,
+    check_folder,
+    filled,
+    make_shards,
+    read_record,
+    unusable,
+)
 
 log = logging.getLogger("unclip_jax")
 
@@ -56,6 +70,7 @@ class _Towers:
     text: captions, as many as `rows` -> embeddings, text states (float16, or None if they are not kept),
       masks.
     latents: makes latents of larger pictures; None if they are not kept.
+    neighbours: finds the images' neighbours in an index; None if they are not kept.
     """
 
     clip: Network
@@ -63,6 +78,7 @@ class _Towers:
     image: Callable
     text: Callable
     latents: LatentEncoder | None
+    neighbours: Neighbours | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -86,6 +102,9 @@ def embed(
     states: bool = False,
     autoencoder: str | None = None,
     latent_image_size: int | None = None,
+    index: str | None = None,
+    nearest: int = 4,
+    search: str = "exact",
     dtype: str = "auto",
     max_bad_fraction: float = 0.01,
     progress: Callable[[int, int], None] | None = None,
@@ -107,6 +126,9 @@ def embed(
       autoencoder: a run, a bundle or public weights; None for no latents. Of a KL autoencoder the mean is
         kept. Latents are stored as float16, and not scaled.
       latent_image_size: the side in pixels of the images of which latents are made.
+      index: an index (`data.retrieval_index`) of other pictures; None for no neighbours.
+      nearest: number of neighbours that are kept of each image, in the index's space, the nearest first.
+      search: one of `generate.neighbours.SEARCHES`.
       dtype: dtype of the computation (`sharding.compute_dtype`).
       max_bad_fraction: largest fraction of records that may be bad.
       progress: function that is called with this host's (shards done, total of shards).
@@ -116,7 +138,8 @@ def embed(
 
     Raises:
       ValueError: when the folder holds other embeddings, the source holds embeddings, or the embeddings in
-        the folder differ from CLIP's output for the source's records.
+        the folder differ from CLIP's output for the source's records; when the index is of another CLIP, or
+        holds one of the source's pictures.
       BadDataError: when too many records are bad.
       OSError: when the source or the folder cannot be reached.
     """
@@ -124,10 +147,13 @@ def embed(
         raise InputError(f"{source.name} holds embeddings already")
     if batch_size < 1 or shard_records < 1:
         raise InputError(f"batch_size {batch_size} and shard_records {shard_records} must be at least 1")
-    check_store(out)
-    _check_folder(out)
+    check_folder(out)
+    opened = None if index is None else open_index(index)
+    check_search(search)
     encoder = latent_encoder(autoencoder, latent_image_size, mesh, dtype)
     out, towers = user_path(out), _towers(clip, mesh, dtype, batch_size, states, encoder)
+    near = None if opened is None else neighbours_of(opened, nearest, towers.clip, mesh, search)
+    towers = dataclasses.replace(towers, neighbours=near)
     plan = {
         "format_version": embeddings.FORMAT_VERSION,
         "clip": towers.clip.hash,
@@ -137,53 +163,21 @@ def embed(
         "states": states,
         "dtype": np.dtype(compute_dtype(dtype, mesh)).name,
     } | ({} if encoder is None else {"latents": encoder.described})
-    begun = _check_plan(out, plan)
-    count = -(-len(source) // shard_records)
-    shards_of_host = range(jax.process_index(), count, jax.process_count())
-    seen = bad = 0
-    with (
-        stop_signals(alone=True) as stop,
-        ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="unclip-data") as pool,
-    ):
-        for done, number in enumerate(shards_of_host):
-            folder = embeddings.shard_path(out, number)
-            records = range(number * shard_records, min((number + 1) * shard_records, len(source)))
-            described = embeddings.finished(folder)
-            if described is None:
-                more = _allowed(max_bad_fraction, len(source)) - bad
-                arrays, described, skipped = _embed_shard(towers, source, records, more, pool, stop)
-                if stop:
-                    break
-            else:
-                arrays, skipped = None, []
-            seen, bad = seen + described["images"] + described["bad"], bad + described["bad"]
-            if bad == len(source):
-                raise BadDataError(f"none of the {bad} records can be used, as {described['last_bad']}")
-            if bad > _allowed(max_bad_fraction, seen):
-                raise BadDataError(
-                    f"{bad} of {seen} records cannot be used, more than max_bad_fraction={max_bad_fraction}; "
-                    f"the last is {described['last_bad']}; mend the data, or leave them out with --skip-bad"
-                )
-            for line in skipped[:MAX_LOGGED]:
-                log.warning("skipped %s", line)
-            if arrays is not None:
-                if not begun:  # a start that fails leaves no folder
-                    write_json(out / "plan.json", plan)
-                    begun = True
-                embeddings.write_arrays(folder, arrays, described)
-            if progress is not None:
-                progress(done + 1, len(shards_of_host))
-    leave_if_stopped(stop)
-    wait_for_hosts("embedded")
+    plan |= {} if near is None else {"neighbours": near.described}
+    make = functools.partial(_embed_shard, towers, source)
+    count = make_shards(
+        out,
+        plan,
+        source,
+        make,
+        shard_records=shard_records,
+        max_bad_fraction=max_bad_fraction,
+        progress=progress,
+    )
     if jax.process_index() == 0:
         _finish(out, plan, towers, source, count)
     wait_for_hosts("embedded_manifest")
     return embeddings.read_json(out / "manifest.json")
-
-
-def _allowed(max_bad_fraction: float, records: int) -> float:
-    # How many of so many records may be bad.
-    return max(MIN_BAD if max_bad_fraction else 0, max_bad_fraction * records)
 
 
 # ------------------------------------------------------------------------------------------ one shard
@@ -210,46 +204,22 @@ def _towers(
     )
 
 
-def _behind(dispatched: Iterable[tuple[Any, int]]) -> Iterator[Any]:
-    # Turns (arrays on the devices, number of rows that count) into those rows on the host, one batch behind
-    # the devices, so that the devices do not wait.
-    waiting: collections.deque = collections.deque()
-    first = lambda tree, count: jax.tree.map(lambda a: np.asarray(a)[:count], tree)
-    for item in dispatched:
-        waiting.append(item)
-        if len(waiting) > 1:
-            yield first(*waiting.popleft())
-    for item in waiting:
-        yield first(*item)
-
-
-def _filled(rows: list, count: int) -> list:
-    # Fills the list up to `count` rows by repeating the last one.
-    return rows + [rows[-1]] * (count - len(rows))
-
-
 def _load(
     source: Source, sizes: tuple[int, ...], i: int
-) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]] | str:
-    # The picture (uint8) in each of the sizes and its captions, or the reason why the record is unusable. A
-    # failing disk or network does not make a record bad, so it raises an OSError.
-    try:
-        record = source.read(i)
-    except DATA_ERRORS as error:
-        if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
-            reason = error_summary(error)
-            raise OSError(
-                f"record {i} of {source.name} cannot be reached ({reason}); "
-                "run the same command again to resume from here"
-            ) from None
-        return f"record {i} of {source.name}: {error_summary(error)}"
+) -> tuple[tuple[np.ndarray, ...], tuple[str, ...], int] | str:
+    # The picture (uint8) in each of the sizes, its captions, and the hash of its bytes; or the reason why the
+    # record is unusable.
+    record = read_record(source, i)
+    if isinstance(record, str):
+        return record
     if not record.captions:
-        return f"record {i} of {source.name}: {record.key or 'it'} has no caption"
+        return unusable(source, i, f"{record.key or 'it'} has no caption")
     try:
         image = ops.decode_image(record.image)
-        return tuple(ops.resize_then_crop(image, size) for size in sizes), record.captions
+        pictures = tuple(ops.resize_then_crop(image, size) for size in sizes)
     except DATA_ERRORS as error:
-        return f"record {i} of {source.name}: {error_summary(error)}"
+        return unusable(source, i, error_summary(error))
+    return pictures, record.captions, picture_hash(record.image)
 
 
 def _embed_shard(
@@ -274,19 +244,23 @@ def _embed_shard(
                 ahead.append(pool.map(load, chunks[n + 2]))
             rows = [(i, *row) for i, row in loaded if not isinstance(row, str)]
             bad.extend(row for _, row in loaded if isinstance(row, str))
-            kept.extend(i for i, _, _ in rows)
-            captions.extend(record_captions for _, _, record_captions in rows)
+            kept.extend(i for i, *_ in rows)
+            captions.extend(record_captions for _, _, record_captions, _ in rows)
+            if towers.neighbours is not None and towers.neighbours.index.pictures is not None:
+                for i, _, _, digest in rows:
+                    if towers.neighbours.index.holds(digest):
+                        raise towers.neighbours.not_disjoint(source, i, "a picture of the same bytes")
             if len(bad) > allowed:
                 return
             if rows and not stop:
-                yield towers.seen(_filled([pictures for _, pictures, _ in rows], size)), len(rows)
+                yield towers.seen(filled([pictures for _, pictures, *_ in rows], size)), len(rows)
 
-    seen = list(_behind(images()))
+    seen = list(behind(images()))
     z = np.concatenate([np.zeros((0, dim), np.float32), *(np.float32(each) for each, _ in seen)])
     useless = stop or len(bad) > allowed
     texts = [] if useless else [caption for record_captions in captions for caption in record_captions]
     batches = (texts[i : i + size] for i in range(0, len(texts), size))
-    encoded = list(_behind((towers.text(_filled(batch, size)), len(batch)) for batch in batches))
+    encoded = list(behind((towers.text(filled(batch, size)), len(batch)) for batch in batches))
     full = np.concatenate([np.zeros(0, bool), *(mask[:, -1] for _, _, mask in encoded)])
     tokenizer = clip_tokenizer(towers.clip)
     cut = sum(bool(tokenizer.lost(text)) for text, fills in zip(texts, full) if fills)
@@ -305,12 +279,10 @@ def _embed_shard(
     if towers.latents is not None:
         empty = np.zeros((0, *towers.latents.described["shape"]), np.float16)
         arrays["latents"] = np.concatenate([empty, *(latents for _, latents in seen)])
-    for name in ("image_embed", "text_embed", "text_states", "latents"):
-        if name in arrays and not np.isfinite(arrays[name]).all():
-            where = f"records {records.start} to {records.stop - 1} of {source.name}"
-            raise InputError(
-                f"{name} of {where} is not finite: check the network, or embed with --dtype float32"
-            )
+    computed = [name for name in ("image_embed", "text_embed", "text_states", "latents") if name in arrays]
+    check_finite_rows({name: arrays[name] for name in computed}, source, records)
+    if towers.neighbours is not None and not useless:
+        arrays |= towers.neighbours.arrays(z, source, kept)
     described = {
         "first_record": records.start,
         "records": len(records),
@@ -323,35 +295,9 @@ def _embed_shard(
 
 
 # ------------------------------------------------------------------------------------------ the folder
-def _check_folder(out: str | os.PathLike) -> None:
-    # Checks that the folder holds embeddings, or nothing, before CLIP is loaded.
-    folder = user_path(out)
-    with store_errors(out):
-        if not (folder / "plan.json").is_file() and folder.exists():
-            if not folder.is_dir() or any(folder.iterdir()):
-                raise InputError(f"{folder} exists and holds no embeddings; name another folder")
-    check_writable(folder / "plan.json")
-
-
-def _check_plan(out: Any, plan: dict) -> bool:
-    # Whether the folder was begun, with this plan.
-    file = out / "plan.json"
-    with store_errors(out):
-        begun = file.is_file()
-    if begun:
-        before = embeddings.read_json(file)
-        differing = [
-            f"{key} was {before.get(key)}, is {plan[key]}" for key in plan if before.get(key) != plan[key]
-        ]
-        if differing:
-            raise InputError(f"{out} holds other embeddings ({'; '.join(differing)}); name another folder")
-    wait_for_hosts("embed_plan")
-    return begun
-
-
 def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -> None:
     # Writes the manifest, the empty caption and the codec, from the shards of all hosts.
-    keeps = plan["states"], "latents" in plan
+    keeps = plan["states"], "latents" in plan, "neighbours" in plan
     shards = [embeddings.Shard(embeddings.shard_path(out, number), *keeps) for number in range(count)]
     described = [embeddings.read_json(shard.folder / "shard.json") for shard in shards]
     images = sum(shard["images"] for shard in described)
@@ -377,9 +323,11 @@ def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -
     save_bundle(
         Bundle({"codec": part}, provenance={"embedded": source.name, "images": images}), out / "codec"
     )
+    near = {"neighbours": plan["neighbours"] | towers.neighbours.figures(shards)} if towers.neighbours else {}
     write_json(
         out / "manifest.json",
         plan
+        | near
         | {
             "images": images,
             "captions": sum(shard["captions"] for shard in described),
@@ -421,7 +369,7 @@ def _alignment(
         loaded = _load(source, towers.sizes, record)
         if isinstance(loaded, str):
             raise OSError(f"{loaded}, but it was read before; run the same command again")
-        pictures, captions = loaded
+        pictures, captions, _ = loaded
         embed, latents = towers.seen([pictures] * towers.rows)
         pairs = [(shard.array("image_embed")[i], embed[0])]
         if latents is not None:

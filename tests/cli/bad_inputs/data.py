@@ -9,6 +9,8 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
+
 from tests.cli.bad_inputs import Row
 from tests.data.shards import png, write_tar, write_tfrecords
 from unclip_jax.data import tfrecord
@@ -43,7 +45,7 @@ def rows(box: Path) -> list[Row]:
         Row(f"evaluate: {name}", ["evaluate", task, *data(given)], says)
         for (name, given, says), task in zip(every, ("retrieval", "zeroshot") * len(every))
     ]
-    return [*by_embed, *by_evaluate, *_arguments(box)]
+    return [*by_embed, *by_evaluate, *_arguments(box), *_databases(box)]
 
 
 def _configurations() -> list[tuple[str, list[str], str]]:
@@ -183,6 +185,62 @@ def _embeddings(box: Path) -> list[tuple[str, list[str], str]]:
     ):
         given.append((name, write(name, text), says))
     return [(name, ["name=embeddings", path], says) for name, path, says in given]
+
+
+def _databases(box: Path) -> list[Row]:
+    # Indices to draw neighbours from.
+    good = {
+        "embedding": np.ones((3, 2), np.float16),
+        "img_id": np.arange(3),
+        "patch_coords": np.zeros((3, 4)),
+    }
+    said = {"clip": "0", "embedding_space": "raw"}
+    databases = {  # name -> arrays (or bytes), what the file beside says, words of the message
+        "a database that says nothing": (good, None, "does not say which CLIP made its rows"),
+        "a database of no CLIP": (good, {"embedding_space": "raw"}, "lacks 'clip'"),
+        "a database of a number as CLIP": (good, said | {"clip": 7}, "clip must be text"),
+        "a database of another space": (good, said | {"embedding_space": "unit"}, "their norms are 1.41"),
+        "a database of no space": (good, said | {"embedding_space": "x"}, "unknown embedding space 'x'"),
+        "a database of no patches": ({"embedding": good["embedding"]}, said, "has no array 'img_id'"),
+        "a database of fewer images": (good | {"img_id": np.arange(2)}, said, "do not fit together"),
+        "a database of objects": (good | {"embedding": np.array([{}] * 3)}, said, "is damaged"),
+        "a database of zeros": (good | {"embedding": np.zeros((3, 2))}, said, "rows that are zero"),
+        "a cut database": (b"PK\x03\x04 and no more", said, "is damaged"),
+        "a database of another CLIP": (good, said, "was made with CLIP 0, but the CLIP given is"),
+    }
+    manifests = {  # in place of an index -> words of the message
+        "an index of another version": ({"format_version": 2}, "has format version 2"),
+        "an index of no shards": ({"shards": []}, "does not describe the arrays"),
+        "an index of a number": ({"shards": [7]}, "shards"),
+        "an index of a text": ({"rows": "3"}, "rows must be an integer"),
+        "embeddings as an index": ({"kind": None}, "holds embeddings and no index"),
+    }
+    rows = []
+    for number, (name, (arrays, beside, says)) in enumerate(databases.items()):
+        folder = box / f"database{number}"
+        folder.mkdir()
+        if isinstance(arrays, bytes):
+            (folder / "3x2-part_1.npz").write_bytes(arrays)
+        else:
+            np.savez(folder / "3x2-part_1.npz", **arrays)
+        if beside is not None:
+            (folder / "index.json").write_text(json.dumps(beside))
+        rows.append((name, folder.name, says))
+    index = {"kind": "index", "format_version": 1, "clip": "0", "embed_dim": 2, "embedding_space": "raw"}
+    for number, (name, (change, says)) in enumerate(manifests.items()):
+        folder = box / f"index{number}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps(index | {"rows": 0, "shards": []} | change))
+        rows.append((name, folder.name, says))
+    embed = ["embed", "--clip", "emoji", "--data", "name=emoji", "--out", "made"]
+    return [
+        *(Row(name, [*embed, "--neighbours", folder], says) for name, folder, says in rows),
+        Row("no index", [*embed, "--neighbours", "nowhere"], "no folder nowhere"),
+        Row("an unknown space", [*embed, "--index", "--space", "scaled"], "unknown space 'scaled'"),
+        Row("an unknown search", [*embed, "--neighbours", "database10", "--search=x"], "unknown search 'x'"),
+        Row("patches of none", [*embed, "--index", "--patches", "0"], "--patches must be at least 1"),
+        Row("an unknown style", [*embed, "--index", "--data", "style=x"], "unknown style 'x'"),
+    ]
 
 
 def _arguments(box: Path) -> list[Row]:

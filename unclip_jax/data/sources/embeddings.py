@@ -88,7 +88,8 @@ def _finder(embedded: Embedded) -> Callable[[int], tuple[Shard, int]]:
     # The position of an image in the folder -> its shard, and its row there.
     @functools.lru_cache(OPEN_EMBEDDED)
     def opened(number: int) -> Shard:
-        return Shard(shard_path(embedded.path, number), embedded.states, embedded.latents is not None)
+        kept = embedded.latents is not None, embedded.neighbours is not None
+        return Shard(shard_path(embedded.path, number), embedded.states, *kept)
 
     ends = np.cumsum([shard["images"] for shard in embedded.shards])
 

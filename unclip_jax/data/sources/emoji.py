@@ -20,14 +20,16 @@ SPLITS = ("train", "val", "compose")
 ALL = "all"  # of the splits together
 
 
-def emoji_source(split: str = "train", *, filters: Mapping | Filters | None = None) -> Source:
+def emoji_source(
+    split: str = "train", *, filters: Mapping | Filters | None = None, style: str | None = None
+) -> Source:
     """One split of the emoji data: "train", "val" or "compose" (`data.emoji.build` says what they hold).
 
     The split "all" has the records of all three. It is for a network that judges samples, never for one that
-    draws them or guides the drawing.
+    draws them or guides the drawing. A `style` ("3d", "flat", "noto", "blob") leaves the others out.
 
     Raises:
-      ValueError: for another split.
+      ValueError: for another split or style.
       FileNotFoundError: if the package was installed without its data.
     """
     if split not in (*SPLITS, ALL):
@@ -46,4 +48,21 @@ def emoji_source(split: str = "train", *, filters: Mapping | Filters | None = No
     checksum = json.loads(text).get("checksum") or hashlib.sha256(text).hexdigest()
     if filters.active or split != "train":  # the manifest's own checksum stands for the training split
         checksum = json_checksum([checksum, split, dataclasses.asdict(filters)])
-    return sharded_source(f"emoji/{split}", shards, index, parse_tfrecord, filters, checksum)
+    source = sharded_source(f"emoji/{split}", shards, index, parse_tfrecord, filters, checksum)
+    return source if style is None else _of_style(source, style)
+
+
+def _of_style(source: Source, style: str) -> Source:
+    styles = [source.read(i).meta["style"] for i in range(len(source))]
+    rows = [i for i, found in enumerate(styles) if found == style]
+    if not rows:
+        known = ", ".join(sorted(set(styles)))
+        raise InputError(f"unknown style {style!r} of the emoji data: choose one of {known}")
+    return dataclasses.replace(
+        source,
+        name=f"{source.name}/{style}",
+        checksum=json_checksum([source.checksum, style]),
+        n_filtered=source.n_filtered + len(source) - len(rows),
+        length=len(rows),
+        fetch=lambda i: source.fetch(rows[i]),
+    )
