@@ -18,6 +18,7 @@ class FakeNetwork:
 
     name: str = "inception"
     hash: str = "f" * 64
+    features_hash: str = "e" * 64
     config: dict = dataclasses.field(default_factory=dict, compare=False)
     resize: str = "tf1-bilinear 299"
     width: int = 6

@@ -8,8 +8,13 @@ from PIL import Image
 
 from tests.checkpoint import peers
 from tests.fidelity import torch_fidelity
+from unclip_jax.checkpoint.bundle import Bundle, Part, save_bundle
+from unclip_jax.checkpoint.load import load_part
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError, NumericalError
+from unclip_jax.evaluate.distance import recipe_of
+from unclip_jax.evaluate.statistics import Statistics, check_comparable
+from unclip_jax.evaluate.streaming import PLAIN
 from unclip_jax.run.features import open_network
 from unclip_jax.sharding import make_mesh
 
@@ -94,6 +99,25 @@ def test_inception(inception, inception_file):
     assert inception.resize == "tf1-bilinear 299"
 
 
+def test_statistics_state_the_layers_that_make_the_features(inception, inception_file, tmp_path):
+    """Without its classifier, as `unclip fetch inception` has it, the network makes the same features: both
+    compare. With another filter they do not."""
+    part = load_part(inception_file.parent, "inception")[0]
+    config = part.config | {"model": part.config["model"] | {"logits": None}}
+    params = {name: value for name, value in part.params.items() if name != "logits"}
+    save_bundle(Bundle({"inception": Part(config, params)}), tmp_path / "whole")
+    whole = open_network("inception", tmp_path / "whole")
+    assert whole.hash != inception.hash and "logits" not in whole.outputs
+    assert recipe_of(whole, PLAIN) == recipe_of(inception, PLAIN)
+    leaves, tree = jax.tree.flatten(params)
+    leaves[0] = leaves[0] + np.float32(1e-3)
+    moved = jax.tree.unflatten(tree, leaves)
+    save_bundle(Bundle({"inception": Part(config, moved)}), tmp_path / "moved")
+    other = recipe_of(open_network("inception", tmp_path / "moved"), PLAIN)
+    with pytest.raises(InputError, match="were made differently: network hash"):
+        check_comparable(Statistics("a", other, 9), Statistics("b", recipe_of(inception, PLAIN), 9))
+
+
 def test_what_images_may_be(inception):
     for wrong in ([], [np.zeros((4, 4), np.uint8)], [np.zeros((4, 4, 3), np.float32)]):
         with pytest.raises(InputError, match="give at least one|must be uint8"):
@@ -162,7 +186,7 @@ def test_dinov2(registers, tmp_path):
 
 def test_clip(tmp_path):
     """Images as CMMD's code prepares them, captions with the folder's tokenizer, in a padded batch."""
-    from transformers import CLIPConfig, CLIPModel
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
 
     text, image = peers.clip_configs()
     theirs = peers.randomize(
@@ -192,6 +216,11 @@ def test_clip(tmp_path):
     assert (dict(network.outputs), network.resize) == ({"pool": peers.DIM}, "centre square, bicubic 16")
     with pytest.raises(InputError, match="no captions: give at least one"):
         network.text([])
+    half, kept = CLIPVisionModelWithProjection(image), ("vision_model.", "visual_projection.")
+    half.load_state_dict({name: x for name, x in theirs.state_dict().items() if name.startswith(kept)})
+    half.save_pretrained(tmp_path / "image")
+    alone = open_network("clip", tmp_path / "image")
+    assert (alone.features_hash, alone.hash != network.hash) == (network.features_hash, True)
 
 
 def test_what_clip_lacks(tmp_path):

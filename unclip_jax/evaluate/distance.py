@@ -313,7 +313,8 @@ def describe(
 
 def recipe_of(network: Any, preparation: Preparation) -> Recipe:
     """How a network's features of prepared images are made, as statistics state it."""
-    return Recipe(network.name, network.hash, network.resize, preparation.crop_words, preparation.codec_words)
+    made = network.name, network.features_hash, network.resize
+    return Recipe(*made, preparation.crop_words, preparation.codec_words)
 
 
 def _accumulated(features: np.ndarray, mesh: Mesh) -> Moments:

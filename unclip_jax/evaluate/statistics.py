@@ -46,7 +46,7 @@ class Recipe:
     """How features were made. None means that a file does not say it.
 
     network: name of the network, see `features.NETWORKS`.
-    network_hash: `store.params_hash` of its weights.
+    network_hash: of the weights that make the features (`features.FeatureNetwork.features_hash`).
     resize: how images are resized to the network's input.
     crop: what is cut out of an image before that, and to which size it is brought.
     codec: how the pixels are encoded and decoded again before that.

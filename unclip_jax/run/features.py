@@ -55,6 +55,7 @@ class Row(NamedTuple):
     prepare: image uint8 (H, W, 3), size -> float32 (size, size, 3), as the network takes it.
     resize: what `prepare` does to the image, in words; {} is the size.
     widths: part -> outputs by name, with their widths.
+    beside: names of its layers, outermost, that make nothing of `pool` and `spatial`.
     apply: module, params, images (B, size, size, 3) -> features by output's name.
     """
 
@@ -63,6 +64,7 @@ class Row(NamedTuple):
     prepare: Callable[[np.ndarray, int], np.ndarray]
     resize: str
     widths: Callable[[Part], dict[str, int]]
+    beside: tuple[str, ...]
     apply: Callable[[Any, Any, jax.Array], Mapping[str, jax.Array]]
 
 
@@ -95,6 +97,7 @@ NETWORKS: dict[str, Row] = {
         prepare=_inception_image,
         resize="tf1-bilinear {}",
         widths=_inception_widths,
+        beside=("logits",),
         apply=lambda module, params, x: module.apply({"params": params}, x),
     ),
     "dinov2": Row(
@@ -103,6 +106,7 @@ NETWORKS: dict[str, Row] = {
         prepare=lambda image, size: ops.to_float(ops.resize(image, size)),
         resize="bicubic {}",
         widths=lambda part: {"pool": part.config["model"]["width"]},
+        beside=(),
         apply=_dinov2,
     ),
     "clip": Row(
@@ -111,6 +115,7 @@ NETWORKS: dict[str, Row] = {
         prepare=lambda image, size: ops.to_float(ops.resize(ops.center_crop_square(image), size)),
         resize="centre square, bicubic {}",
         widths=lambda part: {"pool": part.config["model"]["embed_dim"]},
+        beside=("text_tower", "logit_scale"),
         apply=lambda module, params, x: {"pool": module.apply({"params": params}, x, method="encode_image")},
     ),
 }
@@ -123,6 +128,8 @@ class FeatureNetwork:
 
     name: a key of `NETWORKS`.
     hash: of its weights (`checkpoint.store.params_hash`).
+    features_hash: of the layers alone that make the features of statistics. Files that differ in other
+      layers, such as Inception with and without its classifier, make the same features.
     config: the configuration of the part, JSON values: what its weights do not say, such as the activation.
     outputs: the features that it computes, by name, with their widths.
     resize: what is done to an image before the network, in words, for files of statistics.
@@ -132,6 +139,7 @@ class FeatureNetwork:
 
     name: str
     hash: str
+    features_hash: str
     config: Mapping[str, Any]
     outputs: Mapping[str, int]
     resize: str
@@ -289,6 +297,7 @@ def open_network(
     return FeatureNetwork(
         name=name,
         hash=part.hash or params_hash(part.params),
+        features_hash=params_hash({k: v for k, v in part.params.items() if k not in row.beside}),
         config=part.config,
         outputs={output: widths[output] for output in chosen},
         resize=row.resize.format(size),
