@@ -14,6 +14,8 @@ import numpy as np
 
 from unclip_jax.diffusion.guidance import Denoise
 from unclip_jax.diffusion.process import fold_in, standard_normal
+from unclip_jax.diffusion.samplers import ddim_invert
+from unclip_jax.errors import InputError
 from unclip_jax.generate.denoise import NOISE, Start, diffusion_sampler
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import SamplingOptions, is_guided
@@ -122,6 +124,37 @@ def encode_latents(autoencoder: Network, batch: Mapping[str, jax.Array], rng: ja
     return latents.astype(jnp.float32) * autoencoder.config["scale_factor"]
 
 
+def mean_latents(autoencoder: Network, image: jax.Array) -> jax.Array:
+    """Scaled latents of images, without the noise of a KL autoencoder's Gaussian.
+
+    image: (B, H, W, 3) in [-1, 1] -> (B, h, w, Z) float32.
+    """
+    latents = autoencoder.apply(image, method="encode")
+    latents = latents.mean if isinstance(latents, Moments) else latents
+    return latents.astype(jnp.float32) * autoencoder.config["scale_factor"]
+
+
+def invert_latents(latent: Network, texts: Texts | None, z: jax.Array, options: SamplingOptions) -> jax.Array:
+    """The noise x_T from which DDIM with the same options at eta 0 draws latents again.
+
+    Args:
+      latent, texts: as in `latent_denoiser`.
+      z: (B, h, w, Z) scaled latents.
+      options: as in `sample_latents`. Inversion never clips x0, so `clip` must be None.
+
+    Returns:
+      (B, h, w, Z) float32.
+
+    Raises:
+      ValueError: when the options clip.
+    """
+    if options.clip is not None:
+        raise InputError("DDIM inversion needs clip None: what clipping cuts off cannot be found again")
+    sampler = diffusion_sampler(latent.config, options)
+    denoise = latent_denoiser(latent, texts, z.shape[1:3], options, len(z))
+    return ddim_invert(denoise, z, sampler.schedule, sampler.moves)
+
+
 def inpainting_inputs(autoencoder: Network, image: jax.Array, known: jax.Array) -> jax.Array:
     """What an inpainting U-Net sees beside the latents (Stable Diffusion): the mask, 1 where the image is
     drawn anew, and the scaled latents (the mean) of the image, grey there.
@@ -134,10 +167,9 @@ def inpainting_inputs(autoencoder: Network, image: jax.Array, known: jax.Array) 
       (B, h, w, 1 + Z) float32.
     """
     factor = autoencoder.module.factor
-    masked = autoencoder.apply(jnp.where(known, image, 0.0), method="encode")
-    masked = masked.mean if isinstance(masked, Moments) else masked
+    masked = mean_latents(autoencoder, jnp.where(known, image, 0.0))
     drawn = jnp.logical_not(known)[:, ::factor, ::factor].astype(jnp.float32)
-    return jnp.concatenate([drawn, masked * autoencoder.config["scale_factor"]], axis=-1)
+    return jnp.concatenate([drawn, masked], axis=-1)
 
 
 def decode_latents(

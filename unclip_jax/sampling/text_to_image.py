@@ -11,7 +11,16 @@ from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
 from unclip_jax.sampling import glide, kandinsky, latent, stable_unclip, stream, unclip
-from unclip_jax.sampling.edits import img2img, inpaint, inversion, latent_img2img, latent_inpaint
+from unclip_jax.sampling.edits import (
+    img2img,
+    inpaint,
+    inversion,
+    latent_img2img,
+    latent_inpaint,
+    latent_inversion,
+    reconstruct,
+    text_diff,
+)
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
 
@@ -36,6 +45,7 @@ class System(NamedTuple):
     made_by: bundle, prior -> the names of the parts that draw with it.
     encode: inversion, images -> `edits.inversion.Latents`, which the edits change. None if the system cannot
       invert images.
+    embeds: whether these latents hold z_i, an image embedding, which variations and interpolations need.
     priors: the priors that a caller may choose from, each with the parts that it needs.
     sizes: bundle -> the sides in pixels of what `sample` draws, in the order of `Stages.images`.
     overrides: (bundle, prior, **options that people know) -> sampling options by part.
@@ -44,6 +54,9 @@ class System(NamedTuple):
     decode: `edits.inversion.Latents` -> images: the way back of `encode`.
     inpaint: (sampler, images, masks, captions, ...) -> images, see `edits.inpaint.inpaint_rows`.
     img2img: (sampler, images, captions, *, strength, ...) -> images, see `edits.img2img.img2img_rows`.
+    text_diff: (sampler, image, source, target, ...) -> images, see `edits.text_diff.text_diff`.
+    reconstruct: (sampler, image, ...) -> images, and what each was drawn from; `edits.reconstruct` says how
+      with z_i, and `edits.latent_inversion` without.
     stream_decode, stream_inpaint: these two as generators of `Partial`s and then the images.
     """
 
@@ -52,6 +65,7 @@ class System(NamedTuple):
     draws: str
     made_by: Callable[[Bundle, str | None], list[str]]
     encode: Callable[..., Any] | None = None
+    embeds: bool = False
     priors: Mapping[str, tuple[str, ...]] = {}
     sizes: Callable[[Bundle], list[int]] | None = None
     overrides: Callable[..., dict[str, dict[str, Any]]] | None = None
@@ -60,6 +74,8 @@ class System(NamedTuple):
     decode: Callable[..., Any] | None = None
     inpaint: Callable[..., Any] | None = None
     img2img: Callable[..., Any] | None = None
+    text_diff: Callable[..., Any] | None = None
+    reconstruct: Callable[..., Any] | None = None
     stream_decode: Callable[..., Any] | None = None
     stream_inpaint: Callable[..., Any] | None = None
 
@@ -76,7 +92,8 @@ SYSTEMS = {
         "decoder",
         unclip.made_by,
         inversion.encode,
-        unclip.PRIORS,
+        embeds=True,
+        priors=unclip.PRIORS,
         sizes=unclip.sizes,
         overrides=unclip.overrides,
         joints=UNCLIP_JOINTS,
@@ -84,6 +101,8 @@ SYSTEMS = {
         decode=inversion.decode,
         inpaint=inpaint.inpaint_rows,
         img2img=img2img.img2img_rows,
+        text_diff=text_diff.text_diff,
+        reconstruct=reconstruct.reconstruct,
         stream_decode=inversion.stream_decode,
         stream_inpaint=inpaint.stream_rows,
     ),
@@ -92,10 +111,14 @@ SYSTEMS = {
         latent.sample_stages,
         "latent",
         lambda bundle, prior: list(latent.PARTS),
+        latent_inversion.encode,
         sizes=latent.sizes,
         overrides=latent.overrides,
         inpaint=latent_inpaint.inpaint_rows,
         img2img=latent_img2img.img2img_rows,
+        text_diff=latent_inversion.text_diff,
+        reconstruct=latent_inversion.reconstruct,
+        decode=latent_inversion.decode,
     ),
     "stable_unclip": System(
         stable_unclip.PARTS,

@@ -279,7 +279,7 @@ class Model:
         if system.inpaint:
             verbs.append("edits")
         clip = parts["clip"].config["model"] if "clip" in parts else {}
-        if system.encode and clip.get("image"):
+        if system.embeds and clip.get("image"):
             verbs += ["variations", "interpolate", "text_diff"]
             verbs += ["reconstruct"] if "codec" in parts else []
         return verbs

@@ -44,12 +44,12 @@ STEPS = 50
 
 
 class Latents(NamedTuple):
-    """NumPy arrays: z_image (N, D), raw CLIP embeddings; x_T (N, h, w, 3), the decoder's noise.
+    """NumPy arrays: z_image (N, D), raw CLIP embeddings; x_T (N, h, w, C), the noise.
 
-    With x_T None, `decode` draws the noise.
+    With x_T None, `decode` draws the noise. z_image is None in a system without image embeddings.
     """
 
-    z_image: np.ndarray
+    z_image: np.ndarray | None
     x_T: np.ndarray | None = None
 
 
