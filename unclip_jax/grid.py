@@ -64,7 +64,16 @@ def save_grid(path: str | os.PathLike, images: np.ndarray, captions: Sequence[st
 
     The file appears complete or not at all.
     """
+    return _save(path, draw_grid(images, captions, **options))
+
+
+def save_picture(path: str | os.PathLike, image: np.ndarray) -> Any:
+    """Writes a picture, uint8 (H, W, 3), to `path` as PNG, complete or not at all."""
+    return _save(path, Image.fromarray(image))
+
+
+def _save(path: str | os.PathLike, picture: Image.Image) -> Any:
     file = io.BytesIO()
-    draw_grid(images, captions, **options).save(file, format="PNG")
+    picture.save(file, format="PNG")
     write_whole(path, file.getvalue())
     return user_path(path)

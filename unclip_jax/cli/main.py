@@ -57,6 +57,7 @@ VERBS = {
         "draw a picture again from more and more principal components of its embedding",
     ),
     "inpaint": ("unclip_jax.cli.inpaint", "draw part of a picture anew"),
+    "upscale": ("unclip_jax.cli.upscale", "enlarge pictures with a bundle's upsamplers"),
     "img2img": ("unclip_jax.cli.img2img", "draw a picture again for a caption, from its noised copy"),
     "serve": ("unclip_jax.cli.serve", "serve the images API and a page to draw on"),
 }

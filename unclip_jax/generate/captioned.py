@@ -17,7 +17,7 @@ from unclip_jax.diffusion.loops import Segment
 from unclip_jax.diffusion.process import fold_in, standard_normal
 from unclip_jax.errors import InputError
 from unclip_jax.generate.decoder import Known, keep_known
-from unclip_jax.generate.denoise import NOISE, diffusion_sampler
+from unclip_jax.generate.denoise import NOISE, Start, diffusion_sampler
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import PixelSamplingOptions, is_guided
 from unclip_jax.generate.text import TextConditioning, Texts, twice
@@ -76,6 +76,7 @@ def sample_captioned(
     x_T: jax.Array | None = None,
     known: Known | None = None,
     segment: Segment | None = None,
+    start: Start | None = None,
 ) -> jax.Array:
     """Draws images for captions, or enlarges images with their captions.
 
@@ -88,6 +89,7 @@ def sample_captioned(
       x_T: (B, H, W, 3) the noise to start from; drawn when None.
       known: the part to keep, for a network that inpaints.
       segment: makes some of the steps only (`loops.Segment`).
+      start: images (B, H, W, 3) to start from in place of noise; x_T is then what they are noised with.
 
     Returns:
       (B, H, W, 3) float32 in [-1, 1], of `factor` times the small image's sides, or of the network's size.
@@ -108,7 +110,8 @@ def sample_captioned(
     denoise = captioned_denoiser(network, texts, size, options, given, known)
     if x_T is None:
         x_T = options.noise_scale * standard_normal(fold_in(rng, NOISE), (texts.rows, *size, 3))
-    return jnp.clip(diffusion_sampler(network.config, options).run(denoise, x_T, rng, segment), -1, 1)
+    sampler, x = diffusion_sampler(network.config, options).begin(x_T, start)
+    return jnp.clip(sampler.run(denoise, x, rng, segment), -1, 1)
 
 
 def eight_bits(image: jax.Array) -> jax.Array:

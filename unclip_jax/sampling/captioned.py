@@ -6,7 +6,7 @@ As in `unclip`, guidance scales are arguments of the program, and every row has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +18,13 @@ from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError, MissingError
 from unclip_jax.generate.captioned import eight_bits, sample_captioned
 from unclip_jax.generate.decoder import Known
+from unclip_jax.generate.denoise import Start
 from unclip_jax.generate.networks import Network, image_size
 from unclip_jax.generate.text import TextConditioning, Texts
+from unclip_jax.sampling.edits.img2img import STRENGTH, check_strength
+from unclip_jax.sampling.edits.img2img import check_rows as check_pairs
 from unclip_jax.sampling.edits.inpaint import check_rows, paste, shrink, square
+from unclip_jax.sampling.edits.upscale import in_shapes
 from unclip_jax.sampling.programs import (
     Overrides,
     Progress,
@@ -193,6 +197,73 @@ def inpaint_rows(
     return paste(ops.to_uint8(drawn[-1]), images, masks)
 
 
+def img2img_rows(
+    cascade: Cascade,
+    bundle: Sampler | Bundle,
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    *,
+    strength: float = STRENGTH,
+    seed: int | Sequence[int] = 0,
+    positions: Sequence[int] | None = None,
+    options: Overrides | Sequence[Overrides] = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Draws pictures again from their noised copies, as `edits.img2img.img2img_rows`.
+
+    Args:
+      images, captions, strength: as there.
+      the others: as in `sample_stages`.
+
+    Returns:
+      uint8 (B, S, S, 3).
+
+    Raises:
+      ValueError: as there.
+      KeyError: if the bundle lacks a part.
+    """
+    sampler, captions = as_sampler(bundle), list(captions)
+    check_pairs(images, captions)
+    config = sampler.network(cascade.base).config
+    check_strength(config, sampler.row_options(options, len(captions))[0][cascade.base], strength)
+    start = ops.to_float(square(images, image_size(config)))
+    made = made_by(cascade, sampler.bundle)
+    drawn = _draw(
+        cascade, sampler, made, captions, (None,) * len(made), seed, positions, options, progress,
+        start=start, strength=strength,
+    )  # fmt: skip
+    return ops.to_uint8(drawn[-1])
+
+
+def upscale_rows(
+    cascade: Cascade,
+    bundle: Sampler | Bundle,
+    images: Sequence[np.ndarray],
+    *,
+    captions: Sequence[str] | None = None,
+    parts: Sequence[str] | None = None,
+    seed: int | Sequence[int] = 0,
+    positions: Sequence[int] | None = None,
+    options: Overrides = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Enlarges pictures with upsamplers that read their captions, as `edits.upscale.upscale_rows`.
+
+    captions: one per picture; None means empty captions.
+    """
+    sampler, count = as_sampler(bundle), len(images)
+    captions = [""] * count if captions is None else list(captions)
+    seeds, places = as_seeds(seed, count), as_positions(positions, count)
+
+    def draw(numbers: np.ndarray, batch: np.ndarray, names: list[str]) -> np.ndarray:
+        return _draw(
+            cascade, sampler, names, [captions[i] for i in numbers], (None,) * len(names),
+            seeds[numbers].tolist(), places[numbers].tolist(), options, progress, given=batch,
+        )[-1]  # fmt: skip
+
+    return in_shapes(sampler.bundle.parts, images, parts, draw)
+
+
 def _draw(
     cascade: Cascade,
     sampler: Sampler,
@@ -203,33 +274,42 @@ def _draw(
     positions: Sequence[int] | None,
     options: Overrides | Sequence[Overrides],
     progress: Progress | None,
+    *,
+    given: np.ndarray | None = None,
+    start: np.ndarray | None = None,
+    strength: float = 1.0,
 ) -> list[np.ndarray]:
-    # The images that the parts `made` draw, one after the other; `known` is what each of them keeps.
+    # The images that the parts `made` draw, one after the other. `known` is what each of them keeps, `given`
+    # the images (B, h, w, 3) that the first of them enlarges, and `start` those that it starts from with a
+    # strength.
     count = len(captions)
     if not count:
         raise InputError("no captions: give at least one")
     seeds, places = as_seeds(seed, count), as_positions(positions, count)
     static, scales = split_scales(sampler.row_options(options, count))
 
-    def run(params, scales, captions, empty, known, seeds, positions):
+    def run(params, scales, captions, empty, known, given, start, seeds, positions):
         networks, chosen = sampler.with_params(params), with_scales(static, scales)
         keys, images = row_keys(seeds, positions), []
         texts = Texts(cascade.encode(networks, captions), cascade.encode(networks, empty))
         for i, (name, kept) in enumerate(zip(made, known)):
-            low_res = images[-1] if images else None
+            low_res = images[-1] if images else given
             if images and cascade.rounds:
                 low_res = eight_bits(low_res)
+            begin = None if i or start is None else Start(start, strength)
             key = fold_in(keys, i)
             images.append(
-                sample_captioned(networks[name], texts, key, chosen[name], low_res=low_res, known=kept)
+                sample_captioned(
+                    networks[name], texts, key, chosen[name], low_res=low_res, known=kept, start=begin
+                )
             )
         return images
 
-    program = sampler.program(("captioned", *made, *static.items()), lambda: run)
+    program = sampler.program(("captioned", strength, *made, *static.items()), lambda: run)
     arrays, empty = sampler.captions(captions, None), sampler.captions([""], None)
 
     def batch(rows):
-        scale, texts, kept, numbers, where = sampler.rows((scales, arrays, known, seeds, places), rows)
-        return program(sampler.params, scale, texts, empty, kept, numbers, where)
+        scale, texts, *more = sampler.rows((scales, arrays, known, given, start, seeds, places), rows)
+        return program(sampler.params, scale, texts, empty, *more)
 
     return list(sampler.in_batches(batch, count, made, progress))

@@ -17,6 +17,8 @@ CASCADE = Cascade(
     rounds=True,
 )
 sample_stages = functools.partial(captioned.sample_stages, CASCADE)
+img2img_rows = functools.partial(captioned.img2img_rows, CASCADE)
+upscale_rows = functools.partial(captioned.upscale_rows, CASCADE)
 inpaint_rows = functools.partial(captioned.inpaint_rows, CASCADE)
 made_by = functools.partial(captioned.made_by, CASCADE)
 sizes = functools.partial(captioned.sizes, CASCADE)

@@ -20,6 +20,7 @@ from unclip_jax.sampling.edits import (
     latent_inversion,
     reconstruct,
     text_diff,
+    upscale,
 )
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
@@ -57,6 +58,8 @@ class System(NamedTuple):
     text_diff: (sampler, image, source, target, ...) -> images, see `edits.text_diff.text_diff`.
     reconstruct: (sampler, image, ...) -> images, and what each was drawn from; `edits.reconstruct` says how
       with z_i, and `edits.latent_inversion` without.
+    upscale: (sampler, images, *, captions, parts, ...) -> pairs of a number and a picture, see
+      `edits.upscale.upscale_rows`.
     stream_decode, stream_inpaint: these two as generators of `Partial`s and then the images.
     """
 
@@ -76,6 +79,7 @@ class System(NamedTuple):
     img2img: Callable[..., Any] | None = None
     text_diff: Callable[..., Any] | None = None
     reconstruct: Callable[..., Any] | None = None
+    upscale: Callable[..., Any] | None = None
     stream_decode: Callable[..., Any] | None = None
     stream_inpaint: Callable[..., Any] | None = None
 
@@ -103,6 +107,7 @@ SYSTEMS = {
         img2img=img2img.img2img_rows,
         text_diff=text_diff.text_diff,
         reconstruct=reconstruct.reconstruct,
+        upscale=upscale.upscale_rows,
         stream_decode=inversion.stream_decode,
         stream_inpaint=inpaint.stream_rows,
     ),
@@ -137,6 +142,8 @@ SYSTEMS = {
         sizes=glide.sizes,
         overrides=glide.overrides,
         inpaint=glide.inpaint_rows,
+        img2img=glide.img2img_rows,
+        upscale=glide.upscale_rows,
     ),
     "kandinsky": System(
         kandinsky.PARTS,

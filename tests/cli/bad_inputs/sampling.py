@@ -265,6 +265,33 @@ IMG2IMG = {
         "decoder_inpaint does not draw here",
     ),
 }
+UPSCALE = {
+    "nothing to enlarge": ([], "the following arguments are required: IMAGE"),
+    "no picture to enlarge": (["nothing.png", *TINY], "no picture nothing.png"),
+    "a broken picture to enlarge": (["good.png", "broken.png", *TINY], "broken.png: cannot decode image"),
+    "two pictures in one file": (
+        ["good.png", "wide.png", "--out", "o.png"],
+        "several pictures need a folder",
+    ),
+    "two pictures of one name": (
+        ["good.png", "photos/good.png", "--out", "o"],
+        "two pictures are called good: enlarge them one at a time",
+    ),
+    "pictures over themselves": (
+        ["good.png", "wide.png", "--out", "."],
+        "good.png exists; name another folder",
+    ),
+    "a bundle without upsamplers": (["good.png", "--bundle", "judge"], "upsampler"),
+    "a decoder to enlarge with": (
+        ["good.png", *TINY, "--part", "decoder"],
+        "decoder is no upsampler of the bundle; choose of upsampler_16",
+    ),
+    "a caption for upsamplers without": (["good.png", *TINY, "--caption", "a"], "read no caption"),
+    "guidance of an upsampler": (
+        ["good.png", *TINY, "--set", "upsampler_16.guidance_scale=2"],
+        "an upsampler is not guided",
+    ),
+}
 EVALUATE = {
     "no task": ([], "the following arguments are required: TASK"),
     "an unknown task": (["lpips"], "invalid choice: 'lpips'"),
@@ -359,9 +386,10 @@ def rows(box: Path) -> list[Row]:
     save_bundle(without_image_tower(bundle), box / "towerless")
     options = {f"--set {item}": ([*FOX, *TINY, "--set", item], says) for item, says in OPTIONS.items()}
     inpaint = {name: (["inpaint", *words], says) for name, (words, says) in INPAINT.items()}
+    upscale = {name: (["upscale", *words], says) for name, (words, says) in UPSCALE.items()}
     img2img = {name: (["img2img", *words], says) for name, (words, says) in IMG2IMG.items()}
     evaluate = {name: (["evaluate", *words], says) for name, (words, says) in EVALUATE.items()}
     serve = {name: (["serve", *words], says) for name, (words, says) in SERVE.items()}
     doctor = {name: (["doctor", *words], says) for name, (words, says) in DOCTOR.items()}
-    drawn = SAMPLE | options | EDITS | inpaint | img2img
+    drawn = SAMPLE | options | EDITS | inpaint | img2img | upscale
     return [Row(name, argv, says) for name, (argv, says) in (drawn | evaluate | serve | doctor).items()]
