@@ -20,12 +20,14 @@ from ml_collections import ConfigDict
 from unclip_jax.checkpoint.bundle import Part
 from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import CheckpointStore
+from unclip_jax.diffusion.schedule import schedule_of
 from unclip_jax.errors import InputError
 from unclip_jax.paths import absolute, user_path
 from unclip_jax.run.hosts import print_once
 from unclip_jax.run.state import TrainState
 from unclip_jax.sharding import path_name
 
+SCHEDULE = ("schedule", "num_steps", "beta_ends", "zero_snr")  # the settings of a noise schedule
 CHECKSUMS = ("data_checksum", "eval_checksums")  # of a run's data, in its provenance
 
 
@@ -228,13 +230,49 @@ def restore_or_init(
             f"{init_from} holds another {meta['name']} than this configuration: "
             f"{len(differing)} parameters differ, {differing[0]} first"
         )
-    print_once(f"{meta['name']}: starting from the weights of {init_from}")
+    changes = start_changes(part.config, meta["part"])
+    lines = [f"{meta['name']}: starting from the weights of {init_from}", *changes]
+    print_once("\n  but ".join(lines))
     placed = jax.device_put(part.params, shardings.ema_params)
     averages = jax.tree.map(lambda a: a + 0.0, placed)
     # With several players, what the others train (a discriminator) starts fresh.
     state = state.replace(params={**state.params, **placed}, ema_params=averages)
-    meta = {**meta, "provenance": {**meta["provenance"], "initialised_from": old["provenance"]}}
+    provenance = meta["provenance"] | {"initialised_from": old["provenance"]}
+    meta = {**meta, "provenance": provenance | ({"start_changes": changes} if changes else {})}
     return Start(state, meta, 0, part.config)
+
+
+def start_changes(before: Mapping, now: Mapping) -> list[str]:
+    """What a run asks of weights that they were not trained for, in words; the run's first steps unlearn it.
+
+    Changes are allowed, since published networks were made so: Stable Diffusion 2.0-768 (v) started from
+    2.0-base (eps), and fine-tuning to zero terminal SNR changes the schedule. They are printed, and kept in
+    the run's provenance.
+
+    Args:
+      before: the configuration of the part that the weights came with.
+      now: the part's configuration in the new run.
+
+    Returns:
+      A sentence for the prediction, for the noise schedule, and for each other network that stands frozen
+      under the part.
+    """
+    changes = []
+    if "diffusion" in before and "diffusion" in now:
+        was, here = before["diffusion"], now["diffusion"]
+        if was["prediction"] != here["prediction"]:
+            changes.append(f"they predict {was['prediction']}, and this run trains {here['prediction']}")
+        tables = [schedule_of(diffusion).alphas_cumprod for diffusion in (was, here)]
+        if tables[0].shape != tables[1].shape or not np.allclose(*tables, rtol=1e-5, atol=1e-12):
+            words = [", ".join(f"{key}={one[key]}" for key in SCHEDULE if key in one) for one in (was, here)]
+            changes.append(f"their noise schedule is {words[0]}, and this run's {words[1]}")
+    frozen, given = before.get("frozen") or {}, now.get("frozen") or {}
+    for role in sorted(frozen.keys() & given.keys()):
+        if frozen[role] and frozen[role] != given[role]:
+            changes.append(
+                f"they were trained with the {role} {frozen[role]}, and this run has {given[role]}"
+            )
+    return changes
 
 
 def _check_frozen(before: dict, now: dict) -> None:
