@@ -37,7 +37,7 @@ TENSOR_RULES: Rules = (
     (r"(query|key|value|context_key|context_value)/kernel$", P("fsdp", "tensor", None)),
     (r"(query|key|value|context_key|context_value)/bias$", P("tensor", None)),
     (r"attn.*/out/kernel$", P("tensor", None, "fsdp")),
-    (r"block_\d+/fc1/kernel$", P("fsdp", "tensor")),
+    (r"block_\d+/(fc1|gate)/kernel$", P("fsdp", "tensor")),
     (r"block_\d+/fc1/bias$", P("tensor")),
     (r"block_\d+/fc2/kernel$", P("tensor", "fsdp")),
 )

@@ -63,6 +63,7 @@ TOKENIZER = {
     "vocab_sha256": (str, False),
     "merges": (tuple[str, ...], False),
     "pad_id": (int, False),
+    "json": (str, False),
 }
 CHOICES = {"activation": tuple(ACTIVATIONS), "resize": ("cubic", "linear"), "resample": RESAMPLES}
 # The largest values that a file may ask for. A larger one is a mistake, and would take all memory.
@@ -356,6 +357,8 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
         return shapes_of(module.init, *_pixels(model), low_res=array(1, 1, 1, 3))
     if kind == "glide":
         return glide_shapes(model)
+    if kind == "t5":
+        return shapes_of(module.init, array(1, 4, dtype=jnp.int32), array(1, 4, dtype=bool))
     own = model.get("text")
     length = model["length"] if "length" in model else own["length"] if own else 1
     if kind == "prior_diffusion":

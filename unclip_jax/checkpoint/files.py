@@ -143,6 +143,13 @@ class Weights(Mapping):
         part._inner = {short: self._inner.get(name, name) for short, name in names.items()}
         return part
 
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """The same tensors, those of `names` by new names."""
+        part = copy.copy(self)
+        part._files = {names.get(name, name): file for name, file in self._files.items()}
+        part._inner = {names.get(name, name): self._inner.get(name, name) for name in self._files}
+        return part
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, from the file's header."""
         return tuple(self._entry(name)["shape"])

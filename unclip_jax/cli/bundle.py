@@ -90,6 +90,8 @@ def collect(runs: Any, base: str | None = None):
         needed = ("clip",)
     elif "latent" in parts and "decoder" not in parts:
         system, needed = "latent", ("clip", "latent", "autoencoder")
+    elif any(name.startswith("glide") for name in parts):
+        system, needed = "glide", ("glide",)
     missing = [name for name in needed if name not in parts]
     if missing:
         raise FileNotFoundError(

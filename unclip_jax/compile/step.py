@@ -26,12 +26,13 @@ from jax.sharding import PartitionSpec as P
 from unclip_jax.compile import hlo
 from unclip_jax.compile.abstract import abstract_batch, abstract_frozen, placed, spread
 from unclip_jax.errors import InputError, MemoryNeededError, MissingPackageError
+from unclip_jax.generate.captioned import sample_captioned
 from unclip_jax.generate.decoder import sample_decoder
 from unclip_jax.generate.latents import sample_latents
 from unclip_jax.generate.networks import Network, image_size, sampling_model
 from unclip_jax.generate.options import options_from
 from unclip_jax.generate.prior import sample_prior
-from unclip_jax.generate.text import Texts
+from unclip_jax.generate.text import TextConditioning, Texts
 from unclip_jax.generate.upsampler import sample_upsampler
 from unclip_jax.run.batches import check_divides
 from unclip_jax.run.frozen import (
@@ -255,6 +256,15 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
         size = image_size(part) // part["factor"]
         low_res = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
         given["low_res"] = spread(low_res, rows, mesh, BATCH)
+    if config.stage == "glide":
+        length = stage.part["tokenizer"]["length"]
+        tokens = jax.ShapeDtypeStruct((1, length), np.int32), jax.ShapeDtypeStruct((1, length), np.bool_)
+        empty = TextConditioning(None, None, None, *tokens)
+        given |= {"text": spread(empty, rows, mesh, BATCH), "empty": spread(empty, 1, mesh, P())}
+        if config.factor is not None:
+            size = image_size(part) // config.factor
+            low_res = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+            given["low_res"] = spread(low_res, rows, mesh, BATCH)
     codec = {"codec": frozen["codec"].params} if "codec" in frozen else {}
 
     def draw(params, given):
@@ -262,6 +272,8 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
         if config.stage == "upsampler":
             return sample_upsampler(network, given["low_res"], given["keys"], options)
         texts = Texts(given["text"], given["empty"])
+        if config.stage == "glide":
+            return sample_captioned(network, texts, given["keys"], options, low_res=given.get("low_res"))
         if config.stage == "latent":
             size = (stage.model.image_size,) * 2
             return sample_latents(network, texts, size, given["keys"], options)

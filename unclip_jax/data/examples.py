@@ -8,6 +8,7 @@ from unclip_jax.data import ops
 from unclip_jax.data.degrade import bsr_light, low_resolution
 from unclip_jax.data.record import Record
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
+from unclip_jax.data.tokenizers import AnyTokenizer
 from unclip_jax.errors import InputError
 
 
@@ -101,7 +102,7 @@ def _caption_number(record: Record, rng: np.random.Generator | None, training: b
 
 
 def _caption_row(
-    caption: str, tokenizer: ClipTokenizer, text_tokenizer: ClipTokenizer | None
+    caption: str, tokenizer: ClipTokenizer | None, text_tokenizer: AnyTokenizer | None
 ) -> dict[str, np.ndarray]:
     return {name: array[0] for name, array in caption_arrays([caption], tokenizer, text_tokenizer).items()}
 
@@ -198,6 +199,42 @@ def latent_example(
             if embedded
             else _caption_row(record.captions[chosen], tokenizer, None)
         )
+    if inpaint:
+        row["known"] = ops.random_mask(size, rng)
+    return row
+
+
+def captioned_example(
+    record: Record,
+    rng: np.random.Generator | None,
+    *,
+    tokenizer: AnyTokenizer,
+    size: int,
+    crop_scale: float = 1.0,
+    training: bool = True,
+    factor: int | None = None,
+    inpaint: bool = False,
+) -> dict[str, np.ndarray]:
+    """One row of a batch: an image, its caption for a text encoder that is not CLIP's, and a small version.
+
+    Args:
+      record: an image with captions.
+      rng, crop_scale, training: as in `clip_example`.
+      tokenizer: of the text encoder.
+      size: the side of the image in pixels.
+      factor: how many times larger the image's side is than the small one's; None for no small one.
+      inpaint: whether the row says which part of the image is known.
+
+    Returns:
+      `image` (size, size, 3) in [-1, 1], `tokens` (L',) and `token_mask` (L',); with `factor` `low_res`
+      (size / factor, size / factor, 3), a clean reduction; with `inpaint` `known` (size, size, 1) bool.
+
+    Raises `ValueError` if the image cannot be decoded, or a caption is missing.
+    """
+    row = picture_example(record, rng, size=size, crop_scale=crop_scale, training=training)
+    row |= _caption_row(record.captions[_caption_number(record, rng, training)], None, tokenizer)
+    if factor is not None:
+        row["low_res"] = np.clip(ops.resize(row["image"], size // factor), -1, 1)
     if inpaint:
         row["known"] = ops.random_mask(size, rng)
     return row

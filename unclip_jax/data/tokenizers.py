@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from unclip_jax.data.glide_tokenizer import GlideTokenizer
+from unclip_jax.data.t5_tokenizer import T5Tokenizer
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.errors import InputError
 
-TOKENIZERS = {"clip_bpe": ClipTokenizer, "glide_bpe": GlideTokenizer}
+TOKENIZERS = {"clip_bpe": ClipTokenizer, "glide_bpe": GlideTokenizer, "t5": T5Tokenizer}
 # All have `length`, `vocab_size`, `lost`, `empty` and `config`, and are called with a list of texts.
-AnyTokenizer = ClipTokenizer | GlideTokenizer
+AnyTokenizer = ClipTokenizer | GlideTokenizer | T5Tokenizer
 
 
 def tokenizer_of(config: Mapping[str, Any]) -> AnyTokenizer:

@@ -19,6 +19,7 @@ from unclip_jax.models.lpips import LPIPS
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.safety import SafetyChecker
+from unclip_jax.models.t5 import T5Encoder
 from unclip_jax.models.text_encoder import TextEncoder
 from unclip_jax.models.unet import UNet
 from unclip_jax.models.upsampler import Upsampler
@@ -60,6 +61,7 @@ KINDS: dict[str, Kind] = {
     "kl_autoencoder": Kind(ENCODES, KLAutoencoder),
     "vq_autoencoder": Kind(ENCODES, VQAutoencoder),
     "vqvae": Kind(NETWORK, VQVAE),
+    "t5": Kind(NETWORK, T5Encoder),
     "lpips": Kind(NETWORK, LPIPS),
     "inception": Kind(NETWORK, Inception),
     "dinov2": Kind(NETWORK, DINOv2),

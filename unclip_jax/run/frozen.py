@@ -22,11 +22,14 @@ from unclip_jax.checkpoint.fetch import fetched_folder, is_fetched
 from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.data.embeddings import Embedded, is_embedded, open_embedded
+from unclip_jax.data.glide_tokenizer import GlideTokenizer
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
+from unclip_jax.data.tokenizers import AnyTokenizer
 from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network, build_model
 from unclip_jax.generate.text import TextConditioning, encode_text
 from unclip_jax.models.codec import Codec
+from unclip_jax.paths import user_path
 from unclip_jax.run.batches import Data
 from unclip_jax.run.resume import resolve
 from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_shardings, make_gather, replicate
@@ -36,11 +39,15 @@ EMBEDDABLE = ("prior_diffusion", "prior_ar", "codec", "latent")  # stages that c
 BESIDE_PICTURES = ("decoder",)  # stages that can train from pictures with their embeddings
 
 
-def text_tokenizer(config: ConfigDict) -> ClipTokenizer | None:
-    """The tokenizer of the stage's own text encoder; None if the stage takes CLIP's text states.
+def text_tokenizer(config: ConfigDict) -> AnyTokenizer | None:
+    """The tokenizer of the stage's own text encoder; None if the stage takes another network's text states.
+
+    It is CLIP's, cut to `vocab_size`; or GLIDE's from `text_tokenizer.folder`.
 
     Raises:
-      ValueError: when the configuration has only one of `text_tokenizer` and `model.text`.
+      ValueError: when the configuration has only one of `text_tokenizer` and `model.text`, or the folder's
+        tokenizer has another `vocab_size`.
+      FileNotFoundError: when the folder holds no tokenizer.
     """
     settings, text = config.get("text_tokenizer"), config.get("model", {}).get("text")
     if config.stage == "clip":
@@ -50,7 +57,18 @@ def text_tokenizer(config: ConfigDict) -> ClipTokenizer | None:
             "text_tokenizer and model.text belong together: "
             "set both to give the stage its own text encoder, or neither"
         )
-    return None if settings is None else ClipTokenizer(**settings)
+    if settings is None:
+        return None
+    folder, length = settings.get("folder"), settings["length"]
+    if folder is None:
+        return ClipTokenizer(length, settings["vocab_size"])
+    tokenizer = GlideTokenizer.from_folder(user_path(folder), length)
+    if tokenizer.vocab_size != settings["vocab_size"]:
+        raise InputError(
+            f"the tokenizer of {folder} has {tokenizer.vocab_size} tokens, not "
+            f"text_tokenizer.vocab_size={settings['vocab_size']}; set it"
+        )
+    return tokenizer
 
 
 def load_frozen(

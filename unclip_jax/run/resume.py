@@ -296,16 +296,16 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def load_widened(path: str, name: str) -> tuple[Part, dict]:
-    """`load_part` for a decoder that inpaints.
+    """`load_part` for a network that draws pixels and inpaints: `decoder_inpaint` and the like.
 
-    If there is none, the ordinary decoder takes its place, with zero weights for the four channels of the
-    known part.
+    If there is none, the ordinary network takes its place, with zero weights for the four channels of the
+    known part, which follow those of the image.
     """
     try:
         return load_part(path, name)
     except KeyError:
-        part, meta = load_part(path, "decoder")
-    unet = _widened(part.params["unet"], 4)
+        part, meta = load_part(path, name.removesuffix("_inpaint"))
+    unet = _widened(part.params["unet"], 4, 3)
     return Part(part.config, part.params | {"unet": unet}), meta
 
 
@@ -324,8 +324,10 @@ def load_widened_latent(path: str, name: str) -> tuple[Part, dict]:
     return Part(part.config, _widened(part.params, more)), meta
 
 
-def _widened(unet: dict, channels: int) -> dict:
-    # A U-Net with more input channels, of zero weight.
+def _widened(unet: dict, channels: int, at: int | None = None) -> dict:
+    # A U-Net with more input channels, of zero weight, from the channel `at` on, or after all.
     conv = unet["conv_in"]
-    kernel = np.pad(conv["kernel"], ((0, 0), (0, 0), (0, channels), (0, 0)))
+    before, after = np.split(conv["kernel"], [conv["kernel"].shape[2] if at is None else at], axis=2)
+    zeros = np.zeros((*before.shape[:2], channels, before.shape[3]), before.dtype)
+    kernel = np.concatenate([before, zeros, after], axis=2)
     return unet | {"conv_in": conv | {"kernel": kernel}}

