@@ -22,8 +22,13 @@ SIZES = {
     "stable_diffusion/latent.py:inpaint": 859_535_364,
     "latent/latent.py": 274_056_163,
     "latent/latent.py:churches": 294_966_916,
+    # The published networks of classes, and the table of 1,000 classes and of no class.
+    "latent/latent.py:cin": 400_920_579 + 1001 * 512,
+    "latent/latent.py:cin-f8": 394_984_196 + 1001 * 512,
+    "latent/latent.py:inpaint": 387_245_827,
 }
 OTHERS = ["stable_diffusion/latent.py:tiny", "stable_diffusion/latent.py:tiny-v2", "latent/latent.py:tiny"]
+OTHERS += ["latent/latent.py:tiny-cin"]
 OTHERS += [f"emoji/latent.py{variant}" for variant in ("", ":64", ":inpaint", ":tiny", ":tiny-inpaint")]
 
 

@@ -123,14 +123,11 @@ SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear
 LEADING = dict(timestep_spacing="leading", steps_offset=1)
 CASES = {  # our options -> their scheduler and its settings
     ("ddim", "leading", "first"): ("DDIMScheduler", dict(LEADING, set_alpha_to_one=False)),
-    ("ddim", "trailing", "clean"): ("DDIMScheduler", dict(timestep_spacing="trailing")),
     ("plms", "leading", "first"): ("PNDMScheduler", dict(LEADING, skip_prk_steps=True)),
-    ("euler", "leading", "clean"): ("EulerDiscreteScheduler", LEADING),
     ("euler", "linspace", "clean"): ("EulerDiscreteScheduler", dict(timestep_spacing="linspace")),
     ("euler_ancestral", "trailing", "clean"): (
         "EulerAncestralDiscreteScheduler", dict(timestep_spacing="trailing"),
     ),
-    ("dpmpp_2m", "linspace", "clean"): ("DPMSolverMultistepScheduler", dict(timestep_spacing="linspace")),
     ("dpmpp_2m", "leading", "first"): (
         "DPMSolverMultistepScheduler", dict(LEADING, final_sigmas_type="sigma_min"),
     ),

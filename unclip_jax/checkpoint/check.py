@@ -405,7 +405,9 @@ def glide_shapes(model: Mapping[str, Any]) -> Any:
 def latent_shapes(model: Mapping[str, Any]) -> Any:
     """The parameters' shapes of a `LatentUNet` with these keyword arguments."""
     module, side, given = LatentUNet(**model), 2 ** (len(model["channel_mult"]) - 1), {}
-    if module.context_dim is not None:
+    if module.classes is not None:
+        given["label"] = array(1, dtype=jnp.int32)
+    elif module.context_dim is not None:
         given["context"] = array(1, 1, module.context_dim)
     if module.vector_dim is not None:
         given["vector"] = array(1, module.vector_dim)

@@ -67,6 +67,7 @@ def collect(runs: Any, base: str | None = None):
     from unclip_jax.checkpoint.check import check_config
     from unclip_jax.checkpoint.load import load_bundle, load_trained
     from unclip_jax.checkpoint.store import FOLDER
+    from unclip_jax.sampling.latent import made_by
 
     folders = sorted(p for p in runs.iterdir() if (p / FOLDER).is_dir()) if runs.is_dir() else []
     if not folders:
@@ -89,7 +90,7 @@ def collect(runs: Any, base: str | None = None):
     if set(parts) == {"clip"}:
         needed = ("clip",)
     elif "latent" in parts and "decoder" not in parts:
-        system, needed = "latent", ("clip", "latent", "autoencoder")
+        system, needed = "latent", tuple(made_by(Bundle(parts)))
     elif any(name.startswith("glide") for name in parts):
         system, needed = "glide", ("glide",)
     missing = [name for name in needed if name not in parts]

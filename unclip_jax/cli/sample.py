@@ -14,7 +14,13 @@ from unclip_jax.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments to its parser."""
-    parser.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw")
+    parser.add_argument(
+        "captions",
+        nargs="*",
+        metavar="CAPTION",
+        help="what to draw; for a bundle of classes their names or numbers, and nothing for one that draws "
+        "without captions",
+    )
     add_bundle_arguments(parser)
     parser.add_argument(
         "--out", metavar="FILE", help="the file to write (grid.png); with --prompts: the folder to write"
@@ -137,8 +143,6 @@ def run(args: argparse.Namespace) -> None:
     if args.prompts is not None or args.layout is not None:
         _write_layout(args)
         return
-    if not args.captions:
-        raise InputError("say what to draw: captions, or --prompts FILE --layout L")
     args.samples = 1 if args.samples is None else args.samples
     args.out = args.out if args.out is not None else "grid.png"
     import itertools
@@ -164,16 +168,20 @@ def run(args: argparse.Namespace) -> None:
         if prior is not None:
             check_prior_name(prior)
     chosen = read_options(args, priors)
-    drawn = len(args.captions) * args.samples
-    check_range(
-        "--samples", args.samples, 1, MOST_PICTURES // (len(args.captions) * len(priors) * len(chosen))
-    )
+    captions = max(len(args.captions), 1)
+    drawn = captions * args.samples
+    check_range("--samples", args.samples, 1, MOST_PICTURES // (captions * len(priors) * len(chosen)))
     check_seed(args.seed)
     check_range("--position", args.position, 0, 2**32 - drawn)
     check_out(args.out)
     use_compilation_cache()
     sampler = Sampler(open_bundle(args))
-    system, priors = system_of(sampler.bundle), [prior_of(sampler.bundle, prior) for prior in priors]
+    system = system_of(sampler.bundle)
+    if not args.captions:
+        if system.reads(sampler.bundle) != "nothing":
+            raise InputError("say what to draw: captions, or --prompts FILE --layout L")
+        args.captions = [""]
+    priors = [prior_of(sampler.bundle, prior) for prior in priors]
     chosen = read_options(args, priors, system.draws)
     for options in chosen:
         sampler.options(options)

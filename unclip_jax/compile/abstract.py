@@ -117,11 +117,12 @@ def spread(tree: Any, count: int, mesh: Mesh, spec: P) -> Any:
 
 
 def abstract_batch(
-    stage: Stage, frozen: dict[str, Network], batch_size: int, mesh: Mesh
+    stage: Stage, frozen: dict[str, Network], batch_size: int, mesh: Mesh, label: str = "caption"
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as shapes, with the rows that the stage's `example` makes.
 
     The row comes from a blank picture, or from a record of embeddings if there is no CLIP to embed a picture.
+    label: where the stage finds a record's class.
     """
     from PIL import Image
 
@@ -136,7 +137,9 @@ def abstract_batch(
         if "autoencoder" in frozen:
             side = stage.model.image_size
             embeds["latents"] = np.zeros((side, side, stage.model.out_channels), np.float16)
-    row = stage.example(Record("0", file.getvalue(), ("a",), {}, "", embeds), np.random.default_rng(0))
+    name = stage.part.get("class_names", ["a"])[0]
+    record = Record(f"{name}/0", file.getvalue(), (name,), {label: name}, "", embeds)
+    row = stage.example(record, np.random.default_rng(0))
     sharding = NamedSharding(mesh, BATCH)
     return {
         k: jax.ShapeDtypeStruct((batch_size, *np.shape(v)), np.asarray(v).dtype, sharding=sharding)

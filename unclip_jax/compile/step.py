@@ -213,7 +213,7 @@ def train_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False
     frozen = arrays(networks)
     if stage.fit is not None:
         frozen[FITTED] = placed(stage.fit.arrays(stage.part), mesh)
-    batch = abstract_batch(stage, networks, config.batch_size, mesh)
+    batch = abstract_batch(stage, networks, config.batch_size, mesh, config.data.get("label", "caption"))
     return TrainStep(stage, update, placed(shapes, mesh, shardings), frozen, batch)
 
 

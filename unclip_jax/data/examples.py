@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from unclip_jax.data import ops
 from unclip_jax.data.degrade import bsr_light, low_resolution
-from unclip_jax.data.record import Record
+from unclip_jax.data.record import Record, label_of
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.data.tokenizers import AnyTokenizer
 from unclip_jax.errors import InputError
@@ -171,8 +173,10 @@ def latent_example(
     crop_scale: float = 1.0,
     training: bool = True,
     inpaint: bool = False,
+    classes: Sequence[str] = (),
+    label: str = "caption",
 ) -> dict[str, np.ndarray]:
-    """One row of a batch: an image for the autoencoder, or its latents, and a caption for CLIP.
+    """One row of a batch: an image for the autoencoder, or its latents, and what conditions the U-Net.
 
     Args:
       record: an image with captions, or its latents with CLIP's embeddings (`unclip embed --latents`).
@@ -180,12 +184,14 @@ def latent_example(
       tokenizer: CLIP's tokenizer; None for a network without captions.
       size: the side of the image in pixels.
       inpaint: whether the row says which part of the image is known.
+      classes: the names of all classes, for a network that is conditioned on them.
+      label: where a record's class comes from (`record.label_of`).
 
     Returns:
       `image` (size, size, 3) in [-1, 1], or `latents` (h, w, Z), not scaled; with a tokenizer the caption, as
-      `clip_example` gives it; with `inpaint` `known` (size, size, 1) bool.
+      `clip_example` gives it; with `inpaint` `known` (size, size, 1) bool; with classes `label` () int32.
 
-    Raises `ValueError` if the image cannot be decoded, or a caption is missing.
+    Raises `ValueError` if the image cannot be decoded, a caption is missing, or the class is none of them.
     """
     if "latents" in (record.embeds or {}) and not inpaint:
         row = {"latents": np.float32(record.embeds["latents"])}
@@ -201,6 +207,11 @@ def latent_example(
         )
     if inpaint:
         row["known"] = ops.random_mask(size, rng)
+    if classes:
+        name = label_of(record, label)
+        if name not in classes:
+            raise InputError(f"its class {name!r} ({label}) is none of the {len(classes)} of data.classes")
+        row["label"] = np.int32(classes.index(name))
     return row
 
 

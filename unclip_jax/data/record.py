@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,28 @@ def class_of(meta: Mapping, field: str) -> str:
     if not isinstance(value, (str, int, float)):
         raise InputError(f"its {field} is {type_in_words(value)}, expected a text or a number")
     return str(value).strip()
+
+
+def label_of(record: Record, label: str) -> str:
+    """The name of a record's class. Underscores in folder names become spaces.
+
+    label: `caption`, `folder` or a field of the metadata (table in `evaluate.clip`).
+
+    Raises:
+      ValueError: if the record has no class.
+    """
+    if label == "caption":
+        name = record.captions[0] if record.captions else ""
+    elif label == "folder":
+        name = PurePosixPath(record.key).parent.name.replace("_", " ")
+    else:
+        name = class_of(record.meta, label)
+    if not name:
+        raise InputError(
+            f"record {record.key} of {record.shard} has no {label}; "
+            "label is caption, folder, or a field of the metadata"
+        )
+    return name
 
 
 def type_in_words(value: Any) -> str:

@@ -17,7 +17,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.data.pipeline import DATA_ERRORS
-from unclip_jax.data.record import Record, Source, class_of, error_summary
+from unclip_jax.data.record import Record, Source, error_summary, label_of
 from unclip_jax.errors import InputError
 from unclip_jax.evaluate.sets import chosen_rows
 from unclip_jax.metrics.linear_probe import Probe, check_classes, check_installed, linear_probe
@@ -37,26 +36,6 @@ from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 log = logging.getLogger(__name__)
 
 BATCH = 128
-
-
-def label_of(record: Record, label: str) -> str:
-    """The name of a record's class. Underscores in folder names become spaces.
-
-    Raises:
-      ValueError: if the record has no class.
-    """
-    if label == "caption":
-        name = record.captions[0] if record.captions else ""
-    elif label == "folder":
-        name = PurePosixPath(record.key).parent.name.replace("_", " ")
-    else:
-        name = class_of(record.meta, label)
-    if not name:
-        raise InputError(
-            f"record {record.key} of {record.shard} has no {label}; "
-            "label is caption, folder, or a field of the metadata"
-        )
-    return name
 
 
 class _Images:

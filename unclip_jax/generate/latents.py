@@ -134,11 +134,17 @@ def mean_latents(autoencoder: Network, image: jax.Array) -> jax.Array:
     return latents.astype(jnp.float32) * autoencoder.config["scale_factor"]
 
 
-def invert_latents(latent: Network, texts: Texts | None, z: jax.Array, options: SamplingOptions) -> jax.Array:
+def invert_latents(
+    latent: Network,
+    texts: Texts | None,
+    z: jax.Array,
+    options: SamplingOptions,
+    inputs: Inputs | None = None,
+) -> jax.Array:
     """The noise x_T from which DDIM with the same options at eta 0 draws latents again.
 
     Args:
-      latent, texts: as in `latent_denoiser`.
+      latent, texts, inputs: as in `latent_denoiser`.
       z: (B, h, w, Z) scaled latents.
       options: as in `sample_latents`. Inversion never clips x0, so `clip` must be None.
 
@@ -151,7 +157,7 @@ def invert_latents(latent: Network, texts: Texts | None, z: jax.Array, options: 
     if options.clip is not None:
         raise InputError("DDIM inversion needs clip None: what clipping cuts off cannot be found again")
     sampler = diffusion_sampler(latent.config, options)
-    denoise = latent_denoiser(latent, texts, z.shape[1:3], options, len(z))
+    denoise = latent_denoiser(latent, texts, z.shape[1:3], options, len(z), inputs=inputs)
     return ddim_invert(denoise, z, sampler.schedule, sampler.moves)
 
 

@@ -54,7 +54,15 @@ KINDS: dict[str, Kind] = {
     "upsampler": Kind(
         DIFFUSES | {"factor": (int, True), "last_step_of": (str, False)}, Upsampler, {"unet": UNet}
     ),
-    "latent": Kind(DIFFUSES | {"augmentation": (dict, False), "embedding_space": (dict, False)}, LatentUNet),
+    "latent": Kind(
+        DIFFUSES
+        | {
+            "augmentation": (dict, False),
+            "embedding_space": (dict, False),
+            "class_names": (tuple[str, ...], False),
+        },
+        LatentUNet,
+    ),
     "glide": Kind(DIFFUSES | {"factor": (int, False)}, Glide, {"unet": UNet, "text": TextEncoder}),
     "kandinsky": Kind(DIFFUSES, KandinskyDecoder, {"unet": UNet}),
     "safety": Kind(NETWORK, SafetyChecker, {"image": ImageTower}),

@@ -133,6 +133,8 @@ class LatentUNet(nn.Module):
       heads: attention heads of each level; the middle has those of the last level.
       attention_levels: the levels whose blocks are followed by attention; the middle always has it.
       context_dim: Dc, width of the context tokens; None for a network without context.
+      classes: number of classes. The context is then one token, a row of a learned table; its last row stands
+        for no class. None for a context that is given.
       transformer_depth: blocks of each spatial transformer; 0 for ADM's attention without context.
       linear: the transformers' projections are linear layers, not convolutions.
       vector_dim: size of a vector that is added to the time embedding through two layers; None for none.
@@ -154,6 +156,7 @@ class LatentUNet(nn.Module):
     heads: tuple[int, ...]
     attention_levels: tuple[int, ...] = ()
     context_dim: int | None = None
+    classes: int | None = None
     transformer_depth: int = 1
     linear: bool = False
     vector_dim: int | None = None
@@ -178,6 +181,7 @@ class LatentUNet(nn.Module):
         t: jax.Array,
         *,
         context: jax.Array | None = None,
+        label: jax.Array | None = None,
         vector: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
@@ -187,6 +191,7 @@ class LatentUNet(nn.Module):
           x: (B, H, W, in_channels) noised latents, with what is concatenated to them.
           t: (B,) time steps in [0, T).
           context: (B, L, context_dim) tokens for the cross-attention.
+          label: (B,) int32 in [0, classes]; `classes` is no class.
           vector: (B, vector_dim), added to the time embedding.
           deterministic: False switches dropout on (needs the `dropout` RNG).
 
@@ -196,6 +201,11 @@ class LatentUNet(nn.Module):
         Raises:
           ValueError: when an input is missing or has another size than the network's.
         """
+        if (label is None) != (self.classes is None):
+            raise InputError("a U-Net of classes needs a label, and no other takes one")
+        if label is not None:
+            table = nn.Embed(self.classes + 1, self.context_dim, dtype=self.dtype, name="class_embed")
+            context = table(label)[:, None]
         self._check(x, context, vector)
         res_class = with_hooks(self, ResBlock, self.gather, self.remat, static_argnums=(3,))
         transformer = with_hooks(self, SpatialTransformer, self.gather, self.remat, static_argnums=(3,))

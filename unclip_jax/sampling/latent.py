@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError
-from unclip_jax.generate.latents import decode_latents, sample_latents
+from unclip_jax.generate.latents import Inputs, decode_latents, sample_latents
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import LatentSamplingOptions, Options, is_guided
 from unclip_jax.generate.text import Texts, encode_text
@@ -35,7 +36,7 @@ from unclip_jax.sampling.programs import (
 
 log = logging.getLogger(__name__)
 LATENT = 0  # what the stage folds into a row's random key
-PARTS = ("clip", "latent", "autoencoder")
+PARTS = ("latent", "autoencoder")  # and the clip, where the U-Net reads captions
 LARGEST_SIDE = 4096  # of a picture, in pixels
 
 
@@ -90,6 +91,11 @@ def sizes(bundle: Bundle) -> list[int]:
     levels = len(bundle.part("autoencoder").config["model"]["channel_mult"])
     model = bundle.part("latent").config["model"]
     return [model.get("unet", model)["image_size"] * 2 ** (levels - 1)]
+
+
+def made_by(bundle: Bundle, prior: None = None) -> list[str]:
+    """The parts that draw: clip where the U-Net reads captions, the U-Net and the autoencoder."""
+    return [*(["clip"] if reads(bundle) == "captions" else []), *PARTS]
 
 
 def overrides(
@@ -179,13 +185,73 @@ def check_call(
     return Call(seeds, places, static, scales, [row.negative for row in rows], rows[0])
 
 
-def tokens(sampler: Sampler, captions: Sequence[str], call: Call) -> tuple[dict, dict]:
-    """The tokens of B captions and of the call's negative captions, for `encode_captions`."""
+def reads(bundle: Bundle, name: str = "latent") -> str:
+    """What conditions a bundle's U-Net: `captions`, `classes` or `nothing`. name: of its part."""
+    model = bundle.part(name).config["model"]
+    if model.get("classes") is not None:
+        return "classes"
+    return "nothing" if model.get("context_dim") is None else "captions"
+
+
+def check_parts(bundle: Bundle, name: str = "latent") -> None:
+    """Raises a KeyError if a bundle lacks a part that its U-Net, the part `name`, needs."""
+    for needed in (name, "autoencoder", *(["clip"] if reads(bundle, name) == "captions" else [])):
+        bundle.part(needed)
+
+
+def labels_of(config: Mapping[str, Any], captions: Sequence[str]) -> np.ndarray:
+    """The classes (B,) int32 that captions name: by a name among the part's `class_names`, or by number.
+
+    config: the U-Net's.
+
+    Raises:
+      ValueError: on a caption that is neither.
+    """
+    names, count = list(config.get("class_names", ())), config["model"]["classes"]
+    labels = []
+    for caption in captions:
+        if caption in names:
+            labels.append(names.index(caption))
+        elif caption.isascii() and caption.isdigit() and int(caption) < count:
+            labels.append(int(caption))
+        else:
+            known = f", or one of {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
+            raise InputError(
+                f"{caption!r} is no class of this bundle: give a number from 0 to {count - 1}{known}"
+            )
+    return np.asarray(labels, np.int32)
+
+
+def tokens(sampler: Sampler, captions: Sequence[str], call: Call, name: str = "latent") -> Any:
+    """What the U-Net `name` is told of B captions, for `conditions`: the tokens of the captions and of the
+    call's negative captions; or classes; or None.
+
+    Raises:
+      ValueError: when the U-Net reads no captions, and one is given; or one names no class.
+    """
+    kind = reads(sampler.bundle, name)
+    if kind != "captions" and any(call.negative):
+        raise InputError("this bundle reads no captions: leave the negative one out")
+    if kind == "classes":
+        return labels_of(sampler.bundle.part(name).config, captions)
+    if kind == "nothing":
+        if any(captions):
+            raise InputError("this bundle draws without captions: leave them out")
+        return None
     return sampler.captions(captions), sampler.captions(call.negative)
 
 
+def conditions(clip: Network | None, latent: Network, told: Any) -> tuple[Texts | None, Inputs | None]:
+    """The conditioning of `sample_latents`, from `tokens`: texts, and other inputs."""
+    if told is None:
+        return None, None
+    if isinstance(told, tuple):
+        return encode_captions(clip, *told), None
+    return None, {"label": (told, jnp.full((1,), latent.module.classes, jnp.int32))}
+
+
 def encode_captions(clip: Network, captions: dict, negative: dict) -> Texts:
-    """Encodes B captions and as many negative ones (`tokens`)."""
+    """Encodes B captions and as many negative ones."""
     return Texts(encode_text(clip, captions), encode_text(clip, negative))
 
 
@@ -201,8 +267,9 @@ def sample_stages(
     """Runs the cascade and returns the output of every stage.
 
     Args:
-      bundle: with the parts clip, latent and autoencoder.
-      captions: at least one text. The tokenizer truncates texts that are too long.
+      bundle: with the parts latent and autoencoder, and clip where the U-Net reads captions.
+      captions: at least one text. The tokenizer truncates texts that are too long. A U-Net of classes takes
+        their names or numbers, and one without condition an empty text for each picture.
       seed, positions, options, progress: as in `unclip.sample_stages`.
 
     Returns:
@@ -216,15 +283,14 @@ def sample_stages(
     sampler, captions = as_sampler(bundle), list(captions)
     if not captions:
         raise InputError("no captions: give at least one")
-    for name in PARTS:
-        sampler.bundle.part(name)
+    check_parts(sampler.bundle)
     check_draws(sampler.bundle)
     call = check_call(sampler, "latent", len(captions), seed, positions, options)
     size, tile = picture_size(sampler, call.drawn_with), tile_size(sampler, call.drawn_with)
     run = sampler.program(
         ("latent", size, tile, *call.options.items()), lambda: _cascade(sampler, call.options, size, tile)
     )
-    given = (call.scales, *tokens(sampler, captions, call), call.seeds, call.positions)
+    given = (call.scales, tokens(sampler, captions, call), call.seeds, call.positions)
     batch = lambda rows: run(sampler.params, *sampler.rows(given, rows))
     latents, image = sampler.in_batches(batch, len(captions), ["latent", "autoencoder"], progress)
     if call.drawn_with.filter:
@@ -262,11 +328,14 @@ def flagged(sampler: Sampler, images: np.ndarray) -> np.ndarray:
 def _cascade(
     sampler: Sampler, options: dict[str, Options], size: tuple[int, int], tile: int | None
 ) -> Callable:
-    def run(params, scales, captions, negative, seeds, positions):
+    def run(params, scales, told, seeds, positions):
         networks, chosen = sampler.with_params(params), with_scales(options, scales)
         keys = row_keys(seeds, positions)
-        texts = encode_captions(networks["clip"], captions, negative)
-        z = sample_latents(networks["latent"], texts, size, fold_in(keys, LATENT), chosen["latent"])
+        texts, inputs = conditions(networks.get("clip"), networks["latent"], told)
+        z = sample_latents(
+            networks["latent"], texts, size, fold_in(keys, LATENT), chosen["latent"],
+            inputs=inputs, rows=len(seeds),
+        )  # fmt: skip
         return z, decode_latents(networks["autoencoder"], z, tile)
 
     return run

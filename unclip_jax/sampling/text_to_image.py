@@ -47,6 +47,8 @@ class System(NamedTuple):
     encode: inversion, images -> `edits.inversion.Latents`, which the edits change. None if the system cannot
       invert images.
     embeds: whether these latents hold z_i, an image embedding, which variations and interpolations need.
+    reads: bundle -> what a picture is drawn for: `captions`, `classes` (their names or numbers are given as
+      captions) or `nothing` (the captions are empty).
     priors: the priors that a caller may choose from, each with the parts that it needs.
     sizes: bundle -> the sides in pixels of what `sample` draws, in the order of `Stages.images`.
     overrides: (bundle, prior, **options that people know) -> sampling options by part.
@@ -69,6 +71,7 @@ class System(NamedTuple):
     made_by: Callable[[Bundle, str | None], list[str]]
     encode: Callable[..., Any] | None = None
     embeds: bool = False
+    reads: Callable[[Bundle], str] = lambda bundle: "captions"
     priors: Mapping[str, tuple[str, ...]] = {}
     sizes: Callable[[Bundle], list[int]] | None = None
     overrides: Callable[..., dict[str, dict[str, Any]]] | None = None
@@ -115,8 +118,9 @@ SYSTEMS = {
         latent.PARTS,
         latent.sample_stages,
         "latent",
-        lambda bundle, prior: list(latent.PARTS),
+        latent.made_by,
         latent_inversion.encode,
+        reads=latent.reads,
         sizes=latent.sizes,
         overrides=latent.overrides,
         inpaint=latent_inpaint.inpaint_rows,

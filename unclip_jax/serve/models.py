@@ -336,6 +336,8 @@ def load_models(
     models = []
     for name in bundles:
         bundle = load_bundle(name, mesh=sampling_mesh(mesh, stored_bytes(name)))
+        if system_of(bundle).reads(bundle) != "captions":
+            raise InputError(f"{name} reads no captions, so it cannot be served; unclip sample draws from it")
         short = name.rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
         try:
             models.append(Model(short, Sampler(bundle), no_filter))

@@ -6,6 +6,10 @@ The latents are drawn from the autoencoder's Gaussian and multiplied by its scal
 the variational bound. The context is the text states of a frozen CLIP; for classifier-free guidance the empty
 caption replaces the caption. Without `context_dim` the network has no condition, and there is no CLIP.
 
+With `model.classes` the context is a row of a learned table, one for each class of `data.classes`. For
+guidance a last row replaces it for `drop_text` of the rows (section 4.3). `data.label` says where a record's
+class is.
+
 A U-Net of 2 Z + 1 input channels learns to inpaint: beside the latents it sees the mask (1 where the image is
 drawn anew) and the latents of the image without that part. The weights of the new channels start at zero when
 an ordinary U-Net is fine-tuned.
@@ -28,6 +32,7 @@ from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import options_from
 from unclip_jax.generate.text import Texts, select_text
 from unclip_jax.models.latent_unet import RESAMPLES, LatentUNet
+from unclip_jax.paths import user_path
 from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import (
@@ -46,9 +51,19 @@ from unclip_jax.sharding import compute_dtype, gather_rest, make_gather, make_me
 from unclip_jax.train.figures import held_out_loss, image_figures, sample_grid, with_image_figures
 
 FROZEN: dict[str, str] = {"clip": "clip", "autoencoder": "autoencoder"}
+CLASSES = settings.Rule(
+    (tuple, str),
+    "the names of the classes, or a file with one a line",
+    lambda value: bool(value) and all(isinstance(name, str) and name for name in value),
+)
 SETTINGS = settings.TRAINED | {
     "frozen": {"clip": settings.maybe(settings.text()), "autoencoder": settings.text()},
-    "data": settings.CROPPED | {"eval": settings.absent(settings.SOURCE)},
+    "data": settings.CROPPED
+    | {
+        "eval": settings.absent(settings.SOURCE),
+        "label": settings.absent(settings.text()),
+        "classes": settings.absent(CLASSES),
+    },
     "model": {
         "image_size": settings.whole("[1, inf)"),
         "in_channels": settings.whole("[1, inf)"),
@@ -59,6 +74,7 @@ SETTINGS = settings.TRAINED | {
         "heads": settings.several("[1, inf)"),
         "attention_levels": settings.absent(settings.several("[0, inf)", least=0)),
         "context_dim": settings.absent(settings.maybe(settings.whole("[1, inf)"))),
+        "classes": settings.absent(settings.maybe(settings.whole("[1, inf)"))),
         "transformer_depth": settings.absent(settings.whole("[0, inf)")),
         "linear": settings.absent(settings.FLAG),
         "resample": settings.absent(settings.text(*RESAMPLES)),
@@ -87,6 +103,9 @@ def loss_fn(params, rng, batch, *, frozen, model, encode, beside, tables, predic
         text = clip.captions(frozen["clip"], batch)
         keep = jax.random.uniform(rng_text, (len(x0),)) >= drop_text
         given["context"] = select_text(keep, text, frozen[EMPTY]).states
+    if model.classes is not None:
+        keep = jax.random.uniform(rng_text, (len(x0),)) >= drop_text
+        given["label"] = jnp.where(keep, batch["label"], model.classes)
 
     t, eps, x_t = sample_noised(rng_noise, x0, tables)
     if beside is not None:
@@ -114,15 +133,34 @@ def check(config) -> None:
             raise InputError(f"{width} channels of model must be a multiple of model.groups={groups}")
         if width % heads and (level in model.get("attention_levels", ()) or level == levels - 1):
             raise InputError(f"{width} channels of model must be a multiple of its {heads} heads")
-    if (model.get("context_dim") is None) != (config.frozen.clip is None):
+    classes = model.get("classes") is not None
+    if (model.get("context_dim") is None or classes) != (config.frozen.clip is None):
         raise InputError(
             "frozen.clip makes the context of model.context_dim: set both, or neither for a network without "
-            "condition"
+            "condition; with model.classes there is no clip"
         )
+    if classes != (config.data.get("classes") is not None) or (classes and model.get("context_dim") is None):
+        raise InputError("model.classes, model.context_dim and data.classes belong together: set all of them")
     if (model.get("context_dim") is None) != (model.get("transformer_depth", 1) == 0):
         raise InputError("a network without condition has model.transformer_depth=0, and only that")
     if config.diffusion.get("zero_snr") and config.diffusion.prediction == "eps":
         raise InputError("diffusion.zero_snr needs diffusion.prediction=v: noise alone says nothing of x0")
+
+
+def class_names(config) -> tuple[str, ...]:
+    """The names of the classes, in the order of their numbers; () for a network without classes.
+
+    Raises:
+      ValueError: when they are not `model.classes` distinct names.
+    """
+    names, count = config.data.get("classes"), config.model.get("classes")
+    if names is None:
+        return ()
+    if isinstance(names, str):
+        names = tuple(line.strip() for line in user_path(names).read_text("utf-8").splitlines())
+    if len(set(names)) != len(names) or len(names) != count or not all(names):
+        raise InputError(f"data.classes must be model.classes={count} distinct names, got {len(names)}")
+    return tuple(names)
 
 
 def stage(config, mesh, frozen) -> Stage:
@@ -133,6 +171,9 @@ def stage(config, mesh, frozen) -> Stage:
     autoencoder, model_config = frozen["autoencoder"], config_json(config.model)
     diffusion = config_json(config.diffusion)
     part = {"kind": "latent", "model": model_config, "diffusion": diffusion, "frozen": hashes(frozen)}
+    names = class_names(config)
+    if names:
+        part["class_names"] = list(names)
     hooks = {"remat": config.remat, "gather": make_gather(mesh)}
     model = LatentUNet(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
     if autoencoder.module.latent_channels != model.out_channels:
@@ -150,6 +191,8 @@ def stage(config, mesh, frozen) -> Stage:
 
     def init(key):
         given = {} if clip is None else {"context": clip.zeros.states}
+        if names:
+            given["label"] = jnp.zeros(1, jnp.int32)
         x = jnp.zeros((1, model.image_size, model.image_size, model.in_channels))
         return model.init(key, x, jnp.zeros(1), **given)["params"], {}
 
@@ -163,7 +206,8 @@ def stage(config, mesh, frozen) -> Stage:
 
     example = functools.partial(
         latent_example, tokenizer=None if clip is None else clip.tokenizer, size=size,
-        crop_scale=config.data.crop_scale, inpaint=inpaints,
+        crop_scale=config.data.crop_scale, inpaint=inpaints, classes=names,
+        label=config.data.get("label", "caption"),
     )  # fmt: skip
     loss = functools.partial(
         loss_fn, model=model, encode=encode, beside=beside if inpaints else None,
@@ -206,9 +250,11 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         autoencoder = networks["autoencoder"].with_params(frozen["autoencoder"])
         texts = None if clip is None else Texts(clip.captions(frozen["clip"], batch), frozen[EMPTY])
         beside = inpainting_inputs(autoencoder, batch["image"], batch["known"]) if inpaints else None
-        size = (trained.model.image_size,) * 2
+        size, inputs = (trained.model.image_size,) * 2, None
+        if "label" in batch:
+            inputs = {"label": (batch["label"], jnp.full(1, trained.model.classes, jnp.int32))}
         rows = len(jax.tree.leaves(batch)[0])
-        z = sample_latents(network, texts, size, rng, options, beside=beside, rows=rows)
+        z = sample_latents(network, texts, size, rng, options, beside=beside, inputs=inputs, rows=rows)
         return decode_latents(autoencoder, z)
 
     def evaluate(run, step) -> dict[str, float]:

@@ -281,7 +281,6 @@ UPSCALE = {
         ["good.png", "wide.png", "--out", "."],
         "good.png exists; name another folder",
     ),
-    "a bundle without upsamplers": (["good.png", "--bundle", "judge"], "upsampler"),
     "a decoder to enlarge with": (
         ["good.png", *TINY, "--part", "decoder"],
         "decoder is no upsampler of the bundle; choose of upsampler_16",

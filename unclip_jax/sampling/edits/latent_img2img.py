@@ -19,10 +19,10 @@ from unclip_jax.sampling.edits.img2img import STRENGTH, check_rows, check_streng
 from unclip_jax.sampling.edits.inversion import fitted
 from unclip_jax.sampling.latent import (
     LATENT,
-    PARTS,
     check_call,
     check_draws,
-    encode_captions,
+    check_parts,
+    conditions,
     flagged,
     picture_size,
     tile_size,
@@ -47,7 +47,7 @@ def img2img_rows(
     """Draws pictures again, each for its own caption.
 
     Args:
-      bundle: with the parts clip, latent and autoencoder.
+      bundle: as in `latent.sample_stages`; so are the captions.
       images: uint8 (H, W, 3), any sizes. They are cropped to the proportions of the result and resized.
       captions: one per image.
       strength: in (0, 1]. The U-Net makes the last int(strength * N) of its N steps.
@@ -63,8 +63,7 @@ def img2img_rows(
     """
     sampler, captions = as_sampler(bundle), list(captions)
     check_rows(images, captions)
-    for name in PARTS:
-        sampler.bundle.part(name)
+    check_parts(sampler.bundle)
     check_draws(sampler.bundle)
     call = check_call(sampler, "latent", len(captions), seed, positions, options)
     check_strength(sampler.network("latent").config, call.options["latent"], strength)
@@ -73,21 +72,21 @@ def img2img_rows(
     target = ops.to_float(fitted(images, (size[0] * factor, size[1] * factor)))
 
     def make():
-        def run(params, scales, captions, negative, image, seeds, positions):
+        def run(params, scales, told, image, seeds, positions):
             networks, chosen = sampler.with_params(params), with_scales(call.options, scales)
             keys = row_keys(seeds, positions)
-            texts = encode_captions(networks["clip"], captions, negative)
+            texts, inputs = conditions(networks.get("clip"), networks["latent"], told)
             x0 = encode_latents(networks["autoencoder"], {"image": image}, fold_in(keys, ENCODED))
             z = sample_latents(
                 networks["latent"], texts, size, fold_in(keys, LATENT), chosen["latent"],
-                start=Start(x0, strength),
+                inputs=inputs, rows=len(seeds), start=Start(x0, strength),
             )  # fmt: skip
             return z, decode_latents(networks["autoencoder"], z, tile)
 
         return run
 
     run = sampler.program(("latent_img2img", size, tile, strength, *call.options.items()), make)
-    given = (call.scales, *tokens(sampler, captions, call), target, call.seeds, call.positions)
+    given = (call.scales, tokens(sampler, captions, call), target, call.seeds, call.positions)
     batch = lambda rows: run(sampler.params, *sampler.rows(given, rows))
     drawn = sampler.in_batches(batch, len(captions), ["latent", "autoencoder"], progress)[1]
     drawn = ops.to_uint8(drawn)

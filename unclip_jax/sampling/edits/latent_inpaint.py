@@ -22,7 +22,7 @@ from unclip_jax.generate.denoise import NOISE, STEPS, diffusion_sampler
 from unclip_jax.generate.latents import decode_latents, inpainting_inputs, latent_denoiser, sample_latents
 from unclip_jax.sampling.edits.inpaint import check_rows, passes_of, paste, shrink
 from unclip_jax.sampling.edits.inversion import square
-from unclip_jax.sampling.latent import LATENT, check_call, encode_captions, flagged, tile_size, tokens
+from unclip_jax.sampling.latent import LATENT, check_call, check_parts, conditions, flagged, tile_size, tokens
 from unclip_jax.sampling.programs import (
     Overrides,
     Progress,
@@ -89,9 +89,8 @@ def inpaint_rows(
     """
     images, masks, captions = check_rows(images, masks, captions)
     sampler, count = as_sampler(bundle), len(images)
-    for needed in ("clip", "autoencoder"):
-        sampler.bundle.part(needed)
     method, name = part_of(sampler.bundle, method)
+    check_parts(sampler.bundle, name)
     passes = passes_of(method, resamples)
     call = check_call(sampler, name, count, seed, positions, options)
     if call.drawn_with.height or call.drawn_with.width:
@@ -101,17 +100,18 @@ def inpaint_rows(
     given = ops.to_float(square(images, pixels)), np.stack([shrink(mask, pixels) for mask in masks])
 
     def make():
-        def run(params, scales, captions, negative, given, seeds, positions):
+        def run(params, scales, told, given, seeds, positions):
             networks, chosen = sampler.with_params(params), with_scales(call.options, scales)
             key = fold_in(row_keys(seeds, positions), LATENT)
-            texts = encode_captions(networks["clip"], captions, negative)
-            latent, autoencoder = networks[name], networks["autoencoder"]
+            latent, autoencoder, rows = networks[name], networks["autoencoder"], len(seeds)
+            texts, inputs = conditions(networks.get("clip"), latent, told)
+            shared = {"inputs": inputs, "rows": rows}
             beside = inpainting_inputs(autoencoder, *given)
             if method == "trained":
-                z = sample_latents(latent, texts, (side, side), key, chosen[name], beside=beside)
+                z = sample_latents(latent, texts, (side, side), key, chosen[name], beside=beside, **shared)
             else:
                 steps = diffusion_sampler(latent.config, chosen[name])
-                denoise = latent_denoiser(latent, texts, (side, side), chosen[name], texts.rows)
+                denoise = latent_denoiser(latent, texts, (side, side), chosen[name], **shared)
                 # The latents of the whole image: those near the mask's edge have seen the unknown part.
                 whole = inpainting_inputs(autoencoder, given[0], jnp.ones_like(given[1]))[..., 1:]
                 x = standard_normal(fold_in(key, NOISE), whole.shape)
@@ -124,7 +124,7 @@ def inpaint_rows(
         return run
 
     run = sampler.program(("latent_inpaint", method, passes, tile, *call.options.items()), make)
-    inputs = (call.scales, *tokens(sampler, captions, call), given, call.seeds, call.positions)
+    inputs = (call.scales, tokens(sampler, captions, call, name), given, call.seeds, call.positions)
     batch = lambda rows: run(sampler.params, *sampler.rows(inputs, rows))
     drawn = sampler.in_batches(batch, count, [name, "autoencoder"], progress)[1]
     drawn = paste(ops.to_uint8(drawn), images, masks)

@@ -22,12 +22,13 @@ from unclip_jax.generate.latents import decode_latents, invert_latents, mean_lat
 from unclip_jax.sampling.edits.inversion import STEPS, Latents, square
 from unclip_jax.sampling.latent import (
     LATENT,
-    PARTS,
     Call,
     check_call,
     check_draws,
+    check_parts,
     encode_captions,
     flagged,
+    reads,
 )
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, row_keys, with_scales
 
@@ -42,8 +43,9 @@ def _check(
     positions: Sequence[int] | None = None,
 ) -> Call:
     # The call of `count` rows, which differ in their guidance scales at most.
-    for name in PARTS:
-        sampler.bundle.part(name)
+    if reads(sampler.bundle) != "captions":
+        raise InputError("inversion in latents needs a U-Net that reads captions")
+    check_parts(sampler.bundle)
     check_draws(sampler.bundle)
     if np.ndim(guidance_scale) and np.shape(guidance_scale) != (count,):
         raise InputError(f"expected one guidance scale, or one per image, {count}, got {guidance_scale!r}")
