@@ -20,8 +20,11 @@ from unclip_jax.train import (
     autoencoder,
     clip,
     codec,
+    dalle,
     decoder,
+    dvae,
     latent,
+    pixelsnail,
     prior_ar,
     prior_diffusion,
     upsampler,
@@ -38,6 +41,9 @@ STAGES = {
     "autoencoder": (autoencoder, "configs/emoji/autoencoder.py:tiny-vq"),
     "latent": (latent, "configs/emoji/latent.py:tiny"),
     "vqvae": (vqvae, "configs/vqvae2/vqvae.py:tiny"),
+    "dvae": (dvae, "configs/dalle/dvae.py:tiny"),
+    "dalle": (dalle, "configs/dalle/dalle.py:tiny"),
+    "pixelsnail_0": (pixelsnail, "configs/vqvae2/pixelsnail.py:tiny-bottom"),
 }
 CODEC = {"codec": (codec, "configs/emoji/codec.py:tiny")}  # fitted, not trained
 BESIDE = {
@@ -46,6 +52,9 @@ BESIDE = {
     "codec": ("clip",),
     "prior_ar": ("clip", "codec"),
     "latent": ("clip", "autoencoder"),
+    "dvae": (dvae, "configs/dalle/dvae.py:tiny"),
+    "pixelsnail_0": ("clip", "vqvae"),
+    "dalle": ("dvae",),
 }  # runs that a stage starts from
 STEPS = 12
 SMALL = {

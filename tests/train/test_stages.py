@@ -47,7 +47,7 @@ def test_run_writes_what_it_promises(name, tiny_run):
         assert all(np.isfinite(row[key]) for row in steps), key
     assert list((workdir / "tb").glob("events*"))
     assert (workdir / "checkpoints" / str(STEPS)).is_dir()
-    if name in ("decoder", "upsampler_16", "autoencoder", "vqvae"):
+    if name in ("decoder", "upsampler_16", "autoencoder", "vqvae", "dvae"):
         assert (workdir / "samples" / f"{STEPS:07d}.png").stat().st_size > 1000
     evaluations = [row for row in rows if "loss" not in row]
     assert len(evaluations) == 1 and all(np.isfinite(v) for v in evaluations[0].values())

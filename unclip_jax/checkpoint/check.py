@@ -36,11 +36,12 @@ from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.latent_unet import RESAMPLES, LatentUNet
 from unclip_jax.models.layers import ACTIVATIONS
 from unclip_jax.models.lpips import SMALLEST
+from unclip_jax.models.pixelsnail import PixelSNAIL
 from unclip_jax.typed import check_fields, check_value, fields_of, listed, shown
 
 NAME = re.compile(r"[a-z0-9_]+")
 # Fields of modules that say how they are run, not what they are, and those that a module above gives.
-HOOKS = ("parent", "name", "dtype", "gather", "remat", "scan", "winograd")
+HOOKS = ("parent", "name", "dtype", "gather", "remat", "scan", "winograd", "dense")
 ABOVE = {ImageTower: ("embed_dim", "activation"), TextTower: ("embed_dim", "activation")}
 ABOVE[ClipConditioning] = ("cond_dim",)
 SCHEDULE = {
@@ -68,7 +69,7 @@ TOKENIZER = {
 CHOICES = {"activation": tuple(ACTIVATIONS), "resize": ("cubic", "linear"), "resample": RESAMPLES}
 # The largest values that a file may ask for. A larger one is a mistake, and would take all memory.
 LARGEST = {"layers": 1000, "res_blocks": 100, "length": 8192, "image_size": 8192, "channel_mult": 1000}
-LARGEST |= {"levels": 8, "halvings": 8}  # powers of two
+LARGEST |= {"levels": 8, "halvings": 8, "side": 1024}  # powers of two; attention over side^2 codes
 LARGE = 2**20
 # The ends of the paths of tensors whose first axis is the size of the embeddings, or of the text states.
 SEES = {
@@ -180,6 +181,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 def _check_words(config: Mapping[str, Any], where: str) -> None:
     # The text encoder that a part owns reads the tokens that its tokenizer makes.
     text, tokens = config.get("model", {}).get("text"), config.get("tokenizer")
+    text = config["model"] if config["kind"] == "dalle" else text
     if text is None:
         return
     if tokens is None:
@@ -213,7 +215,8 @@ def _check_range(key: str, value: Any, where: str) -> None:
         return
     if key == "attention_levels":  # they count from 0
         value = [level + 1 for level in value]
-    if key == "transformer_depth":  # 0 is ADM's attention
+    # 0 is ADM's attention; the condition and the output of a PixelSNAIL may have no blocks.
+    if key in ("transformer_depth", "condition_blocks", "out_blocks"):
         value = value + 1
     if key == "dropout":
         if not 0 <= value < 1:
@@ -339,8 +342,14 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     if kind == "clip":
         return clip_shapes(model)
     module = KINDS[kind].module(**model)
-    if kind in ("kl_autoencoder", "vq_autoencoder", "vqvae"):
+    if kind in ("kl_autoencoder", "vq_autoencoder", "vqvae", "dvae"):
         return shapes_of(module.init, array(1, module.factor, module.factor, module.image_channels))
+    if kind == "dalle":
+        ids = array(1, module.length, dtype=jnp.int32)
+        codes = array(1, module.side**2, dtype=jnp.int32)
+        return shapes_of(module.init, ids, array(1, module.length, dtype=bool), codes)
+    if kind == "pixelsnail":
+        return pixelsnail_shapes(model)
     if kind in ("inception", "dinov2"):
         side = INCEPTION_SIZE if kind == "inception" else module.positions * module.patch_size
         return shapes_of(module.init, array(1, side, side, 3))
@@ -419,6 +428,16 @@ def kandinsky_shapes(model: Mapping[str, Any]) -> Any:
     module = KandinskyDecoder(**model)
     x = array(1, module.multiple, module.multiple, module.in_channels)
     return shapes_of(module.init, x, array(1), image_embed=array(1, module.embed_dim))
+
+
+def pixelsnail_shapes(model: Mapping[str, Any]) -> Any:
+    """The parameters' shapes of a `PixelSNAIL` with these keyword arguments."""
+    module, given = PixelSNAIL(**model), {}
+    if module.coarse_codes is not None:
+        given["coarse"] = array(1, module.side // 2, module.side // 2, dtype=jnp.int32)
+    if module.text_dim is not None:
+        given["text_embed"] = array(1, module.text_dim)
+    return shapes_of(module.init, array(1, module.side, module.side, dtype=jnp.int32), **given)
 
 
 def clip_shapes(model: Mapping[str, Any]) -> Any:

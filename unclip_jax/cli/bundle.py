@@ -93,6 +93,10 @@ def collect(runs: Any, base: str | None = None):
         system, needed = "latent", tuple(made_by(Bundle(parts)))
     elif any(name.startswith("glide") for name in parts):
         system, needed = "glide", ("glide",)
+    elif "dalle" in parts and "decoder" not in parts:
+        system, needed = "dalle", ("dalle", "dvae")
+    elif "pixelsnail_0" in parts and "decoder" not in parts:
+        system, needed = "vqvae2", ("vqvae", "pixelsnail_0", "pixelsnail_1")
     missing = [name for name in needed if name not in parts]
     if missing:
         raise FileNotFoundError(

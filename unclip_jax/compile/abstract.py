@@ -18,6 +18,7 @@ from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network
 from unclip_jax.models.autoencoder import KLAutoencoder
 from unclip_jax.models.codec import Codec
+from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.lpips import LPIPS, SMALLEST
 from unclip_jax.run.frozen import EMPTY, captions_of, clip_tokenizer, text_tokenizer, wanted_roles
 from unclip_jax.run.stage import Stage
@@ -75,6 +76,14 @@ def abstract_autoencoder(channels: int, mesh: Mesh, dtype: str) -> Network:
     return Network(module, params, {"kind": "kl_autoencoder", "model": model, "scale_factor": 1.0})
 
 
+def abstract_codes(kind: str, mesh: Mesh, dtype: str) -> Network:
+    """The published network that turns images of 256 px into codes: `vqvae` or `dvae`. Its parameters are
+    shapes on the mesh."""
+    module = KINDS[kind].module(dtype=compute_dtype(dtype, mesh))
+    params = placed(shapes_of(module.init, array(1, module.factor, module.factor, 3)), mesh)
+    return Network(module, params, {"kind": kind, "model": {}})
+
+
 def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False) -> dict[str, Network]:
     """The frozen networks of a stage by role, like those of `run.frozen.load_frozen`.
 
@@ -86,6 +95,8 @@ def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = 
             frozen[role] = abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, embedded)
         elif kind == "lpips":
             frozen[role] = abstract_lpips(mesh, config.dtype)
+        elif kind in ("vqvae", "dvae"):
+            frozen[role] = abstract_codes(kind, mesh, config.dtype)
         elif kind == "autoencoder":
             frozen[role] = abstract_autoencoder(config.model.out_channels, mesh, config.dtype)
         else:

@@ -270,6 +270,29 @@ def picture_example(
     return {"image": ops.to_float(_cropped(image, rng, size, crop_scale, training))}
 
 
+def token_example(
+    record: Record,
+    rng: np.random.Generator | None,
+    *,
+    tokenizer: ClipTokenizer,
+    size: int,
+    crop_scale: float = 1.0,
+    training: bool = True,
+) -> dict[str, np.ndarray]:
+    """One row of a batch: an image, and a caption for a stage's own tokenizer.
+
+    The crops and the choice of the caption are those of `clip_example`.
+
+    Returns:
+      `image` float32 (size, size, 3) in [-1, 1]; `tokens` int32 (L,) and `token_mask` bool (L,).
+
+    Raises `ValueError` if the image cannot be decoded, or the record has no caption.
+    """
+    row = picture_example(record, rng, size=size, crop_scale=crop_scale, training=training)
+    tokens, mask = tokenizer([record.captions[_caption_number(record, rng, training)]])
+    return row | {"tokens": tokens[0], "token_mask": mask[0]}
+
+
 def _cropped(
     image: np.ndarray, rng: np.random.Generator | None, size: int, crop_scale: float, training: bool
 ) -> np.ndarray:

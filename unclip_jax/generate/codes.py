@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.diffusion.guidance import guide
-from unclip_jax.diffusion.process import expand, fold_in
+from unclip_jax.diffusion.process import fold_in
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import CodeSamplingOptions, is_guided
 from unclip_jax.generate.text import Texts, text_inputs, twice
+from unclip_jax.generate.tokens import choose
 from unclip_jax.models.codec import Codec, dequantize, unproject
 
 # Folds of the stage's random key.
@@ -42,19 +42,7 @@ def sample_codes(
     lowest = int(np.floor(options.dot_quantile * model.dot_bins))
     dot = jax.vmap(lambda key: jax.random.randint(key, (), lowest, model.dot_bins))(fold_in(keys, DOT))
 
-    def choose(logits, n):
-        if guided:
-            logits = guide(logits[:rows], logits[rows:], expand(options.guidance_scale, logits))
-        finite = jnp.isfinite(logits).all(axis=-1)
-        if options.temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32), finite
-        if options.top_k is not None:
-            logits = jnp.where(logits < jax.lax.top_k(logits, options.top_k)[0][:, -1:], -jnp.inf, logits)
-        draw = jax.vmap(jax.random.categorical)(
-            fold_in(fold_in(keys, CODES), n), logits / options.temperature
-        )
-        return draw.astype(jnp.int32), finite
-
+    choose_code = lambda logits, n: choose(logits, fold_in(fold_in(keys, CODES), n), options)
     inputs = text_inputs(model, text)
     z_text = inputs.pop("text_embed")
     states, mask = prior.apply(**inputs, method="encode_text")
@@ -62,12 +50,12 @@ def sample_codes(
     logits, caches = prior.apply(
         dots, text_embed=z_text, text_states=states, text_mask=mask, method="prefill"
     )
-    first, finite = choose(logits, 0)
+    first, finite = choose_code(logits, 0)
 
     def body(carry, n):
         code, finite, caches = carry
         logits, caches = prior.apply(twice(code, guided), n, caches, text_mask=mask, method="extend")
-        code, also = choose(logits, n + 1)
+        code, also = choose_code(logits, n + 1)
         return (code, finite & also, caches), code
 
     (_, finite, _), rest = jax.lax.scan(body, (first, finite, caches), jnp.arange(model.codes - 1))

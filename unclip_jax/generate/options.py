@@ -104,26 +104,33 @@ class LatentSamplingOptions(SamplingOptions):
 
 
 @dataclass(frozen=True)
-class CodeSamplingOptions:
-    """How the autoregressive prior is sampled.
+class TokenSamplingOptions:
+    """How codes are drawn one after another.
 
     guidance_scale: 1 is the conditional model.
     temperature: divides the logits; 0 takes the most probable code.
     top_k: draws from the k most probable codes; None draws from all.
-    dot_quantile: the dot-product token is drawn from the bins above this quantile of its distribution over
-    the
-      training data (the paper: 0.5).
-    candidates: as in `SamplingOptions`.
+    candidates: drawn for each caption, of which the best is kept; 1 where nothing ranks them.
     """
 
     guidance_scale: float = 1.0
     temperature: float = 1.0
     top_k: int | None = None
-    dot_quantile: float = 0.5
     candidates: int = 1
 
 
-Options = SamplingOptions | CodeSamplingOptions
+@dataclass(frozen=True)
+class CodeSamplingOptions(TokenSamplingOptions):
+    """How the autoregressive prior is sampled.
+
+    dot_quantile: the dot-product token is drawn from the bins above this quantile of its distribution over
+      the training data (the paper: 0.5).
+    """
+
+    dot_quantile: float = 0.5
+
+
+Options = SamplingOptions | TokenSamplingOptions
 
 # The kinds of parts that are sampled, and the type of their options.
 OPTIONS = {
@@ -134,6 +141,8 @@ OPTIONS = {
     "latent": LatentSamplingOptions,
     "glide": PixelSamplingOptions,
     "kandinsky": LatentSamplingOptions,
+    "pixelsnail": TokenSamplingOptions,
+    "dalle": TokenSamplingOptions,
 }
 
 
@@ -228,10 +237,13 @@ def check_options(options: Options, part_config: dict) -> None:
         raise InputError(f"the guidance scale must be a finite number, got {options.guidance_scale}")
     if not 1 <= options.candidates <= MAX_CANDIDATES:
         raise InputError(f"candidates must be between 1 and {MAX_CANDIDATES}, got {options.candidates}")
-    if isinstance(options, CodeSamplingOptions):
-        _check_code_options(options, part_config["model"]["buckets"])
-        return
     kind = part_config.get("kind")
+    if isinstance(options, TokenSamplingOptions):
+        model = part_config["model"]
+        _check_token_options(options, model.get("buckets", model.get("codes")))
+        if kind == "pixelsnail":
+            _check_grid_options(options, model)
+        return
     if kind == "upsampler" and options.guidance_scale != 1:
         raise InputError(
             f"an upsampler is not guided: guidance_scale must be 1, got {options.guidance_scale}"
@@ -275,13 +287,21 @@ def _check_variance(variance: str, part_config: dict) -> None:
         raise InputError("variance 'analytic' needs measured errors (x0_error), which this network lacks")
 
 
-def _check_code_options(options: CodeSamplingOptions, buckets: int) -> None:
+def _check_token_options(options: TokenSamplingOptions, size: int | None) -> None:
+    # size: how many codes there are; None where the configuration of a run does not know it yet.
     if not 0 <= options.temperature < np.inf:
         raise InputError(f"temperature must be 0 or a positive number, got {options.temperature}")
-    if options.top_k is not None and not 1 <= options.top_k <= buckets:
-        raise InputError(f"top_k must be between 1 and {buckets}, got {options.top_k}")
-    if not 0 <= options.dot_quantile < 1:
+    if options.top_k is not None and not 1 <= options.top_k <= (size or np.inf):
+        raise InputError(f"top_k must be between 1 and {size}, got {options.top_k}")
+    if isinstance(options, CodeSamplingOptions) and not 0 <= options.dot_quantile < 1:
         raise InputError(f"dot_quantile must be in [0, 1), got {options.dot_quantile}")
+
+
+def _check_grid_options(options: TokenSamplingOptions, model: dict) -> None:
+    if options.candidates != 1:
+        raise InputError(f"nothing ranks these codes: candidates must be 1, got {options.candidates}")
+    if is_guided(options) and model.get("text_dim") is None:
+        raise InputError("a prior without captions is not guided: set guidance_scale to 1")
 
 
 def is_guided(options: Options) -> bool:

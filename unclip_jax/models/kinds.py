@@ -9,13 +9,16 @@ import flax.linen as nn
 
 from unclip_jax.models.autoencoder import KLAutoencoder, VQAutoencoder
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower
+from unclip_jax.models.dalle import DALLE
 from unclip_jax.models.decoder import ClipConditioning, Decoder
 from unclip_jax.models.dinov2 import DINOv2
+from unclip_jax.models.dvae import DVAE
 from unclip_jax.models.glide import Glide
 from unclip_jax.models.inception import Inception
 from unclip_jax.models.kandinsky import KandinskyDecoder
 from unclip_jax.models.latent_unet import LatentUNet
 from unclip_jax.models.lpips import LPIPS
+from unclip_jax.models.pixelsnail import PixelSNAIL
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.safety import SafetyChecker
@@ -70,6 +73,9 @@ KINDS: dict[str, Kind] = {
     "vq_autoencoder": Kind(ENCODES, VQAutoencoder),
     "vqvae": Kind(NETWORK, VQVAE),
     "t5": Kind(NETWORK, T5Encoder),
+    "dvae": Kind(NETWORK, DVAE),
+    "dalle": Kind(NETWORK | {"tokenizer": (dict, True)}, DALLE),
+    "pixelsnail": Kind(NETWORK | {"level": (int, True)}, PixelSNAIL),
     "lpips": Kind(NETWORK, LPIPS),
     "inception": Kind(NETWORK, Inception),
     "dinov2": Kind(NETWORK, DINOv2),

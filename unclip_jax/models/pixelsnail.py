@@ -245,6 +245,7 @@ class PixelSNAIL(nn.Module):
       dropout: in [0, 1).
       coarse_codes: K of the level above, on which this level is conditioned; None for the top.
       condition_blocks: gated blocks of the network that reads the level above.
+      out_blocks: gated blocks behind the others, each of a position alone.
       text_dim: D, of a text embedding on which the prior is conditioned; None without one.
       activated_skip: as in `GatedBlock`.
       remat, gather: hooks on each block (`layers.with_hooks`).
@@ -262,22 +263,29 @@ class PixelSNAIL(nn.Module):
     dropout: float = 0.1
     coarse_codes: int | None = None
     condition_blocks: int = 3
+    out_blocks: int = 0
     text_dim: int | None = None
     activated_skip: bool = False
     remat: str = "none"
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
-    def _network(self, down, right, background, condition, deterministic, position):
-        # Logits from the inputs of the two first layers, windows of one-hot codes.
+    def _network(self, down, right, row, column, background, condition, deterministic, position):
+        # Logits from the inputs of the two first layers, windows of one-hot codes, at these rows and columns.
+        # Without a row above, or a column to the left, the layer gives 0, and not its bias.
         conv = lambda features, kernel, name: Conv(features, kernel, dtype=self.dtype, name=name)
-        h = conv(self.channels, (2, 5), "down")(down) + conv(self.channels, (3, 2), "right")(right)
+        down = conv(self.channels, (2, 5), "down")(down) * (row > 0)
+        h = down + conv(self.channels, (3, 2), "right")(right) * (column > 0)
         block = with_hooks(self, Block, self.gather, self.remat, (4,)) if position is None else Block
         for i in range(self.blocks):
             h = block(
                 self.side, self.kernel, self.res_blocks, self.res_channels, self.heads, self.attention,
                 self.dropout, self.activated_skip, self.dtype, name=f"block_{i}",
             )(h, background, condition, deterministic, position)  # fmt: skip
+        shared = {"dropout": self.dropout, "activated_skip": self.activated_skip, "dtype": self.dtype}
+        for i in range(self.out_blocks):
+            block = GatedBlock(self.res_channels, 1, **shared, name=f"out_{i}")
+            h = block(h, deterministic=deterministic)
         return Conv(self.codes, dtype=self.dtype, name="logits")(nn.elu(h)).astype(jnp.float32)
 
     def _background(self) -> jax.Array:
@@ -312,7 +320,9 @@ class PixelSNAIL(nn.Module):
             down = jnp.pad(seen, ((0, 0), (2, 0), (2, 2), (0, 0)))[:, : self.side + 1]
             right = jnp.pad(seen, ((0, 0), (2, 0), (2, 0), (0, 0)))[:, :, : self.side + 1]
             background = jnp.broadcast_to(self._background(), (b, self.side, self.side, 2))
-            return self._network(down, right, background, condition, deterministic, None)
+            places = jnp.arange(self.side)
+            row, column = places[:, None, None], places[:, None]
+            return self._network(down, right, row, column, background, condition, deterministic, None)
         n, column = position
         row = n // self.side
         shape = (b, FIRST[0], self.side + FIRST[1] - 1, self.codes)
@@ -325,7 +335,8 @@ class PixelSNAIL(nn.Module):
         at = lambda grid: jax.lax.dynamic_slice(grid, (0, row, column, 0), (len(grid), 1, 1, grid.shape[-1]))
         background = jnp.broadcast_to(at(self._background()), (b, 1, 1, 2))
         here = None if condition is None else at(condition)
-        return self._network(window[:, :2], window[:, :, :2], background, here, True, position)[:, 0, 0]
+        down, right = window[:, :2], window[:, :, :2]
+        return self._network(down, right, row, column, background, here, True, position)[:, 0, 0]
 
     def _condition(self, coarse, text_embed, deterministic):
         total = None

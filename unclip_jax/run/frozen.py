@@ -95,7 +95,9 @@ def load_frozen(
         "clip": _load_clip,
         "codec": _load_codec,
         "lpips": _load_lpips,
-        "autoencoder": _load_autoencoder,
+        "autoencoder": functools.partial(_load_image_coder, "autoencoder"),
+        "vqvae": functools.partial(_load_image_coder, "vqvae"),
+        "dvae": functools.partial(_load_image_coder, "dvae"),
     }
     for role, kind in wanted_roles(config, roles).items():
         frozen[role] = loaders[kind](resolve(config.frozen[role], workdir), config, mesh)
@@ -176,8 +178,9 @@ def _load_lpips(path: str, config: ConfigDict, mesh: Mesh) -> Network:
     return Network(module, params, part.config, params_hash(part.params))
 
 
-def _load_autoencoder(path: str, config: ConfigDict, mesh: Mesh) -> Network:
-    part, _ = load_part(path, "autoencoder")
+def _load_image_coder(name: str, path: str, config: ConfigDict, mesh: Mesh) -> Network:
+    # Networks that turn images into latents or codes, and back.
+    part, _ = load_part(path, name)
     params = jax.device_put(part.params, infer_shardings(part.params, mesh))
     module = build_model(part.config, compute_dtype(config.dtype, mesh))
     return Network(module, params, part.config, params_hash(part.params))

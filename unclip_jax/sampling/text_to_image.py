@@ -10,7 +10,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
-from unclip_jax.sampling import glide, kandinsky, latent, stable_unclip, stream, unclip
+from unclip_jax.sampling import dalle, glide, kandinsky, latent, stable_unclip, stream, unclip, vqvae2
 from unclip_jax.sampling.edits import (
     img2img,
     inpaint,
@@ -157,6 +157,22 @@ SYSTEMS = {
         priors=unclip.PRIORS,
         sizes=latent.sizes,
         overrides=stable_unclip.overrides,
+    ),
+    "dalle": System(
+        dalle.PARTS,
+        dalle.sample_stages,
+        "dalle",
+        dalle.made_by,
+        sizes=dalle.sizes,
+        overrides=dalle.overrides,
+    ),
+    "vqvae2": System(
+        vqvae2.PARTS,
+        vqvae2.sample_stages,
+        "pixelsnail_0",
+        vqvae2.made_by,
+        sizes=vqvae2.sizes,
+        overrides=vqvae2.overrides,
     ),
 }
 

@@ -36,9 +36,8 @@ from unclip_jax.models.discriminator import PatchDiscriminator
 from unclip_jax.models.lpips import SMALLEST
 from unclip_jax.models.quantiser import usage
 from unclip_jax.run import settings
-from unclip_jax.run.batches import eval_batches, open_data
+from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import arrays, check_pictures, hashes, load_frozen
-from unclip_jax.run.hosts import on_every_host
 from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json
 from unclip_jax.run.stage import Player, Stage
@@ -51,7 +50,13 @@ from unclip_jax.train.codebooks import (
     continue_averages,
     start_averages,
 )
-from unclip_jax.train.figures import image_figures, sample_grid, with_image_figures
+from unclip_jax.train.figures import (
+    held_out_rows,
+    image_figures,
+    reconstruction_rows,
+    sample_grid,
+    with_image_figures,
+)
 
 FROZEN = {"lpips": "lpips"}
 SETTINGS = settings.TRAINED | {
@@ -302,9 +307,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         image = batch["image"]
         made, latents = model.apply({"params": params}, image)
         made = jnp.clip(made, -1.0, 1.0)
-        error = jnp.mean(jnp.square(made - image), axis=(1, 2, 3))
-        rows = {"psnr": 10.0 * jnp.log10(4.0 / jnp.maximum(error, 1e-10))}
-        rows["l1"] = jnp.mean(jnp.abs(made - image), axis=(1, 2, 3))
+        rows = reconstruction_rows(image, made)
         if networks:
             rows["lpips"] = networks["lpips"].with_params(frozen["lpips"]).apply(image, made)
         if config.quantiser is None:
@@ -317,14 +320,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         params = run.state.ema_params
         again = lambda batch, rng: reconstructed(params, batch["image"])
         sample_grid(run, step, again)
-        found = eval_batches(
-            data.held_out["eval"], trained.example, mesh, config.eval.batch_size, config.eval.rows
-        )
-        rows = [
-            {name: on_every_host(value)[:valid] for name, value in measured(params, frozen, batch).items()}
-            for batch, valid in found
-        ]
-        joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        joined = held_out_rows(run, functools.partial(measured, params, frozen))
         codes = joined.pop("codes", None)
         figures = {f"eval_{name}": float(np.mean(values)) for name, values in joined.items()}
         if codes is not None:

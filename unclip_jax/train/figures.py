@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.data import ops
@@ -58,6 +59,27 @@ def held_out_loss(stage: Stage, config: Any, mesh: Any, data: Data) -> Callable[
         return float(np.mean(jax.device_get(losses)))
 
     return measure
+
+
+def reconstruction_rows(image: jax.Array, made: jax.Array) -> dict[str, jax.Array]:
+    """The figures of reconstructions (B, H, W, 3) in [-1, 1], (B,) each: `psnr` in decibels, and `l1`."""
+    error = jnp.mean(jnp.square(made - image), axis=(1, 2, 3))
+    psnr = 10.0 * jnp.log10(4.0 / jnp.maximum(error, 1e-10))  # an image's values have a range of 2
+    return {"psnr": psnr, "l1": jnp.mean(jnp.abs(made - image), axis=(1, 2, 3))}
+
+
+def held_out_rows(run: Run, measured: Callable[[Any], dict[str, jax.Array]]) -> dict[str, np.ndarray]:
+    """What `measured` (batch -> arrays with an entry per row) finds on the first `config.eval.rows` held-out
+    rows, joined."""
+    config = run.config.eval
+    found = eval_batches(
+        run.data.held_out["eval"], run.stage.example, run.mesh, config.batch_size, config.rows
+    )
+    rows = [
+        {name: on_every_host(value)[:valid] for name, value in measured(batch).items()}
+        for batch, valid in found
+    ]
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
 def sample_grid(run: Run, step: int, draw: Callable[[dict, jax.Array], jax.Array]) -> None:

@@ -23,9 +23,8 @@ from unclip_jax.errors import InputError
 from unclip_jax.models.quantiser import annealed, usage
 from unclip_jax.models.vqvae import VQVAE
 from unclip_jax.run import settings
-from unclip_jax.run.batches import eval_batches, open_data
+from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import check_pictures, hashes
-from unclip_jax.run.hosts import on_every_host
 from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json
 from unclip_jax.run.stage import Player, Stage
@@ -37,7 +36,13 @@ from unclip_jax.train.codebooks import (
     continue_averages,
     start_averages,
 )
-from unclip_jax.train.figures import image_figures, sample_grid, with_image_figures
+from unclip_jax.train.figures import (
+    held_out_rows,
+    image_figures,
+    reconstruction_rows,
+    sample_grid,
+    with_image_figures,
+)
 
 FROZEN: dict[str, str] = {}
 MOST_LEVELS = 8
@@ -46,7 +51,7 @@ SETTINGS = settings.TRAINED | {
     "model": {
         "channels": settings.whole("[2, inf)"),
         "residual_channels": settings.whole("[1, inf)"),
-        "res_blocks": settings.whole("[0, inf)"),
+        "res_blocks": settings.whole("[1, inf)"),
         "embed_dim": settings.whole("[1, inf)"),
         "codes": settings.whole("[2, inf)"),
         "levels": settings.whole(f"[1, {MOST_LEVELS}]"),
@@ -165,23 +170,14 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         image = batch["image"]
         made, levels = model.apply({"params": params}, image)
         made = jnp.clip(made, -1.0, 1.0)
-        error = jnp.mean(jnp.square(made - image), axis=(1, 2, 3))
-        rows = {"psnr": 10.0 * jnp.log10(4.0 / jnp.maximum(error, 1e-10))}
-        rows["l1"] = jnp.mean(jnp.abs(made - image), axis=(1, 2, 3))
+        rows = reconstruction_rows(image, made)
         return rows | {f"codes_{i}": level.quantised.codes for i, level in enumerate(levels)}
 
     def evaluate(run, step) -> dict[str, float]:
         params = run.state.ema_params
         again = lambda batch, rng: reconstructed(params, batch["image"])
         sample_grid(run, step, again)
-        found = eval_batches(
-            data.held_out["eval"], trained.example, mesh, config.eval.batch_size, config.eval.rows
-        )
-        rows = [
-            {name: on_every_host(value)[:valid] for name, value in measured(params, batch).items()}
-            for batch, valid in found
-        ]
-        joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        joined = held_out_rows(run, functools.partial(measured, params))
         figures = {}
         for level in range(model.levels):
             used = usage(jnp.asarray(joined.pop(f"codes_{level}")), model.codes)

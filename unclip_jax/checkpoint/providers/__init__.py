@@ -16,6 +16,7 @@ from unclip_jax.checkpoint.files import Place, read_json
 from unclip_jax.checkpoint.providers import (
     autoencoder,
     clip,
+    dalle,
     diffusers_folder,
     dinov2,
     glide,
@@ -75,6 +76,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="VQ-VAE-2 of vq-vae-2-pytorch (vqvae*.pt, vqvae*.safetensors)",
         recognises=vqvae.recognises,
         read=vqvae.read,
+    ),
+    "dalle": Provider(
+        layout="the discrete VAE of DALL-E (encoder.pkl, decoder.pkl)",
+        recognises=dalle.recognises,
+        read=dalle.read,
     ),
     "stable_diffusion": Provider(
         layout="Stable Diffusion 1.x or 2.x in diffusers' layout or in one file",

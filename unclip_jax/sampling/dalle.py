@@ -1,0 +1,179 @@
+"""DALL-E's cascade: caption, codes, image, in one compiled program; a CLIP ranks candidates.
+
+Ramesh et al. 2021, section 2.6.
+
+As in `unclip`, guidance scales are arguments of the program, and every row has its own random key. Candidates
+of a caption are rows with keys of their own, so that however many there are, a batch holds a few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.data import ops
+from unclip_jax.data.tokenizer import ClipTokenizer, warn_of_cuts
+from unclip_jax.errors import InputError
+from unclip_jax.generate.options import Options
+from unclip_jax.generate.tokens import sample_tokens
+from unclip_jax.models.codec import cosine
+from unclip_jax.sampling.programs import (
+    Overrides,
+    Progress,
+    Sampler,
+    as_positions,
+    as_sampler,
+    as_seeds,
+    row_keys,
+    split_scales,
+    with_scales,
+)
+
+PARTS = ("dalle", "dvae")
+
+
+class TokenStages(NamedTuple):
+    """What each stage drew, as NumPy arrays, of the candidate that is kept.
+
+    codes: (B, G, G) int32.
+    images: [float array (B, H, W, 3) in [-1, 1]].
+    scores: (B, candidates) cosines of picture and caption; None where nothing was ranked.
+    """
+
+    codes: np.ndarray
+    images: list[np.ndarray]
+    scores: np.ndarray | None
+
+
+def made_by(bundle: Bundle, prior: None = None) -> list[str]:
+    """The names of the parts that draw."""
+    return [*PARTS, *(["clip"] if "clip" in bundle.parts else [])]
+
+
+def sizes(bundle: Bundle) -> list[int]:
+    """The side in pixels of the picture that a bundle draws."""
+    levels = bundle.part("dvae").config["model"].get("levels", 4)
+    return [bundle.part("dalle").config["model"]["side"] * 2 ** (levels - 1)]
+
+
+def overrides(
+    bundle: Bundle,
+    prior: None,
+    *,
+    steps: int | str | None = None,
+    guidance_scale: float | None = None,
+    prior_guidance_scale: float | None = None,
+    eta: float | None = None,
+    candidates: int | None = None,
+    negative: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Overrides of the bundle's sampling defaults from the options that people know; None keeps a default.
+
+    Args:
+      bundle: the parts. prior: None.
+      guidance_scale, candidates: of the transformer.
+      steps, prior_guidance_scale, eta, negative: None; they belong to other systems.
+
+    Raises:
+      ValueError: if one of those is given.
+    """
+    others = {"steps": steps, "prior_guidance_scale": prior_guidance_scale, "eta": eta, "negative": negative}
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise InputError(f"the system dalle has no {', '.join(given)}: leave that out")
+    chosen = {"guidance_scale": guidance_scale, "candidates": candidates}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    return {"dalle": chosen} if chosen else {}
+
+
+def sample_stages(
+    bundle: Sampler | Bundle,
+    captions: Sequence[str],
+    *,
+    seed: int | Sequence[int] = 0,
+    positions: Sequence[int] | None = None,
+    options: Overrides | Sequence[Overrides] = None,
+    progress: Progress | None = None,
+) -> TokenStages:
+    """Runs the cascade and returns the output of every stage.
+
+    Args:
+      bundle: with the parts dalle and dvae, and a CLIP where candidates are ranked.
+      captions: at least one text.
+      seed, positions, options, progress: as in `unclip.sample_stages`.
+
+    Raises:
+      ValueError: if there are no captions, or an option, the seed or a position is out of range.
+      KeyError: if the bundle lacks a part.
+      NumericalError: naming the first part that made values that are not finite.
+    """
+    sampler, captions = as_sampler(bundle), list(captions)
+    if not captions:
+        raise InputError("no captions: give at least one")
+    for name in PARTS:
+        sampler.bundle.part(name)
+    seeds, places = as_seeds(seed, len(captions)), as_positions(positions, len(captions))
+    rows = [{"dalle": row["dalle"]} for row in sampler.row_options(options, len(captions))]
+    static, scales = split_scales(rows)
+    count = rows[0]["dalle"].candidates
+    if count > 1 and "clip" not in sampler.bundle.parts:
+        raise InputError(
+            f"candidates={count} need a CLIP that ranks them, which this bundle lacks: set it to 1"
+        )
+    tokenizer = ClipTokenizer.from_config(sampler.bundle.part("dalle").config["tokenizer"])
+    warn_of_cuts(captions, tokenizer)
+    of_captions, empty = (
+        dict(zip(("tokens", "token_mask"), tokenizer(texts), strict=True))
+        for texts in (captions, [""] * len(captions))
+    )
+    run = sampler.program(("dalle", *static.items()), lambda: _cascade(sampler, static))
+    numbers = np.arange(len(captions) * count)  # a caption's candidates follow one another
+
+    def batch(rows):
+        of_row = rows // count
+        given = sampler.rows((scales, of_captions, empty, seeds, places), of_row)
+        return run(sampler.params, *given, *sampler.rows((np.uint32(numbers % count),), rows))
+
+    made = ["dalle", "dalle", "dvae"]  # the codes are whole numbers, so a mark beside them shows damage
+    codes, _, images = sampler.in_batches(batch, len(numbers), made, progress)
+    images, scores = np.float32(images), None
+    if count > 1:
+        scores = rank(sampler, np.repeat(captions, count).tolist(), images).reshape(len(captions), count)
+        best = np.arange(len(captions)) * count + np.argmax(scores, axis=1)
+        codes, images = codes[best], images[best]
+    return TokenStages(codes, [images], scores)
+
+
+def rank(sampler: Sampler, captions: Sequence[str], images: np.ndarray) -> np.ndarray:
+    """The cosines (B,) of pictures (B, H, W, 3) in [-1, 1] and their captions, by the bundle's CLIP."""
+    side = sampler.network("clip").config["model"]["image"]["image_size"]
+    seen = ops.to_float(np.stack([ops.resize_then_crop(image, side) for image in ops.to_uint8(images)]))
+    tokens, _ = sampler.tokenizer(captions)
+
+    def make():
+        def run(params, tokens, seen):
+            clip = sampler.with_params(params)["clip"]
+            text = clip.apply(tokens, method="encode_text").embed
+            return cosine(text, clip.apply(seen, method="encode_image"))
+
+        return run
+
+    run = sampler.program(("dalle", "rank"), make)
+    batch = lambda rows: run(sampler.params, *sampler.rows((tokens, seen), rows))
+    return np.asarray(sampler.in_batches(batch, len(images), ["clip"]))
+
+
+def _cascade(sampler: Sampler, options: dict[str, Options]) -> Callable:
+    def run(params, scales, captions, empty, seeds, positions, candidates):
+        networks, chosen = sampler.with_params(params), with_scales(options, scales)
+        keys = jax.vmap(jax.random.fold_in)(row_keys(seeds, positions), candidates)
+        codes, finite = sample_tokens(networks["dalle"], captions, empty, keys, chosen["dalle"])
+        image = networks["dvae"].apply(codes, method="decode_codes")
+        return codes, jnp.where(finite, 0.0, jnp.nan), image
+
+    return run
