@@ -52,7 +52,6 @@ BESIDE = {
     "codec": ("clip",),
     "prior_ar": ("clip", "codec"),
     "latent": ("clip", "autoencoder"),
-    "dvae": (dvae, "configs/dalle/dvae.py:tiny"),
     "pixelsnail_0": ("clip", "vqvae"),
     "dalle": ("dvae",),
 }  # runs that a stage starts from

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from flax import traverse_util
 
-from tests.helpers import param_count, random_params
+from tests.helpers import param_count, param_shapes, random_params, struct
 from tests.runs import ROOT
-from unclip_jax.checkpoint.check import check_config, pixelsnail_shapes
+from unclip_jax.checkpoint.check import check_config
 from unclip_jax.cli.train import load_config, override
 from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network
@@ -205,7 +205,9 @@ def shapes_at(config):
     model = config_json(config.model) | {"side": 256 // (4 * 2**level), "codes": 512, "text_dim": None}
     model["coarse_codes"] = 512 if level == 0 else None
     check_config({"kind": "pixelsnail", "level": level, "model": model}, "test")
-    return pixelsnail_shapes(model)
+    grid = lambda side: struct(1, side, side, dtype=jnp.int32)
+    given = {} if level else {"coarse": grid(model["side"] // 2)}
+    return param_shapes(PixelSNAIL(**model), grid(model["side"]), **given)
 
 
 @pytest.mark.parametrize("variant, count", [("", 84_873_280), ("bottom", 89_762_816)])

@@ -36,7 +36,6 @@ from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.latent_unet import RESAMPLES, LatentUNet
 from unclip_jax.models.layers import ACTIVATIONS
 from unclip_jax.models.lpips import SMALLEST
-from unclip_jax.models.pixelsnail import PixelSNAIL
 from unclip_jax.typed import check_fields, check_value, fields_of, listed, shown
 
 NAME = re.compile(r"[a-z0-9_]+")
@@ -345,11 +344,13 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     if kind in ("kl_autoencoder", "vq_autoencoder", "vqvae", "dvae"):
         return shapes_of(module.init, array(1, module.factor, module.factor, module.image_channels))
     if kind == "dalle":
-        ids = array(1, module.length, dtype=jnp.int32)
-        codes = array(1, module.side**2, dtype=jnp.int32)
+        ids, codes = (array(1, count, dtype=jnp.int32) for count in (module.length, module.side**2))
         return shapes_of(module.init, ids, array(1, module.length, dtype=bool), codes)
     if kind == "pixelsnail":
-        return pixelsnail_shapes(model)
+        grid = lambda side: array(1, side, side, dtype=jnp.int32)
+        given = {} if module.coarse_codes is None else {"coarse": grid(module.side // 2)}
+        given |= {} if module.text_dim is None else {"text_embed": array(1, module.text_dim)}
+        return shapes_of(module.init, grid(module.side), **given)
     if kind in ("inception", "dinov2"):
         side = INCEPTION_SIZE if kind == "inception" else module.positions * module.patch_size
         return shapes_of(module.init, array(1, side, side, 3))
@@ -428,16 +429,6 @@ def kandinsky_shapes(model: Mapping[str, Any]) -> Any:
     module = KandinskyDecoder(**model)
     x = array(1, module.multiple, module.multiple, module.in_channels)
     return shapes_of(module.init, x, array(1), image_embed=array(1, module.embed_dim))
-
-
-def pixelsnail_shapes(model: Mapping[str, Any]) -> Any:
-    """The parameters' shapes of a `PixelSNAIL` with these keyword arguments."""
-    module, given = PixelSNAIL(**model), {}
-    if module.coarse_codes is not None:
-        given["coarse"] = array(1, module.side // 2, module.side // 2, dtype=jnp.int32)
-    if module.text_dim is not None:
-        given["text_embed"] = array(1, module.text_dim)
-    return shapes_of(module.init, array(1, module.side, module.side, dtype=jnp.int32), **given)
 
 
 def clip_shapes(model: Mapping[str, Any]) -> Any:
