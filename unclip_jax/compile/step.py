@@ -33,6 +33,7 @@ from unclip_jax.generate.networks import Network, image_size, sampling_model
 from unclip_jax.generate.options import options_from
 from unclip_jax.generate.prior import sample_prior
 from unclip_jax.generate.text import TextConditioning, Texts
+from unclip_jax.generate.tokens import sample_grid, sample_tokens
 from unclip_jax.generate.upsampler import sample_upsampler
 from unclip_jax.run.batches import check_divides
 from unclip_jax.run.frozen import (
@@ -229,8 +230,10 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
     Raises:
       ValueError: when the stage draws nothing, or for the reasons of `train_step`.
     """
-    if config.stage == "clip":
-        raise InputError("the clip stage draws nothing; --sample is for priors, decoder and upsamplers")
+    if "sampling" not in config:
+        raise InputError(
+            f"the {config.stage} stage draws nothing; --sample is for priors, decoder and upsamplers"
+        )
     _check(config, mesh)
     frozen = abstract_frozen(config, clip_config, mesh)
     stage = STAGES[config.stage].stage(config, mesh, frozen)
@@ -256,6 +259,13 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
         size = image_size(part) // part["factor"]
         low_res = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
         given["low_res"] = spread(low_res, rows, mesh, BATCH)
+    if config.stage == "dalle":
+        length = stage.model.length
+        captions = {"tokens": np.zeros((1, length), np.int32), "token_mask": np.zeros((1, length), bool)}
+        given |= {"captions": spread(captions, rows, mesh, BATCH), "blank": spread(captions, 1, mesh, P())}
+    if config.stage == "pixelsnail" and stage.model.coarse_codes is not None:
+        coarse = jax.ShapeDtypeStruct((1, *(stage.model.side // 2,) * 2), np.int32)
+        given["coarse"] = spread(coarse, rows, mesh, BATCH)
     if config.stage == "glide":
         length = stage.part["tokenizer"]["length"]
         tokens = jax.ShapeDtypeStruct((1, length), np.int32), jax.ShapeDtypeStruct((1, length), np.bool_)
@@ -271,12 +281,16 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
         network = Network(model, params, part)
         if config.stage == "upsampler":
             return sample_upsampler(network, given["low_res"], given["keys"], options)
-        texts = Texts(given["text"], given["empty"])
+        if config.stage == "dalle":
+            return sample_tokens(network, given["captions"], given["blank"], given["keys"], options)
+        texts = Texts(given["text"], given["empty"]) if "text" in given else None
+        if config.stage == "pixelsnail":
+            return sample_grid(network, given["keys"], options, coarse=given.get("coarse"), texts=texts)
         if config.stage == "glide":
             return sample_captioned(network, texts, given["keys"], options, low_res=given.get("low_res"))
         if config.stage == "latent":
             size = (stage.model.image_size,) * 2
-            return sample_latents(network, texts, size, given["keys"], options)
+            return sample_latents(network, texts, size, given["keys"], options, rows=rows)
         if config.stage == "decoder":
             return sample_decoder(network, given["z_image"], texts, given["keys"], options)
         return sample_prior(network, texts, given["keys"], options, given.get("codec"))
