@@ -119,7 +119,7 @@ def test_equals_the_published_modules(published):
         image = torch.clamp((torch.sigmoid(stats[:, :3]) - 0.1) / 0.8, 0, 1)
     ours = jax.jit(functools.partial(model.apply, method="encode"))(variables, x)
     np.testing.assert_allclose(ours, logits.movedim(1, -1).numpy(), atol=1e-4)
-    np.testing.assert_array_equal(model.apply(variables, x, method="encode_codes"), codes.numpy())
+    np.testing.assert_array_equal(model.apply(variables, x, method="encode_codes")[0], codes.numpy())
     made = model.apply(variables, codes.numpy(), method="decode_codes")
     np.testing.assert_allclose(made, 2 * image.movedim(1, -1).numpy() - 1, atol=1e-4)
     assert len(np.unique(codes)) > 3

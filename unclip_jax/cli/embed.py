@@ -38,7 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="store the images' latents too: the autoencoder, a run, a bundle or public weights",
     )
     parser.add_argument(
-        "--size", type=int, metavar="PX", help="with --latents: the side of the images that it encodes"
+        "--codes",
+        metavar="DIR",
+        help="store the images' codes too, of a VQ-VAE or a discrete VAE: a run, a bundle or public weights",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="PX",
+        help="with --latents or --codes: the side of the images that are encoded",
     )
     parser.add_argument(
         "--index",
@@ -113,8 +121,12 @@ def run(args: argparse.Namespace) -> None:
     max_bad = 1.0 if args.skip_bad else 0.01 if args.max_bad is None else args.max_bad
     if not 0 <= max_bad <= 1:
         raise InputError(f"--max-bad must be in [0, 1], got {args.max_bad}")
-    if (args.latents is None) != (args.size is None):
-        raise InputError("--latents and --size go together: name the autoencoder, and the side of the images")
+    if args.latents is not None and args.codes is not None:
+        raise InputError("--latents and --codes make two folders: give one of them")
+    if (args.latents is None and args.codes is None) != (args.size is None):
+        given = "--latents" if args.codes is None else "--codes"
+        what = "autoencoder" if args.codes is None else "VQ-VAE or discrete VAE"
+        raise InputError(f"{given} and --size go together: name the {what}, and the side of the images")
     _check_together(args)
     for name in ("batch", "shard", "patches", "patch", "nearest"):
         name, value = f"--{name}", getattr(args, name)
@@ -154,6 +166,7 @@ def run(args: argparse.Namespace) -> None:
         states=args.states,
         autoencoder=args.latents,
         latent_image_size=args.size,
+        coder=args.codes,
         index=args.neighbours,
         nearest=args.nearest or 4,
         search=args.search or "exact",
@@ -182,7 +195,7 @@ def _check_together(args: argparse.Namespace) -> None:
         if given and not getattr(args, needed.strip("-")):
             raise InputError(f"{given[0]} belongs to {needed}: give that too, or leave it out")
     if args.index:
-        given = [f"--{name}" for name in ("neighbours", "latents", "states") if getattr(args, name)]
+        given = [f"--{name}" for name in ("neighbours", "latents", "codes", "states") if getattr(args, name)]
         if given:
             raise InputError(f"--index makes an index alone: leave {given[0]} out")
         if (args.patches or 1) > 1 and args.patch is None:

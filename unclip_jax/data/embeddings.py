@@ -12,6 +12,7 @@
         record        (n,): the number of each image's record in the source
         text_states   float16 (m, L, W), if they were asked for
         latents       float16 (n, h, w, Z), not scaled, if an autoencoder was given
+        codes         int32 (n, N), if a VQ-VAE or a discrete VAE was given
         neighbours    float16 (n, K, D), the nearest rows of an index, in its space, if one was given
         neighbour_rows int64 (n, K), the numbers of these rows
         sum, outer    float64 (D,), (D, D): the sums of z and of z z^T over the image embeddings z
@@ -47,6 +48,7 @@ LATENTS = {
     "shape": (tuple[int, ...], True),
     "scale_factor": (float, True),
 }
+CODES = {"coder": (str, True), "size": (int, True), "shape": (tuple[int, ...], True)}
 NEIGHBOURS = {
     "index": (str, True),
     "embedding_space": (str, True),
@@ -76,6 +78,7 @@ class Embedded:
       latents: what the autoencoder's latents are (`train.embed_latents`); None without them.
       neighbours: what the neighbours are (`train.embed_index`): the index's checksum and space, how many of
         each image, and the rows that serve most often with their numbers of uses; None without them.
+      codes: what the codes are (`train.embed_latents`); None without them.
     """
 
     path: str
@@ -90,6 +93,7 @@ class Embedded:
     shards: tuple[dict, ...] = dataclasses.field(repr=False)
     latents: dict | None = None
     neighbours: dict | None = None
+    codes: dict | None = None
 
 
 def shard_path(folder: str | os.PathLike, number: int) -> Any:
@@ -183,9 +187,17 @@ class Shard:
     """One shard: embeddings, captions, text states, latents and neighbours of its images. Files are mapped
     when first read."""
 
-    def __init__(self, folder: Any, states: bool, latents: bool = False, neighbours: bool = False):
+    def __init__(
+        self,
+        folder: Any,
+        states: bool,
+        latents: bool = False,
+        neighbours: bool = False,
+        codes: bool = False,
+    ):
         self.folder, self.states, self._arrays = folder, states, {}
-        self.of_images = [name for name, kept in (("latents", latents), ("neighbours", neighbours)) if kept]
+        kept = {"latents": latents, "neighbours": neighbours, "codes": codes}
+        self.of_images = [name for name, is_kept in kept.items() if is_kept]
 
     def array(self, name: str) -> np.ndarray:
         """One of the shard's arrays."""
@@ -206,7 +218,7 @@ class Shard:
         """The embeddings of image i and of its captions.
 
         `image_embed` (D,), `text_embed` (captions, D), and, if they are stored, `text_states` (captions, L,
-        W), `latents` (h, w, Z) and `neighbours` (K, D).
+        W), `latents` (h, w, Z), `neighbours` (K, D) and `codes` (N,).
         """
         first, last = self.array("first_caption")[i : i + 2].tolist()
         row = {
@@ -252,7 +264,7 @@ def open_embedded(path: str) -> Embedded:
     empty = {file.stem: np.array(read_array(folder / EMPTY, file.stem)) for file in files}
     mean, std = (np.asarray(manifest["image_embed"][name], np.float64) for name in ("mean", "std"))
     about = (manifest[name] for name in ("clip", "source", "embed_dim", "states", "tokenizer"))
-    kept = manifest.get("latents"), manifest.get("neighbours")
+    kept = (manifest.get(name) for name in ("latents", "neighbours", "codes"))
     return Embedded(str(folder), *about, mean, std, empty, tuple(manifest["shards"]), *kept)
 
 
@@ -269,7 +281,7 @@ def _check_manifest(manifest: dict, name: str) -> None:
     for key, kind in types.items():
         if type(manifest.get(key)) is not kind:
             raise InputError(f"{name} has no {key!r} of type {kind.__name__}; copy the embeddings again")
-    for key, fields in (("latents", LATENTS), ("neighbours", NEIGHBOURS)):
+    for key, fields in (("latents", LATENTS), ("neighbours", NEIGHBOURS), ("codes", CODES)):
         if key in manifest:
             check_fields(manifest[key], fields, f"{name}: {key}")
     for key in ("mean", "std"):

@@ -175,6 +175,7 @@ def latent_example(
     inpaint: bool = False,
     classes: Sequence[str] = (),
     label: str = "caption",
+    stored: str = "latents",
 ) -> dict[str, np.ndarray]:
     """One row of a batch: an image for the autoencoder, or its latents, and what conditions the U-Net.
 
@@ -186,6 +187,7 @@ def latent_example(
       inpaint: whether the row says which part of the image is known.
       classes: the names of all classes, for a network that is conditioned on them.
       label: where a record's class comes from (`record.label_of`).
+      stored: what may stand for the image: `latents`, or the `codes` (N,) int32 of `unclip embed --codes`.
 
     Returns:
       `image` (size, size, 3) in [-1, 1], or `latents` (h, w, Z), not scaled; with a tokenizer the caption, as
@@ -193,8 +195,9 @@ def latent_example(
 
     Raises `ValueError` if the image cannot be decoded, a caption is missing, or the class is none of them.
     """
-    if "latents" in (record.embeds or {}) and not inpaint:
-        row = {"latents": np.float32(record.embeds["latents"])}
+    if stored in (record.embeds or {}) and not inpaint:
+        kind = np.int32 if stored == "codes" else np.float32
+        row = {stored: np.asarray(record.embeds[stored], kind)}
     else:
         row = picture_example(record, rng, size=size, crop_scale=crop_scale, training=training)
     if tokenizer is not None:
@@ -284,11 +287,15 @@ def token_example(
     The crops and the choice of the caption are those of `clip_example`.
 
     Returns:
-      `image` float32 (size, size, 3) in [-1, 1]; `tokens` int32 (L,) and `token_mask` bool (L,).
+      `image` float32 (size, size, 3) in [-1, 1], or the `codes` (N,) int32 of `unclip embed --codes`;
+      `tokens` int32 (L,) and `token_mask` bool (L,).
 
     Raises `ValueError` if the image cannot be decoded, or the record has no caption.
     """
-    row = picture_example(record, rng, size=size, crop_scale=crop_scale, training=training)
+    if "codes" in (record.embeds or {}):
+        row = {"codes": np.asarray(record.embeds["codes"], np.int32)}
+    else:
+        row = picture_example(record, rng, size=size, crop_scale=crop_scale, training=training)
     tokens, mask = tokenizer([record.captions[_caption_number(record, rng, training)]])
     return row | {"tokens": tokens[0], "token_mask": mask[0]}
 

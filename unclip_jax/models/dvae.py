@@ -191,9 +191,13 @@ class DVAE(nn.Module):
             raise InputError(f"an image of {sides} has sides that are no multiples of {self.factor}")
         return self.encoder(map_pixels(image))
 
-    def encode_codes(self, image: jax.Array) -> jax.Array:
-        """Image (B, H, W, 3) in [-1, 1] -> its most probable codes (B, h, w) int32."""
-        return jnp.argmax(self.encode(image), axis=-1).astype(jnp.int32)
+    def sides(self, image_size: int) -> tuple[int, ...]:
+        """The side of the codes of an image of this side: one level, as of a VQ-VAE with several."""
+        return (image_size // self.factor,)
+
+    def encode_codes(self, image: jax.Array) -> tuple[jax.Array]:
+        """Image (B, H, W, 3) in [-1, 1] -> its most probable codes (B, h, w) int32, of one level."""
+        return (jnp.argmax(self.encode(image), axis=-1).astype(jnp.int32),)
 
     def decode(self, shares: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Shares (B, h, w, K) of codes, one-hot or relaxed -> mean and log scale, (B, H, W, 3) each."""
@@ -207,4 +211,4 @@ class DVAE(nn.Module):
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """Image (B, H, W, 3) in [-1, 1] -> its reconstruction from the most probable codes."""
-        return self.decode_codes(self.encode_codes(image))
+        return self.decode_codes(self.encode_codes(image)[0])

@@ -189,6 +189,10 @@ class VQVAE(nn.Module):
             found.append(Level(z, quantised))
         return tuple(reversed(found))
 
+    def encode_codes(self, image: jax.Array) -> tuple[jax.Array, ...]:
+        """Image (B, H, W, 3) in [-1, 1] -> the codes (B, h, w) int32 of each level, the bottom's first."""
+        return tuple(level.quantised.codes for level in self.encode(image))
+
     def lookup(self, codes: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Codes (B, h, w) int32 in [0, K) of each level, the bottom's first -> their vectors (B, h, w, Z)."""
         return tuple(codebook[of_level] for codebook, of_level in zip(self.codebook, codes, strict=True))

@@ -35,7 +35,8 @@ from unclip_jax.run.resume import resolve
 from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_shardings, make_gather, replicate
 
 EMPTY = "empty_caption"
-EMBEDDABLE = ("prior_diffusion", "prior_ar", "codec", "latent")  # stages that can train from embeddings alone
+# Stages that can train from embeddings alone.
+EMBEDDABLE = ("prior_diffusion", "prior_ar", "codec", "latent", "pixelsnail", "dalle")
 BESIDE_PICTURES = ("decoder",)  # stages that can train from pictures with their embeddings
 
 
@@ -227,6 +228,47 @@ def check_latents(autoencoder: Network, data: Data, side: int, crop_scale: float
                 f"data.crop_scale={crop_scale} crops at random, and latents are of the centred square: "
                 "set it to 1, or train from the pictures"
             )
+
+
+def check_codes(coder: Network, data: Data, size: int, crop_scale: float) -> None:
+    """Checks that every source without pictures holds codes of this network, of images of the side `size`.
+
+    Raises:
+      ValueError: naming the source, and what does not fit.
+    """
+    for source in (data.train, *data.held_out.values()):
+        if source.pictures:
+            continue
+        codes = source.embedded.codes
+        if codes is None:
+            raise InputError(f"{source.name} holds no codes: embed with --codes and --size")
+        if codes["coder"] != coder.hash:
+            raise InputError(
+                f"{source.name} holds codes of {codes['coder']}, but the network given is {coder.hash}: "
+                "embed again, or give that network"
+            )
+        if codes["size"] != size:
+            raise InputError(
+                f"{source.name} holds codes of images of {codes['size']} px, and image_size is {size}"
+            )
+        if crop_scale < 1:
+            raise InputError(
+                f"data.crop_scale={crop_scale} crops at random, and codes are of the centred square: "
+                "set it to 1, or train from the pictures"
+            )
+
+
+def codes_of(coder: Network, batch: Mapping[str, jax.Array], size: int) -> list[jax.Array]:
+    """The codes (B, h, w) int32 of each level of a batch, the bottom's first.
+
+    A batch that holds `codes` (B, N) keeps them; otherwise its `image`s of the side `size` are encoded.
+    """
+    if "codes" not in batch:
+        return list(coder.apply(batch["image"], method="encode_codes"))
+    sides = coder.module.sides(size)
+    ends = np.cumsum([side**2 for side in sides])[:-1]
+    parts = jnp.split(batch["codes"], ends, axis=1)
+    return [part.reshape(-1, side, side) for part, side in zip(parts, sides, strict=True)]
 
 
 def check_sources(clip: Network, data: Data, pictures: bool) -> None:

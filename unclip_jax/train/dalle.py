@@ -25,7 +25,7 @@ from unclip_jax.generate.tokens import sample_tokens
 from unclip_jax.models.dalle import DALLE
 from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
-from unclip_jax.run.frozen import arrays, check_pictures, hashes, load_frozen
+from unclip_jax.run.frozen import arrays, check_codes, codes_of, hashes, load_frozen
 from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json
 from unclip_jax.run.stage import Stage, without_extra
@@ -59,7 +59,7 @@ def loss_fn(params, rng, batch, *, frozen, model, encode, empty, drop_text):
     `empty` holds `tokens` and `token_mask` (1, L) of the empty caption.
     """
     rng_text, rng_dropout = jax.random.split(rng)
-    codes = encode(frozen["dvae"], batch["image"]).reshape(len(batch["image"]), -1)
+    codes = encode(frozen["dvae"], batch)
     keep = jax.random.uniform(rng_text, (len(codes), 1)) >= drop_text
     tokens, mask = (jnp.where(keep, batch[name], empty[name]) for name in ("tokens", "token_mask"))
     words, image = model.apply(
@@ -106,8 +106,9 @@ def stage(config, mesh, frozen) -> Stage:
         zeros = jnp.zeros((1, model.length), jnp.int32)
         return model.init(key, zeros, zeros > 0, jnp.zeros((1, model.side**2), jnp.int32))["params"], {}
 
-    def encode(params, image):
-        return dvae.with_params(gather_rest(params, mesh)).apply(image, method="encode_codes")
+    def encode(params, batch):
+        network = dvae.with_params(gather_rest(params, mesh))
+        return codes_of(network, batch, size)[0].reshape(-1, model.side**2)
 
     example = functools.partial(
         token_example, tokenizer=tokenizer, size=size, crop_scale=config.data.crop_scale
@@ -136,10 +137,10 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     check(config)
     mesh = make_mesh(config.mesh)
     data = open_data(config, mesh)
-    check_pictures(data)
     networks = load_frozen(config, workdir, mesh, FROZEN, None)
     frozen = arrays(networks)
     trained = stage(config, mesh, networks)
+    check_codes(networks["dvae"], data, config.image_size, config.data.crop_scale)
 
     # -------------------------------------------------------------------------------- evaluators
     options, empty = options_from(config.sampling, "dalle"), empty_caption(ClipTokenizer(**config.tokenizer))

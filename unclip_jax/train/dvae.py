@@ -125,7 +125,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     @jax.jit
     def measured(params, batch):
         image, variables = batch["image"], {"params": params}
-        codes = model.apply(variables, image, method="encode_codes")
+        (codes,) = model.apply(variables, image, method="encode_codes")
         made = model.apply(variables, codes, method="decode_codes")
         return reconstruction_rows(image, made) | {"codes": codes}
 

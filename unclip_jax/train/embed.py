@@ -40,7 +40,7 @@ from unclip_jax.run.hosts import Stop, wait_for_hosts
 from unclip_jax.sharding import BATCH, compute_dtype
 from unclip_jax.train.codec import explained, principal_components
 from unclip_jax.train.embed_index import Neighbours, neighbours_of
-from unclip_jax.train.embed_latents import LatentEncoder, latent_encoder
+from unclip_jax.train.embed_latents import LatentEncoder, code_encoder, latent_encoder
 from unclip_jax.train.embed_shards import (
     behind,
     check_finite_rows,
@@ -69,7 +69,7 @@ class _Towers:
     image: pictures (rows, Hc, Wc, 3) -> embeddings.
     text: captions, as many as `rows` -> embeddings, text states (float16, or None if they are not kept),
       masks.
-    latents: makes latents of larger pictures; None if they are not kept.
+    latents: makes latents or codes of larger pictures; None if they are not kept.
     neighbours: finds the images' neighbours in an index; None if they are not kept.
     """
 
@@ -102,6 +102,7 @@ def embed(
     states: bool = False,
     autoencoder: str | None = None,
     latent_image_size: int | None = None,
+    coder: str | None = None,
     index: str | None = None,
     nearest: int = 4,
     search: str = "exact",
@@ -125,7 +126,8 @@ def embed(
         CLIP's states need them (Karlo's).
       autoencoder: a run, a bundle or public weights; None for no latents. Of a KL autoencoder the mean is
         kept. Latents are stored as float16, and not scaled.
-      latent_image_size: the side in pixels of the images of which latents are made.
+      latent_image_size: the side in pixels of the images of which latents or codes are made.
+      coder: a VQ-VAE or a discrete VAE, in place of an autoencoder: its codes are kept.
       index: an index (`data.retrieval_index`) of other pictures; None for no neighbours.
       nearest: number of neighbours that are kept of each image, in the index's space, the nearest first.
       search: one of `generate.neighbours.SEARCHES`.
@@ -150,7 +152,10 @@ def embed(
     check_folder(out)
     opened = None if index is None else open_index(index)
     check_search(search)
-    encoder = latent_encoder(autoencoder, latent_image_size, mesh, dtype)
+    if coder is None:
+        encoder = latent_encoder(autoencoder, latent_image_size, mesh, dtype)
+    else:
+        encoder = code_encoder(coder, latent_image_size, mesh, dtype)
     out, towers = user_path(out), _towers(clip, mesh, dtype, batch_size, states, encoder)
     near = None if opened is None else neighbours_of(opened, nearest, towers.clip, mesh, search)
     towers = dataclasses.replace(towers, neighbours=near)
@@ -162,7 +167,7 @@ def embed(
         "shard_records": shard_records,
         "states": states,
         "dtype": np.dtype(compute_dtype(dtype, mesh)).name,
-    } | ({} if encoder is None else {"latents": encoder.described})
+    } | ({} if encoder is None else {encoder.name: encoder.described})
     plan |= {} if near is None else {"neighbours": near.described}
     make = functools.partial(_embed_shard, towers, source)
     count = make_shards(
@@ -277,8 +282,9 @@ def _embed_shard(
     if encoded and encoded[0][1] is not None:
         arrays["text_states"] = np.concatenate([kept_states for _, kept_states, _ in encoded])
     if towers.latents is not None:
-        empty = np.zeros((0, *towers.latents.described["shape"]), np.float16)
-        arrays["latents"] = np.concatenate([empty, *(latents for _, latents in seen)])
+        kind = np.int32 if towers.latents.name == "codes" else np.float16
+        empty = np.zeros((0, *towers.latents.described["shape"]), kind)
+        arrays[towers.latents.name] = np.concatenate([empty, *(latents for _, latents in seen)])
     computed = [name for name in ("image_embed", "text_embed", "text_states", "latents") if name in arrays]
     check_finite_rows({name: arrays[name] for name in computed}, source, records)
     if towers.neighbours is not None and not useless:
@@ -297,7 +303,7 @@ def _embed_shard(
 # ------------------------------------------------------------------------------------------ the folder
 def _finish(out: Any, plan: dict, towers: _Towers, source: Source, count: int) -> None:
     # Writes the manifest, the empty caption and the codec, from the shards of all hosts.
-    keeps = plan["states"], "latents" in plan, "neighbours" in plan
+    keeps = plan["states"], *(name in plan for name in ("latents", "neighbours", "codes"))
     shards = [embeddings.Shard(embeddings.shard_path(out, number), *keeps) for number in range(count)]
     described = [embeddings.read_json(shard.folder / "shard.json") for shard in shards]
     images = sum(shard["images"] for shard in described)
@@ -373,7 +379,7 @@ def _alignment(
         embed, latents = towers.seen([pictures] * towers.rows)
         pairs = [(shard.array("image_embed")[i], embed[0])]
         if latents is not None:
-            pairs.append((np.float32(shard.array("latents")[i]), np.float32(latents[0])))
+            pairs.append((np.float32(shard.array(towers.latents.name)[i]), np.float32(latents[0])))
         if captions:
             pairs.append((shard.row(i)["text_embed"][0], towers.text([captions[0]] * towers.rows)[0][0]))
         for stored, embedded in pairs:

@@ -18,7 +18,7 @@ from unclip_jax.generate.text import select_text
 from unclip_jax.models.pixelsnail import PixelSNAIL
 from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
-from unclip_jax.run.frozen import EMPTY, arrays, check_pictures, clip_reader, hashes, load_frozen
+from unclip_jax.run.frozen import EMPTY, arrays, check_codes, clip_reader, codes_of, hashes, load_frozen
 from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json
 from unclip_jax.run.stage import Stage, without_extra
@@ -55,7 +55,7 @@ FIGURES = ("eval_loss",)
 def loss_fn(params, rng, batch, *, frozen, model, encode, level, clip, drop_text):
     """Loss () in nats per code and metrics of a global batch, encoded with the networks in `frozen`."""
     rng_text, rng_dropout = jax.random.split(rng)
-    codes, given = encode(frozen["vqvae"], batch["image"]), {}
+    codes, given = encode(frozen["vqvae"], batch), {}
     if model.coarse_codes is not None:
         given["coarse"] = codes[level + 1]
     if clip is not None:
@@ -113,13 +113,12 @@ def stage(config, mesh, frozen) -> Stage:
             given["text_embed"] = clip.zeros.embed
         return model.init(key, inputs, **given)["params"], {}
 
-    def encode(params, image):
-        network = vqvae.with_params(gather_rest(params, mesh))
-        return [level.quantised.codes for level in network.apply(image, method="encode")]
+    def encode(params, batch):
+        return codes_of(vqvae.with_params(gather_rest(params, mesh)), batch, size)
 
     example = functools.partial(
         latent_example, tokenizer=None if clip is None else clip.tokenizer, size=size,
-        crop_scale=config.data.crop_scale,
+        crop_scale=config.data.crop_scale, stored="codes",
     )  # fmt: skip
     loss = functools.partial(
         loss_fn, model=model, encode=encode, level=level, clip=clip, drop_text=config.drop_text
@@ -140,10 +139,10 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     check(config)
     mesh = make_mesh(config.mesh)
     data = open_data(config, mesh)
-    check_pictures(data)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     frozen = arrays(networks)
     trained = stage(config, mesh, networks)
+    check_codes(networks["vqvae"], data, config.image_size, config.data.crop_scale)
 
     # -------------------------------------------------------------------------------- evaluators
     loss_of_held_out = held_out_loss(trained, config, mesh, data)

@@ -88,7 +88,7 @@ def _finder(embedded: Embedded) -> Callable[[int], tuple[Shard, int]]:
     # The position of an image in the folder -> its shard, and its row there.
     @functools.lru_cache(OPEN_EMBEDDED)
     def opened(number: int) -> Shard:
-        kept = embedded.latents is not None, embedded.neighbours is not None
+        kept = (x is not None for x in (embedded.latents, embedded.neighbours, embedded.codes))
         return Shard(shard_path(embedded.path, number), embedded.states, *kept)
 
     ends = np.cumsum([shard["images"] for shard in embedded.shards])
