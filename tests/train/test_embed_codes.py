@@ -99,10 +99,8 @@ def test_priors_train_from_it(made, clip, source, tmp_path):
         assert ("codes" in batch, "image" in batch) == ((False, True) if read is source else (True, False))
         arrays = frozen.arrays(networks)
         params, extra = stage.init(jax.random.key(0))
-        run = jax.jit(
-            lambda p, batch, frozen: stage.objective(p, extra, jax.random.key(1), batch, 0, frozen=frozen)
-        )
-        losses.append(float(run(params, batch, arrays)[0]))
+        loss = jax.jit(stage.objective)(params, extra, jax.random.key(1), batch, 0, frozen=arrays)[0]
+        losses.append(float(loss))
         frozen.check_codes(networks[kind], data, SIZE, 1.0)
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     for network, size, crop, words in (
