@@ -1,6 +1,6 @@
 """`unclip compile CONFIG --topology v5e:4x4`: compiles a train step for devices that are not here.
 
-The command prints the memory and the time that the step needs.
+The command prints the memory and the time that the step needs. `--search` compares steps with other settings.
 """
 
 from __future__ import annotations
@@ -61,6 +61,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override a setting, as for `unclip train`",
     )
     parser.add_argument(
+        "--search",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,...",
+        help="compile the step with each of these values of a setting, in all combinations, and print which "
+        "are worth their memory and chips; 'auto' tries sizes of mesh.fsdp, remat and three batches",
+    )
+    parser.add_argument(
+        "--rows", metavar="FILE", help="with --search: keep the rows in FILE, and compile none of them again"
+    )
+    parser.add_argument(
+        "--price", type=float, metavar="X", help="with --search: the price of a chip-hour, in any currency"
+    )
+    parser.add_argument(
         "--save",
         metavar="FILE",
         help="save the compiled program in the format of `jax.experimental.serialize_executable`",
@@ -82,26 +96,24 @@ def run(args: argparse.Namespace) -> None:
 
     if args.sample and args.embeddings:
         raise InputError("--embeddings is for a train step; a sampler reads captions")
-    if args.save is not None:
-        check_writable(args.save)
+    check_search(args)
+    for path in (args.save, args.rows):
+        if path is not None:
+            check_writable(path)
     config = load_config(args.config)
     for key, value in parse_assignments(args.assignments).items():
         override(config, key, value)
     check_stage(config)
-    shape = dict(config.mesh) if args.mesh is None else parse_mesh(args.mesh)
-    mesh = step.make_abstract_mesh(args.topology, shape)
     if args.batch is not None:
         override(config, "batch_size", args.batch)
-    elif args.sample:
+    if args.search:
+        search_settings(args, config, clip_of(args, config))
+        return
+    shape = dict(config.mesh) if args.mesh is None else parse_mesh(args.mesh)
+    mesh = step.make_abstract_mesh(args.topology, shape)
+    if args.batch is None and args.sample:
         override(config, "batch_size", mesh.shape["data"] * mesh.shape["fsdp"])
-    clip_config = None
-    if "clip" in config.get("frozen", {}):
-        path, _, variant = args.config.partition(":")
-        beside = f"{Path(path).parent / 'clip.py'}" + (":tiny" if variant == "tiny" else "")
-        clip_config = load_config(args.clip or beside)
-        if clip_config.get("stage") != "clip":
-            raise InputError(f"{args.clip or beside} is not a CLIP's configuration; name one with --clip")
-        check_stage(clip_config)
+    clip_config = clip_of(args, config)
     if args.sample:
         report, compiled = step.compile_sampler(config, clip_config, mesh)
     else:
@@ -111,6 +123,83 @@ def run(args: argparse.Namespace) -> None:
     if args.save is not None:
         save(compiled, args.save)
         print(f"saved {args.save}")
+
+
+def clip_of(args: argparse.Namespace, config):
+    """The configuration of the frozen CLIP of a stage; None for a stage without one.
+
+    Raises:
+      ValueError: if the file is not a CLIP's configuration.
+    """
+    from unclip_jax.cli.train import check_stage, load_config
+
+    if "clip" not in config.get("frozen", {}):
+        return None
+    path, _, variant = args.config.partition(":")
+    beside = f"{Path(path).parent / 'clip.py'}" + (":tiny" if variant == "tiny" else "")
+    clip_config = load_config(args.clip or beside)
+    if clip_config.get("stage") != "clip":
+        raise InputError(f"{args.clip or beside} is not a CLIP's configuration; name one with --clip")
+    check_stage(clip_config)
+    return clip_config
+
+
+def check_search(args: argparse.Namespace) -> None:
+    """Raises a ValueError where options do not belong together."""
+    given = [name for name in ("rows", "price") if getattr(args, name) is not None]
+    if given and not args.search:
+        raise InputError(f"--{given[0]} belongs to --search")
+    if args.search and (args.sample or args.save is not None):
+        raise InputError(f"--search compares train steps: leave --{'sample' if args.sample else 'save'} out")
+    if args.search and args.mesh is not None:
+        raise InputError("--search takes the mesh as settings: --set mesh.fsdp=8, or --search mesh.fsdp=4,8")
+    if args.price is not None and not 0 < args.price < float("inf"):
+        raise InputError(f"--price must be a number above 0, got {args.price:g}")
+
+
+def search_settings(args: argparse.Namespace, config, clip_config) -> None:
+    """Compiles the step with every combination of settings, and prints the table (`compile.search`).
+
+    Raises:
+      ValueError: before anything is compiled, if a setting is unknown, a value is not of its type, the chips'
+        peaks are not known, or the file of rows holds something else.
+      MemoryError: if no combination fits.
+    """
+    from unclip_jax.cli.options import parse_assignments
+    from unclip_jax.cli.train import override
+    from unclip_jax.compile import search, step
+
+    devices = step.topology(args.topology)
+    if args.search == ["auto"]:
+        grid = search.usual_grid(len(devices), config.batch_size)
+    else:
+        grid = {key: text.split(",") for key, text in parse_assignments(args.search, once=True).items()}
+    chosen = []
+    for settings in search.combinations(grid):
+        changed = config.copy_and_resolve_references()
+        for key, value in settings.items():
+            override(changed, key, value)
+        chosen.append((settings, changed))
+    found, rows = {} if args.rows is None else search.read_rows(args.rows), []
+    if devices[0].device_kind not in step.CHIPS:
+        raise InputError("--search needs chips whose peaks are known: name a TPU, such as v5e:8x8")
+    for number, (settings, changed) in enumerate(chosen, 1):
+        key = search.key_of(changed, clip_config, args.topology, args.embeddings)
+        if key not in found:
+
+            def compiled(changed=changed):
+                mesh = step.make_abstract_mesh(args.topology, dict(changed.mesh))
+                return step.compile_step(changed, clip_config, mesh, args.embeddings)[0]
+
+            found[key] = search.measure(settings, changed.batch_size, compiled)
+            if args.rows is not None:
+                search.append_row(args.rows, key, found[key])
+        rows.append(found[key])
+        words = " ".join(f"{name}={value}" for name, value in settings.items())
+        print(f"{number} of {len(chosen)}: {words}", file=sys.stderr, flush=True)
+    print(search.table(rows, len(devices), config.steps * config.batch_size, args.price))
+    if not any(row.fits for row in rows):
+        raise MemoryNeededError(f"none of them fits: {ADVICE}")
 
 
 def describe(report, topology: str) -> str:

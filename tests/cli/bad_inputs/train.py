@@ -194,6 +194,7 @@ def rows(box: Path) -> list[Row]:
     train = ["train", clip, "--workdir", "run"]
     own = ["train", str(CONFIGS / "dalle2/decoder.py:tiny"), "--workdir", "run"]
     compiled = ["compile", upsampler, "--topology"]
+    search = [*compiled, "cpu:8", "--search"]
     return [
         *(
             Row(f"the file {name}", ["train", name, "--workdir", "run"], says)
@@ -285,4 +286,25 @@ def rows(box: Path) -> list[Row]:
             "is not a CLIP's configuration",
         ),
         Row("a folder to save to", [*compiled, "cpu:8", "--save", "."], ". is a folder; name a file"),
+        Row("a price without a search", [*compiled, "cpu:8", "--price", "2"], "--price belongs to --search"),
+        Row(
+            "a search of samplers",
+            [*search, "remat=none", "--sample"],
+            "compares train steps: leave --sample",
+        ),
+        Row(
+            "a search with a mesh", [*search, "remat=none", "--mesh", "data=8"], "takes the mesh as settings"
+        ),
+        Row("a search of nothing", [*search, "remat"], "'remat' is not KEY=VALUE"),
+        Row("a search of an unknown key", [*search, "rematt=none"], "'rematt'; did you mean 'remat'"),
+        Row("a search of a wrong value", [*search, "batch_size=8,many"], "batch_size"),
+        Row(
+            "a free chip", [*search, "remat=none", "--price", "0"], "--price must be a number above 0, got 0"
+        ),
+        Row("a search on a CPU", [*search, "remat=none"], "chips whose peaks are known"),
+        Row(
+            "rows that are something else",
+            [*search, "remat=none", "--rows", "words.txt"],
+            "words.txt, line 1: not a row",
+        ),
     ]
