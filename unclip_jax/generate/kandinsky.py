@@ -19,8 +19,9 @@ import jax.numpy as jnp
 
 from unclip_jax.diffusion.guidance import Denoised, abar_at
 from unclip_jax.diffusion.process import add_noise, fold_in, standard_normal
+from unclip_jax.diffusion.samplers import repaint
 from unclip_jax.errors import InputError
-from unclip_jax.generate.denoise import NOISE, diffusion_sampler
+from unclip_jax.generate.denoise import NOISE, STEPS, diffusion_sampler
 from unclip_jax.generate.latents import latent_denoiser, sample_latents
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import SamplingOptions
@@ -122,3 +123,33 @@ def sample_decoder_latents(
         return denoise(jnp.where(mask & (t < sampler.steps[0]), noised, x), t)
 
     return jnp.where(mask, image, sampler.run(with_known, x_T, rng))
+
+
+def repaint_decoder_latents(
+    latent: Network,
+    z_image: jax.Array,
+    other: jax.Array,
+    rng: jax.Array,
+    options: SamplingOptions,
+    known: KnownLatents,
+    resamples: int,
+) -> jax.Array:
+    """Draws the unknown latents of images with a decoder that was not trained to inpaint
+    (`samplers.repaint`).
+
+    Args:
+      latent, z_image, other, rng, known: as in `sample_decoder_latents`.
+      options: steps, guidance and clip; the sampler is ancestral with the posterior's variance.
+      resamples: passes per step, at least 1.
+
+    Returns:
+      (B, h, w, Z) float32; equal to the known latents where they are known.
+    """
+    image, inputs = known.latents, {"image_embed": (z_image, other)}
+    sampler = diffusion_sampler(latent.config, options)
+    denoise = latent_denoiser(latent, None, image.shape[1:3], options, len(image), None, inputs)
+    x = standard_normal(fold_in(rng, NOISE), image.shape)
+    return repaint(
+        denoise, x, sampler.schedule, sampler.steps, fold_in(rng, STEPS),
+        image=image, known=known.mask, resamples=resamples,
+    )  # fmt: skip

@@ -89,6 +89,11 @@ class Call(NamedTuple):
     negative: list[str] | None
     drawn_with: LatentSamplingOptions
 
+    @property
+    def said(self) -> np.ndarray:
+        """(B,) bool, True where a negative caption is not empty."""
+        return np.array([bool(text) for text in self.negative or [""] * len(self.seeds)])
+
 
 def check_call(
     sampler: Sampler,
@@ -117,18 +122,20 @@ def check_call(
     seeds, places = as_seeds(seed, count), as_positions(positions, count)
     rows = sampler.row_options(options, count)
     negative = [row[latent].negative for row in rows]
-    draws = [latent, *PRIORS[prior or "none"]]
+    draws = {latent, *PRIORS[prior or "none"]}
     if any(negative):
-        draws = [latent, "prior_diffusion"]
+        draws.add("prior_diffusion")
         check_prior(sampler.bundle, "prior_diffusion")
         if any(row[latent].negative and not is_guided(row[latent]) for row in rows):
             raise InputError("a negative caption needs guidance: set a guidance_scale other than 1")
-    plain = {
-        id(row): {n: row[n] for n in draws} | {latent: dataclasses.replace(row[latent], negative="")}
-        for row in {id(row): row for row in rows}.values()
-    }
-    static, scales = split_scales([plain[id(row)] for row in rows])
+    static, scales = split_scales([_plain(row, draws, latent) for row in rows])
     return Call(seeds, places, static, scales, negative if any(negative) else None, rows[0][latent])
+
+
+def _plain(row: Mapping[str, Options], draws: set[str], latent: str) -> dict[str, Options]:
+    # The options of the parts that draw. The negative caption is an argument of the program.
+    used = {name: options for name, options in row.items() if name in draws}
+    return used | {latent: dataclasses.replace(row[latent], negative="")}
 
 
 class Words(NamedTuple):
@@ -260,8 +267,7 @@ def sample_stages(
 
     run = sampler.program(("kandinsky", chosen_prior, size, tile, *call.options.items()), make)
     words = words_of(sampler, captions, call)
-    said = np.array([bool(text) for text in call.negative or [""] * count])
-    given = (call.scales, words.captions, words.negative, z, noise, said, call.seeds, call.positions)
+    given = (call.scales, words.captions, words.negative, z, noise, call.said, call.seeds, call.positions)
 
     def batch(index):
         scales, texts, negative, *rest = sampler.rows(given, index)

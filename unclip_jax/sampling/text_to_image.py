@@ -15,6 +15,7 @@ from unclip_jax.sampling.edits import (
     img2img,
     inpaint,
     inversion,
+    kandinsky_inpaint,
     latent_img2img,
     latent_inpaint,
     latent_inversion,
@@ -157,6 +158,7 @@ SYSTEMS = {
         priors=unclip.PRIORS,
         sizes=latent.sizes,
         overrides=stable_unclip.overrides,
+        inpaint=kandinsky_inpaint.inpaint_rows,
     ),
     "dalle": System(
         dalle.PARTS,

@@ -1,5 +1,6 @@
 """Kandinsky 2.2's folders against diffusers, run at the same random weights."""
 
+import dataclasses
 import sys
 
 import jax.numpy as jnp
@@ -11,9 +12,13 @@ from tests.checkpoint import peers
 from tests.checkpoint.kandinsky_peers import SCHEDULE, kandinsky
 from tests.checkpoint.peers import close, nchw, run_part
 from unclip_jax.checkpoint.load import load_bundle
+from unclip_jax.checkpoint.providers import kandinsky_export
 from unclip_jax.checkpoint.store import params_hash
+from unclip_jax.cli.main import main
 from unclip_jax.data import ops
 from unclip_jax.diffusion import process
+from unclip_jax.errors import InputError
+from unclip_jax.sampling.edits.kandinsky_inpaint import inpaint_rows
 from unclip_jax.sampling.kandinsky import sample_stages
 
 RNG = np.random.default_rng(0)
@@ -138,3 +143,72 @@ def test_whole_pipeline(made, exact, monkeypatch):
         levels = np.round(theirs * 255).astype(int)
         assert levels.shape == (16, 24, 3) and levels.std() > 20
         assert np.abs(ops.to_uint8(drawn.images[0])[row].astype(int) - levels).max() <= 1
+
+
+def picture_and_mask():
+    """A picture of 16 px, and where it is drawn anew."""
+    redrawn = np.zeros((16, 16), bool)
+    redrawn[3:10, 5:12] = True
+    return np.random.default_rng(4).integers(0, 256, (16, 16, 3), np.uint8), redrawn
+
+
+def test_inpainting_pipeline(made, exact, monkeypatch):
+    """Pictures of the library's inpainting pipeline, to one level where they are drawn anew."""
+    image, redrawn = picture_and_mask()
+    embeds, _, latents = share_noise(monkeypatch, (8, 8), rows=1)
+    found = exact["prior"](CAPTIONS[0], num_inference_steps=3, latents=embeds)
+    theirs = exact["inpaint"](
+        **found, image=[image], mask_image=[np.float32(redrawn)], num_inference_steps=4, guidance_scale=3.0,
+        height=16, width=16, latents=latents, output_type="np",
+    ).images[0]  # fmt: skip
+    options = {"prior_diffusion": {"steps": 3}, "latent_inpaint": {"steps": 4, "guidance_scale": 3.0}}
+    ours = inpaint_rows(load_bundle(made[0]), [image], [~redrawn], CAPTIONS[:1], options=options)[0]
+    np.testing.assert_array_equal(ours[~redrawn], image[~redrawn])
+    levels = np.round(theirs * 255).astype(int)
+    assert np.abs(ours.astype(int) - levels)[redrawn].max() <= 1
+    assert np.abs(levels - image)[redrawn].mean() > 5
+
+
+def test_inpainting_without_training(made):
+    """RePaint with the other decoder keeps what is known, and draws the rest for the caption."""
+    image, redrawn = picture_and_mask()
+    options = {"prior_diffusion": {"steps": 2}, "latent": {"steps": 3, "guidance_scale": 2.0}}
+    given = [image] * 2, [~redrawn] * 2, CAPTIONS
+    drawn = inpaint_rows(made[2], *given, method="resample", options=options, seed=1, resamples=2)
+    np.testing.assert_array_equal(drawn[:, ~redrawn], np.stack([image] * 2)[:, ~redrawn])
+    assert np.abs(drawn[0].astype(int) - drawn[1])[redrawn].mean() > 1
+    with pytest.raises(InputError, match="leave height and width out"):
+        inpaint_rows(made[2], *given, options={"latent_inpaint": {"height": 16}})
+
+
+# --------------------------------------------------------------------------------------------------- and back
+def test_export_to_diffusers(made, tmp_path):
+    """The library loads what `unclip export` writes, with the same tensors; so do we."""
+    from diffusers import KandinskyV22InpaintPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
+
+    folder, pipelines, bundle = made
+    assert main(["export", str(folder), "--out", str(tmp_path / "out")]) == 0
+    loaders = (KandinskyV22PriorPipeline, KandinskyV22Pipeline, KandinskyV22InpaintPipeline)
+    for (role, pipeline), loader in zip(pipelines.items(), loaders):
+        loaded = loader.from_pretrained(tmp_path / "out" / role)
+        for name, module in pipeline.components.items():
+            if isinstance(module, torch.nn.Module):
+                theirs, wanted = getattr(loaded, name).state_dict(), module.state_dict()
+                assert theirs.keys() == wanted.keys()
+                for key, value in wanted.items():
+                    np.testing.assert_array_equal(theirs[key].numpy(), value.numpy(), err_msg=key)
+        for key in {"beta_schedule", "clip_sample", "num_train_timesteps"}:
+            assert loaded.scheduler.config[key] == pipeline.scheduler.config[key]
+    again = load_bundle(tmp_path / "out")
+    assert again.sampling == bundle.sampling
+    for name, part in bundle.parts.items():
+        assert again.parts[name].config == part.config
+
+
+@pytest.mark.parametrize("name", ["latent", "latent_inpaint"])
+def test_what_cannot_be_exported(made, tmp_path, name):
+    bundle = made[2]
+    other = dataclasses.replace(bundle, sampling=bundle.sampling | {name: {"steps": 2, "sampler": "euler"}})
+    with pytest.raises(InputError, match="samplers are ddpm and ddim, not euler"):
+        kandinsky_export.write(other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

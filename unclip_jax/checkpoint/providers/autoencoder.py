@@ -205,6 +205,29 @@ def part_config(config: Mapping[str, Any], kind: str, name: str) -> dict:
     return {"kind": kind, "model": model, "scale_factor": scale}
 
 
+def diffusers_config(config: Mapping[str, Any]) -> dict:
+    """diffusers' configuration of a part's autoencoder: the inverse of `part_config`."""
+    model = config["model"]
+    levels = range(len(model["channel_mult"]))
+    attends = ["Attn" if level in model.get("attention_levels", ()) else "" for level in levels]
+    written = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": model["latent_channels"],
+        "block_out_channels": [model["channels"] * mult for mult in model["channel_mult"]],
+        "layers_per_block": model["res_blocks"],
+        "norm_num_groups": model.get("groups", 32),
+        "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in attends],
+        "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(attends)],
+        "mid_block_add_attention": model.get("middle_attention", True),
+    }
+    if config["kind"] == "kl_autoencoder":
+        return written | {"scaling_factor": config["scale_factor"]}
+    norm_type = "spatial" if model.get("spatial_norm") else "group"
+    codes = {"num_vq_embeddings": model["codes"], "vq_embed_dim": model["latent_channels"]}
+    return written | codes | {"norm_type": norm_type}
+
+
 def recognises(path: Path) -> bool:
     """Whether a folder is an autoencoder's alone."""
     return path.is_dir() and _kind(path) is not None

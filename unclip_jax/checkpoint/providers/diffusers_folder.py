@@ -13,6 +13,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.checkpoint.files import cast, save_tensors
 from unclip_jax.errors import InputError
+from unclip_jax.models.clip import MEAN, STD
 from unclip_jax.paths import check_writable, store_errors, user_path, whole_folder
 
 VERSION = "0.33.1"  # of diffusers: the last in which Karlo's pipeline is not deprecated
@@ -89,6 +90,36 @@ def write_config(path: Path, value: dict) -> None:
     """Writes a JSON file, with its folder."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def image_encoder_config(model: dict) -> dict:
+    """transformers' configuration of a `CLIP`'s image tower."""
+    image = model["image"]
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": image["width"],
+        "intermediate_size": round(image["width"] * image.get("mlp_ratio", 4.0)),
+        "num_hidden_layers": image["layers"],
+        "num_attention_heads": image["heads"],
+        "image_size": image["image_size"],
+        "patch_size": image["patch_size"],
+        "projection_dim": model["embed_dim"],
+        "hidden_act": model.get("activation", "quick_gelu"),
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def image_processor_config(model: dict) -> dict:
+    """transformers' configuration of how images are prepared for a `CLIP`'s image tower."""
+    image, side = model["image"], model["image"]["image_size"]
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "resample": 3,
+        "image_mean": list(image.get("mean", MEAN)),
+        "image_std": list(image.get("std", STD)),
+    }
 
 
 def text_encoder_config(model: dict) -> dict:

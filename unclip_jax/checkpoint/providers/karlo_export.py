@@ -58,22 +58,11 @@ def obstacles(bundle: Bundle) -> Iterator[str]:
         yield f"Karlo's text states are of the embeddings' size {dim}, not of {text and text['width']}"
     if "tokenizer" not in bundle.parts["clip"].config:
         yield "its clip part has no tokenizer"
-    for name, part, prediction in (
-        ("prior", prior, "x0"),
-        ("decoder", decoder, "eps"),
-        ("upsampler", upsampler, "eps"),
-    ):
-        if part["diffusion"]["prediction"] != prediction:
-            yield f"Karlo's {name} predicts {prediction}, not {part['diffusion']['prediction']}"
-        if part["diffusion"]["schedule"] != "cosine":
-            yield f"Karlo's {name} has the cosine schedule, not the {part['diffusion']['schedule']} one"
-    if prior.get("embedding_space", {}).get("kind") != "whitened":
-        yield "Karlo's prior works on embeddings whitened by mean and standard deviation"
-    for name, part in (("prior", prior), ("decoder", decoder)):
-        if part["model"].get("text") is not None:
-            yield f"the {name} has a text encoder of its own, and Karlo's takes CLIP's states"
-    if prior["model"].get("mlp_ratio", 4.0) != 4.0 or prior["model"].get("activation", "gelu") != "gelu":
-        yield "Karlo's prior has hidden layers of four times its width, and GELU"
+    yield from prior_obstacles(prior, "Karlo")
+    for name, part in (("decoder", decoder), ("upsampler", upsampler)):
+        yield from _diffusion_obstacles(name, part, "eps", "Karlo")
+    if decoder["model"].get("text") is not None:
+        yield "the decoder has a text encoder of its own, and Karlo's takes CLIP's states"
     conditioning = decoder["model"]["conditioning"]
     if not (conditioning.get("use_text_embed", True) and conditioning.get("use_text_states", True)):
         yield "Karlo's decoder sees the text embedding and the text states"
@@ -89,6 +78,28 @@ def obstacles(bundle: Bundle) -> Iterator[str]:
         yield "the time embedding scales and shifts in Karlo's decoder"
     if upsampler["model"].get("resize", "cubic") != "cubic":
         yield "Karlo's upsampler enlarges with the cubic filter"
+
+
+def _diffusion_obstacles(name: str, part: dict, prediction: str, whose: str) -> Iterator[str]:
+    if part["diffusion"]["prediction"] != prediction:
+        yield f"{whose}'s {name} predicts {prediction}, not {part['diffusion']['prediction']}"
+    if part["diffusion"]["schedule"] != "cosine":
+        yield f"{whose}'s {name} has the cosine schedule, not the {part['diffusion']['schedule']} one"
+
+
+def prior_obstacles(prior: dict, whose: str) -> Iterator[str]:
+    """What keeps a prior from diffusers' `PriorTransformer`, a sentence each.
+
+    Args:
+      prior: the part's configuration. whose: the pipeline's name in the sentences.
+    """
+    yield from _diffusion_obstacles("prior", prior, "x0", whose)
+    if prior.get("embedding_space", {}).get("kind") != "whitened":
+        yield f"{whose}'s prior works on embeddings whitened by mean and standard deviation"
+    if prior["model"].get("text") is not None:
+        yield f"the prior has a text encoder of its own, and {whose}'s takes CLIP's states"
+    if prior["model"].get("mlp_ratio", 4.0) != 4.0 or prior["model"].get("activation", "gelu") != "gelu":
+        yield f"{whose}'s prior has hidden layers of four times its width, and GELU"
 
 
 def write(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Path:
@@ -124,7 +135,7 @@ def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
     network("text_encoder", text_encoder_config(clip_part.config["model"]), text_tower, clip.TEXT)
     space = prior.config["embedding_space"]
     statistics = {"clip_mean": np.asarray(space["mean"])[None], "clip_std": np.asarray(space["std"])[None]}
-    network("prior", _prior(prior.config["model"]), prior.params, karlo.PRIOR, statistics)
+    network("prior", prior_config(prior.config["model"]), prior.params, karlo.PRIOR, statistics)
     text_proj = _text_proj(decoder.config["model"], dim)
     network("text_proj", text_proj, {"conditioning": decoder.params["conditioning"]}, karlo.TEXT_PROJ)
     network(
@@ -133,7 +144,7 @@ def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
     for folder, part in (("super_res_first", first), ("super_res_last", last)):
         network(folder, _upsampler(part.config["model"]), part.params, _unet_rules(part))
     for folder, sampled in (("prior", "prior_diffusion"), ("decoder", "decoder"), ("super_res", name)):
-        scheduler = _scheduler(bundle.parts[sampled], bundle.sampling.get(sampled, {}), folder)
+        scheduler = scheduler_config(bundle.parts[sampled], bundle.sampling.get(sampled, {}), folder)
         write_config(path / f"{folder}_scheduler" / "scheduler_config.json", scheduler)
     ClipTokenizer.from_config(clip_part.config["tokenizer"]).save_folder(path / "tokenizer")
     index = {folder: list(reader) for folder, reader in CLASSES.items()}
@@ -146,7 +157,8 @@ def _unet_rules(part: Part) -> tuple[Rule, ...]:
     return karlo.unet(len(part.config["model"]["unet"]["channel_mult"]))
 
 
-def _prior(model: dict) -> dict:
+def prior_config(model: dict) -> dict:
+    """diffusers' configuration of a `DiffusionPrior`."""
     return {
         "num_attention_heads": model["heads"],
         "attention_head_dim": model["width"] // model["heads"],
@@ -168,7 +180,8 @@ def _text_proj(decoder: dict, embed_dim: int) -> dict:
     }
 
 
-def _unet(unet: dict) -> dict:
+def unet_config(unet: dict) -> dict:
+    """What diffusers' configurations of U-Nets say of a `UNet`."""
     sizes = [unet["image_size"] // 2**level for level in range(len(unet["channel_mult"]))]
     attends = [size in unet.get("attention_resolutions", ()) for size in sizes]
     pairs = [karlo_config.CROSS if cross else karlo_config.PLAIN for cross in attends]
@@ -185,7 +198,7 @@ def _unet(unet: dict) -> dict:
 
 
 def _decoder(model: dict) -> dict:
-    return _unet(model["unet"]) | {
+    return unet_config(model["unet"]) | {
         "in_channels": 3,
         "cross_attention_dim": model["conditioning"]["context_dim"],
         "class_embed_type": "identity",
@@ -195,10 +208,15 @@ def _decoder(model: dict) -> dict:
 
 
 def _upsampler(model: dict) -> dict:
-    return _unet(model["unet"]) | {"in_channels": 6, "add_attention": False}
+    return unet_config(model["unet"]) | {"in_channels": 6, "add_attention": False}
 
 
-def _scheduler(part: Part, sampling: dict, name: str) -> dict:
+def scheduler_config(part: Part, sampling: dict, name: str) -> dict:
+    """diffusers' configuration of the `UnCLIPScheduler` that samples a part with these defaults.
+
+    Raises:
+      ValueError: naming `name` where it has no such variance.
+    """
     variance = sampling.get("variance", "small")
     if variance not in VARIANCES:
         raise InputError(

@@ -99,7 +99,7 @@ def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
     text["pad_token_id"] = tokenizer.pad_id
     network("text_encoder", text, export({"text_tower": tower}, clip.TEXT, "the text encoder"))
     rules = autoencoder.diffusers_rules(len(vae.config["model"]["channel_mult"]))
-    network("vae", _vae(vae), export(vae.params, rules, "the autoencoder"))
+    network("vae", autoencoder.diffusers_config(vae.config), export(vae.params, rules, "the autoencoder"))
     model = latent.config["model"]
     network("unet", _unet(model), export(latent.params, latent_names.diffusers_unet(model), "the U-Net"))
     scheduler = scheduler_config(latent, bundle.sampling["latent"])
@@ -132,23 +132,6 @@ def _unet(model: dict) -> dict:
         "use_linear_projection": model.get("linear", False),
         "norm_num_groups": model.get("groups", 32),
         **(projected if vector else {}),
-    }
-
-
-def _vae(part: Part) -> dict:
-    model = part.config["model"]
-    levels = len(model["channel_mult"])
-    return {
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": model["latent_channels"],
-        "block_out_channels": [model["channels"] * mult for mult in model["channel_mult"]],
-        "layers_per_block": model["res_blocks"],
-        "norm_num_groups": model.get("groups", 32),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "mid_block_add_attention": model.get("middle_attention", True),
-        "scaling_factor": part.config["scale_factor"],
     }
 
 

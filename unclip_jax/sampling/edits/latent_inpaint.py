@@ -45,7 +45,7 @@ def part_of(bundle: Bundle, method: str | None) -> tuple[str, str]:
     for name in NAMES:
         if name in bundle.parts:
             model = bundle.parts[name].config["model"]
-            trained = model["in_channels"] != model["out_channels"]
+            trained = model.get("inpaint", model.get("in_channels") != model.get("out_channels"))
             found.setdefault("trained" if trained else "resample", name)
     method = method or ("trained" if "trained" in found else "resample")
     if method not in ("trained", "resample"):
