@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="diffusers",
-        help="diffusers: the folder layout of the pipeline of the bundle's system (diffusers)",
+        help="diffusers: the folder layout of its pipelines for the bundle's system (diffusers)",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="type of the weights on disk (float32)"

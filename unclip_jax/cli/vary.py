@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.cli.options import image_task
     from unclip_jax.sampling.edits.inversion import square
     from unclip_jax.sampling.edits.variations import fresh_variations, variations
+    from unclip_jax.sampling.text_to_image import system_of
 
     task = image_task(args, args.image)
     (image,) = task.images
@@ -42,8 +43,9 @@ def run(args: argparse.Namespace) -> None:
         k: v for k, v in {"steps": task.steps, "guidance_scale": args.guidance}.items() if v is not None
     }
     if args.fresh:
+        draws = system_of(task.sampler.bundle).draws
         drawn, label = (
-            fresh_variations(task.sampler, [image], options={"decoder": settings}, **shared),
+            fresh_variations(task.sampler, [image], options={draws: settings}, **shared),
             "fresh",
         )
     else:

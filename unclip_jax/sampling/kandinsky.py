@@ -153,13 +153,17 @@ class Words(NamedTuple):
     blank: Any
 
 
-def words_of(sampler: Sampler, captions: Sequence[str], call: Call) -> Words:
-    """Tokenizes the captions of a call, and embeds the image without content."""
+def blank_of(sampler: Sampler) -> np.ndarray:
+    """The embedding (1, D) of an image without content (`generate.kandinsky.blank_embed`)."""
     clip = sampler.network("clip")
     embed = sampler.program("blank_embed", lambda: lambda params: blank_embed(clip.with_params(params)))
+    return np.asarray(embed(clip.params))
+
+
+def words_of(sampler: Sampler, captions: Sequence[str], call: Call) -> Words:
+    """Tokenizes the captions of a call, and embeds the image without content."""
     negative = None if call.negative is None else sampler.captions(call.negative)
-    blank = np.asarray(embed(clip.params))
-    return Words(sampler.captions(captions), negative, sampler.captions([""]), blank)
+    return Words(sampler.captions(captions), negative, sampler.captions([""]), blank_of(sampler))
 
 
 def draw_embeds(

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from unclip_jax.errors import UserError, one_line
+from unclip_jax.sampling.edits.coders import coder_of
 from unclip_jax.sampling.edits.interpolation import between
 from unclip_jax.sampling.edits.inversion import Latents
 from unclip_jax.sampling.edits.reconstruct import DIMS, check_dims, components
@@ -219,7 +220,8 @@ def add_drawing(app: FastAPI, service: Service) -> None:
             for number in dims:
                 check_dims(number, most)
         (z_image,) = await service.draw(request, model.embed_images(await decode_all(files["image"])))
-        latents = components(model.sampler.bundle, z_image[None], dims, model.sizes[0], seed)
+        shape = coder_of(model.sampler).noise_shape(model.sampler)
+        latents = components(model.sampler.bundle, z_image[None], dims, shape, seed)
         return await follow(
             request,
             model,

@@ -12,6 +12,7 @@ import numpy as np
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError, MissingError, UserError, one_line
 from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.edits.coders import coder_of
 from unclip_jax.sampling.programs import Partial, Sampler, split_scales
 from unclip_jax.sampling.text_to_image import System, system_of
 from unclip_jax.serve.errors import ApiError
@@ -231,7 +232,7 @@ class Model:
     def _edit(self, scale: float, eta: float, steps: int) -> Any:
         # What is the same for all rows of a batch of an edit.
         try:
-            chosen = inversion.check_edit(self.sampler, steps, scale, eta=eta)
+            chosen = coder_of(self.sampler).check_edit(self.sampler, steps, scale, eta=eta)
         except UserError as error:
             raise ApiError(400, one_line(error)) from None
         return split_scales([{"decoder": chosen}])[0]["decoder"]
@@ -265,7 +266,7 @@ class Model:
         if "variations" in self.verbs:
             tasks["variations"] = [self.encode([image], None, None)]
             z_image = np.zeros(self.sampler.network("clip").config["model"]["embed_dim"], np.float32)
-            noise = np.zeros((side, side, 3), np.float32)
+            noise = np.zeros(coder_of(self.sampler).noise_shape(self.sampler), np.float32)
             tasks["variations"] += [
                 self.decode([(z_image, noise)], 0, [0], None, None, eta) for eta in (1.0, 0.0)
             ]

@@ -18,8 +18,14 @@ from unclip_jax.cli.main import main
 from unclip_jax.data import ops
 from unclip_jax.diffusion import process
 from unclip_jax.errors import InputError
+from unclip_jax.sampling.edits.coders import CODERS
+from unclip_jax.sampling.edits.interpolation import interpolate
+from unclip_jax.sampling.edits.inversion import psnr
 from unclip_jax.sampling.edits.kandinsky_inpaint import inpaint_rows
+from unclip_jax.sampling.edits.text_diff import text_diff
+from unclip_jax.sampling.edits.variations import fresh_variations, variations
 from unclip_jax.sampling.kandinsky import sample_stages
+from unclip_jax.sampling.programs import Sampler
 
 RNG = np.random.default_rng(0)
 normal = lambda *shape: np.float32(RNG.normal(size=shape))
@@ -212,3 +218,27 @@ def test_what_cannot_be_exported(made, tmp_path, name):
     with pytest.raises(InputError, match="samplers are ddpm and ddim, not euler"):
         kandinsky_export.write(other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------- verbs
+def test_image_edits(made):
+    """The picture again from its z_i and x_T, closer with more steps; variations with noise are others; ways
+    between pictures end at both; text diffs begin at the picture."""
+    sampler, rng = Sampler(made[2]), np.random.default_rng(5)
+    first, second = (ops.resize(rng.integers(0, 256, (4, 4, 3), np.uint8), 16) for _ in range(2))
+    way = CODERS["kandinsky"]
+    kept = way.decode(sampler, way.encode(sampler, [first], steps=40), steps=40)[0]
+    coarse = way.decode(sampler, way.encode(sampler, [first], steps=4), steps=4)[0]
+    autoencoder = sampler.network("autoencoder")
+    latents = autoencoder.apply(ops.to_float(first[None]), method="encode")
+    wanted = np.clip(autoencoder.apply(latents, method="decode_quantised"), -1, 1)
+    assert psnr(kept, wanted) > psnr(coarse, wanted) + 3
+    same, other = (variations(sampler, [first], count=1, eta=eta, steps=4)[0, 0] for eta in (0.0, 1.0))
+    np.testing.assert_array_equal(same, ops.to_uint8(coarse)[0])
+    assert np.abs(same.astype(int) - other).mean() > 5
+    between = interpolate(sampler, first, second, count=3, steps=4)
+    np.testing.assert_array_equal(between[0], same)
+    turned = text_diff(sampler, first, "a cat", "a dog", count=2, steps=4)
+    assert np.abs(turned[0].astype(int) - same).max() <= 1 and np.abs(turned[1].astype(int) - same).mean() > 1
+    fresh = fresh_variations(sampler, [first], count=2, options={"latent": {"steps": 4}})[0]
+    assert fresh.shape == (2, 16, 16, 3) and np.abs(fresh[0].astype(int) - fresh[1]).mean() > 5

@@ -92,6 +92,26 @@ def write_config(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def text_encoder_config(model: dict) -> dict:
+    """transformers' configuration of a `CLIP`'s text tower."""
+    text = model["text"]
+    return {
+        "model_type": "clip_text_model",
+        "hidden_size": text["width"],
+        "intermediate_size": round(text["width"] * text.get("mlp_ratio", 4.0)),
+        "num_hidden_layers": text["layers"],
+        "num_attention_heads": text["heads"],
+        "vocab_size": text["vocab_size"],
+        "max_position_embeddings": text["length"],
+        "projection_dim": model["embed_dim"],
+        "hidden_act": model.get("activation", "quick_gelu"),
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": text["vocab_size"] - 2,
+        "eos_token_id": text["vocab_size"] - 1,
+        "pad_token_id": 0,
+    }
+
+
 def image_encoder_config(model: dict) -> dict:
     """transformers' configuration of a `CLIP`'s image tower."""
     image = model["image"]
@@ -110,33 +130,19 @@ def image_encoder_config(model: dict) -> dict:
 
 
 def image_processor_config(model: dict) -> dict:
-    """transformers' configuration of how images are prepared for a `CLIP`'s image tower."""
+    """transformers' configuration of the preparation of pictures for a `CLIP`'s image tower."""
     image, side = model["image"], model["image"]["image_size"]
     return {
         "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
         "size": {"shortest_edge": side},
-        "crop_size": {"height": side, "width": side},
         "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
         "image_mean": list(image.get("mean", MEAN)),
         "image_std": list(image.get("std", STD)),
-    }
-
-
-def text_encoder_config(model: dict) -> dict:
-    """transformers' configuration of a `CLIP`'s text tower."""
-    text = model["text"]
-    return {
-        "model_type": "clip_text_model",
-        "hidden_size": text["width"],
-        "intermediate_size": round(text["width"] * text.get("mlp_ratio", 4.0)),
-        "num_hidden_layers": text["layers"],
-        "num_attention_heads": text["heads"],
-        "vocab_size": text["vocab_size"],
-        "max_position_embeddings": text["length"],
-        "projection_dim": model["embed_dim"],
-        "hidden_act": model.get("activation", "quick_gelu"),
-        "layer_norm_eps": 1e-5,
-        "bos_token_id": text["vocab_size"] - 2,
-        "eos_token_id": text["vocab_size"] - 1,
-        "pad_token_id": 0,
+        "do_convert_rgb": True,
     }

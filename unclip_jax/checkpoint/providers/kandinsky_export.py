@@ -47,7 +47,7 @@ def obstacles(bundle: Bundle) -> Iterator[str]:
         yield "its clip part lacks a text tower with a tokenizer, or an image tower"
     elif text["width"] != clip_part["model"]["embed_dim"]:
         yield "its text states are not of the embeddings' size"
-    yield from karlo_export.prior_obstacles(bundle.parts["prior_diffusion"].config, "Kandinsky")
+    yield from karlo_export.prior_obstacles(bundle.parts["prior_diffusion"].config)
     if vae["kind"] != "vq_autoencoder" or vae["scale_factor"] != 1:
         yield "its autoencoder is no VQ autoencoder with the scale factor 1, as MoVQ is"
     for name in (name for name in DECODERS if name in bundle.parts):
@@ -123,9 +123,7 @@ def _write_prior(bundle: Bundle, path: Path, dtype: Any) -> None:
     ):
         tower = {f"{half}_tower": clip_part.params[f"{half}_tower"]}
         network(f"{half}_encoder", config, export(tower, rules, f"{half}_encoder"))
-    space = prior.config["embedding_space"]
-    statistics = {"clip_mean": np.asarray(space["mean"])[None], "clip_std": np.asarray(space["std"])[None]}
-    tensors = export(prior.params, karlo.PRIOR, "prior") | statistics
+    tensors = export(prior.params, karlo.PRIOR, "prior") | karlo_export.statistics(prior)
     network("prior", karlo_export.prior_config(prior.config["model"]), tensors)
     sampling = bundle.sampling.get("prior_diffusion", {})
     scheduler = karlo_export.scheduler_config(prior, sampling, "the prior")

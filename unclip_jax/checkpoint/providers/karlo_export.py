@@ -58,9 +58,12 @@ def obstacles(bundle: Bundle) -> Iterator[str]:
         yield f"Karlo's text states are of the embeddings' size {dim}, not of {text and text['width']}"
     if "tokenizer" not in bundle.parts["clip"].config:
         yield "its clip part has no tokenizer"
-    yield from prior_obstacles(prior, "Karlo")
-    for name, part in (("decoder", decoder), ("upsampler", upsampler)):
-        yield from _diffusion_obstacles(name, part, "eps", "Karlo")
+    yield from prior_obstacles(prior)
+    for name, part, prediction in (("decoder", decoder, "eps"), ("upsampler", upsampler, "eps")):
+        if part["diffusion"]["prediction"] != prediction:
+            yield f"Karlo's {name} predicts {prediction}, not {part['diffusion']['prediction']}"
+        if part["diffusion"]["schedule"] != "cosine":
+            yield f"Karlo's {name} has the cosine schedule, not the {part['diffusion']['schedule']} one"
     if decoder["model"].get("text") is not None:
         yield "the decoder has a text encoder of its own, and Karlo's takes CLIP's states"
     conditioning = decoder["model"]["conditioning"]
@@ -80,26 +83,18 @@ def obstacles(bundle: Bundle) -> Iterator[str]:
         yield "Karlo's upsampler enlarges with the cubic filter"
 
 
-def _diffusion_obstacles(name: str, part: dict, prediction: str, whose: str) -> Iterator[str]:
-    if part["diffusion"]["prediction"] != prediction:
-        yield f"{whose}'s {name} predicts {prediction}, not {part['diffusion']['prediction']}"
-    if part["diffusion"]["schedule"] != "cosine":
-        yield f"{whose}'s {name} has the cosine schedule, not the {part['diffusion']['schedule']} one"
-
-
-def prior_obstacles(prior: dict, whose: str) -> Iterator[str]:
-    """What keeps a prior from diffusers' `PriorTransformer`, a sentence each.
-
-    Args:
-      prior: the part's configuration. whose: the pipeline's name in the sentences.
-    """
-    yield from _diffusion_obstacles("prior", prior, "x0", whose)
+def prior_obstacles(prior: dict) -> Iterator[str]:
+    """What keeps a prior of this configuration from a `PriorTransformer` like Karlo's, a sentence each."""
+    if prior["diffusion"]["prediction"] != "x0":
+        yield f"Karlo's prior predicts x0, not {prior['diffusion']['prediction']}"
+    if prior["diffusion"]["schedule"] != "cosine":
+        yield f"Karlo's prior has the cosine schedule, not the {prior['diffusion']['schedule']} one"
     if prior.get("embedding_space", {}).get("kind") != "whitened":
-        yield f"{whose}'s prior works on embeddings whitened by mean and standard deviation"
+        yield "Karlo's prior works on embeddings whitened by mean and standard deviation"
     if prior["model"].get("text") is not None:
-        yield f"the prior has a text encoder of its own, and {whose}'s takes CLIP's states"
+        yield "the prior has a text encoder of its own, and Karlo's takes CLIP's states"
     if prior["model"].get("mlp_ratio", 4.0) != 4.0 or prior["model"].get("activation", "gelu") != "gelu":
-        yield f"{whose}'s prior has hidden layers of four times its width, and GELU"
+        yield "Karlo's prior has hidden layers of four times its width, and GELU"
 
 
 def write(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Path:
@@ -133,9 +128,7 @@ def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
 
     text_tower = {"text_tower": clip_part.params["text_tower"]}
     network("text_encoder", text_encoder_config(clip_part.config["model"]), text_tower, clip.TEXT)
-    space = prior.config["embedding_space"]
-    statistics = {"clip_mean": np.asarray(space["mean"])[None], "clip_std": np.asarray(space["std"])[None]}
-    network("prior", prior_config(prior.config["model"]), prior.params, karlo.PRIOR, statistics)
+    network("prior", prior_config(prior.config["model"]), prior.params, karlo.PRIOR, statistics(prior))
     text_proj = _text_proj(decoder.config["model"], dim)
     network("text_proj", text_proj, {"conditioning": decoder.params["conditioning"]}, karlo.TEXT_PROJ)
     network(
@@ -157,8 +150,14 @@ def _unet_rules(part: Part) -> tuple[Rule, ...]:
     return karlo.unet(len(part.config["model"]["unet"]["channel_mult"]))
 
 
+def statistics(prior: Part) -> dict[str, np.ndarray]:
+    """The mean and the deviation that a `PriorTransformer` holds, of a prior on whitened embeddings."""
+    space = prior.config["embedding_space"]
+    return {f"clip_{name}": np.asarray(space[name], np.float32)[None] for name in ("mean", "std")}
+
+
 def prior_config(model: dict) -> dict:
-    """diffusers' configuration of a `DiffusionPrior`."""
+    """`PriorTransformer`'s configuration of a `DiffusionPrior` with these keyword arguments."""
     return {
         "num_attention_heads": model["heads"],
         "attention_head_dim": model["width"] // model["heads"],
@@ -212,11 +211,7 @@ def _upsampler(model: dict) -> dict:
 
 
 def scheduler_config(part: Part, sampling: dict, name: str) -> dict:
-    """diffusers' configuration of the `UnCLIPScheduler` that samples a part with these defaults.
-
-    Raises:
-      ValueError: naming `name` where it has no such variance.
-    """
+    """`UnCLIPScheduler`'s configuration for a part. Raises a ValueError that calls it `name`."""
     variance = sampling.get("variance", "small")
     if variance not in VARIANCES:
         raise InputError(

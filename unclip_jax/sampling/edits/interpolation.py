@@ -8,6 +8,7 @@ from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
 from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.edits.coders import coder_of
 from unclip_jax.sampling.edits.inversion import Latents, slerp
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
@@ -29,7 +30,7 @@ def interpolate(
     """Draws images between two images: slerp turns z_i from the first image's to the second image's.
 
     Args:
-      bundle: with clip and decoder.
+      bundle: of a system with image embeddings (`coders.CODERS`).
       first, second: uint8 (H, W, 3), any sizes.
       count: number of images, including the two ends; at least 2.
       noise: how to choose x_T. `slerp` turns it as well, so that the ends are the two images. `fixed` uses
@@ -50,10 +51,11 @@ def interpolate(
     if noise not in NOISES:
         raise InputError(f"unknown noise {noise!r}; choose one of {', '.join(NOISES)}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
-    inversion.check_edit(sampler, seed=seed, **shared)
-    latents = between(inversion.encode(sampler, [first, second], **shared), count, noise, seed)
+    coder = coder_of(sampler)
+    coder.check_edit(sampler, seed=seed, **shared)
+    latents = between(coder.encode(sampler, [first, second], **shared), count, noise, seed)
     positions = np.zeros(count, int)
-    drawn = inversion.decode(sampler, latents, seed=seed, positions=positions, progress=progress, **shared)
+    drawn = coder.decode(sampler, latents, seed=seed, positions=positions, progress=progress, **shared)
     return ops.to_uint8(drawn[-1])
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
-from unclip_jax.generate.networks import image_size
 from unclip_jax.models.codec import Codec, project, unproject
 from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.edits.coders import coder_of
 from unclip_jax.sampling.edits.inversion import Latents
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
@@ -58,7 +58,7 @@ def reconstruct(
     """Draws an image from more and more principal components of its z_i, always from the same noise.
 
     Args:
-      bundle: with clip, codec and decoder.
+      bundle: with the part codec, of a system with image embeddings (`coders.CODERS`).
       image: uint8 (H, W, 3).
       dims: numbers of components. None means those of the paper that are below D, and D.
       steps, guidance_scale: options of the decoder.
@@ -73,31 +73,33 @@ def reconstruct(
       KeyError: if the bundle lacks a part.
     """
     sampler = as_sampler(bundle)
-    most, size = sampler.network("codec").config["embed_dim"], image_size(sampler.network("decoder").config)
+    most, coder = sampler.network("codec").config["embed_dim"], coder_of(sampler)
     chosen = tuple(dims) if dims is not None else (*(d for d in DIMS if d < most), most)
     if not chosen:
         raise InputError("no numbers of principal components: give at least one")
-    inversion.check_edit(sampler, steps, guidance_scale, seed=seed)
+    coder.check_edit(sampler, steps, guidance_scale, seed=seed)
     for number in chosen:
         check_dims(number, most)
     z_image = inversion.embed_images(sampler, [image])
-    latents = components(sampler.bundle, z_image, chosen, size, seed)
-    drawn = inversion.decode(
+    latents = components(sampler.bundle, z_image, chosen, coder.noise_shape(sampler), seed)
+    drawn = coder.decode(
         sampler, latents, steps=steps, guidance_scale=guidance_scale, seed=seed,
         positions=np.zeros(len(chosen), int), progress=progress,
     )[-1]  # fmt: skip
     return ops.to_uint8(drawn), chosen
 
 
-def components(bundle: Bundle, z_image: np.ndarray, dims: Sequence[int], size: int, seed: int) -> Latents:
+def components(
+    bundle: Bundle, z_image: np.ndarray, dims: Sequence[int], shape: tuple[int, int, int], seed: int
+) -> Latents:
     """The latents of one image, reduced to each of `dims` principal components, with one noise for all.
 
     Args:
       bundle: with the part codec.
       z_image: (1, D), raw.
       dims: numbers of components.
-      size: of the decoder's images.
+      shape: (h, w, C) of x_T.
       seed: of the noise.
     """
     rows = [truncate(bundle, z_image, number) for number in dims]
-    return Latents(np.concatenate(rows), inversion.one_noise((size, size, 3), len(dims), seed))
+    return Latents(np.concatenate(rows), inversion.one_noise(shape, len(dims), seed))

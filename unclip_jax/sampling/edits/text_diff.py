@@ -8,6 +8,7 @@ from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
 from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.edits.coders import coder_of
 from unclip_jax.sampling.edits.inversion import Latents, slerp
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
@@ -28,7 +29,7 @@ def text_diff(
     """Turns z_i towards z_d = norm(z_t(target) - z_t(source)) while x_T stays.
 
     Args:
-      bundle: with clip and decoder.
+      bundle: of a system with image embeddings (`coders.CODERS`).
       image: uint8 (H, W, 3).
       source: a caption of the image as it is; "" or "a photo" work too.
       target: a caption of the image as it should become. Both text embeddings are scaled to unit length, as
@@ -52,13 +53,12 @@ def text_diff(
     if not 0 < max_theta <= 1:
         raise InputError(f"max_theta must be in (0, 1], got {max_theta}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
-    inversion.check_edit(sampler, seed=seed, **shared)
+    coder = coder_of(sampler)
+    coder.check_edit(sampler, seed=seed, **shared)
     direction = direction_between(*inversion.embed_captions(sampler, [source, target]))
-    latents = turned(inversion.encode(sampler, [image], **shared), direction, count, max_theta)
+    latents = turned(coder.encode(sampler, [image], **shared), direction, count, max_theta)
     positions = np.zeros(count, int)
-    drawn = inversion.decode(sampler, latents, seed=seed, positions=positions, progress=progress, **shared)[
-        -1
-    ]
+    drawn = coder.decode(sampler, latents, seed=seed, positions=positions, progress=progress, **shared)[-1]
     return ops.to_uint8(drawn)
 
 

@@ -14,8 +14,8 @@ from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
 from unclip_jax.sampling.edits import inversion
+from unclip_jax.sampling.edits.coders import coder_of
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, as_seed
-from unclip_jax.sampling.unclip import sample_stages
 
 
 def variations(
@@ -32,7 +32,7 @@ def variations(
     """Draws images with the same CLIP embedding as the given ones.
 
     Args:
-      bundle: with clip and decoder.
+      bundle: of a system with image embeddings (`coders.CODERS`).
       images: uint8 (H, W, 3), any sizes.
       count: variations per image.
       eta: noise of DDIM, in [0, 1]. 0 reconstructs the image; larger values change it more.
@@ -50,10 +50,11 @@ def variations(
     if count < 1:
         raise InputError(f"the number of variations must be at least 1, got {count}")
     sampler, shared = as_sampler(bundle), {"steps": steps, "guidance_scale": guidance_scale}
-    inversion.check_edit(sampler, eta=eta, seed=seed, **shared)
-    latents = inversion.encode(sampler, images, **shared)
+    coder = coder_of(sampler)
+    coder.check_edit(sampler, eta=eta, seed=seed, **shared)
+    latents = coder.encode(sampler, images, **shared)
     repeated = inversion.Latents(*(np.repeat(a, count, axis=0) for a in latents))
-    drawn = inversion.decode(sampler, repeated, eta=eta, seed=seed, progress=progress, **shared)[-1]
+    drawn = coder.decode(sampler, repeated, eta=eta, seed=seed, progress=progress, **shared)[-1]
     return ops.to_uint8(drawn).reshape(len(latents.z_image), count, *drawn.shape[1:])
 
 
@@ -83,9 +84,10 @@ def fresh_variations(
     if count < 1:
         raise InputError(f"the number of variations must be at least 1, got {count}")
     sampler = as_sampler(bundle)
-    sampler.network("clip"), sampler.network("decoder"), as_seed(seed), sampler.options(options)
+    coder = coder_of(sampler)
+    sampler.network("clip"), coder.noise_shape(sampler), as_seed(seed), sampler.options(options)
     z_image = np.repeat(inversion.embed_images(sampler, images), count, axis=0)
-    stages = sample_stages(
+    stages = coder.sample(
         sampler, [""] * len(z_image), z_image=z_image, seed=seed, options=options, progress=progress
     )
     return ops.to_uint8(stages.images[-1]).reshape(-1, count, *stages.images[-1].shape[1:])
