@@ -89,6 +89,8 @@ def collect(runs: Any, base: str | None = None):
     system, needed = "unclip", ("clip", "prior_diffusion", "decoder")
     if set(parts) == {"clip"}:
         needed = ("clip",)
+    elif "latent" in parts and parts["latent"].config["kind"] == "kandinsky":
+        system, needed = "kandinsky", ("clip", "prior_diffusion", "latent", "autoencoder")
     elif "latent" in parts and "decoder" not in parts:
         system, needed = "latent", tuple(made_by(Bundle(parts)))
     elif any(name.startswith("glide") for name in parts):

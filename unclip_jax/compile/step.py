@@ -28,6 +28,7 @@ from unclip_jax.compile.abstract import abstract_batch, abstract_frozen, placed,
 from unclip_jax.errors import InputError, MemoryNeededError, MissingPackageError
 from unclip_jax.generate.captioned import sample_captioned
 from unclip_jax.generate.decoder import sample_decoder
+from unclip_jax.generate.kandinsky import sample_decoder_latents
 from unclip_jax.generate.latents import sample_latents
 from unclip_jax.generate.networks import Network, image_size, sampling_model
 from unclip_jax.generate.options import options_from
@@ -291,6 +292,9 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
         if config.stage == "latent":
             size = (stage.model.image_size,) * 2
             return sample_latents(network, texts, size, given["keys"], options, rows=rows)
+        if config.stage == "kandinsky":
+            size, nothing = (stage.model.image_size,) * 2, given["empty"].embed
+            return sample_decoder_latents(network, given["z_image"], nothing, size, given["keys"], options)
         if config.stage == "decoder":
             return sample_decoder(network, given["z_image"], texts, given["keys"], options)
         return sample_prior(network, texts, given["keys"], options, given.get("codec"))

@@ -12,10 +12,12 @@ has seen the unknown part.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from unclip_jax.diffusion.guidance import Denoised, abar_at
 from unclip_jax.diffusion.process import add_noise, fold_in, standard_normal
@@ -25,6 +27,7 @@ from unclip_jax.generate.denoise import NOISE, STEPS, diffusion_sampler
 from unclip_jax.generate.latents import latent_denoiser, sample_latents
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import SamplingOptions
+from unclip_jax.models.clip import MEAN
 
 # A latent is unknown where one of these neighbours is (row, column): the six of diffusers' pipeline.
 NEIGHBOURS = ((-1, -1), (-1, 0), (0, -1), (0, 1), (1, 0), (1, 1))
@@ -40,21 +43,33 @@ class KnownLatents(NamedTuple):
     latents: jax.Array
     mask: jax.Array
 
+    @property
+    def beside(self) -> jax.Array:
+        """(B, h, w, Z + 1) what the decoder sees of it beside the noised latents."""
+        known = jnp.where(self.mask, self.latents, 0)
+        return jnp.concatenate([known, self.mask.astype(known.dtype)], axis=-1)
 
-def blank_embed(clip: Network) -> jax.Array:
-    """The embedding (1, D) of an image without content (module docstring).
+
+def blank_image(clip_config: Mapping[str, Any]) -> np.ndarray:
+    """An image without content (module docstring), (1, S, S, 3) float32 in [-1, 1].
+
+    clip_config: the configuration of the part of kind `clip`.
 
     Raises:
       ValueError: when the CLIP has no image encoder.
     """
-    tower = clip.config["model"]["image"]
+    tower = clip_config["model"]["image"]
     if tower is None:
         raise InputError(
             "the CLIP has no image encoder, which guidance needs to embed an image without content"
         )
-    mean = jnp.asarray(clip.module.bind({"params": clip.params}).image_tower.mean, jnp.float32)
-    image = jnp.broadcast_to(2 * mean - 1, (1, tower["image_size"], tower["image_size"], 3))
-    return clip.apply(image, method="encode_image")
+    side = tower["image_size"]
+    return np.broadcast_to(2 * np.float32(tower.get("mean", MEAN)) - 1, (1, side, side, 3))
+
+
+def blank_embed(clip: Network) -> jax.Array:
+    """The embedding (1, D) of an image without content. Raises a ValueError as `blank_image`."""
+    return clip.apply(jnp.asarray(blank_image(clip.config)), method="encode_image")
 
 
 def known_latents(autoencoder: Network, image: jax.Array, known: jax.Array) -> KnownLatents:
@@ -114,8 +129,7 @@ def sample_decoder_latents(
     image, mask = known
     if x_T is None:
         x_T = standard_normal(fold_in(rng, NOISE), image.shape)
-    beside = jnp.concatenate([jnp.where(mask, image, 0), mask.astype(image.dtype)], axis=-1)
-    denoise = latent_denoiser(latent, None, size, options, rows, beside, inputs)
+    denoise = latent_denoiser(latent, None, size, options, rows, known.beside, inputs)
     sampler = diffusion_sampler(latent.config, options)
 
     def with_known(x: jax.Array, t: jax.Array) -> Denoised:

@@ -310,7 +310,7 @@ def load_widened(path: str, name: str) -> tuple[Part, dict]:
 
 
 def load_widened_latent(path: str, name: str) -> tuple[Part, dict]:
-    """`load_part` for a latent U-Net that inpaints.
+    """`load_part` for a latent U-Net or a decoder of Kandinsky that inpaints.
 
     If there is none, the ordinary one takes its place, with zero weights for the channels of the mask and of
     the known part.
@@ -319,9 +319,10 @@ def load_widened_latent(path: str, name: str) -> tuple[Part, dict]:
         return load_part(path, name)
     except KeyError:
         part, meta = load_part(path, "latent")
-    model = part.config["model"]
-    more = max(2 * model["out_channels"] + 1 - model["in_channels"], 0)
-    return Part(part.config, _widened(part.params, more)), meta
+    model, unet = part.config["model"], part.params.get("unet", part.params)
+    wanted = 2 * model.get("latent_channels", model.get("out_channels")) + 1
+    widened = _widened(unet, max(wanted - np.shape(unet["conv_in"]["kernel"])[2], 0))
+    return Part(part.config, part.params | {"unet": widened} if "unet" in part.params else widened), meta
 
 
 def _widened(unet: dict, channels: int, at: int | None = None) -> dict:

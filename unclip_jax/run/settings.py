@@ -278,7 +278,7 @@ def check_settings(config: Mapping, table: Mapping[str, Any], figures: Sequence[
             width, heads = section["width"], section["heads"]
             raise InputError(f"{name}.width={width} must be a multiple of {name}.heads={heads}")
         if "attention_resolutions" in section or "channel_mult" in section and name.endswith("unet"):
-            _check_unet(section, name)
+            _check_unet(section, name, config["model"].get("latent_channels", 3))
     own = [name for name in ("text_tokenizer", "model.text") if _at(config, name) is not None]
     if len(own) == 1 and "text_tokenizer" in table:
         raise InputError(
@@ -388,15 +388,16 @@ def _check_keep_best(config: Mapping, figures: Sequence[str]) -> None:
         raise InputError(f"keep_best={best} names no figure of the evaluation; its figures are {known}")
 
 
-def _check_unet(unet: Mapping, name: str) -> None:
+def _check_unet(unet: Mapping, name: str, sample: int) -> None:
+    # `sample`: channels of what the network draws.
     levels, side = len(unet["channel_mult"]), unet["image_size"]
     if side % 2 ** (levels - 1):
         raise InputError(
             f"{name}.image_size={side} must be a multiple of {2 ** (levels - 1)}, "
             f"to be halved {levels - 1} times"
         )
-    if unet["out_channels"] not in (3, 6):
-        raise InputError(f"{name}.out_channels must be 3, or 6 with learned variance")
+    if unet["out_channels"] not in (sample, 2 * sample):
+        raise InputError(f"{name}.out_channels must be {sample}, or {2 * sample} with learned variance")
     sides, groups = [side // 2**level for level in range(levels)], unet.get("groups", 32)
     attention = set(unet.get("attention_resolutions", ()))
     if attention - set(sides):
