@@ -14,8 +14,8 @@ variant    parameters      what it is
 :inpaint   1,253,074,568   with 5 more input channels, fine-tuned from it (`--init-from`)
 :tiny      runs in seconds on a CPU, for tests; :tiny-inpaint the same for the one that inpaints
 
-from the public files   the U-Net: 384 channels, multiples 1,2,3,4, depth 3, head channels 64, attention at 32,
-                        16 and 8 latents; 32 tokens of width 768 made of z_i; betas linear from 0.00085 to
+from the public files   the U-Net: 384 channels, multiples 1,2,3,4, depth 3, head channels 64, attention at
+                        32, 16 and 8 latents; 32 tokens of width 768 made of z_i; betas linear from 0.00085 to
                         0.012
 from the 2.1 code       the image dropped for 10 % of the rows
 

@@ -56,6 +56,11 @@ def abstract_lpips(mesh: Mesh, dtype: str) -> Network:
 KL_WIDTHS = {3: (1, 2, 4), 4: (1, 2, 4, 4), 16: (1, 1, 2, 2, 4)}
 
 
+def _latent_channels(config: Any) -> int:
+    # Of the autoencoder under a stage. A decoder of Kandinsky may make more channels than these.
+    return config.model.get("latent_channels") or config.model.out_channels
+
+
 def abstract_autoencoder(channels: int, mesh: Mesh, dtype: str) -> Network:
     """The released KL autoencoder with latents of so many channels. Its parameters are shapes on the mesh.
 
@@ -98,7 +103,7 @@ def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = 
         elif kind in ("vqvae", "dvae"):
             frozen[role] = abstract_codes(kind, mesh, config.dtype)
         elif kind == "autoencoder":
-            frozen[role] = abstract_autoencoder(config.model.out_channels, mesh, config.dtype)
+            frozen[role] = abstract_autoencoder(_latent_channels(config), mesh, config.dtype)
         else:
             frozen[role] = abstract_codec(clip_config.model.embed_dim, mesh)
     if "clip" in frozen:

@@ -24,7 +24,7 @@ from unclip_jax.diffusion.process import add_noise, fold_in, standard_normal
 from unclip_jax.diffusion.samplers import repaint
 from unclip_jax.errors import InputError
 from unclip_jax.generate.denoise import NOISE, STEPS, diffusion_sampler
-from unclip_jax.generate.latents import latent_denoiser, sample_latents
+from unclip_jax.generate.latents import latent_denoiser, mean_latents, sample_latents
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import SamplingOptions
 from unclip_jax.models.clip import MEAN
@@ -76,18 +76,17 @@ def known_latents(autoencoder: Network, image: jax.Array, known: jax.Array) -> K
     """What inpainting keeps of images.
 
     Args:
-      autoencoder: of kind `vq_autoencoder`.
+      autoencoder: of kind `vq_autoencoder` or `kl_autoencoder`.
       image: (B, H, W, 3) in [-1, 1].
       known: (B, H, W, 1) bool, True where the image is kept.
     """
     factor = autoencoder.module.factor
-    latents = autoencoder.apply(image, method="encode") * autoencoder.config["scale_factor"]
     mask = known[:, ::factor, ::factor]
     h, w = mask.shape[1:3]
     edged = jnp.pad(mask, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=True)
     for row, column in NEIGHBOURS:
         mask = mask & edged[:, 1 + row : 1 + row + h, 1 + column : 1 + column + w]
-    return KnownLatents(latents, mask)
+    return KnownLatents(mean_latents(autoencoder, image), mask)
 
 
 def sample_decoder_latents(
