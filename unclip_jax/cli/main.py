@@ -40,7 +40,7 @@ VERBS = {
     ),
     "export": (
         "unclip_jax.cli.export",
-        "write a bundle of Karlo's or Stable Diffusion's topology as a diffusers folder",
+        "write a bundle of the topology of public weights as a diffusers folder",
     ),
     "fetch": ("unclip_jax.cli.fetch", "download the weights of the network that FID is computed with"),
     "evaluate": (
@@ -59,6 +59,7 @@ VERBS = {
     "inpaint": ("unclip_jax.cli.inpaint", "draw part of a picture anew"),
     "upscale": ("unclip_jax.cli.upscale", "enlarge pictures with a bundle's upsamplers"),
     "img2img": ("unclip_jax.cli.img2img", "draw a picture again for a caption, from its noised copy"),
+    "mix": ("unclip_jax.cli.mix", "draw mixtures of pictures and captions"),
     "serve": ("unclip_jax.cli.serve", "serve the images API and a page to draw on"),
 }
 

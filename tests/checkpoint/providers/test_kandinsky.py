@@ -22,6 +22,7 @@ from unclip_jax.sampling.edits.coders import CODERS
 from unclip_jax.sampling.edits.interpolation import interpolate
 from unclip_jax.sampling.edits.inversion import psnr
 from unclip_jax.sampling.edits.kandinsky_inpaint import inpaint_rows
+from unclip_jax.sampling.edits.mixing import mix
 from unclip_jax.sampling.edits.text_diff import text_diff
 from unclip_jax.sampling.edits.variations import fresh_variations, variations
 from unclip_jax.sampling.kandinsky import sample_stages
@@ -242,3 +243,23 @@ def test_image_edits(made):
     assert np.abs(turned[0].astype(int) - same).max() <= 1 and np.abs(turned[1].astype(int) - same).mean() > 1
     fresh = fresh_variations(sampler, [first], count=2, options={"latent": {"steps": 4}})[0]
     assert fresh.shape == (2, 16, 16, 3) and np.abs(fresh[0].astype(int) - fresh[1]).mean() > 5
+
+
+def test_mixtures(made, exact, monkeypatch):
+    """A weighted picture and a caption: the pictures of the library's `interpolate`, to one level."""
+    image = np.random.default_rng(7).integers(0, 256, (16, 16, 3), np.uint8)
+    embeds, _, latents = share_noise(monkeypatch, (8, 8), rows=1)
+    processor = exact["prior"].image_processor
+    pixels = np.float32((image / 255 - processor.image_mean) / processor.image_std)[None]
+    found = exact["prior"].interpolate(
+        [nchw(pixels), CAPTIONS[0]], [0.3, 0.6], num_inference_steps=3, latents=embeds
+    )
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 16, "width": 16}
+    theirs = exact["decoder"](**found, **settings, latents=latents, output_type="np").images
+    options = {"prior_diffusion": {"steps": 3}, "latent": {"steps": 4, "guidance_scale": 3.0}}
+    ours = mix(load_bundle(made[0]), [image, CAPTIONS[0]], [0.3, 0.6], count=1, options=options)
+    assert theirs.std() > 0.05
+    assert np.abs(ours.astype(int) - np.round(theirs * 255)).max() <= 1
+    for weights, words in (([1.0], "a weight for each of 2"), ([0.0, 0.0], "not all zero")):
+        with pytest.raises(InputError, match=words):
+            mix(made[2], [image, CAPTIONS[0]], weights)

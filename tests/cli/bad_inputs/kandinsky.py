@@ -76,6 +76,15 @@ ROWS = [
     ("no weights", "decoder/scheduler/scheduler_config", ["clip_sample"], True, "and with it the weights"),
 ]
 
+MIXES = [
+    ("a file that is gone", ["gone.png", "a fox"], "gone.png looks like a picture's file, and there is none"),
+    ("a weight too few", ["a fox", "a cat", "--weights", "1"], "--weights has 1 numbers for 2 items"),
+    ("a weight in words", ["a fox", "--weights", "half"], "--weights must be a finite number"),
+    ("two scales", ["a fox", "--guidance", "1,2"], "mix draws with one guidance scale"),
+    ("an unknown prior", ["a fox", "--prior", "gan"], "unknown prior 'gan'"),
+    ("no picture to draw", ["a fox", "--count", "0"], "--count must be between 1 and"),
+]
+
 
 def rows(box):
     """The rows of this file."""
@@ -97,6 +106,8 @@ def _rows(box):
         ClipTokenizer(77, 600).save_folder(folder / "prior" / "tokenizer")
         write_json(folder / "prior" / "tokenizer" / "special_tokens_map.json", {"pad_token": "!"})
         yield Row(f"a Kandinsky with {name}", ["convert", folder.name, "--out", "made"], says)
+    for name, words, says in MIXES:
+        yield Row(f"a mixture with {name}", ["mix", *words], says)
     index = {"_class_name": "KandinskyPriorPipeline"}
     write_json(box / "kandinsky_2_1" / "model_index.json", index)
     yield Row(
