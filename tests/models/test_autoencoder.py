@@ -160,7 +160,8 @@ def test_vq_equals_diffusers(spatial):
         )
     )
     model = VQAutoencoder(**TINY, latent_channels=4, attention_levels=(1,), codes=48, spatial_norm=spatial)
-    variables, _ = converted(model, theirs, diffusers_rules(2))
+    rules = diffusers_rules(2, spatial)
+    variables, state = converted(model, theirs, rules)
     x, x_torch = images(29, 44)
     with torch.no_grad():
         latents = theirs.encode(x_torch).latents
@@ -175,6 +176,7 @@ def test_vq_equals_diffusers(spatial):
     np.testing.assert_allclose(model.apply(variables, z, method="decode_quantised"), decoded[1], atol=1e-4)
     np.testing.assert_array_equal(model.apply(variables, quantised.codes, method="lookup"), quantised.vectors)
     assert len(np.unique(codes)) > 5 and np.abs(decoded[0] - decoded[1]).max() > 0.01
+    assert set(export(variables["params"], rules, "test")) == set(state)
 
 
 @pytest.mark.parametrize("kind", [KLAutoencoder, VQAutoencoder])

@@ -159,6 +159,7 @@ SYSTEMS = {
         priors=unclip.PRIORS,
         sizes=latent.sizes,
         overrides=stable_unclip.overrides,
+        joints=(Joint("prior_diffusion", "kandinsky", "image_embed"),),
         encode=kandinsky_inversion.encode,
         embeds=True,
         decode=kandinsky_inversion.decode,

@@ -67,34 +67,35 @@ LATENTS = (
 )
 
 
-def _norm(theirs: str, ours: str) -> list[Rule]:
+def _norm(theirs: str, ours: str, spatial: bool) -> list[Rule]:
     # A plain norm, or MoVQ's.
+    if not spatial:
+        return norm(theirs, f"{ours}/norm")
     return [
-        *norm(theirs, f"{ours}/norm"),
         *norm(rf"{theirs}\.norm_layer", f"{ours}/norm"),
         *linear(rf"{theirs}\.conv_y", f"{ours}/conv_y", "pointwise"),
         *linear(rf"{theirs}\.conv_b", f"{ours}/conv_b", "pointwise"),
     ]
 
 
-def _res(theirs: str, ours: str, skip: str) -> list[Rule]:
+def _res(theirs: str, ours: str, skip: str, spatial: bool = False) -> list[Rule]:
     rules = []
     for n in "12":
-        rules += [*_norm(f"{theirs}norm{n}", f"{ours}/norm{n}")]
+        rules += _norm(f"{theirs}norm{n}", f"{ours}/norm{n}", spatial)
         rules += linear(f"{theirs}conv{n}", f"{ours}/conv{n}", "conv")
     return [*rules, *linear(f"{theirs}{skip}", f"{ours}/skip", "conv")]
 
 
-def _ends(way: str, norm_out: str) -> list[Rule]:
+def _ends(way: str, norm_out: str, spatial: bool = False) -> list[Rule]:
     return [
         *linear(rf"{way}\.conv_in", f"{way}/conv_in", "conv"),
-        *_norm(rf"{way}\.{norm_out}", f"{way}/norm_out"),
+        *_norm(rf"{way}\.{norm_out}", f"{way}/norm_out", spatial),
         *linear(rf"{way}\.conv_out", f"{way}/conv_out", "conv"),
     ]
 
 
-def _attention_of_diffusers(theirs: str, ours: str) -> list[Rule]:
-    rules = [*_norm(f"{theirs}group_norm", f"{ours}/norm"), *_norm(f"{theirs}spatial_norm", f"{ours}/norm")]
+def _attention_of_diffusers(theirs: str, ours: str, spatial: bool) -> list[Rule]:
+    rules = _norm(f"{theirs}{'spatial' if spatial else 'group'}_norm", f"{ours}/norm", spatial)
     for new, old, name in (
         ("to_q", "query", "query"),
         ("to_k", "key", "key"),
@@ -105,27 +106,37 @@ def _attention_of_diffusers(theirs: str, ours: str) -> list[Rule]:
     return rules
 
 
-def diffusers_rules(levels: int) -> tuple[Rule, ...]:
-    """Rules of the names of diffusers' `AutoencoderKL` and `VQModel`, for a network of so many levels."""
+def diffusers_rules(levels: int, spatial_norm: bool = False) -> tuple[Rule, ...]:
+    """Rules of the names of diffusers' `AutoencoderKL` and `VQModel`, for a network of so many levels.
+
+    spatial_norm: the decoder's norms are MoVQ's.
+    """
     rules = [*LATENTS]
     for way, side, sampler, resample in (
         ("encoder", "down", "downsamplers", "pool"),
         ("decoder", "up", "upsamplers", "expand"),
     ):
-        rules += _ends(way, "conv_norm_out")
+        spatial = spatial_norm and way == "decoder"
+        rules += _ends(way, "conv_norm_out", spatial)
         for level in range(levels):
             at = level if side == "down" else levels - 1 - level
             block, ours = rf"{way}\.{side}_blocks\.{at}\.", f"{way}/{side}_{level}"
-            rules += _res(rf"{block}resnets\.(\d+)\.", rf"{ours}_res_\1", "conv_shortcut")
-            rules += _attention_of_diffusers(rf"{block}attentions\.(\d+)\.", rf"{ours}_attn_\1")
+            rules += _res(rf"{block}resnets\.(\d+)\.", rf"{ours}_res_\1", "conv_shortcut", spatial)
+            rules += _attention_of_diffusers(rf"{block}attentions\.(\d+)\.", rf"{ours}_attn_\1", spatial)
             rules += linear(rf"{block}{sampler}\.0\.conv", f"{ours}_{resample}/conv", "conv")
-        rules += _res(rf"{way}\.mid_block\.resnets\.([01])\.", rf"{way}/middle_res_\1", "conv_shortcut")
-        rules += _attention_of_diffusers(rf"{way}\.mid_block\.attentions\.0\.", f"{way}/middle_attn")
+        middle = rf"{way}\.mid_block\."
+        rules += _res(rf"{middle}resnets\.([01])\.", rf"{way}/middle_res_\1", "conv_shortcut", spatial)
+        rules += _attention_of_diffusers(rf"{middle}attentions\.0\.", f"{way}/middle_attn", spatial)
     return tuple(rules)
 
 
+def rules_of(model: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """`diffusers_rules` for an autoencoder with these keyword arguments."""
+    return diffusers_rules(len(model["channel_mult"]), model.get("spatial_norm", False))
+
+
 def _attention_of_compvis(theirs: str, ours: str) -> list[Rule]:
-    rules = _norm(f"{theirs}norm", f"{ours}/norm")
+    rules = _norm(f"{theirs}norm", f"{ours}/norm", False)
     for name, target in (("q", "query"), ("k", "key"), ("v", "value"), ("proj_out", "out")):
         rules += linear(f"{theirs}{name}", f"{ours}/{target}", "pointwise")
     return rules
@@ -240,6 +251,6 @@ def read(path: Path, only: str | None, place: Place) -> Bundle:
     config = part_config(read_json(path / "config.json"), _kind(path), f"{path}/config.json")
     module = KINDS[config["kind"]].module(**config["model"])
     shapes = shapes_of(module.init, array(1, module.factor, module.factor, 3))
-    rules = diffusers_rules(len(config["model"]["channel_mult"]))
+    rules = rules_of(config["model"])
     params = convert(open_weights(path), rules, shapes, f"{path}: the autoencoder", place)
     return Bundle({NAME: Part(config, params)}, provenance={"source": str(path)}, path=str(path))

@@ -189,7 +189,7 @@ def _decoder(
     def vae_part() -> Part:
         module = VQAutoencoder(**movq["model"])
         shapes = shapes_of(module.init, array(1, module.factor, module.factor, 3))
-        rules = autoencoder.diffusers_rules(len(movq["model"]["channel_mult"]))
+        rules = autoencoder.rules_of(movq["model"])
         params = convert(open_weights(path / "movq"), rules, shapes, f"{path.name}/movq")
         return Part(movq, _placed(params, place), params_hash(params))
 

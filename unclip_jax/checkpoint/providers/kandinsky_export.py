@@ -146,8 +146,7 @@ def _write_decoder(part: Part, sampling: dict, vae: Part, path: Path, role: str,
     }
     tensors = export(part.params, kandinsky.unet(model), f"{role}/unet")
     write_network(path / "unet", _reader(role, "unet"), config, tensors, dtype)
-    rules = autoencoder.diffusers_rules(len(vae.config["model"]["channel_mult"]))
-    tensors = export(vae.params, rules, f"{role}/movq")
+    tensors = export(vae.params, autoencoder.rules_of(vae.config["model"]), f"{role}/movq")
     movq = autoencoder.diffusers_config(vae.config)
     write_network(path / "movq", _reader(role, "movq"), movq, tensors, dtype)
     scheduler = scheduler_config(part, sampling)
