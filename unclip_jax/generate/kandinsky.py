@@ -23,7 +23,7 @@ from unclip_jax.diffusion.guidance import Denoised, abar_at
 from unclip_jax.diffusion.process import add_noise, fold_in, standard_normal
 from unclip_jax.diffusion.samplers import repaint
 from unclip_jax.errors import InputError
-from unclip_jax.generate.denoise import NOISE, STEPS, diffusion_sampler
+from unclip_jax.generate.denoise import NOISE, STEPS, Start, diffusion_sampler
 from unclip_jax.generate.latents import latent_denoiser, mean_latents, sample_latents
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import SamplingOptions
@@ -99,6 +99,7 @@ def sample_decoder_latents(
     *,
     x_T: jax.Array | None = None,
     known: KnownLatents | None = None,
+    start: Start | None = None,
 ) -> jax.Array:
     """Draws latents for image embeddings.
 
@@ -111,6 +112,8 @@ def sample_decoder_latents(
       options: steps, guidance, clipping, sampler.
       x_T: (B, h, w, Z) the noise to start from; drawn when None.
       known: the part to keep, for a decoder that inpaints.
+      start: scaled latents (B, h, w, Z) to start from in place of noise, for a decoder that does not inpaint;
+        x_T is then what they are noised with.
 
     Returns:
       (B, h, w, Z) float32, scaled as in training; equal to the known latents where they are known.
@@ -124,7 +127,9 @@ def sample_decoder_latents(
         )
     inputs, rows = {"image_embed": (z_image, other)}, len(z_image)
     if known is None:
-        return sample_latents(latent, None, size, rng, options, x_T=x_T, inputs=inputs, rows=rows)
+        return sample_latents(
+            latent, None, size, rng, options, x_T=x_T, inputs=inputs, rows=rows, start=start
+        )
     image, mask = known
     if x_T is None:
         x_T = standard_normal(fold_in(rng, NOISE), image.shape)

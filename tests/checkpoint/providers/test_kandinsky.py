@@ -21,6 +21,7 @@ from unclip_jax.diffusion import process
 from unclip_jax.errors import InputError
 from unclip_jax.sampling.edits.coders import CODERS
 from unclip_jax.sampling.edits.interpolation import interpolate
+from unclip_jax.sampling.edits.kandinsky_img2img import img2img_rows
 from unclip_jax.sampling.edits.kandinsky_inpaint import inpaint_rows
 from unclip_jax.sampling.edits.mixing import mix
 from unclip_jax.sampling.edits.text_diff import text_diff
@@ -174,6 +175,27 @@ def test_inpainting_pipeline(made, exact, monkeypatch):
     levels = np.round(theirs * 255).astype(int)
     assert np.abs(ours.astype(int) - levels)[redrawn].max() <= 1
     assert np.abs(levels - image)[redrawn].mean() > 5
+
+
+def test_image_to_image_pipeline(made, exact, monkeypatch):
+    """Pictures of the library's pipeline from the same noised latents, to one level."""
+    from diffusers import KandinskyV22Img2ImgPipeline
+    from diffusers.pipelines.kandinsky2_2 import pipeline_kandinsky2_2_img2img as theirs_module
+
+    image, _ = picture_and_mask()
+    embeds, _, latents = share_noise(monkeypatch, (8, 8), rows=1)
+    monkeypatch.setattr(theirs_module, "randn_tensor", lambda shape, **kwargs: latents)
+    found = exact["prior"](CAPTIONS[0], num_inference_steps=3, latents=embeds)
+    pipeline = KandinskyV22Img2ImgPipeline(**exact["decoder"].components)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        **found, image=nchw(ops.to_float(image[None])), strength=0.6, num_inference_steps=5,
+        guidance_scale=3.0, height=16, width=16, output_type="np",
+    ).images[0]  # fmt: skip
+    options = {"prior_diffusion": {"steps": 3}, "latent": {"steps": 5, "guidance_scale": 3.0}}
+    drawn = img2img_rows(load_bundle(made[0]), [image], CAPTIONS[:1], strength=0.6, options=options)[0]
+    assert theirs.std() > 0.05
+    assert np.abs(drawn.astype(int) - np.round(theirs * 255)).max() <= 1
 
 
 def test_inpainting_without_training(made):
