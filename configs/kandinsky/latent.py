@@ -74,6 +74,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.sampling = {
             "steps": 50,
             "sampler": "ddpm",
+            "variance": "small",
             "spacing": "leading",
             "guidance_scale": 4.0,
             "clip": None,
