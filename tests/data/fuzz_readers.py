@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.data.shards import png, write_tar
+from unclip_jax.checkpoint import torch_pickle
 from unclip_jax.data import masks, ops, retrieval_index, tfrecord
 from unclip_jax.data.record import Record, caption_texts, parse_captions, parse_metadata
 from unclip_jax.data.sources import tfrecord as tfrecord_source
@@ -84,7 +85,13 @@ def read_database(data: bytes) -> None:
     assert rows.ndim == 2 and len(rows)
 
 
-READERS = (read_framing, read_example, read_tar, read_captions, read_image, read_database)
+def read_module(data: bytes) -> None:
+    """A pickled module of torch's."""
+    path = Path("a.pkl")
+    torch_pickle.tensors_in(torch_pickle.unpickle(io.BytesIO(data), path, ("a.", "torch.nn.")), path)
+
+
+READERS = (read_framing, read_example, read_tar, read_captions, read_image, read_database, read_module)
 
 
 def check_record(record: Record) -> None:
@@ -116,7 +123,9 @@ def write_seeds(folder: Path) -> None:
     captions = json.dumps({"captions": ["a fox", None, {"id": 7}], "caption": "a cat"}).encode()
     database = io.BytesIO()
     np.savez(database, embedding=np.ones((2, 3)), img_id=np.arange(2), patch_coords=np.zeros((2, 4)))
+    module = b"\x80\x02ca\nB\n)\x81}X\x08\x00\x00\x00_modules}sb."
     seeds = (frame(example) + frame(b""), example, tar.read_bytes(), captions, png(2), database.getvalue())
+    seeds += (module,)
     for number, seed in enumerate(seeds):
         (folder / f"seed{number}").write_bytes(bytes([number]) + seed)
     tar.unlink()
@@ -126,7 +135,16 @@ def main() -> None:
     """Fuzzes until an option of libFuzzer says stop, or until an input breaks a reader."""
     import atheris
 
-    for module in (sys.modules[__name__], masks, ops, retrieval_index, tfrecord, tfrecord_source, webdataset):
+    for module in (
+        sys.modules[__name__],
+        masks,
+        ops,
+        retrieval_index,
+        tfrecord,
+        tfrecord_source,
+        torch_pickle,
+        webdataset,
+    ):
         for function in vars(module).values():
             if isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
                 atheris.instrument_func(function)  # in place

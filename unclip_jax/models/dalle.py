@@ -116,23 +116,20 @@ def attend_image(
         joined = jnp.stack([padded[:, i : i + side] for i in range(reach + 1)], axis=2)
         return joined.reshape(b, side, (reach + 1) * side, heads, width)
 
-    masks = np.zeros((side, side, (reach + 1) * side), bool)
+    mask = np.zeros((side, side, (reach + 1) * side), bool)
     for row in range(side):
-        for i in range(reach + 1):
-            above = row - reach + i
-            if above >= 0:
-                masks[row, :, i * side : (i + 1) * side] = allowed[np.ix_(order[row], order[above])]
-    masks = np.concatenate([np.ones((side, side, text), bool), masks], axis=-1)
+        for i in range(max(reach - row, 0), reach + 1):
+            columns = slice(i * side, (i + 1) * side)
+            mask[row, :, columns] = allowed[np.ix_(order[row], order[row - reach + i])]
 
-    def beside_text(x: jax.Array, image: jax.Array) -> jax.Array:
-        spread = jnp.broadcast_to(x[:, None, :text], (b, side, text, heads, width))
-        return jnp.concatenate([spread, with_above(image)], axis=2).reshape(b * side, -1, heads, width)
-
-    mask = jnp.broadcast_to(jnp.asarray(masks)[None], (b, *masks.shape)).reshape(b * side, 1, side, -1)
-    out = attend(
-        queries.reshape(b * side, side, heads, width), beside_text(k, keys), beside_text(v, values), mask
-    )
-    out = out.reshape(b, side, side, heads, width)
+    # One softmax over the text, which all rows share, and over the row's own window (M codes).
+    queries = queries * width**-0.5
+    logits = lambda spec, keys: jnp.einsum(spec, queries, keys, preferred_element_type=jnp.float32)
+    to_text = logits("brckd,btkd->bkrct", k[:, :text])
+    to_window = jnp.where(jnp.asarray(mask), logits("brckd,brmkd->bkrcm", with_above(keys)), -1e9)
+    weights = jax.nn.softmax(jnp.concatenate([to_text, to_window], axis=-1), axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkrct,btkd->brckd", weights[..., :text], v[:, :text])
+    out = out + jnp.einsum("bkrcm,brmkd->brckd", weights[..., text:], with_above(values))
     out = jnp.swapaxes(out, 1, 2) if transpose else out
     return jnp.concatenate([of_text, out.reshape(b, side**2, heads, width)], axis=1)
 

@@ -274,18 +274,16 @@ def public_rows(box):
             f"Inception's file with {name}", ["convert", f"inception_{i}/default_1.pt", "--out", "made"], says
         )
     for i, (name, whole, pickled, says) in enumerate(INCEPTIONS):
-        file = box / f"vqvae_{i}.pt"
-        if whole is not None:
-            file.write_bytes(whole)
-        else:
-            with zipfile.ZipFile(file, "w") as archive:
-                archive.writestr("x/data.pkl", pickled)
-        says = says.replace("default_1.pt", file.name)
-        yield Row(f"a VQ-VAE's file with {name}", ["convert", file.name, "--out", "made"], says)
-    for i, (name, files, says) in enumerate(GLIDES):
-        (box / f"glide_{i}").mkdir()
-        with zipfile.ZipFile(box / f"glide_{i}" / "base.pt", "w") as archive:
-            archive.writestr("x/data.pkl", b"\x80\x02cos\nsystem\nX\x01\x00\x00\x00x\x85R.")
-        for file, text in files.items():
-            (box / f"glide_{i}" / file).write_text(text)
-        yield row("a GLIDE", name, f"glide_{i}", says)
+        (box / f"dalle_{i}").mkdir()
+        for file, source in (
+            (box / f"vqvae_{i}.pt", "a VQ-VAE's file"),
+            (box / f"dalle_{i}" / "encoder.pkl", "a discrete VAE"),
+        ):
+            if whole is not None:
+                file.write_bytes(whole)
+            else:
+                with zipfile.ZipFile(file, "w") as archive:
+                    archive.writestr("x/data.pkl", pickled)
+            path = f"dalle_{i}" if file.suffix == ".pkl" else file.name
+            says_so = says.replace("default_1.pt", file.name)
+            yield Row(f"{source} with {name}", ["convert", path, "--out", "made"], says_so)
