@@ -35,7 +35,8 @@ ensure_venv() {
     # References for the tests. They ask for torchvision, which need not fit the torch that is there. The
     # tests use the parts that do without.
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-      lpips==0.1.4 open-clip-torch==3.3.0 taming-transformers-rom1504==0.0.6 torch-fidelity==0.4.0
+      lpips==0.1.4 open-clip-torch==3.3.0 taming-transformers-rom1504==0.0.6 torch-fidelity==0.4.0 \
+      dalle2-pytorch==1.15.6 rotary-embedding-torch==0.3.5
   fi
   printf '%s' "$wanted" >"$stamp"
 }

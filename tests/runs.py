@@ -27,6 +27,7 @@ from unclip_jax.train import (
     pixelsnail,
     prior_ar,
     prior_diffusion,
+    stable_unclip,
     upsampler,
     vqvae,
 )
@@ -46,6 +47,8 @@ STAGES = {
     "pixelsnail_0": (pixelsnail, "configs/vqvae2/pixelsnail.py:tiny-bottom"),
 }
 CODEC = {"codec": (codec, "configs/emoji/codec.py:tiny")}  # fitted, not trained
+# Stages that have tests of their own.
+OTHERS = {"stable_unclip": (stable_unclip, "configs/emoji/stable_unclip.py:tiny")}
 BESIDE = {
     "prior_diffusion": ("clip",),
     "decoder": ("clip",),
@@ -63,7 +66,7 @@ SMALL = {
 
 def tiny_config(name, **changes):
     """The stage's tiny configuration, long enough to see a loss fall; `changes` use __ for dots."""
-    config = load_config(str(ROOT / (STAGES | CODEC)[name][1]))
+    config = load_config(str(ROOT / (STAGES | CODEC | OTHERS)[name][1]))
     settings = (
         {"data.backend": "numpy"}
         if name in CODEC
@@ -84,7 +87,8 @@ def tiny_config(name, **changes):
 
 def train_tiny(name, workdir, init_from=None, **changes):
     """Trains the stage in `workdir`. By default it starts from the runs beside that folder."""
-    return (STAGES | CODEC)[name][0].train_and_evaluate(tiny_config(name, **changes), str(workdir), init_from)
+    module, _ = (STAGES | CODEC | OTHERS)[name]
+    return module.train_and_evaluate(tiny_config(name, **changes), str(workdir), init_from)
 
 
 def random_bundle():

@@ -163,7 +163,7 @@ def check_sizes(parts: Mapping[str, Part], where: str) -> None:
     for name, part in parts.items():
         model, kind = part.config.get("model", {}), part.config["kind"]
         takes = part.config.get("embed_dim") if kind == "codec" else None
-        if kind in ("prior_diffusion", "kandinsky"):
+        if kind in ("prior_diffusion", "prior_laion", "kandinsky"):
             takes = model.get("embed_dim")
         if kind == "decoder":
             takes = np.shape(part.params["conditioning"]["null_image_embed"])[0]

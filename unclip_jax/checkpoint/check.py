@@ -166,8 +166,9 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         _check_diffusion(config["diffusion"], f"{where}: diffusion")
     if kind == "latent":
         _check_augmentation(config, where)
-    if kind == "prior_diffusion":
+    if kind in ("prior_diffusion", "prior_laion"):
         _check_space(config["embedding_space"], config["model"]["embed_dim"], f"{where}: embedding_space")
+    if kind == "prior_diffusion":
         errors = config.get("x0_error")
         if errors is not None and len(errors) != config["diffusion"]["num_steps"]:
             raise InputError(f"{where}: x0_error must have a number for each of the num_steps steps")
@@ -369,9 +370,10 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
         return glide_shapes(model)
     if kind == "t5":
         return shapes_of(module.init, array(1, 4, dtype=jnp.int32), array(1, 4, dtype=bool))
+    width = model["embed_dim"] if kind == "prior_laion" else width
     own = model.get("text")
     length = model["length"] if "length" in model else own["length"] if own else 1
-    if kind == "prior_diffusion":
+    if kind in ("prior_diffusion", "prior_laion"):
         dim = model["embed_dim"]
         inputs = [array(1, dim), array(1)]
     elif kind == "prior_ar":

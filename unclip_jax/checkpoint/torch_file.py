@@ -28,10 +28,20 @@ LARGEST_PICKLE = 2**27  # bytes; those of networks are below 1 MB
 
 # ------------------------------------------------------------------------------------------- files
 class TorchTensors(Mapping):
-    """The tensors of a file by name: read-only views. It has the methods of `files.Weights`."""
+    """The tensors of a file by name: read-only views. It has the methods of `files.Weights`.
 
-    def __init__(self, tensors: Mapping[str, Tensor], find: Callable[[Storage], memoryview]):
-        self._tensors, self._find = dict(tensors), find
+    value: the whole value of the file's pickle, inert, for what stands beside the tensors.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], find: Callable[[Storage], memoryview], value: Any = None
+    ):
+        self._tensors, self._find, self.value = dict(tensors), find, value
+
+    def under(self, prefix: str) -> TorchTensors:
+        """The tensors whose names begin with a prefix, without it."""
+        found = {n.removeprefix(prefix): t for n, t in self._tensors.items() if n.startswith(prefix)}
+        return TorchTensors(found, self._find)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape. It reads no values."""
@@ -62,7 +72,7 @@ class TorchTensors(Mapping):
         return len(self._tensors)
 
 
-def open_torch(path: Path, modules: tuple[str, ...] = ()) -> TorchTensors:
+def open_torch(path: Path, modules: tuple[str, ...] = (), inert: tuple[str, ...] = ()) -> TorchTensors:
     """The tensors of a file that `torch.save` or `torch.jit.save` wrote. Values that are no tensors (numbers,
     text) are passed over.
 
@@ -70,6 +80,8 @@ def open_torch(path: Path, modules: tuple[str, ...] = ()) -> TorchTensors:
       path: the file.
       modules: how the names of classes begin that a whole pickled module may consist of, such as "dall_e.".
         Their objects become dictionaries of their parameters, buffers and modules. No class is looked up.
+      inert: the names of classes whose objects may lie beside the tensors; they are read as
+        `torch_pickle.Inert`.
 
     Raises:
       FileNotFoundError: when it is missing.
@@ -82,15 +94,15 @@ def open_torch(path: Path, modules: tuple[str, ...] = ()) -> TorchTensors:
         raise InputError(f"{path} is empty; copy it again")
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    value, find = (_zipped if data[:4] == b"PK\x03\x04" else _legacy)(path, data, modules)
+    value, find = (_zipped if data[:4] == b"PK\x03\x04" else _legacy)(path, data, modules, inert)
     tensors = tensors_in(value, path)
     if not tensors:
         raise InputError(f"{path} holds no tensors")
-    return TorchTensors(tensors, find)
+    return TorchTensors(tensors, find, value)
 
 
 def _zipped(
-    path: Path, data: mmap.mmap, modules: tuple[str, ...]
+    path: Path, data: mmap.mmap, modules: tuple[str, ...], inert: tuple[str, ...]
 ) -> tuple[Any, Callable[[Storage], memoryview]]:
     # A zip archive "<name>/data.pkl", "<name>/data/<key>", ..., whose entries are not compressed.
     try:
@@ -128,7 +140,7 @@ def _zipped(
         raise InputError(f"{path} was written by a machine with another order of bytes; save it again")
     if entries[pickles[0]].file_size > LARGEST_PICKLE:
         raise InputError(f"{path}: its pickle is larger than that of any network")
-    value = unpickle(io.BytesIO(entry(pickles[0])), path, modules)
+    value = unpickle(io.BytesIO(entry(pickles[0])), path, modules, inert)
 
     def find(storage: Storage) -> memoryview:
         found = entry(f"{root}data/{storage.key}")
@@ -143,7 +155,7 @@ def _zipped(
 
 
 def _legacy(
-    path: Path, data: mmap.mmap, modules: tuple[str, ...]
+    path: Path, data: mmap.mmap, modules: tuple[str, ...], inert: tuple[str, ...]
 ) -> tuple[Any, Callable[[Storage], memoryview]]:
     # Pickles of a magic number, a version, the machine's sizes, the value and the keys of the storages; then
     # for each key the number of values in 8 bytes, and the values.
@@ -156,7 +168,7 @@ def _legacy(
     version, machine = unpickle(data, path), unpickle(data, path)
     if version != 1001 or not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise InputError(f"{path} is of a version of torch's older format that is not known here")
-    value, keys = unpickle(data, path, modules), unpickle(data, path)
+    value, keys = unpickle(data, path, modules, inert), unpickle(data, path)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise InputError(f"{path} is damaged: it does not list its values")
     kinds = {tensor.storage.key: tensor.storage.dtype for tensor in tensors_in(value, path).values()}

@@ -3,8 +3,8 @@
 A pickle is a program for a small machine, and usual readers of pickles let it call any function. The machine
 here calls nothing: it knows tensors, numbers, text, lists and dictionaries. A TorchScript module becomes a
 dictionary of its attributes; its code is not looked at. With `modules`, whole pickled modules of those
-classes become dictionaries of their parameters, buffers and modules. A file that asks for anything else is
-refused by the name of what it asks for.
+classes become dictionaries of their parameters, buffers and modules. With `inert`, objects of these classes
+are kept as records. A file that asks for anything else is refused by the name of what it asks for.
 """
 
 from __future__ import annotations
@@ -63,6 +63,18 @@ class Tensor:
 
 class _Module(dict):
     """The attributes of a TorchScript module, or the parameters, buffers and modules of a pickled one."""
+
+
+@dataclass
+class Inert:
+    """An object of a class that the reader named, as its pickle describes it. Nothing of it is run.
+
+    name: of the class. args: what it was made with. state: what was set behind that; None for nothing.
+    """
+
+    name: str
+    args: tuple
+    state: Any = None
 
 
 _MARK = object()
@@ -144,8 +156,8 @@ _KNOWN_GLOBALS = (
 _OF_MODULES = ("torch.device", "builtins.set", "__builtin__.set")
 
 
-def _global(name: str, modules: tuple[str, ...] = ()) -> _Global:
-    known = name in _KNOWN_GLOBALS or name.startswith("__torch__.")
+def _global(name: str, modules: tuple[str, ...], inert: tuple[str, ...]) -> _Global:
+    known = name in _KNOWN_GLOBALS or name in inert or name.startswith("__torch__.")
     if modules and not known:
         known = name in _OF_MODULES or name.startswith(modules)
     if not known:
@@ -177,10 +189,11 @@ class _Machine:
 
     Args:
       modules: how the names of classes begin whose objects are read as `_Module`s.
+      inert: the names of classes whose objects are read as `Inert`.
     """
 
-    def __init__(self, modules: tuple[str, ...] = ()):
-        self.modules = modules
+    def __init__(self, modules: tuple[str, ...] = (), inert: tuple[str, ...] = ()):
+        self.modules, self.inert = modules, inert
         self.stack: list = []
         self.memo: dict[int, Any] = {}
 
@@ -217,10 +230,10 @@ class _Machine:
         elif name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(self.memo[int(arg)])
         elif name == "GLOBAL":
-            stack.append(_global(".".join(arg.split(" ", 1)), self.modules))
+            stack.append(_global(".".join(arg.split(" ", 1)), self.modules, self.inert))
         elif name == "STACK_GLOBAL":
             attribute, module = _expect(stack.pop(), str), _expect(stack.pop(), str)
-            stack.append(_global(f"{module}.{attribute}", self.modules))
+            stack.append(_global(f"{module}.{attribute}", self.modules, self.inert))
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             count = int(name[-1])
             items = tuple(stack[-count:])
@@ -248,15 +261,21 @@ class _Machine:
             stack.append(_storage(stack.pop()))
         elif name == "REDUCE":
             args, called = _expect(stack.pop(), tuple), _expect(stack.pop(), _Global)
-            stack.append(_call(called.name, args))
+            known = called.name not in self.inert
+            stack.append(_call(called.name, args) if known else Inert(called.name, args))
         elif name == "NEWOBJ":
             args, made = _expect(stack.pop(), tuple), _expect(stack.pop(), _Global)
-            if args or not made.name.startswith(("__torch__.", *self.modules)):
+            if made.name in self.inert:
+                stack.append(Inert(made.name, args))
+            elif args or not made.name.startswith(("__torch__.", *self.modules)):
                 raise _Refused(f"it makes a {shown(made.name)}")
-            stack.append(_Module())
+            else:
+                stack.append(_Module())
         elif name == "BUILD":
             state = stack.pop()
-            if isinstance(stack[-1], _Module) and self.modules:
+            if isinstance(stack[-1], Inert):
+                stack[-1].state = state
+            elif isinstance(stack[-1], _Module) and self.modules:
                 for kind in ("_parameters", "_buffers", "_modules"):
                     stack[-1].update(_expect(_expect(state, dict).get(kind, {}), dict))
             elif isinstance(stack[-1], _Module):
@@ -284,19 +303,22 @@ _LITERALS = {
 _BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError, UnicodeError)
 
 
-def unpickle(stream: io.BufferedIOBase, path: Path, modules: tuple[str, ...] = ()) -> Any:
+def unpickle(
+    stream: io.BufferedIOBase, path: Path, modules: tuple[str, ...] = (), inert: tuple[str, ...] = ()
+) -> Any:
     """The value of the pickle at a stream's position, of inert values alone.
 
     Args:
       stream: with the pickle; it then stands behind it.
       path: of the file, for errors.
       modules: how the names of classes begin whose objects are read as modules.
+      inert: the names of classes whose objects are read as `Inert`.
 
     Raises:
       ValueError: one line, when it is damaged or asks for anything else.
     """
     try:
-        return _Machine(modules).run(stream)
+        return _Machine(modules, inert).run(stream)
     except _Refused as error:
         raise InputError(f"{path}: its pickle is refused: {error}") from None
     except _BROKEN as error:

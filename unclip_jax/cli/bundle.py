@@ -92,7 +92,9 @@ def collect(runs: Any, base: str | None = None):
     elif "latent" in parts and parts["latent"].config["kind"] == "kandinsky":
         system, needed = "kandinsky", ("clip", "prior_diffusion", "latent", "autoencoder")
     elif "latent" in parts and "decoder" not in parts:
-        system, needed = "latent", tuple(made_by(Bundle(parts)))
+        config, needed = parts["latent"].config, tuple(made_by(Bundle(parts)))
+        system = "stable_unclip" if "augmentation" in config else "latent"
+        needed += ("text",) if "text" in config.get("frozen", {}) else ()
     elif any(name.startswith("glide") for name in parts):
         system, needed = "glide", ("glide",)
     elif "dalle" in parts and "decoder" not in parts:

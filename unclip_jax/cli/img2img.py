@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.cli.sample import read_options
     from unclip_jax.grid import save_grid
     from unclip_jax.sampling.edits.inversion import fitted
-    from unclip_jax.sampling.text_to_image import prior_of, system_of
+    from unclip_jax.sampling.text_to_image import prior_with_picture, system_of
     from unclip_jax.sampling.unclip import check_prior_name
 
     strengths = parse_numbers("--strength", args.strength)
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("img2img draws with one guidance scale: give one with --guidance")
     task = image_task(args, args.image)
     (image,), bundle = task.images, task.sampler.bundle
-    system, prior = system_of(bundle), prior_of(bundle, args.prior)
+    system, prior = system_of(bundle), prior_with_picture(bundle, args.prior)
     if system.img2img is None:
         raise InputError(f"the system {bundle.system} cannot draw from a picture")
     (options,) = read_options(args, [prior], system.draws)

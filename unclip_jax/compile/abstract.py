@@ -96,7 +96,7 @@ def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = 
     """
     frozen: dict[str, Network] = {}
     for role, kind in wanted_roles(config, STAGES[config.stage].FROZEN).items():
-        if kind == "clip":
+        if kind in ("clip", "text"):
             frozen[role] = abstract_clip(clip_config, mesh, config.dtype, config.scan_layers, embedded)
         elif kind == "lpips":
             frozen[role] = abstract_lpips(mesh, config.dtype)

@@ -28,6 +28,7 @@ from unclip_jax.compile.abstract import abstract_batch, abstract_frozen, placed,
 from unclip_jax.errors import InputError, MemoryNeededError, MissingPackageError
 from unclip_jax.generate.captioned import sample_captioned
 from unclip_jax.generate.decoder import sample_decoder
+from unclip_jax.generate.image_embeds import vector_inputs
 from unclip_jax.generate.kandinsky import sample_decoder_latents
 from unclip_jax.generate.latents import sample_latents
 from unclip_jax.generate.networks import Network, image_size, sampling_model
@@ -243,7 +244,7 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
         part = part | {"x0_error": [0.1] * part["diffusion"]["num_steps"]}
     model, options, rows = (
         sampling_model(part, mesh),
-        options_from(config.sampling, config.stage),
+        options_from(config.sampling, part["kind"]),
         config.batch_size,
     )
     shapes, dtype = jax.eval_shape(stage.init, jax.random.key(0))[0], compute_dtype("auto", mesh)
@@ -295,6 +296,10 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
         if config.stage == "kandinsky":
             size, nothing = (stage.model.image_size,) * 2, given["empty"].embed
             return sample_decoder_latents(network, given["z_image"], nothing, size, given["keys"], options)
+        if config.stage == "stable_unclip":
+            size, z_image = (stage.model.image_size,) * 2, given["z_image"]
+            inputs = vector_inputs(network, z_image, len(z_image), given["keys"], options)
+            return sample_latents(network, texts, size, given["keys"], options, inputs=inputs)
         if config.stage == "decoder":
             return sample_decoder(network, given["z_image"], texts, given["keys"], options)
         return sample_prior(network, texts, given["keys"], options, given.get("codec"))

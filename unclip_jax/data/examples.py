@@ -254,6 +254,38 @@ def captioned_example(
     return row
 
 
+def latent_embed_example(
+    record: Record,
+    rng: np.random.Generator | None,
+    *,
+    tokenizer: ClipTokenizer,
+    size: int,
+    clip_size: int,
+    crop_scale: float = 1.0,
+    training: bool = True,
+) -> dict[str, np.ndarray]:
+    """One row of a batch: an image for the autoencoder and the same one for CLIP, and a caption.
+
+    Args:
+      record, rng, tokenizer, crop_scale, training: as in `clip_example`.
+      size: the side of the autoencoder's image in pixels. clip_size: that of CLIP's.
+
+    Returns:
+      What `decoder_example` gives; for a record with latents, `latents` (h, w, Z), not scaled, and
+      `image_embed` (D,), and the caption as `clip_example` gives it.
+
+    Raises `ValueError` if the image cannot be decoded, or a caption is missing.
+    """
+    if "latents" not in (record.embeds or {}):
+        return decoder_example(
+            record, rng, tokenizer=tokenizer, size=size, clip_size=clip_size, crop_scale=crop_scale,
+            training=training,
+        )  # fmt: skip
+    chosen = _caption_number(record, rng, training)
+    row = {"latents": np.float32(record.embeds["latents"]), "image_embed": record.embeds["image_embed"]}
+    return row | _embedded_captions(record, chosen, tokenizer, None)
+
+
 def picture_example(
     record: Record,
     rng: np.random.Generator | None,

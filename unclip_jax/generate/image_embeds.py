@@ -18,24 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace, denormalize, normalize
-from unclip_jax.diffusion.process import add_noise
+from unclip_jax.diffusion.process import add_noise, fold_in, standard_normal
 from unclip_jax.diffusion.schedule import schedule_of
-from unclip_jax.errors import InputError
+from unclip_jax.generate.latents import Inputs
+from unclip_jax.generate.networks import Network, part_space
+from unclip_jax.generate.options import LatentSamplingOptions
 from unclip_jax.models.layers import timestep_embedding
 
-
-def noise_levels(part_config: Mapping[str, Any]) -> int:
-    """The number of noise levels of a latent U-Net that sees z_i; 0 for one that does not."""
-    return part_config.get("augmentation", {}).get("num_steps", 0)
-
-
-def check_noise_level(part_config: Mapping[str, Any], level: int) -> None:
-    """Raises ValueError where the U-Net has no such noise level, or sees no z_i."""
-    levels = noise_levels(part_config)
-    if level and not levels:
-        raise InputError(f"noise_level={level} is for networks that see a noised embedding: leave it out")
-    if levels and not 0 <= level < levels:
-        raise InputError(f"noise_level must be between 0 and {levels - 1}, got {level}")
+AUGMENTATION = 2  # what the noise on z_i folds into a stage's random key
 
 
 def noised_vector(
@@ -60,3 +50,32 @@ def noised_vector(
     abar = jnp.asarray(np.float32(schedule_of(augmentation).alphas_cumprod))[level]
     noised = denormalize(space, add_noise(normalize(space, z_image.astype(jnp.float32)), eps, abar))
     return jnp.concatenate([noised, timestep_embedding(level, z_image.shape[-1])], axis=-1)
+
+
+def vector_inputs(
+    latent: Network,
+    z_image: jax.Array | None,
+    rows: int,
+    rng: jax.Array | None,
+    options: LatentSamplingOptions,
+    space: EmbeddingSpace | None = None,
+) -> Inputs:
+    """What a latent U-Net sees of z_i in both halves of guidance, for `latents.sample_latents`.
+
+    Args:
+      latent: the U-Net, with `augmentation`.
+      z_image: (B, D) raw image embeddings; None for none: the vector is then zero in both halves.
+      rows: B.
+      rng: one key, or (B,) keys, one per row; None for no noise, whatever the level.
+      options: their `noise_level`.
+      space: in place of the part's, while it is being trained.
+    """
+    zeros = jnp.zeros((1, latent.module.vector_dim))
+    if z_image is None:
+        return {"vector": (jnp.repeat(zeros, rows, axis=0), zeros)}
+    eps = jnp.zeros(z_image.shape)
+    if rng is not None:
+        eps = standard_normal(fold_in(rng, AUGMENTATION), z_image.shape)
+    space = part_space(latent.config) if space is None else space
+    level = jnp.full(rows, options.noise_level)
+    return {"vector": (noised_vector(latent.config["augmentation"], space, z_image, level, eps), zeros)}

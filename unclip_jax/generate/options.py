@@ -13,7 +13,6 @@ from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, transitions
 from unclip_jax.diffusion.schedule import time_steps
 from unclip_jax.diffusion.spacing import Moves, spaced
 from unclip_jax.errors import InputError
-from unclip_jax.generate.image_embeds import check_noise_level
 from unclip_jax.generate.networks import part_schedule
 
 
@@ -135,6 +134,7 @@ Options = SamplingOptions | TokenSamplingOptions
 # The kinds of parts that are sampled, and the type of their options.
 OPTIONS = {
     "prior_diffusion": SamplingOptions,
+    "prior_laion": SamplingOptions,
     "prior_ar": CodeSamplingOptions,
     "decoder": SamplingOptions,
     "upsampler": SamplingOptions,
@@ -244,6 +244,8 @@ def check_options(options: Options, part_config: dict) -> None:
         if kind == "pixelsnail":
             _check_grid_options(options, model)
         return
+    if kind == "prior_laion" and not part_config["model"].get("null_embeds", True) and is_guided(options):
+        raise InputError("this prior has no null embeddings, so it cannot be guided: set guidance_scale to 1")
     if kind == "upsampler" and options.guidance_scale != 1:
         raise InputError(
             f"an upsampler is not guided: guidance_scale must be 1, got {options.guidance_scale}"
@@ -251,7 +253,7 @@ def check_options(options: Options, part_config: dict) -> None:
     if kind is not None and not kind.startswith("prior_") and options.candidates != 1:
         raise InputError(f"only a prior chooses among candidates: they must be 1, got {options.candidates}")
     if isinstance(options, LatentSamplingOptions):
-        check_noise_level(part_config, options.noise_level)
+        _check_noise_level(options.noise_level, part_config)
     if options.sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
     schedule = part_schedule(part_config)
@@ -285,6 +287,15 @@ def _check_variance(variance: str, part_config: dict) -> None:
         raise InputError("variance 'learned' needs a network that predicts it; use 'small' or 'large'")
     if variance == "analytic" and part_config.get("x0_error") is None:
         raise InputError("variance 'analytic' needs measured errors (x0_error), which this network lacks")
+
+
+def _check_noise_level(level: int, part_config: dict) -> None:
+    augmentation = part_config.get("augmentation")
+    if augmentation is None:
+        if level:
+            raise InputError(f"noise_level={level} is for networks that see a noised embedding: leave it out")
+    elif not 0 <= level < augmentation["num_steps"]:
+        raise InputError(f"noise_level must be between 0 and {augmentation['num_steps'] - 1}, got {level}")
 
 
 def _check_token_options(options: TokenSamplingOptions, size: int | None) -> None:

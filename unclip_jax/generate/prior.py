@@ -19,7 +19,7 @@ from unclip_jax.generate.codes import sample_codes
 from unclip_jax.generate.denoise import NOISE, diffusion_sampler
 from unclip_jax.generate.networks import Network, part_space
 from unclip_jax.generate.options import Options, SamplingOptions, is_guided
-from unclip_jax.generate.text import Texts, text_inputs
+from unclip_jax.generate.text import TextConditioning, Texts, text_inputs, twice
 from unclip_jax.models.codec import Codec, cosine
 
 
@@ -29,14 +29,14 @@ def sample_prior(
     """Draws image embeddings for captions.
 
     Args:
-      prior: of kind `prior_diffusion` or `prior_ar`.
+      prior: of kind `prior_diffusion`, `prior_laion` or `prior_ar`.
       texts: the captions and the empty caption, or one negative caption per row.
       rng: one key, or (B,) keys, one per row.
       options: of the prior's kind; `clip` is in units of the diffusion prior's normalised space.
       codec: the autoregressive prior's.
 
     Returns:
-      (B, D) float32 raw image embeddings.
+      (B, D) float32 raw image embeddings; those of `prior_laion` have about unit length.
 
     Raises:
       ValueError: when the autoregressive prior gets no codec.
@@ -52,6 +52,8 @@ def sample_prior(
         rng = rng if rng.ndim == 0 else jax.vmap(lambda key: jax.random.split(key, count))(rng).reshape(-1)
     if autoregressive:
         z = sample_codes(prior, codec, Texts(repeated, texts.empty), rng, options)
+    elif prior.config["kind"] == "prior_laion":
+        z = _sample_laion(prior, repeated, rng, options)
     else:
         z = _sample_embedding(prior, texts, rng, options)
     best = jnp.argmax(cosine(z, repeated.embed).reshape(rows, count), axis=1)
@@ -78,3 +80,17 @@ def _sample_embedding(prior: Network, texts: Texts, rng: jax.Array, options: Sam
     x = standard_normal(fold_in(rng, NOISE), (rows, texts.captions.embed.shape[1]))
     sampler = diffusion_sampler(prior.config, options)
     return denormalize(part_space(prior.config), sampler.run(sampler.denoiser(network, guided), x, rng))
+
+
+def _sample_laion(
+    prior: Network, captions: TextConditioning, rng: jax.Array, options: SamplingOptions
+) -> jax.Array:
+    # Its unconditional half has learned embeddings in place of the empty caption and of z_i.
+    guided, rows = is_guided(options), captions.embed.shape[0]
+    text = {"text_embed": captions.embed, "text_states": captions.states, "text_mask": captions.mask}
+    text = twice(text, guided)
+    drop = jnp.arange(2 * rows) >= rows if guided else None
+    x = standard_normal(fold_in(rng, NOISE), captions.embed.shape)
+    sampler = diffusion_sampler(prior.config, options)
+    denoise = sampler.denoiser(lambda z, t: prior.apply(z, t, **text, drop=drop), guided)
+    return denormalize(part_space(prior.config), sampler.run(denoise, x, rng))

@@ -21,6 +21,7 @@ from unclip_jax.models.lpips import LPIPS
 from unclip_jax.models.pixelsnail import PixelSNAIL
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.prior_diffusion import DiffusionPrior
+from unclip_jax.models.prior_laion import LaionPrior
 from unclip_jax.models.safety import SafetyChecker
 from unclip_jax.models.t5 import T5Encoder
 from unclip_jax.models.text_encoder import TextEncoder
@@ -52,6 +53,7 @@ KINDS: dict[str, Kind] = {
     "prior_diffusion": Kind(
         DIFFUSES | {"embedding_space": (dict, True), "x0_error": (tuple[float, ...], False)}, DiffusionPrior
     ),
+    "prior_laion": Kind(DIFFUSES | {"embedding_space": (dict, True)}, LaionPrior),
     "prior_ar": Kind(NETWORK | {"dot_edges": (tuple[float, ...], True)}, ARPrior, {"text": TextEncoder}),
     "decoder": Kind(DIFFUSES, Decoder, {"unet": UNet, "conditioning": ClipConditioning, "text": TextEncoder}),
     "upsampler": Kind(

@@ -36,7 +36,7 @@ from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_sharding
 
 EMPTY = "empty_caption"
 # Stages that can train from embeddings alone.
-EMBEDDABLE = ("prior_diffusion", "prior_ar", "codec", "latent", "pixelsnail", "dalle")
+EMBEDDABLE = ("prior_diffusion", "prior_ar", "codec", "latent", "stable_unclip", "pixelsnail", "dalle")
 BESIDE_PICTURES = ("decoder",)  # stages that can train from pictures with their embeddings
 
 
@@ -94,6 +94,7 @@ def load_frozen(
     frozen: dict[str, Network] = {}
     loaders = {
         "clip": _load_clip,
+        "text": _load_text,
         "codec": _load_codec,
         "lpips": _load_lpips,
         "autoencoder": functools.partial(_load_image_coder, "autoencoder"),
@@ -110,10 +111,15 @@ def load_frozen(
                     f"but the {_display_name(other)} given is {frozen[other].hash}"
                 )
     if "clip" in frozen and data is not None:
-        clip, tokenizer = frozen["clip"], text_tokenizer(config)
-        check_sources(clip, data, pictures=config.stage not in EMBEDDABLE)
+        clip, tokenizer = frozen[text_role(frozen)], text_tokenizer(config)
+        check_sources(frozen["clip"], data, pictures=config.stage not in EMBEDDABLE or "text" in frozen)
         frozen[EMPTY] = Network(None, replicate(_empty_caption(clip, data, tokenizer, mesh), mesh), {})
     return frozen
+
+
+def text_role(frozen: Mapping[str, Any]) -> str:
+    """The role of the network that reads captions: `text` where there is one, and else `clip`."""
+    return "text" if "text" in frozen else "clip"
 
 
 def wanted_roles(config: Mapping[str, Any], roles: Mapping[str, str]) -> dict[str, str]:
@@ -147,14 +153,23 @@ def _load_clip(path: str, config: ConfigDict, mesh: Mesh) -> Network:
     return clip_network(path, mesh, config.dtype, scan=config.get("scan_layers", False))
 
 
-def clip_network(path: str, mesh: Mesh, dtype: str, scan: bool = False) -> Network:
+def _load_text(path: str, config: ConfigDict, mesh: Mesh) -> Network:
+    # The text tower of a latent U-Net: the part `text` where there is one, or a CLIP's.
+    try:
+        return clip_network(path, mesh, config.dtype, config.get("scan_layers", False), "text")
+    except KeyError:
+        return clip_network(path, mesh, config.dtype, config.get("scan_layers", False))
+
+
+def clip_network(path: str, mesh: Mesh, dtype: str, scan: bool = False, name: str = "clip") -> Network:
     """Loads the CLIP of a run, a bundle or public weights onto a mesh.
 
     Args:
       dtype: dtype of the computation (`sharding.compute_dtype`).
       scan: whether its layers run in one loop (`Transformer`).
+      name: of the part, of kind `clip`.
     """
-    part, _ = load_part(path, "clip")
+    part, _ = load_part(path, name)
     module = build_model(part.config, compute_dtype(dtype, mesh), scan=scan, gather=make_gather(mesh))
     params = jax.device_put(part.params, infer_shardings(part.params, mesh))
     return Network(module, params, part.config, params_hash(part.params))
@@ -377,31 +392,34 @@ class ClipReader(NamedTuple):
 
     images: (params, batch) -> raw z_i (B, D). captions: (params, batch) -> `TextConditioning`. Neither has a
     gradient; `params` are CLIP's, as the step gets them.
-    tokenizer: CLIP's. own_tokenizer: of the stage's own text encoder, None without one.
+    tokenizer: CLIP's; None where it has no text tower.
+    own_tokenizer: of the stage's own text encoder, None without one.
     image_size: the side of CLIP's pictures; 0 where embeddings stand for the CLIP. embed_dim: D.
     zeros: one caption's conditioning with every value zero, to initialise networks with.
     """
 
     images: Callable[[Any, Mapping[str, jax.Array]], jax.Array]
     captions: Callable[[Any, Mapping[str, jax.Array]], TextConditioning]
-    tokenizer: ClipTokenizer
+    tokenizer: ClipTokenizer | None
     own_tokenizer: ClipTokenizer | None
     image_size: int
     embed_dim: int
     zeros: TextConditioning
 
 
-def clip_reader(config: ConfigDict, mesh: Mesh, frozen: Mapping[str, Network]) -> ClipReader:
-    """The reader of a stage with a CLIP under it.
+def clip_reader(
+    config: ConfigDict, mesh: Mesh, frozen: Mapping[str, Network], role: str = "clip"
+) -> ClipReader:
+    """The reader of a stage with a CLIP under it, in the role `role`.
 
     Raises:
       ValueError: as `text_tokenizer`.
     """
-    clip, own = frozen["clip"], text_tokenizer(config)
+    clip, own = frozen[role], text_tokenizer(config)
     return ClipReader(
         images=functools.partial(images_of, clip, mesh),
         captions=functools.partial(captions_of, clip, mesh, own is None),
-        tokenizer=clip_tokenizer(clip),
+        tokenizer=clip_tokenizer(clip) if "tokenizer" in clip.config else None,
         own_tokenizer=own,
         image_size=clip_image_size(clip),
         embed_dim=clip.config["model"]["embed_dim"],

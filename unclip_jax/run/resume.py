@@ -325,6 +325,24 @@ def load_widened_latent(path: str, name: str) -> tuple[Part, dict]:
     return Part(part.config, part.params | {"unet": widened} if "unet" in part.params else widened), meta
 
 
+def load_with_vector(path: str, name: str, *, vector_dim: int) -> tuple[Part, dict]:
+    """`load_part` for a latent U-Net that sees a vector of `vector_dim`.
+
+    An ordinary one gets the two layers of the vector. The second one has zero weights, so that the network
+    computes what it did.
+    """
+    part, meta = load_part(path, name)
+    if "vector_fc1" in part.params:
+        return part, meta
+    width = np.shape(part.params["time"]["fc2"]["bias"])[0]
+    first = np.random.default_rng(0).normal(0.0, vector_dim**-0.5, (vector_dim, width))
+    layers = {
+        "vector_fc1": {"kernel": np.float32(first), "bias": np.zeros(width, np.float32)},
+        "vector_fc2": {"kernel": np.zeros((width, width), np.float32), "bias": np.zeros(width, np.float32)},
+    }
+    return Part(part.config, part.params | layers), meta
+
+
 def _widened(unet: dict, channels: int, at: int | None = None) -> dict:
     # A U-Net with more input channels, of zero weight, from the channel `at` on, or after all.
     conv = unet["conv_in"]

@@ -244,6 +244,7 @@ ENDS = Rule(
 )
 IMAGE_DIFFUSION = DIFFUSION | {"vb_weight": number("[0, inf)")}
 SAMPLING = {kind: _options(kind) for kind in OPTIONS}
+PART_KINDS = {"stable_unclip": "latent"}  # stages whose part is of another kind than their name
 
 
 def frozen(roles: Mapping[str, str]) -> dict[str, Rule]:
@@ -419,8 +420,11 @@ def _check_unet(unet: Mapping, name: str, sample: int) -> None:
 
 
 def _check_sampling(config: Mapping) -> None:
-    options = options_from(dict(config["sampling"]), config["stage"])
+    kind = PART_KINDS.get(config["stage"], config["stage"])
+    options = options_from(dict(config["sampling"]), kind)
     part = {"diffusion": dict(config.get("diffusion", {})), "model": config["model"]}
+    if "augmentation" in config:
+        part["augmentation"] = dict(config["augmentation"])
     if config["stage"].startswith("prior"):
         part["x0_error"] = ()  # a prior measures its errors in training
     check_options(options, part)

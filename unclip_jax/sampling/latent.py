@@ -255,6 +255,29 @@ def encode_captions(clip: Network, captions: dict, negative: dict) -> Texts:
     return Texts(encode_text(clip, captions), encode_text(clip, negative))
 
 
+class Condition(NamedTuple):
+    """What a latent U-Net sees when it draws from pictures.
+
+    arrays: (sampler, captions, images, call, name of the U-Net's part) -> a tree of arrays of B rows, made
+      before the program runs.
+    read: (networks, name, arrays, keys, options by part) -> `Texts` and `latents.Inputs`, each or None, in
+      the program.
+    """
+
+    arrays: Callable[[Sampler, Sequence[str], Sequence[np.ndarray], Call, str], Any]
+    read: Callable[..., tuple[Texts | None, Inputs | None]]
+
+
+def _read_captions(networks, name, arrays, keys, options) -> tuple[Texts | None, Inputs | None]:
+    return conditions(networks.get("clip"), networks[name], arrays)
+
+
+# The captions alone, or classes, or nothing.
+CAPTIONS = Condition(
+    lambda sampler, captions, images, call, name: tokens(sampler, captions, call, name), _read_captions
+)
+
+
 def sample_stages(
     bundle: Sampler | Bundle,
     captions: Sequence[str],

@@ -13,18 +13,16 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
-from unclip_jax.diffusion.process import fold_in, standard_normal
+from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError
-from unclip_jax.generate.image_embeds import noised_vector
-from unclip_jax.generate.latents import Inputs, decode_latents, sample_latents
-from unclip_jax.generate.networks import Network, part_space
-from unclip_jax.generate.options import LatentSamplingOptions, Options, is_guided
+from unclip_jax.generate.image_embeds import vector_inputs
+from unclip_jax.generate.latents import decode_latents, sample_latents
+from unclip_jax.generate.options import Options, is_guided
 from unclip_jax.generate.text import Texts, encode_text
 from unclip_jax.sampling.latent import check_draws, flagged, picture_size, tile_size
 from unclip_jax.sampling.latent import overrides as latent_overrides
@@ -41,8 +39,7 @@ from unclip_jax.sampling.programs import (
 )
 from unclip_jax.sampling.unclip import PRIORS, check_embeddings, check_prior, draw_z_image, encode_captions
 
-# What each stage folds into a row's random key; `unclip.PRIOR` is 0.
-LATENT, AUGMENTATION = 1, 2
+LATENT = 1  # what the stage folds into a row's random key; `unclip.PRIOR` is 0
 PARTS = ("clip", "latent", "autoencoder")
 
 
@@ -57,6 +54,13 @@ class StableUnclipStages(NamedTuple):
     z_image: np.ndarray
     latents: np.ndarray
     images: list[np.ndarray]
+
+
+def check_parts(bundle: Bundle) -> None:
+    """Raises a KeyError if a bundle lacks a part that drawing from z_i needs."""
+    own = "text" in bundle.part("latent").config.get("frozen", {})
+    for name in (*PARTS, *(("text",) if own else ())):
+        bundle.part(name)
 
 
 def context_tower(parts: Mapping[str, Any]) -> str:
@@ -111,27 +115,13 @@ def overrides(
     return chosen | ({prior: drawn} if drawn else {})
 
 
-def vector_input(
-    latent: Network, z_image: jax.Array | None, rows: int, keys: jax.Array, options: LatentSamplingOptions
-) -> Inputs:
-    """The U-Net's vector of z_i (B, D) with noise, and the zeros of the unconditional half. With z_i None it
-    is zero in both."""
-    if z_image is None:
-        vector = jnp.zeros((rows, latent.module.vector_dim))
-    else:
-        level = jnp.full(rows, options.noise_level)
-        eps = standard_normal(fold_in(keys, AUGMENTATION), z_image.shape)
-        space = part_space(latent.config)
-        vector = noised_vector(latent.config["augmentation"], space, z_image, level, eps)
-    return {"vector": (vector, jnp.zeros((1, vector.shape[1])))}
-
-
 def _cascade(
     sampler: Sampler,
     options: dict[str, Options],
     prior: str | None,
     size: tuple[int, int],
     tile: int | None,
+    noised: bool,
 ) -> Callable:
     # With prior None, the caller gives z_image.
     def run(params, scales, captions, negative, asked, empty, z_image, x_T, seeds, positions):
@@ -145,7 +135,8 @@ def _cascade(
         if prior not in (None, "null"):
             wanted = encode_captions(networks["clip"], asked, empty)
             z_image = draw_z_image(prior, networks, wanted, keys, chosen)
-        inputs = vector_input(latent, z_image, texts.rows, keys, chosen["latent"])
+        noise = keys if noised else None
+        inputs = vector_inputs(latent, z_image, texts.rows, noise, chosen["latent"])
         key = fold_in(keys, LATENT)
         z = sample_latents(latent, texts, size, key, chosen["latent"], x_T=x_T, inputs=inputs)
         shown = jnp.zeros((texts.rows, latent.module.vector_dim // 2)) if z_image is None else z_image
@@ -162,6 +153,7 @@ def sample_stages(
     prior: str = "prior_diffusion",
     z_image: np.ndarray | None = None,
     x_T: np.ndarray | None = None,
+    noised: bool = True,
     positions: Sequence[int] | None = None,
     options: Overrides | Sequence[Overrides] = None,
     progress: Progress | None = None,
@@ -175,6 +167,7 @@ def sample_stages(
       prior: how to get z_i, one of `unclip.PRIORS`.
       z_image: (B, D) raw image embeddings, one per caption. If given, they replace the prior's.
       x_T: (B, h, w, Z) the latents' noise. None: the seed determines it.
+      noised: whether z_i gets noise; False for edits, which find x_T for z_i alone.
       seed, positions, options, progress: as in `unclip.sample_stages`.
 
     Returns:
@@ -191,8 +184,7 @@ def sample_stages(
     if not count:
         raise InputError("no captions: give at least one")
     seeds, places = as_seeds(seed, count), as_positions(positions, count)
-    for name in PARTS:
-        sampler.bundle.part(name)
+    check_parts(sampler.bundle)
     check_draws(sampler.bundle)
     chosen_prior = prior if z_image is None else None
     if chosen_prior is not None:
@@ -213,8 +205,8 @@ def sample_stages(
     if noise is not None and noise.shape != (count, *size, sampler.network("latent").module.out_channels):
         raise InputError(f"x_T must be of {count} latents of {size[0]} x {size[1]}, got {noise.shape}")
     run = sampler.program(
-        ("stable_unclip", chosen_prior, size, tile, *static.items()),
-        lambda: _cascade(sampler, static, chosen_prior, size, tile),
+        ("stable_unclip", chosen_prior, size, tile, noised, *static.items()),
+        lambda: _cascade(sampler, static, chosen_prior, size, tile, noised),
     )
     tower = context_tower(sampler.bundle.parts)
     reads = chosen_prior not in (None, "null")

@@ -18,6 +18,7 @@ from unclip_jax.sampling.edits import (
     kandinsky_img2img,
     kandinsky_inpaint,
     kandinsky_inversion,
+    latent_embeds,
     latent_img2img,
     latent_inpaint,
     latent_inversion,
@@ -65,6 +66,7 @@ class System(NamedTuple):
       with z_i, and `edits.latent_inversion` without.
     upscale: (sampler, images, *, captions, parts, ...) -> pairs of a number and a picture, see
       `edits.upscale.upscale_rows`.
+    sees_pictures: whether `inpaint` and `img2img` take the picture's own z_i where the bundle has no prior.
     stream_decode, stream_inpaint: these two as generators of `Partial`s and then the images.
     """
 
@@ -86,6 +88,7 @@ class System(NamedTuple):
     text_diff: Callable[..., Any] | None = None
     reconstruct: Callable[..., Any] | None = None
     upscale: Callable[..., Any] | None = None
+    sees_pictures: bool = False
     stream_decode: Callable[..., Any] | None = None
     stream_inpaint: Callable[..., Any] | None = None
 
@@ -137,9 +140,17 @@ SYSTEMS = {
         stable_unclip.sample_stages,
         "latent",
         stable_unclip.made_by,
+        latent_embeds.encode,
+        embeds=True,
         priors=unclip.PRIORS,
         sizes=latent.sizes,
         overrides=stable_unclip.overrides,
+        decode=latent_embeds.decode,
+        inpaint=latent_embeds.inpaint_rows,
+        img2img=latent_embeds.img2img_rows,
+        text_diff=text_diff.text_diff,
+        reconstruct=reconstruct.reconstruct,
+        sees_pictures=True,
     ),
     "glide": System(
         glide.CASCADE.parts,
@@ -224,6 +235,17 @@ def prior_of(bundle: Bundle, prior: str | None) -> str | None:
     for name in system.priors[prior]:
         bundle.part(name)
     return prior
+
+
+def prior_with_picture(bundle: Bundle, prior: str | None) -> str | None:
+    """As `prior_of`, where a picture is given: None, for the picture's own z_i, where the system can take it
+    (`System.sees_pictures`), and no prior is asked for or there."""
+    system = system_of(bundle)
+    if prior is None and system.sees_pictures:
+        first = next(iter(system.priors))
+        if not all(name in bundle.parts for name in system.priors[first]):
+            return None
+    return prior_of(bundle, prior)
 
 
 def text_to_image(

@@ -16,6 +16,7 @@ from unclip_jax.train import (
     pixelsnail,
     prior_ar,
     prior_diffusion,
+    stable_unclip,
     upsampler,
     vqvae,
 )
@@ -31,6 +32,7 @@ STAGES = {
     "latent": latent,
     "glide": glide,
     "kandinsky": kandinsky,
+    "stable_unclip": stable_unclip,
     "vqvae": vqvae,
     "dvae": dvae,
     "dalle": dalle,

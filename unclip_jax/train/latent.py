@@ -37,6 +37,7 @@ from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import (
     EMPTY,
+    ClipReader,
     arrays,
     check_latents,
     check_pictures,
@@ -115,9 +116,10 @@ def loss_fn(params, rng, batch, *, frozen, model, encode, beside, tables, predic
 
 
 # ------------------------------------------------------------------------------------ stage
-def check(config) -> None:
-    """Raises ValueError on a setting out of range, or settings that do not fit together."""
-    settings.check_settings(config, SETTINGS, with_image_figures(config, FIGURES))
+def check_settings(config, table) -> None:
+    """Raises ValueError on a setting of `table` that is out of range, or a U-Net whose settings do not fit
+    together."""
+    settings.check_settings(config, table, with_image_figures(config, FIGURES))
     model, groups = config.model, config.model.get("groups", 32)
     levels, latents = len(model.channel_mult), model.out_channels
     if model.in_channels not in (latents, 2 * latents + 1):
@@ -133,6 +135,8 @@ def check(config) -> None:
             raise InputError(f"{width} channels of model must be a multiple of model.groups={groups}")
         if width % heads and (level in model.get("attention_levels", ()) or level == levels - 1):
             raise InputError(f"{width} channels of model must be a multiple of its {heads} heads")
+    if config.diffusion.get("zero_snr") and config.diffusion.prediction == "eps":
+        raise InputError("diffusion.zero_snr needs diffusion.prediction=v: noise alone says nothing of x0")
     classes = model.get("classes") is not None
     if (model.get("context_dim") is None or classes) != (config.frozen.clip is None):
         raise InputError(
@@ -143,8 +147,25 @@ def check(config) -> None:
         raise InputError("model.classes, model.context_dim and data.classes belong together: set all of them")
     if (model.get("context_dim") is None) != (model.get("transformer_depth", 1) == 0):
         raise InputError("a network without condition has model.transformer_depth=0, and only that")
-    if config.diffusion.get("zero_snr") and config.diffusion.prediction == "eps":
-        raise InputError("diffusion.zero_snr needs diffusion.prediction=v: noise alone says nothing of x0")
+
+
+def check(config) -> None:
+    """Raises ValueError on a setting out of range, or settings that do not fit together."""
+    check_settings(config, SETTINGS)
+
+
+def check_frozen_sizes(model: LatentUNet, autoencoder: Network, clip: ClipReader | None) -> None:
+    """Raises ValueError where the autoencoder's latents or CLIP's text states are not those of the U-Net."""
+    if autoencoder.module.latent_channels != model.out_channels:
+        raise InputError(
+            f"model.out_channels={model.out_channels}, but the autoencoder's latents have "
+            f"{autoencoder.module.latent_channels} channels"
+        )
+    if clip is not None and clip.zeros.states.shape[-1] != model.context_dim:
+        raise InputError(
+            f"model.context_dim={model.context_dim}, but CLIP makes text states of "
+            f"{clip.zeros.states.shape[-1]}"
+        )
 
 
 def class_names(config) -> tuple[str, ...]:
@@ -176,16 +197,7 @@ def stage(config, mesh, frozen) -> Stage:
         part["class_names"] = list(names)
     hooks = {"remat": config.remat, "gather": make_gather(mesh)}
     model = LatentUNet(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
-    if autoencoder.module.latent_channels != model.out_channels:
-        raise InputError(
-            f"model.out_channels={model.out_channels}, but the autoencoder's latents have "
-            f"{autoencoder.module.latent_channels} channels"
-        )
-    if clip is not None and clip.zeros.states.shape[-1] != model.context_dim:
-        raise InputError(
-            f"model.context_dim={model.context_dim}, but CLIP makes text states of "
-            f"{clip.zeros.states.shape[-1]}"
-        )
+    check_frozen_sizes(model, autoencoder, clip)
     size = model.image_size * autoencoder.module.factor
     inpaints = model.in_channels != model.out_channels
 

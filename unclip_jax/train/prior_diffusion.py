@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.data.examples import clip_example
-from unclip_jax.diffusion.embedding_space import KINDS, EmbeddingSpace, normalize
+from unclip_jax.diffusion.embedding_space import KINDS, normalize
 from unclip_jax.diffusion.losses import sample_noised, simple_loss, training_tables
 from unclip_jax.diffusion.process import add_noise, to_x0_eps
 from unclip_jax.diffusion.schedule import schedule_of, strided_steps
@@ -27,12 +27,12 @@ from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import EMPTY, arrays, clip_reader, hashes, load_frozen
-from unclip_jax.run.hosts import on_every_host
 from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json
-from unclip_jax.run.stage import FITTED, Fit, Stage, without_extra
+from unclip_jax.run.stage import FITTED, Stage, without_extra
 from unclip_jax.run.state import step_rng
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
+from unclip_jax.train.embedding_fit import embedding_fit, placeholder, space_of
 from unclip_jax.train.figures import PRIOR_FIGURES, prior_figures
 
 FROZEN = {"clip": "clip"}
@@ -52,20 +52,6 @@ ERROR_BATCHES = 2  # number of batches at each of them
 
 
 # ------------------------------------------------------------------------------------ fit
-def embedding_statistics(clip, params, source, batches) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (D,), float64 on the host, of the raw image embeddings of training batches.
-
-    Where the source holds embeddings, they are those of all its embeddings. `clip` is a reader, `params` are
-    its CLIP's.
-    """
-    if source.embedded is not None:
-        return source.embedded.mean, source.embedded.std
-    encode = jax.jit(clip.images)
-    rows = [on_every_host(encode(params, batch)) for batch in batches]
-    z = np.concatenate(rows).astype(np.float64)
-    return z.mean(axis=0), np.maximum(z.std(axis=0), 1e-6)
-
-
 def error_table(errors: dict[int, float], variance: float, num_steps: int) -> list[float]:
     """Mean squared errors of x0 at some time steps -> one for each step 0 .. T - 1, interpolated.
 
@@ -119,8 +105,7 @@ def stage(config, mesh, frozen) -> Stage:
         "diffusion": diffusion,
         "frozen": hashes(frozen),
     }
-    space = {"kind": config.space.kind, "scale": config.space.scale}
-    part["embedding_space"] = space | {"mean": [0.0] * dim, "std": [1.0] * dim}
+    part["embedding_space"] = placeholder(config.space, dim)
     if clip.own_tokenizer is not None:
         model_config["text"] |= {"num_embeddings": clip.own_tokenizer.vocab_size}
         part["tokenizer"] = clip.own_tokenizer.config()
@@ -132,14 +117,6 @@ def stage(config, mesh, frozen) -> Stage:
         inputs = text_inputs(model, clip.zeros)
         return model.init(key, jnp.zeros((1, dim)), jnp.zeros(1), **inputs)["params"], {}
 
-    def measure(run) -> dict:
-        batches = run.measuring_batches(config.statistics_batches)
-        mean, std = embedding_statistics(clip, frozen["clip"].params, run.data.train, batches)
-        return {"embedding_space": space | {"mean": mean.tolist(), "std": std.tolist()}}
-
-    def fitted(part):
-        return {name: np.asarray(part["embedding_space"][name], np.float32) for name in ("mean", "std")}
-
     example = functools.partial(
         clip_example, tokenizer=clip.tokenizer, text_tokenizer=clip.own_tokenizer, size=clip.image_size,
         crop_scale=config.data.crop_scale,
@@ -148,14 +125,8 @@ def stage(config, mesh, frozen) -> Stage:
         loss_fn, model=model, tables=tables, prediction=diffusion["prediction"],
         clip=clip, space=functools.partial(space_of, part), drop_text=config.drop_text,
     )  # fmt: skip
-    fit = Fit(measure, fitted, ("embedding_space",))
+    fit = embedding_fit(clip, frozen["clip"], part["embedding_space"], config.statistics_batches)
     return Stage("prior_diffusion", model, part, init, example, without_extra(loss), fit=fit)
-
-
-def space_of(part: dict, fitted) -> EmbeddingSpace:
-    """The part's embedding space, with the statistics in `fitted`: mean and std, each (D,)."""
-    space = part["embedding_space"]
-    return EmbeddingSpace(space["kind"], space["scale"], fitted["mean"], fitted["std"])
 
 
 # ------------------------------------------------------------------------------------ training

@@ -1,5 +1,6 @@
 """StableUnCLIP's folders against diffusers, run at the same random weights."""
 
+import dataclasses
 import sys
 
 import jax.numpy as jnp
@@ -13,9 +14,14 @@ from tests.helpers import param_count
 from tests.models.test_latent_unet import SD2
 from unclip_jax.checkpoint.check import clip_shapes
 from unclip_jax.checkpoint.load import load_bundle
-from unclip_jax.checkpoint.providers import stable_diffusion_config, stable_unclip_config
+from unclip_jax.checkpoint.providers import (
+    stable_diffusion_config,
+    stable_unclip_config,
+    stable_unclip_export,
+)
 from unclip_jax.checkpoint.providers.clip import two_halves
 from unclip_jax.checkpoint.store import params_hash
+from unclip_jax.cli.main import main
 from unclip_jax.diffusion import process
 from unclip_jax.errors import InputError
 from unclip_jax.generate.image_embeds import noised_vector
@@ -197,13 +203,60 @@ def test_schedulers_of_the_prior(made, tmp_path):
     """Karlo's own scheduler spreads the steps over both ends, and the DDPM one as its file says."""
     ours = made["draws"][2]
     assert ours.sampling["prior_diffusion"] == dict(
-        steps=25, sampler="ddpm", variance="small", guidance_scale=4.0, clip=5.0, spacing="leading"
+        steps=25,
+        sampler="ddpm",
+        variance="small",
+        guidance_scale=4.0,
+        clip=5.0,
+        spacing="leading",
+        last="clean",
     )
     assert ours.parts["prior_diffusion"].config["diffusion"]["prediction"] == "x0"
     config = {"_class_name": "UnCLIPScheduler", "prediction_type": "sample", "clip_sample_range": 5.0}
     diffusion, sampling = stable_unclip_config.prior_scheduler(config, "the prior's")
-    assert sampling == {k: v for k, v in ours.sampling["prior_diffusion"].items() if k != "spacing"}
+    spaced = ("spacing", "last")
+    assert sampling == {k: v for k, v in ours.sampling["prior_diffusion"].items() if k not in spaced}
     assert diffusion == ours.parts["prior_diffusion"].config["diffusion"]
+
+
+@pytest.mark.parametrize("name", ["draws", "varies"])
+def test_export_to_diffusers(made, name, tmp_path):
+    """The library loads what is written, with the same weights and schedulers; so do we."""
+    folder, pipeline, bundle = made[name]
+    assert main(["export", str(folder), "--out", str(tmp_path / "out")]) == 0
+    loaded = type(pipeline).from_pretrained(tmp_path / "out")
+    for part, network in pipeline.components.items():
+        found = getattr(loaded, part)
+        if isinstance(network, torch.nn.Module):
+            theirs, wanted = found.state_dict(), network.state_dict()
+            assert theirs.keys() == wanted.keys()
+            for key, value in wanted.items():
+                np.testing.assert_array_equal(theirs[key].numpy(), value.numpy(), err_msg=key)
+        elif "scheduler" in part:
+            for key in ("beta_schedule", "prediction_type", "num_train_timesteps", "clip_sample"):
+                if part != "image_noising_scheduler" or key != "prediction_type":
+                    assert found.config[key] == network.config[key], (part, key)
+        elif part == "feature_extractor":
+            assert found.image_mean == network.image_mean and found.image_std == network.image_std
+    again = load_bundle(tmp_path / "out")
+    assert again.sampling == bundle.sampling
+    for part, value in bundle.parts.items():
+        assert again.parts[part].config == value.config, part
+
+
+def test_what_cannot_be_exported(made):
+    bundle = made["varies"][2]
+    parts = {name: part for name, part in bundle.parts.items() if name != "clip"}
+    assert list(stable_unclip_export.obstacles(dataclasses.replace(bundle, parts=parts))) == ["it lacks clip"]
+    clip_part = made["draws"][2].parts["clip"]
+    towers = dataclasses.replace(bundle, parts=bundle.parts | {"clip": clip_part})
+    assert "neither a prior nor an image tower" in " ".join(stable_unclip_export.obstacles(towers))
+    drawing = made["draws"][2]
+    prior = drawing.parts["prior_diffusion"]
+    own = prior.config | {"embedding_space": {"kind": "raw", "scale": None}}
+    changed = drawing.parts | {"prior_diffusion": dataclasses.replace(prior, config=own)}
+    reasons = list(stable_unclip_export.obstacles(dataclasses.replace(drawing, parts=changed)))
+    assert reasons == ["Karlo's prior works on embeddings whitened by mean and standard deviation"]
 
 
 def test_what_gives_no_embedding(made):

@@ -25,11 +25,13 @@ from unclip_jax.checkpoint.providers import (
     kandinsky_export,
     karlo,
     karlo_export,
+    laion,
     lpips,
     open_clip,
     stable_diffusion,
     stable_diffusion_export,
     stable_unclip,
+    stable_unclip_export,
     t5,
     vqvae,
 )
@@ -97,6 +99,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="StableUnCLIP in diffusers' layout",
         recognises=stable_unclip.recognises,
         read=stable_unclip.read,
+        format="diffusers",
+        system="stable_unclip",
+        obstacles=stable_unclip_export.obstacles,
+        check_target=diffusers_folder.check_target,
+        write=stable_unclip_export.write,
     ),
     "kandinsky": Provider(
         layout="Kandinsky 2.2 in diffusers' layout (a folder that holds those of its prior and its decoder)",
@@ -127,6 +134,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="an autoencoder of diffusers (AutoencoderKL, VQModel)",
         recognises=autoencoder.recognises,
         read=autoencoder.read,
+    ),
+    "laion": Provider(  # before the readers of any file of torch
+        layout="the prior of DALLE2-pytorch (a .pth file with prior_config.json beside it)",
+        recognises=laion.recognises,
+        read=laion.read,
     ),
     "glide": Provider(
         layout="GLIDE of glide-text2im (base.pt, upsample.pt and their inpainting twins, with the tokenizer)",

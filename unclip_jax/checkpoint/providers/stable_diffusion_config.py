@@ -217,8 +217,32 @@ def unet_model(config: Mapping[str, Any], name: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------- scheduler
-def scheduler(config: Mapping[str, Any], name: str) -> tuple[dict, dict]:
+# diffusers' name of a noise schedule -> ours: those of latents, and those of embeddings too.
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear"}
+ALL_SCHEDULES = SCHEDULES | {"squaredcos_cap_v2": "cosine"}
+
+
+def noise_schedule(taken: Mapping[str, Any], name: str, known: Mapping[str, str] = SCHEDULES) -> dict:
+    """The keys of a scheduler's configuration that make its noise schedule, as a part says it.
+
+    Raises:
+      ValueError: when the schedule is not among the `known` ones.
+    """
+    theirs = taken["beta_schedule"]
+    if theirs not in known:
+        raise InputError(f"{name}: beta_schedule is {shown(theirs)}; known: {', '.join(known)}")
+    schedule = {"schedule": known[theirs], "num_steps": taken["num_train_timesteps"]}
+    if schedule["schedule"] == "cosine":
+        return schedule
+    return schedule | {"beta_ends": [taken["beta_start"], taken["beta_end"]]}
+
+
+def scheduler(
+    config: Mapping[str, Any], name: str, schedules: Mapping[str, str] = SCHEDULES
+) -> tuple[dict, dict]:
     """A scheduler's configuration -> a part's `diffusion`, and the sampling defaults.
+
+    schedules: those that are known, as in `noise_schedule`.
 
     Raises:
       ValueError: naming the setting that is not known here.
@@ -236,7 +260,6 @@ def scheduler(config: Mapping[str, Any], name: str) -> tuple[dict, dict]:
     for key, known in (
         ("prediction_type", PREDICTIONS),
         ("timestep_spacing", ("leading", "trailing", "linspace")),
-        ("beta_schedule", ("linear", "scaled_linear")),
     ):
         if taken[key] not in known:
             raise InputError(f"{name}: {key} is {shown(taken[key])}; known: {', '.join(known)}")
@@ -248,12 +271,8 @@ def scheduler(config: Mapping[str, Any], name: str) -> tuple[dict, dict]:
     sampling |= {"offset": offset} if spacing == "leading" and offset else {}
     if sampler == "ddpm":
         sampling |= _ancestral(taken, name)
-    diffusion = {
-        "schedule": taken["beta_schedule"],
-        "num_steps": taken["num_train_timesteps"],
-        "prediction": PREDICTIONS[taken["prediction_type"]],
-        "beta_ends": [taken["beta_start"], taken["beta_end"]],
-    }
+    diffusion = noise_schedule(taken, name, schedules)
+    diffusion["prediction"] = PREDICTIONS[taken["prediction_type"]]
     if taken.get("rescale_betas_zero_snr"):
         diffusion["zero_snr"] = True
     return diffusion, SAMPLING | sampling

@@ -29,18 +29,22 @@ LIBRARIES = {
 }
 SCHEDULERS = {ours: theirs for theirs, ours in stable_diffusion_config.SCHEDULERS.items()}
 VARIANCES = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}
+BETA_SCHEDULES = {ours: theirs for theirs, ours in stable_diffusion_config.ALL_SCHEDULES.items()}
 PREDICTIONS = {ours: theirs for theirs, ours in stable_diffusion_config.PREDICTIONS.items()}
 
 
-def obstacles(bundle: Bundle) -> Iterator[str]:
-    """What keeps a bundle from the layout, a sentence each. There is none when it can be exported."""
-    missing = [name for name in ("clip", "latent", "autoencoder") if name not in bundle.parts]
+def obstacles(bundle: Bundle, text: str = "clip") -> Iterator[str]:
+    """What keeps a bundle from the layout, a sentence each. There is none when it can be exported.
+
+    text: the part whose text tower the U-Net sees.
+    """
+    missing = [name for name in (text, "latent", "autoencoder") if name not in bundle.parts]
     if missing:
         yield f"it lacks {', '.join(missing)}"
         return
-    clip_part, latent, vae = (bundle.parts[name].config for name in ("clip", "latent", "autoencoder"))
+    clip_part, latent, vae = (bundle.parts[name].config for name in (text, "latent", "autoencoder"))
     if clip_part["model"]["text"] is None or "tokenizer" not in clip_part:
-        yield "its clip part has no text tower with a tokenizer"
+        yield f"its {text} part has no text tower with a tokenizer"
     if vae["kind"] != "kl_autoencoder":
         yield f"its autoencoder is a {vae['kind']}, and Stable Diffusion's a kl_autoencoder"
     elif list(vae["model"].get("attention_levels", ())):
@@ -56,7 +60,9 @@ def obstacles(bundle: Bundle) -> Iterator[str]:
 def scheduler_obstacles(name: str, diffusion: dict, sampling: dict) -> Iterator[str]:
     """What keeps a part's schedule and its sampling defaults from one of diffusers' schedulers, a sentence
     each."""
-    if diffusion["schedule"] not in ("linear", "scaled_linear"):
+    if diffusion["schedule"] not in BETA_SCHEDULES or (
+        name == "latent" and diffusion["schedule"] == "cosine"
+    ):
         yield f"its noise schedule is {diffusion['schedule']}"
     if sampling.get("spacing", "even") == "even":
         yield f"its steps are spread by the spacing even: bundle it with {name}.spacing=leading, say"
@@ -88,16 +94,35 @@ def write(bundle: Bundle, path: Path, dtype: Any = np.float32) -> Path:
 
 
 def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
-    clip_part, latent, vae = (bundle.parts[name] for name in ("clip", "latent", "autoencoder"))
+    index = write_parts(bundle, path, dtype)
+    model = bundle.parts["latent"].config["model"]
+    inpaints = model["in_channels"] != model["out_channels"]
+    pipeline = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
+    index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+    header = {"_class_name": pipeline, "_diffusers_version": VERSION, "requires_safety_checker": False}
+    write_config(path / "model_index.json", header | index)
+
+
+def write_parts(bundle: Bundle, path: Path, dtype: Any, text: str = "clip") -> dict[str, list[str]]:
+    """Writes the folders that Stable Diffusion's family shares: text tower, U-Net, autoencoder, scheduler.
+
+    Args:
+      bundle: the parts. path, dtype: as in `write`.
+      text: the part whose text tower the U-Net sees.
+
+    Returns:
+      What the pipeline's index says of them.
+    """
+    clip_part, latent, vae = (bundle.parts[name] for name in (text, "latent", "autoencoder"))
 
     def network(folder: str, config: dict, tensors: dict) -> None:
         write_network(path / folder, LIBRARIES[folder], config, tensors, dtype)
 
     tower = {k: v for k, v in clip_part.params["text_tower"].items() if k != "projection"}
-    text = text_encoder_config(clip_part.config["model"])
+    settings = text_encoder_config(clip_part.config["model"])
     tokenizer = ClipTokenizer.from_config(clip_part.config["tokenizer"])
-    text["pad_token_id"] = tokenizer.pad_id
-    network("text_encoder", text, export({"text_tower": tower}, clip.TEXT, "the text encoder"))
+    settings["pad_token_id"] = tokenizer.pad_id
+    network("text_encoder", settings, export({"text_tower": tower}, clip.TEXT, "the text encoder"))
     rules = autoencoder.diffusers_rules(len(vae.config["model"]["channel_mult"]))
     network("vae", autoencoder.diffusers_config(vae.config), export(vae.params, rules, "the autoencoder"))
     model = latent.config["model"]
@@ -105,13 +130,8 @@ def _write_folders(bundle: Bundle, path: Path, dtype: Any) -> None:
     scheduler = scheduler_config(latent, bundle.sampling["latent"])
     write_config(path / "scheduler" / "scheduler_config.json", scheduler)
     tokenizer.save_folder(path / "tokenizer")
-    inpaints = model["in_channels"] != model["out_channels"]
-    pipeline = "StableDiffusionInpaintPipeline" if inpaints else "StableDiffusionPipeline"
-    index = {"_class_name": pipeline, "_diffusers_version": VERSION, "requires_safety_checker": False}
-    index |= {folder: list(reader) for folder, reader in LIBRARIES.items()}
-    index |= {"scheduler": ["diffusers", scheduler["_class_name"]]}
-    index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
-    write_config(path / "model_index.json", index)
+    index = {folder: list(reader) for folder, reader in LIBRARIES.items()}
+    return index | {"scheduler": ["diffusers", scheduler["_class_name"]]}
 
 
 def _unet(model: dict) -> dict:
@@ -135,20 +155,28 @@ def _unet(model: dict) -> dict:
     }
 
 
-def scheduler_config(part: Part, sampling: dict) -> dict:
-    """diffusers' configuration of the scheduler that samples a part with these defaults."""
-    diffusion, sampler = part.config["diffusion"], sampling.get("sampler", "ddpm")
+def noise_schedule(diffusion: dict) -> dict:
+    """The keys of diffusers' schedulers for a noise schedule: a part's `diffusion` or `augmentation`."""
+    config = {
+        "num_train_timesteps": diffusion["num_steps"],
+        "beta_schedule": BETA_SCHEDULES[diffusion["schedule"]],
+    }
+    if diffusion["schedule"] == "cosine":
+        return config
     scale = 1000 / diffusion["num_steps"]
     ends = {"linear": (1e-4, 0.02), "scaled_linear": stable_diffusion_config.BETA_ENDS}
     first, last = diffusion.get("beta_ends") or (scale * end for end in ends[diffusion["schedule"]])
+    return config | {"beta_start": first, "beta_end": last}
+
+
+def scheduler_config(part: Part, sampling: dict) -> dict:
+    """diffusers' configuration of the scheduler that samples a part with these defaults."""
+    diffusion, sampler = part.config["diffusion"], sampling.get("sampler", "ddpm")
     clean = sampling.get("last", "clean") == "clean"
     config = {
         "_class_name": SCHEDULERS[sampler],
         "_diffusers_version": VERSION,
-        "num_train_timesteps": diffusion["num_steps"],
-        "beta_schedule": diffusion["schedule"],
-        "beta_start": first,
-        "beta_end": last,
+        **noise_schedule(diffusion),
         "prediction_type": PREDICTIONS[diffusion["prediction"]],
         "timestep_spacing": sampling["spacing"],
         "steps_offset": sampling.get("offset", 0),

@@ -8,8 +8,6 @@ from typing import Any
 from unclip_jax.checkpoint.providers import karlo_config, stable_diffusion_config
 from unclip_jax.checkpoint.providers.preprocess import PROCESSORS
 from unclip_jax.checkpoint.settings import Settings
-from unclip_jax.errors import InputError
-from unclip_jax.typed import shown
 
 DRAWS, VARIES = "StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline"
 NOISING = "DDPMScheduler"
@@ -34,48 +32,20 @@ CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 NORMALIZER = Settings(read={"embedding_dim": (int, 768)}, same={"_class_name": _SHARED["image_normalizer"]})
-SCHEDULES = {"squaredcos_cap_v2": "cosine", "linear": "linear", "scaled_linear": "scaled_linear"}
-# diffusers' variance -> ours. The forms with "log" compute the same.
-VARIANCES = {
-    "fixed_small": "small",
-    "fixed_small_log": "small",
-    "fixed_large": "large",
-    "fixed_large_log": "large",
-}
-_DDPM_READ = {
-    "num_train_timesteps": (int, 1000),
-    "beta_start": (float, 0.0001),
-    "beta_end": (float, 0.02),
-    "beta_schedule": (str, "linear"),
-}
-_DDPM_SAME = {
-    "_class_name": (NOISING,),
-    "trained_betas": (None,),
-    "rescale_betas_zero_snr": (False,),
-}
-_DDPM_SAMPLES = {
-    "variance_type": (str, "fixed_small"),
-    "prediction_type": (str, "epsilon"),
-    "clip_sample": (bool, True),
-    "clip_sample_range": (float, 1.0),
-    "timestep_spacing": (str, "leading"),
-}
-_UNUSED = ("dynamic_thresholding_ratio", "sample_max_value", "steps_offset")
 # A scheduler that adds noise to embeddings uses its table alone.
-AUGMENTS = Settings(read=_DDPM_READ, same=_DDPM_SAME, free=(*_DDPM_SAMPLES, *_UNUSED, "thresholding"))
-DRAWS_EMBEDDINGS = Settings(
-    read=_DDPM_READ | _DDPM_SAMPLES, same=_DDPM_SAME | {"thresholding": (False,)}, free=_UNUSED
+AUGMENTS = Settings(
+    read={
+        "num_train_timesteps": (int, 1000),
+        "beta_start": (float, 0.0001),
+        "beta_end": (float, 0.02),
+        "beta_schedule": (str, "linear"),
+    },
+    same={"_class_name": (NOISING,), "trained_betas": (None,), "rescale_betas_zero_snr": (False,)},
+    free=(
+        *("variance_type", "prediction_type", "clip_sample", "clip_sample_range", "timestep_spacing"),
+        *("dynamic_thresholding_ratio", "sample_max_value", "steps_offset", "thresholding"),
+    ),
 )
-
-
-def _schedule(taken: Mapping[str, Any], name: str) -> dict:
-    theirs = taken["beta_schedule"]
-    if theirs not in SCHEDULES:
-        raise InputError(f"{name}: beta_schedule is {shown(theirs)}; known: {', '.join(SCHEDULES)}")
-    schedule = {"schedule": SCHEDULES[theirs], "num_steps": taken["num_train_timesteps"]}
-    if schedule["schedule"] == "cosine":
-        return schedule
-    return schedule | {"beta_ends": [taken["beta_start"], taken["beta_end"]]}
 
 
 def augmentation(config: Mapping[str, Any], name: str) -> dict:
@@ -84,7 +54,8 @@ def augmentation(config: Mapping[str, Any], name: str) -> dict:
     Raises:
       ValueError: naming the setting that is not known here.
     """
-    return _schedule(AUGMENTS.take(config, name), name)
+    schedules = stable_diffusion_config.ALL_SCHEDULES
+    return stable_diffusion_config.noise_schedule(AUGMENTS.take(config, name), name, schedules)
 
 
 def prior_scheduler(config: Mapping[str, Any], name: str) -> tuple[dict, dict]:
@@ -96,31 +67,9 @@ def prior_scheduler(config: Mapping[str, Any], name: str) -> tuple[dict, dict]:
     if config.get("_class_name") != NOISING:
         diffusion = karlo_config.schedule(config, "x0", name)
         return diffusion, karlo_config.sampling(config, "prior_diffusion", name)
-    taken = DRAWS_EMBEDDINGS.take({k: v for k, v in config.items() if k != "steps_offset"}, name)
-    offset, spacing, variance = (
-        config.get("steps_offset", 0),
-        taken["timestep_spacing"],
-        taken["variance_type"],
-    )
-    if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 1000:
-        raise InputError(f"{name}: steps_offset must be a whole number from 0, not {shown(offset)}")
-    for key, known in (
-        ("prediction_type", stable_diffusion_config.PREDICTIONS),
-        ("timestep_spacing", ("leading", "trailing", "linspace")),
-        ("variance_type", VARIANCES),
-    ):
-        if taken[key] not in known:
-            raise InputError(f"{name}: {key} is {shown(taken[key])}; known: {', '.join(known)}")
-    if taken["clip_sample_range"] <= 0:
-        raise InputError(f"{name}: clip_sample_range must be positive, not {taken['clip_sample_range']}")
-    prediction = stable_diffusion_config.PREDICTIONS[taken["prediction_type"]]
-    sampling = karlo_config.SAMPLING["prior_diffusion"] | {
-        "variance": VARIANCES[variance],
-        "clip": taken["clip_sample_range"] if taken["clip_sample"] else None,
-        "spacing": spacing,
-    }
-    sampling |= {"offset": offset} if spacing == "leading" and offset else {}
-    return _schedule(taken, name) | {"prediction": prediction}, sampling
+    schedules, defaults = stable_diffusion_config.ALL_SCHEDULES, karlo_config.SAMPLING["prior_diffusion"]
+    diffusion, sampling = stable_diffusion_config.scheduler(config, name, schedules)
+    return diffusion, sampling | {key: defaults[key] for key in ("steps", "guidance_scale")}
 
 
 def normalizer_dim(config: Mapping[str, Any], name: str) -> int:

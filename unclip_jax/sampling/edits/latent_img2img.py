@@ -18,15 +18,15 @@ from unclip_jax.generate.latents import decode_latents, encode_latents, sample_l
 from unclip_jax.sampling.edits.img2img import STRENGTH, check_rows, check_strength
 from unclip_jax.sampling.edits.inversion import fitted
 from unclip_jax.sampling.latent import (
+    CAPTIONS,
     LATENT,
+    Condition,
     check_call,
     check_draws,
     check_parts,
-    conditions,
     flagged,
     picture_size,
     tile_size,
-    tokens,
 )
 from unclip_jax.sampling.programs import Overrides, Progress, Sampler, as_sampler, row_keys, with_scales
 
@@ -43,6 +43,7 @@ def img2img_rows(
     positions: Sequence[int] | None = None,
     options: Overrides | Sequence[Overrides] = None,
     progress: Progress | None = None,
+    condition: Condition = CAPTIONS,
 ) -> np.ndarray:
     """Draws pictures again, each for its own caption.
 
@@ -53,6 +54,7 @@ def img2img_rows(
       strength: in (0, 1]. The U-Net makes the last int(strength * N) of its N steps.
       seed, positions, options, progress: as in `latent.sample_stages`. The options `height` and `width` are
         those of the result.
+      condition: what the U-Net sees of captions and images.
 
     Returns:
       uint8 (B, H, W, 3).
@@ -75,7 +77,7 @@ def img2img_rows(
         def run(params, scales, told, image, seeds, positions):
             networks, chosen = sampler.with_params(params), with_scales(call.options, scales)
             keys = row_keys(seeds, positions)
-            texts, inputs = conditions(networks.get("clip"), networks["latent"], told)
+            texts, inputs = condition.read(networks, "latent", told, keys, chosen)
             x0 = encode_latents(networks["autoencoder"], {"image": image}, fold_in(keys, ENCODED))
             z = sample_latents(
                 networks["latent"], texts, size, fold_in(keys, LATENT), chosen["latent"],
@@ -85,8 +87,9 @@ def img2img_rows(
 
         return run
 
-    run = sampler.program(("latent_img2img", size, tile, strength, *call.options.items()), make)
-    given = (call.scales, tokens(sampler, captions, call), target, call.seeds, call.positions)
+    key = ("latent_img2img", condition.read, size, tile, strength, *call.options.items())
+    run, told = sampler.program(key, make), condition.arrays(sampler, captions, images, call, "latent")
+    given = (call.scales, told, target, call.seeds, call.positions)
     batch = lambda rows: run(sampler.params, *sampler.rows(given, rows))
     drawn = sampler.in_batches(batch, len(captions), ["latent", "autoencoder"], progress)[1]
     drawn = ops.to_uint8(drawn)

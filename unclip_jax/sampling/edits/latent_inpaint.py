@@ -22,7 +22,15 @@ from unclip_jax.generate.denoise import NOISE, STEPS, diffusion_sampler
 from unclip_jax.generate.latents import decode_latents, inpainting_inputs, latent_denoiser, sample_latents
 from unclip_jax.sampling.edits.inpaint import check_rows, passes_of, paste, shrink
 from unclip_jax.sampling.edits.inversion import square
-from unclip_jax.sampling.latent import LATENT, check_call, check_parts, conditions, flagged, tile_size, tokens
+from unclip_jax.sampling.latent import (
+    CAPTIONS,
+    LATENT,
+    Condition,
+    check_call,
+    check_parts,
+    flagged,
+    tile_size,
+)
 from unclip_jax.sampling.programs import (
     Overrides,
     Progress,
@@ -70,6 +78,7 @@ def inpaint_rows(
     positions: Sequence[int] | None = None,
     options: Overrides | Sequence[Overrides] = None,
     progress: Progress | None = None,
+    condition: Condition = CAPTIONS,
 ) -> np.ndarray:
     """Draws the unknown parts of several images, each for its own caption.
 
@@ -78,6 +87,7 @@ def inpaint_rows(
       images, masks, captions, resamples, seed, positions, progress: as in `inpaint.inpaint_rows`.
       method: `trained` or `resample`; None for the first of them that the bundle can.
       options: of the part that inpaints. Its size is that of the training images.
+      condition: what the U-Net sees of captions and images.
 
     Returns:
       uint8 (B, S, S, 3). Where a mask keeps its image, these are the pixels of the image's centred square,
@@ -102,10 +112,10 @@ def inpaint_rows(
     def make():
         def run(params, scales, told, given, seeds, positions):
             networks, chosen = sampler.with_params(params), with_scales(call.options, scales)
-            key = fold_in(row_keys(seeds, positions), LATENT)
-            latent, autoencoder, rows = networks[name], networks["autoencoder"], len(seeds)
-            texts, inputs = conditions(networks.get("clip"), latent, told)
-            shared = {"inputs": inputs, "rows": rows}
+            keys = row_keys(seeds, positions)
+            key, latent, autoencoder = fold_in(keys, LATENT), networks[name], networks["autoencoder"]
+            texts, inputs = condition.read(networks, name, told, keys, chosen)
+            shared = {"inputs": inputs, "rows": len(seeds)}
             beside = inpainting_inputs(autoencoder, *given)
             if method == "trained":
                 z = sample_latents(latent, texts, (side, side), key, chosen[name], beside=beside, **shared)
@@ -123,8 +133,9 @@ def inpaint_rows(
 
         return run
 
-    run = sampler.program(("latent_inpaint", method, passes, tile, *call.options.items()), make)
-    inputs = (call.scales, tokens(sampler, captions, call, name), given, call.seeds, call.positions)
+    key = ("latent_inpaint", condition.read, method, passes, tile, *call.options.items())
+    run, told = sampler.program(key, make), condition.arrays(sampler, captions, images, call, name)
+    inputs = (call.scales, told, given, call.seeds, call.positions)
     batch = lambda rows: run(sampler.params, *sampler.rows(inputs, rows))
     drawn = sampler.in_batches(batch, count, [name, "autoencoder"], progress)[1]
     drawn = paste(ops.to_uint8(drawn), images, masks)
