@@ -10,8 +10,8 @@ import pytest
 from tests.checkpoint.peer_glide import write_tokenizer
 from tests.helpers import param_count
 from tests.runs import losses
-from unclip_jax.checkpoint.check import glide_shapes
 from unclip_jax.checkpoint.load import load_bundle, load_part
+from unclip_jax.checkpoint.shapes import glide_shapes
 from unclip_jax.cli.main import main
 from unclip_jax.cli.train import load_config, override
 from unclip_jax.diffusion.losses import training_tables

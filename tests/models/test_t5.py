@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tests.checkpoint.peers import randomize
 from tests.helpers import param_count
 from unclip_jax.checkpoint.load import load_bundle
-from unclip_jax.checkpoint.providers.t5 import t5_shapes
+from unclip_jax.checkpoint.shapes import t5_shapes
 from unclip_jax.data.t5_tokenizer import T5Tokenizer
 from unclip_jax.models.t5 import T5Encoder
 from unclip_jax.sharding import infer_shardings, make_mesh

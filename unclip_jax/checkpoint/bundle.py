@@ -181,7 +181,7 @@ def check_sizes(parts: Mapping[str, Part], where: str) -> None:
         refined = last_step_of(part)
         if refined is not None and refined not in upsamplers(parts):
             raise InputError(f"{where}: {name} makes the last step of {refined}, which is no upsampler here")
-    unets = [name for name in ("decoder", "glide") if name in parts][:1] + upsamplers(parts)
+    unets = [name for name in ("decoder", "glide", "imagen") if name in parts][:1] + upsamplers(parts)
     for small, large in itertools.pairwise(unets):
         low, size = (parts[name].config["model"]["unet"]["image_size"] for name in (small, large))
         if low * parts[large].config["factor"] != size:

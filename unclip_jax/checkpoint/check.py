@@ -20,6 +20,7 @@ from flax import traverse_util
 
 from unclip_jax.checkpoint.convert import array, shapes_of
 from unclip_jax.checkpoint.files import list_names
+from unclip_jax.checkpoint.shapes import glide_shapes, imagen_shapes, t5_shapes
 from unclip_jax.data.tokenizers import tokenizer_of
 from unclip_jax.diffusion.embedding_space import KINDS as SPACES
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace
@@ -29,7 +30,6 @@ from unclip_jax.errors import InputError, one_line
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower
 from unclip_jax.models.codec import Codec
 from unclip_jax.models.decoder import ClipConditioning
-from unclip_jax.models.glide import Glide
 from unclip_jax.models.inception import SIZE as INCEPTION_SIZE
 from unclip_jax.models.kandinsky import KandinskyDecoder
 from unclip_jax.models.kinds import KINDS
@@ -73,7 +73,7 @@ LARGE = 2**20
 # The ends of the paths of tensors whose first axis is the size of the embeddings, or of the text states.
 SEES = {
     "embeddings": ("text_embed_in/kernel", "null_image_embed"),
-    "states": ("text_states_in/kernel", "block_0/attn/context_key/kernel"),
+    "states": ("text_states_in/kernel", "conditioning/states_in/kernel", "block_0/attn/context_key/kernel"),
 }
 BUNDLE = {
     "format_version": (int, True),
@@ -369,7 +369,9 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     if kind == "glide":
         return glide_shapes(model)
     if kind == "t5":
-        return shapes_of(module.init, array(1, 4, dtype=jnp.int32), array(1, 4, dtype=bool))
+        return t5_shapes(model)
+    if kind in ("imagen", "imagen_upsampler"):
+        return imagen_shapes(model, width, kind == "imagen_upsampler")
     width = model["embed_dim"] if kind == "prior_laion" else width
     own = model.get("text")
     length = model["length"] if "length" in model else own["length"] if own else 1
@@ -400,18 +402,6 @@ def _pixels(model: Mapping[str, Any]) -> list:
     # An image and a time.
     side = model["unet"]["image_size"]
     return [array(1, side, side, 3), array(1)]
-
-
-def glide_shapes(model: Mapping[str, Any]) -> Any:
-    """The parameters' shapes of a `Glide` with these keyword arguments."""
-    side, length = 2 ** (len(model["unet"]["channel_mult"]) - 1), model["text"]["length"]
-    image, given = array(1, side, side, 3), {}
-    if model.get("upsamples"):
-        given["low_res"] = array(1, 1, 1, 3)
-    if model.get("inpaint"):
-        given |= {"known_image": image, "known": array(1, side, side, 1, dtype=bool)}
-    words = {"tokens": array(1, length, dtype=jnp.int32), "token_mask": array(1, length, dtype=bool)}
-    return shapes_of(Glide(**model).init, image, array(1), **words, **given)
 
 
 def latent_shapes(model: Mapping[str, Any]) -> Any:

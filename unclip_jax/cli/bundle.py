@@ -101,6 +101,8 @@ def collect(runs: Any, base: str | None = None):
         system, needed = "dalle", ("dalle", "dvae")
     elif "pixelsnail_0" in parts and "decoder" not in parts:
         system, needed = "vqvae2", ("vqvae", "pixelsnail_0", "pixelsnail_1")
+    elif any(name.startswith("imagen") for name in parts):
+        system, needed = "imagen", ("t5", "imagen")
     missing = [name for name in needed if name not in parts]
     if missing:
         raise FileNotFoundError(

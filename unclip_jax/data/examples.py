@@ -227,6 +227,7 @@ def captioned_example(
     crop_scale: float = 1.0,
     training: bool = True,
     factor: int | None = None,
+    crop_size: int | None = None,
     inpaint: bool = False,
 ) -> dict[str, np.ndarray]:
     """One row of a batch: an image, its caption for a text encoder that is not CLIP's, and a small version.
@@ -237,6 +238,7 @@ def captioned_example(
       tokenizer: of the text encoder.
       size: the side of the image in pixels.
       factor: how many times larger the image's side is than the small one's; None for no small one.
+      crop_size: in training, the side of a random crop of the image; None for the whole image.
       inpaint: whether the row says which part of the image is known.
 
     Returns:
@@ -247,8 +249,10 @@ def captioned_example(
     """
     row = picture_example(record, rng, size=size, crop_scale=crop_scale, training=training)
     row |= _caption_row(record.captions[_caption_number(record, rng, training)], None, tokenizer)
+    if training and crop_size is not None:
+        row["image"] = ops.random_crop(row["image"], crop_size, rng)
     if factor is not None:
-        row["low_res"] = np.clip(ops.resize(row["image"], size // factor), -1, 1)
+        row["low_res"] = np.clip(ops.resize(row["image"], len(row["image"]) // factor), -1, 1)
     if inpaint:
         row["known"] = ops.random_mask(size, rng)
     return row

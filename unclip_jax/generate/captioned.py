@@ -1,4 +1,4 @@
-"""Images from captions with U-Nets that take no CLIP embedding: GLIDE's.
+"""Images from captions with U-Nets that take no CLIP embedding: those of GLIDE and Imagen.
 
 A base network draws from a caption, and an upsampler enlarges a small image with the same caption. Guidance
 runs the conditional and the unconditional half as one batch of 2B rows; the unconditional half has the empty
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.diffusion.augmentation import augmented
 from unclip_jax.diffusion.guidance import Denoise
 from unclip_jax.diffusion.loops import Segment
 from unclip_jax.diffusion.process import fold_in, standard_normal
@@ -21,6 +22,8 @@ from unclip_jax.generate.denoise import NOISE, Start, diffusion_sampler
 from unclip_jax.generate.networks import Network
 from unclip_jax.generate.options import PixelSamplingOptions, is_guided
 from unclip_jax.generate.text import TextConditioning, Texts, twice
+
+AUGMENTATION = 2  # fold of a stage's random key (`generate.denoise` has the others): noise of the small image
 
 
 def caption_inputs(text: TextConditioning) -> dict[str, jax.Array]:
@@ -41,7 +44,7 @@ def captioned_denoiser(
     """A network as a denoiser of (B, H, W, 3) that already contains caption and guidance.
 
     Args:
-      network: of kind `glide`.
+      network: of kind `glide`, `imagen` or `imagen_upsampler`.
       texts: B captions and the empty caption.
       size: (H, W).
       options: guidance and clipping.
@@ -81,10 +84,10 @@ def sample_captioned(
     """Draws images for captions, or enlarges images with their captions.
 
     Args:
-      network: of kind `glide`.
+      network: of kind `glide`, `imagen` or `imagen_upsampler`.
       texts: B captions and the empty caption.
       rng: one key, or (B,) keys, one per row.
-      options: steps, guidance, clipping, sampler, scale of the noise.
+      options: steps, guidance, clipping, sampler, scale of the noise, level of the augmentation.
       low_res: (B, h, w, 3) in [-1, 1], for a network that upsamples.
       x_T: (B, H, W, 3) the noise to start from; drawn when None.
       known: the part to keep, for a network that inpaints.
@@ -98,7 +101,8 @@ def sample_captioned(
       ValueError: when a network lacks `low_res` or `known`, or gets one that it cannot use.
     """
     module, factor = network.module, network.config.get("factor")
-    if (factor is not None) != (low_res is not None) or module.inpaint != (known is not None):
+    inpaints = getattr(module, "inpaint", False)
+    if (factor is not None) != (low_res is not None) or inpaints != (known is not None):
         raise InputError(
             "a network that upsamples needs a small image, and one that inpaints the known part of the "
             "image; others cannot use them"
@@ -107,6 +111,11 @@ def sample_captioned(
     size = (side, side)
     if low_res is not None:
         size, given = (low_res.shape[1] * factor, low_res.shape[2] * factor), {"low_res": low_res}
+        if network.config["kind"] == "imagen_upsampler":
+            level = jnp.full(texts.rows, options.augmentation)
+            enlarged = module.enlarge(low_res, size)
+            noise = standard_normal(fold_in(rng, AUGMENTATION), enlarged.shape)
+            given = {"enlarged": augmented(enlarged, level, noise), "augmentation": level}
     denoise = captioned_denoiser(network, texts, size, options, given, known)
     if x_T is None:
         x_T = options.noise_scale * standard_normal(fold_in(rng, NOISE), (texts.rows, *size, 3))

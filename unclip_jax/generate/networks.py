@@ -62,7 +62,10 @@ def build_model(part_config: dict, dtype: Dtype = jnp.float32, **hooks: Any) -> 
         return KINDS[kind].module(**settings, dtype=dtype, **hooks)
 
 
-WINOGRAD = ("decoder", "upsampler", "glide", "latent", "kandinsky", "kl_autoencoder", "vq_autoencoder")
+WINOGRAD = (
+    *("decoder", "upsampler", "glide", "imagen", "imagen_upsampler", "latent", "kandinsky"),
+    *("kl_autoencoder", "vq_autoencoder"),
+)
 
 
 def sampling_model(part_config: dict, mesh: Mesh) -> nn.Module:

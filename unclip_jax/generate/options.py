@@ -75,9 +75,12 @@ class PixelSamplingOptions(SamplingOptions):
     """How a network that draws pixels from captions is sampled.
 
     noise_scale: what the noise that sampling starts from is multiplied with (GLIDE's upsampler: 0.997).
+    augmentation: the level of the noise on the small image that Imagen's upsamplers see, in [0, 1]
+      (`diffusion.augmentation`).
     """
 
     noise_scale: float = 1.0
+    augmentation: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,8 @@ OPTIONS = {
     "upsampler": SamplingOptions,
     "latent": LatentSamplingOptions,
     "glide": PixelSamplingOptions,
+    "imagen": PixelSamplingOptions,
+    "imagen_upsampler": PixelSamplingOptions,
     "kandinsky": LatentSamplingOptions,
     "pixelsnail": TokenSamplingOptions,
     "dalle": TokenSamplingOptions,
@@ -198,6 +203,7 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "top_k": _WHOLE_OR_NONE,
     "dot_quantile": _NUMBER,
     "noise_scale": _NUMBER,
+    "augmentation": _NUMBER,
     "spacing": _TEXT,
     "offset": ("a whole number", _is_whole),
     "last": _TEXT,
@@ -275,6 +281,8 @@ def check_options(options: Options, part_config: dict) -> None:
     options.guidance.check()
     if isinstance(options, PixelSamplingOptions) and not 0 < options.noise_scale <= 10:
         raise InputError(f"noise_scale must be in (0, 10], got {options.noise_scale}")
+    if isinstance(options, PixelSamplingOptions) and not 0 <= options.augmentation <= 1:
+        raise InputError(f"augmentation must be in [0, 1], got {options.augmentation}")
     if options.clip is not None and not options.clip > 0:
         raise InputError(f"clip must be positive or None, got {options.clip}")
     check_threshold(options.threshold, options.clip, options.threshold_most)

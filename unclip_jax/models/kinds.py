@@ -14,6 +14,7 @@ from unclip_jax.models.decoder import ClipConditioning, Decoder
 from unclip_jax.models.dinov2 import DINOv2
 from unclip_jax.models.dvae import DVAE
 from unclip_jax.models.glide import Glide
+from unclip_jax.models.imagen import EfficientUNet, Imagen, ImagenUpsampler
 from unclip_jax.models.inception import Inception
 from unclip_jax.models.kandinsky import KandinskyDecoder
 from unclip_jax.models.latent_unet import LatentUNet
@@ -74,6 +75,8 @@ KINDS: dict[str, Kind] = {
     "kl_autoencoder": Kind(ENCODES, KLAutoencoder),
     "vq_autoencoder": Kind(ENCODES, VQAutoencoder),
     "vqvae": Kind(NETWORK, VQVAE),
+    "imagen": Kind(DIFFUSES, Imagen, {"unet": UNet}),
+    "imagen_upsampler": Kind(DIFFUSES | {"factor": (int, True)}, ImagenUpsampler, {"unet": EfficientUNet}),
     "t5": Kind(NETWORK, T5Encoder),
     "dvae": Kind(NETWORK, DVAE),
     "dalle": Kind(NETWORK | {"tokenizer": (dict, True)}, DALLE),

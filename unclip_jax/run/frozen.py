@@ -24,7 +24,7 @@ from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.data.embeddings import Embedded, is_embedded, open_embedded
 from unclip_jax.data.glide_tokenizer import GlideTokenizer
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
-from unclip_jax.data.tokenizers import AnyTokenizer
+from unclip_jax.data.tokenizers import AnyTokenizer, tokenizer_of
 from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network, build_model
 from unclip_jax.generate.text import TextConditioning, encode_text
@@ -100,6 +100,7 @@ def load_frozen(
         "autoencoder": functools.partial(_load_image_coder, "autoencoder"),
         "vqvae": functools.partial(_load_image_coder, "vqvae"),
         "dvae": functools.partial(_load_image_coder, "dvae"),
+        "t5": _load_t5,
     }
     for role, kind in wanted_roles(config, roles).items():
         frozen[role] = loaders[kind](resolve(config.frozen[role], workdir), config, mesh)
@@ -199,6 +200,13 @@ def _load_image_coder(name: str, path: str, config: ConfigDict, mesh: Mesh) -> N
     part, _ = load_part(path, name)
     params = jax.device_put(part.params, infer_shardings(part.params, mesh))
     module = build_model(part.config, compute_dtype(config.dtype, mesh))
+    return Network(module, params, part.config, params_hash(part.params))
+
+
+def _load_t5(path: str, config: ConfigDict, mesh: Mesh) -> Network:
+    part, _ = load_part(path, "t5")
+    module = build_model(part.config, compute_dtype(config.dtype, mesh), gather=make_gather(mesh))
+    params = jax.device_put(part.params, infer_shardings(part.params, mesh))
     return Network(module, params, part.config, params_hash(part.params))
 
 
@@ -425,3 +433,33 @@ def clip_reader(
         embed_dim=clip.config["model"]["embed_dim"],
         zeros=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), frozen[EMPTY].params),
     )
+
+
+class T5Reader(NamedTuple):
+    """What a stage reads with the T5 under it.
+
+    captions: (params, batch) -> the states of the batch's `tokens`, and their mask. empty: (params) -> those
+    of the empty caption, one row. Neither has a gradient; `params` are T5's, as the step gets them.
+    tokenizer: T5's. zeros: one caption's conditioning with every value zero, to initialise networks with.
+    """
+
+    captions: Callable[[Any, Mapping[str, jax.Array]], TextConditioning]
+    empty: Callable[[Any], TextConditioning]
+    tokenizer: AnyTokenizer
+    zeros: TextConditioning
+
+
+def t5_reader(mesh: Mesh, frozen: Mapping[str, Network]) -> T5Reader:
+    """The reader of a stage with a T5 under it."""
+    t5 = frozen["t5"]
+    tokenizer = tokenizer_of(t5.config["tokenizer"])
+    nothing = dict(zip(("tokens", "token_mask"), (jnp.asarray(a)[None] for a in tokenizer.empty())))
+
+    def captions(params: Any, batch: Mapping[str, jax.Array]) -> TextConditioning:
+        mask = batch["token_mask"]
+        states = t5.with_params(gather_rest(params, mesh)).apply(batch["tokens"], mask)
+        return TextConditioning(None, jax.lax.stop_gradient(states), mask)
+
+    states = jnp.zeros((1, tokenizer.length, t5.config["model"]["width"]))
+    zeros = TextConditioning(None, states, jnp.ones(states.shape[:2], bool))
+    return T5Reader(captions, lambda params: captions(params, nothing), tokenizer, zeros)

@@ -1,4 +1,5 @@
-"""AdamW with the usual weight-decay mask, learning-rate schedules with a warmup, and gradient clipping."""
+"""AdamW and Adafactor with the usual weight-decay mask, learning-rate schedules with a warmup, and gradient
+clipping."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from unclip_jax.errors import InputError
 from unclip_jax.sharding import path_name
 
 SCHEDULES = ("cosine", "constant")
+COUNTING = ("ScaleByAdam", "FactoredState")  # the optimizers' states that count the updates
 
 
 class Optimizer(NamedTuple):
@@ -37,6 +39,7 @@ def make_optimizer(
     *,
     learning_rate: float,
     steps: int,
+    kind: str = "adamw",
     warmup_steps: int = 0,
     schedule: str = "cosine",
     b1: float = 0.9,
@@ -46,9 +49,12 @@ def make_optimizer(
     clip_norm: float | None = 1.0,
     mu_dtype: str | None = None,
 ) -> Optimizer:
-    """AdamW and its learning-rate schedule.
+    """The optimizer and its learning-rate schedule.
 
     Args:
+      kind: `adamw`; or `adafactor` (Shazeer and Stern 2018), which keeps the second moments of a matrix by
+        rows and columns alone, with a fixed rate, `b1` for the first moment, and updates clipped at 1. `b2`
+        and `eps` are then not used: the second moment's decay approaches 1 as 1 - step^-0.8.
       learning_rate: peak of the learning rate.
       steps: number of steps of the run; the cosine reaches zero there.
       warmup_steps: steps over which the rate rises linearly from zero to the peak.
@@ -76,11 +82,20 @@ def make_optimizer(
             [warmup_steps],
         )
     chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-    chain.append(
-        optax.adamw(
-            rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask, mu_dtype=mu_dtype
+    if kind == "adafactor":
+        chain.append(
+            optax.adafactor(
+                rate, multiply_by_parameter_scale=False, momentum=b1 or None,
+                dtype_momentum=mu_dtype or "float32", weight_decay_rate=weight_decay or None,
+                weight_decay_mask=decay_mask,
+            )
+        )  # fmt: skip
+    else:
+        chain.append(
+            optax.adamw(
+                rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask, mu_dtype=mu_dtype
+            )
         )
-    )
     return Optimizer(optax.chain(*chain), rate)
 
 
@@ -91,4 +106,6 @@ def make_optimizers(config: Any, players: Sequence[Any]) -> tuple[Optimizer, ...
 
 def updates_applied(opt_state: Any) -> jax.Array:
     """The number of updates that the optimizer has applied; skipped updates do not count."""
-    return optax.tree.get(opt_state, "count", filtering=lambda path, _: "ScaleByAdam" in str(path))
+    return optax.tree.get(
+        opt_state, "count", filtering=lambda path, _: any(name in str(path) for name in COUNTING)
+    )

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from unclip_jax.diffusion.schedule import SCHEDULES, schedule_of
 from unclip_jax.errors import InputError
 from unclip_jax.generate.options import OPTIONS, check_options, options_from
+from unclip_jax.models.imagen import ATTENTIONS
 from unclip_jax.models.layers import ACTIVATIONS, REMAT_POLICIES
 
 
@@ -178,6 +179,7 @@ RUN = {
     "data": CROPPED,
 }
 OPTIMIZER = {
+    "kind": absent(text("adamw", "adafactor")),
     "learning_rate": number("(0, inf)"),
     "warmup_steps": whole("[0, inf)"),
     "schedule": text("cosine", "constant"),
@@ -233,6 +235,17 @@ UNET = {
     "groups": absent(whole("[1, inf)")),
     "dropout": absent(number("[0, 1)")),
     "scale_shift": absent(FLAG),
+}
+# What an efficient U-Net has in place of `attention_resolutions` (`models.imagen`).
+EFFICIENT = {
+    "res_blocks": Rule(
+        (int, tuple),
+        "a whole number, or one for each level",
+        lambda value: all(n >= 1 for n in (value if isinstance(value, (tuple, list)) else [value])),
+    ),
+    "attention": Rule(
+        (tuple,), "none, self or cross for each level", lambda values: set(values) <= set(ATTENTIONS), False
+    ),
 }
 DIFFUSION = {
     "schedule": text(*SCHEDULES),

@@ -10,7 +10,7 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
-from unclip_jax.sampling import dalle, glide, kandinsky, latent, stable_unclip, stream, unclip, vqvae2
+from unclip_jax.sampling import dalle, glide, imagen, kandinsky, latent, stable_unclip, stream, unclip, vqvae2
 from unclip_jax.sampling.edits import (
     img2img,
     inpaint,
@@ -151,6 +151,14 @@ SYSTEMS = {
         text_diff=text_diff.text_diff,
         reconstruct=reconstruct.reconstruct,
         sees_pictures=True,
+    ),
+    "imagen": System(
+        imagen.CASCADE.parts,
+        imagen.sample_stages,
+        "imagen",
+        imagen.made_by,
+        sizes=imagen.sizes,
+        overrides=imagen.overrides,
     ),
     "glide": System(
         glide.CASCADE.parts,

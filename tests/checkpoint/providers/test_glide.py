@@ -11,9 +11,9 @@ import torch
 from tests.checkpoint.peer_glide import BASE, write_glide, write_tokenizer
 from tests.helpers import param_count
 from unclip_jax.checkpoint.bundle import save_bundle
-from unclip_jax.checkpoint.check import glide_shapes
 from unclip_jax.checkpoint.load import load_bundle
 from unclip_jax.checkpoint.providers.glide import FILES, SUPER_RES, part_config
+from unclip_jax.checkpoint.shapes import glide_shapes
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.cli.main import main
 from unclip_jax.data.glide_tokenizer import GlideTokenizer

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from unclip_jax.checkpoint.bundle import Bundle, Part, no_part
-from unclip_jax.checkpoint.check import glide_shapes
 from unclip_jax.checkpoint.convert import Rule, convert, linear, norm
 from unclip_jax.checkpoint.files import Place, open_file, read_json
 from unclip_jax.checkpoint.settings import Settings
+from unclip_jax.checkpoint.shapes import glide_shapes
 from unclip_jax.checkpoint.torch_file import open_torch
 from unclip_jax.data.glide_tokenizer import GlideTokenizer
 from unclip_jax.errors import InputError

@@ -8,15 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from unclip_jax.checkpoint.bundle import Bundle, Part, no_part
-from unclip_jax.checkpoint.convert import Rule, array, convert, shapes_of
+from unclip_jax.checkpoint.convert import Rule, convert
 from unclip_jax.checkpoint.files import Place, Weights, open_weights, read_json
 from unclip_jax.checkpoint.settings import STATED, Settings
+from unclip_jax.checkpoint.shapes import t5_shapes
 from unclip_jax.data.t5_tokenizer import T5Tokenizer
 from unclip_jax.errors import InputError
-from unclip_jax.models.t5 import T5Encoder
 from unclip_jax.typed import shown
 
 NAME = "t5"
@@ -85,12 +83,6 @@ def model_config(config: Mapping[str, Any], name: str) -> dict:
         "buckets": taken["relative_attention_num_buckets"],
         "max_distance": taken["relative_attention_max_distance"],
     }
-
-
-def t5_shapes(model: Mapping[str, Any]) -> Any:
-    """The parameters' shapes of a `T5Encoder` with these keyword arguments."""
-    tokens = array(1, 4, dtype=jnp.int32), array(1, 4, dtype=bool)
-    return shapes_of(T5Encoder(**model).init, *tokens)
 
 
 def recognises(path: Path) -> bool:
