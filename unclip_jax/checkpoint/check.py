@@ -188,6 +188,9 @@ def _check_words(config: Mapping[str, Any], where: str) -> None:
         raise InputError(f"{where} lacks 'tokenizer', which its text encoder needs")
     vocab_size = text["num_embeddings"] if config["kind"] == "prior_diffusion" else text["vocab_size"]
     length = config["model"]["length"] if config["kind"] == "prior_diffusion" else text["length"]
+    image = config["model"].get("image")
+    if isinstance(image, dict) and image.get("noise_steps"):  # GLIDE's table has rows that no token needs
+        vocab_size = min(vocab_size, tokens["vocab_size"])
     if (vocab_size, length) != (tokens["vocab_size"], tokens["length"]):
         raise InputError(
             f"{where}: the text encoder reads {length} of {vocab_size} tokens, and the tokenizer makes "
@@ -429,11 +432,13 @@ def clip_shapes(model: Mapping[str, Any]) -> Any:
     side = image and image["image_size"]
     images = image and array(1, side, side, 3)
     tokens = text and array(1, text["length"], dtype=jnp.int32)
+    noised = {"t": array(1, dtype=jnp.int32)} if image and image.get("noise_steps") else {}
     if image is not None and text is not None:
-        return shapes_of(module.init, images, tokens)
+        return shapes_of(module.init, images, tokens, **noised)
     shapes: dict = {}
     if image is not None:
-        shapes |= shapes_of(lambda key, x: module.init(key, x, method="encode_image"), images)
+        embed = lambda key, x, **given: module.init(key, x, **given, method="encode_image")
+        shapes |= shapes_of(embed, images, **noised)
     if text is not None:
         shapes |= shapes_of(lambda key, x: module.init(key, x, method="encode_text"), tokens)
     return shapes

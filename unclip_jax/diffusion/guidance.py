@@ -37,11 +37,16 @@ from unclip_jax.errors import InputError
 
 
 class Denoised(NamedTuple):
-    """A denoiser's output: arrays of the sample's shape; `v_frac` is None unless the variance is learned."""
+    """A denoiser's output: arrays of the sample's shape; `v_frac` is None unless the variance is learned.
+
+    score: the gradient of a log-probability of the noised sample, by which ancestral sampling moves the mean
+      of each step (`with_score`); None for none.
+    """
 
     x0: jax.Array
     eps: jax.Array
     v_frac: jax.Array | None
+    score: jax.Array | None = None
 
 
 Denoise = Callable[[jax.Array, jax.Array], Denoised]
@@ -107,6 +112,31 @@ def dynamic_threshold(x0: jax.Array, percentile: float, bound: float, most: floa
     flat = jnp.abs(x0).reshape(x0.shape[0], -1)
     s = jnp.clip(jnp.percentile(flat, percentile, axis=1), bound, most).reshape((-1,) + (1,) * (x0.ndim - 1))
     return jnp.clip(x0, -s, s) * (bound / s)
+
+
+def with_score(
+    denoise: Denoise, score: Denoise | Callable[..., jax.Array], schedule: Schedule, ancestral: bool
+) -> Denoise:
+    """Guidance by a classifier (Dhariwal and Nichol 2021, section 4.1 and algorithms 1 and 2).
+
+    Args:
+      denoise: the denoiser, with its conditioning.
+      score: (x_t, t) -> the gradient of log p(y | x_t) by x_t, times the scale of the guidance, (B, ...).
+      schedule: that of the denoiser.
+      ancestral: True for ancestral sampling, which adds the score, times the variance of its step, to the
+        mean (algorithm 1). Other samplers see it in eps, from which x0 follows (algorithm 2).
+    """
+    table = schedule.alphas_cumprod
+
+    def scored(x_t: jax.Array, t: jax.Array) -> Denoised:
+        out, gradient = denoise(x_t, t), score(x_t, t)
+        if ancestral:
+            return out._replace(score=gradient)
+        abar = jnp.asarray(table, x_t.dtype)[t]
+        eps = out.eps - jnp.sqrt(1 - abar) * gradient
+        return out._replace(x0=to_x0_eps(eps, x_t, abar, "eps")[0], eps=eps)
+
+    return scored
 
 
 def check_threshold(percentile: float | None, clip: float | None, most: float | None = None) -> None:

@@ -136,7 +136,10 @@ def ddpm(
         else:
             log_variance = large if variance == "large" else small
         z = standard_normal(fold_in(rng, i), x.shape, x.dtype)
-        return x0_coef * out.x0 + x_t_coef * x + noisy * jnp.exp(0.5 * log_variance) * z, None
+        mean = x0_coef * out.x0 + x_t_coef * x
+        if out.score is not None:
+            mean = mean + jnp.exp(log_variance) * out.score
+        return mean + noisy * jnp.exp(0.5 * log_variance) * z, None
 
     return loop(body, x, xs)
 

@@ -17,6 +17,7 @@ from unclip_jax.diffusion.guidance import Denoise
 from unclip_jax.diffusion.loops import Segment
 from unclip_jax.diffusion.process import fold_in, standard_normal
 from unclip_jax.errors import InputError
+from unclip_jax.generate.clip_guidance import guided_by_clip
 from unclip_jax.generate.decoder import Known, keep_known
 from unclip_jax.generate.denoise import NOISE, Start, diffusion_sampler
 from unclip_jax.generate.networks import Network
@@ -80,6 +81,8 @@ def sample_captioned(
     known: Known | None = None,
     segment: Segment | None = None,
     start: Start | None = None,
+    clip: Network | None = None,
+    z_text: jax.Array | None = None,
 ) -> jax.Array:
     """Draws images for captions, or enlarges images with their captions.
 
@@ -93,6 +96,7 @@ def sample_captioned(
       known: the part to keep, for a network that inpaints.
       segment: makes some of the steps only (`loops.Segment`).
       start: images (B, H, W, 3) to start from in place of noise; x_T is then what they are noised with.
+      clip, z_text: a CLIP, and its embeddings (B, D) of the captions, for CLIP guidance.
 
     Returns:
       (B, H, W, 3) float32 in [-1, 1], of `factor` times the small image's sides, or of the network's size.
@@ -117,6 +121,7 @@ def sample_captioned(
             noise = standard_normal(fold_in(rng, AUGMENTATION), enlarged.shape)
             given = {"enlarged": augmented(enlarged, level, noise), "augmentation": level}
     denoise = captioned_denoiser(network, texts, size, options, given, known)
+    denoise = guided_by_clip(denoise, clip, z_text, network.config, options)
     if x_T is None:
         x_T = options.noise_scale * standard_normal(fold_in(rng, NOISE), (texts.rows, *size, 3))
     sampler, x = diffusion_sampler(network.config, options).begin(x_T, start)

@@ -17,6 +17,7 @@ from unclip_jax.diffusion.loops import Segment
 from unclip_jax.diffusion.process import eps_from_x0, fold_in, standard_normal
 from unclip_jax.diffusion.samplers import ddim_invert, repaint
 from unclip_jax.errors import InputError
+from unclip_jax.generate.clip_guidance import guided_by_clip
 from unclip_jax.generate.denoise import NOISE, STEPS, Start, diffusion_sampler
 from unclip_jax.generate.networks import Network, image_size, part_schedule
 from unclip_jax.generate.options import SamplingOptions, is_guided
@@ -92,6 +93,7 @@ def sample_decoder(
     known: Known | None = None,
     segment: Segment | None = None,
     start: Start | None = None,
+    clip: Network | None = None,
 ) -> jax.Array:
     """Draws images for embeddings (unCLIP section 2.1). A decoder trained to inpaint draws their unknown
     part.
@@ -108,6 +110,7 @@ def sample_decoder(
         sample.
       start: images (B, H, W, 3) in [-1, 1] to start from in place of noise; x_T is then what they are noised
         with.
+      clip: the CLIP of the texts, for CLIP guidance.
 
     Returns:
       (B, H, W, 3) float32 in [-1, 1], H = W = the decoder's image size; equal to the known image where it is
@@ -121,6 +124,7 @@ def sample_decoder(
             "a decoder that inpaints needs the known part of the image, and another one cannot use it"
         )
     denoise = decoder_denoiser(decoder, z_image, texts, options, known)
+    denoise = guided_by_clip(denoise, clip, texts.captions.embed, decoder.config, options)
     size = image_size(decoder.config)
     noise = standard_normal(fold_in(rng, NOISE), (texts.rows, size, size, 3)) if x_T is None else x_T
     sampler, x = diffusion_sampler(decoder.config, options).begin(noise, start)

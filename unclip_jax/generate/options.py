@@ -31,6 +31,8 @@ class SamplingOptions:
     clip: bound on |x0| in the stage's own units; None for no bound.
     threshold: percentile of dynamic thresholding; None for plain clipping.
     threshold_most: the largest |x0| that counts in dynamic thresholding; None for no limit.
+    clip_guidance: scale of CLIP guidance for a network that draws pixels from captions; 0 for none
+      (`generate.clip_guidance`).
     candidates: samples that a prior draws per caption. It keeps the one with the largest z_i.z_t (the paper:
     2).
     """
@@ -46,6 +48,7 @@ class SamplingOptions:
     clip: float | None = 1.0
     threshold: float | None = None
     threshold_most: float | None = None
+    clip_guidance: float = 0.0
     candidates: int = 1
     spacing: str = "even"
     offset: int = 0
@@ -202,6 +205,7 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "temperature": _NUMBER,
     "top_k": _WHOLE_OR_NONE,
     "dot_quantile": _NUMBER,
+    "clip_guidance": _NUMBER,
     "noise_scale": _NUMBER,
     "augmentation": _NUMBER,
     "spacing": _TEXT,
@@ -279,6 +283,15 @@ def check_options(options: Options, part_config: dict) -> None:
     if options.eta and options.sampler != "ddim":
         raise InputError(f"eta={options.eta} is for the sampler ddim, not for {options.sampler}: set it to 0")
     options.guidance.check()
+    if options.clip_guidance and (
+        kind not in (None, "decoder", "glide", "imagen") or "factor" in part_config
+    ):
+        raise InputError(
+            "clip_guidance is for networks that draw pixels from captions (decoder, glide, imagen): leave it "
+            "out"
+        )
+    if options.clip_guidance and options.spacing != "even":
+        raise InputError("clip_guidance needs the spacing even")
     if isinstance(options, PixelSamplingOptions) and not 0 < options.noise_scale <= 10:
         raise InputError(f"noise_scale must be in (0, 10], got {options.noise_scale}")
     if isinstance(options, PixelSamplingOptions) and not 0 <= options.augmentation <= 1:

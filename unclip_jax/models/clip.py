@@ -34,6 +34,8 @@ class ImageTower(nn.Module):
     """ViT: patches -> class token + positions -> ln_pre -> blocks -> ln_post(class token) -> projection.
 
     mean, std: of the training pixels in [0, 1], by channel; the tower normalises by them.
+    noise_steps: T, for a tower that sees noised images (GLIDE): the class token is that of the time step.
+    key_bias: see `transformer.Attention`.
     """
 
     embed_dim: int
@@ -46,15 +48,19 @@ class ImageTower(nn.Module):
     mlp_ratio: float = 4.0
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
+    noise_steps: int | None = None
+    key_bias: bool = True
     remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32
     gather: Gather | None = None
 
     @nn.compact
-    def __call__(self, image: jax.Array, project: bool = True) -> jax.Array:
+    def __call__(self, image: jax.Array, project: bool = True, t: jax.Array | None = None) -> jax.Array:
         """(B, H, W, 3) in [-1, 1], H = W = image_size -> (B, D), not normalised; (B, width) without
         projection.
+
+        t: (B,) the images' time steps in [0, T), whole numbers, for a tower that sees noised images.
 
         Raises:
           ValueError: when the image is not of the tower's size.
@@ -77,12 +83,17 @@ class ImageTower(nn.Module):
         )(x.astype(self.dtype))
         x = x.reshape(b, -1, self.width)
         scale = self.width**-0.5
-        cls = self.param("class_embedding", nn.initializers.normal(scale), (self.width,))
+        if self.noise_steps is None:
+            cls = self.param("class_embedding", nn.initializers.normal(scale), (self.width,))
+        else:
+            steps = (self.noise_steps, self.width)
+            table = self.param("step_embedding", nn.initializers.normal(scale), steps)
+            cls = jnp.take(table, t, axis=0)[:, None]
         x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (b, 1, self.width)), x], axis=1)
         positions = self.param("position_embedding", nn.initializers.normal(scale), (x.shape[1], self.width))
         x = LayerNorm(dtype=self.dtype, name="ln_pre")(x + positions.astype(x.dtype))
         x = Transformer(
-            self.layers, self.heads, self.mlp_ratio, self.activation,
+            self.layers, self.heads, self.mlp_ratio, self.activation, key_bias=self.key_bias,
             remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather, name="transformer",
         )(x)  # fmt: skip
         x = LayerNorm(dtype=self.dtype, name="ln_post")(x[:, 0])
@@ -114,6 +125,7 @@ class TextTower(nn.Module):
     activation: str = "quick_gelu"
     mlp_ratio: float = 4.0
     project: bool = True
+    key_bias: bool = True
     remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32
@@ -129,7 +141,7 @@ class TextTower(nn.Module):
         positions = self.param("position_embedding", nn.initializers.normal(0.01), (self.length, self.width))
         x = jnp.take(table, tokens, axis=0).astype(self.dtype) + positions.astype(self.dtype)
         x = Transformer(
-            self.layers, self.heads, self.mlp_ratio, self.activation,
+            self.layers, self.heads, self.mlp_ratio, self.activation, key_bias=self.key_bias,
             remat=self.remat, scan=self.scan, dtype=self.dtype, gather=self.gather, name="transformer",
         )(x, causal_mask(length))  # fmt: skip
         states = LayerNorm(dtype=self.dtype, name="ln_final")(x)
@@ -156,6 +168,8 @@ class CLIP(nn.Module):
       text: keyword arguments of `TextTower` (vocab_size, length, width, layers, heads); None for no text
         tower.
       activation: `quick_gelu` (OpenAI) or `gelu`.
+
+    An image tower with `noise_steps` reads noised images, and `encode_image` then takes their time steps.
     """
 
     embed_dim: int
@@ -177,9 +191,9 @@ class CLIP(nn.Module):
         if self.image is not None and self.text is not None:
             self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
 
-    def encode_image(self, image: jax.Array) -> jax.Array:
+    def encode_image(self, image: jax.Array, t: jax.Array | None = None) -> jax.Array:
         """(B, H, W, 3) float32 in [-1, 1] -> (B, D) float32 raw image embedding z_i."""
-        return self.image_tower(image)
+        return self.image_tower(image, t=t)
 
     def image_features(self, image: jax.Array) -> jax.Array:
         """As `encode_image`, before the projection: (B, W) float32, the features for a linear probe."""
@@ -189,10 +203,12 @@ class CLIP(nn.Module):
         """(B, L) int32 -> raw text embedding z_t (B, D) and the text states (B, L, W), both float32."""
         return self.text_tower(tokens)
 
-    def __call__(self, image: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(
+        self, image: jax.Array, tokens: jax.Array, t: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Unit-norm image (B, D) and text (B, D) embeddings, and the scale exp(min(logit_scale, ln 100))."""
         scale = jnp.exp(jnp.minimum(self.logit_scale, MAX_LOGIT_SCALE))
-        return unit(self.encode_image(image)), unit(self.encode_text(tokens).embed), scale
+        return unit(self.encode_image(image, t)), unit(self.encode_text(tokens).embed), scale
 
 
 def unit(z: jax.Array) -> jax.Array:

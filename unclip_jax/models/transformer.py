@@ -33,12 +33,14 @@ class Attention(nn.Module):
 
     Attributes:
       heads: number of heads K; the width must be a multiple of it.
+      key_bias: whether the keys have a bias. It changes nothing that is computed, but files hold it or not.
       out_std: standard deviation of the output projection at initialisation.
     """
 
     heads: int
     out_std: float
     dtype: Dtype = jnp.float32
+    key_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -66,6 +68,7 @@ class Attention(nn.Module):
             (self.heads, width // self.heads),
             dtype=self.dtype,
             kernel_init=nn.initializers.normal(width**-0.5),
+            use_bias=name != "key" or self.key_bias,
             name=name,
         )
         q, k, v = dense("query")(x), dense("key")(x), dense("value")(x)
@@ -97,6 +100,7 @@ class Block(nn.Module):
     activation: str = "gelu"
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
+    key_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -113,7 +117,7 @@ class Block(nn.Module):
         out_std = width**-0.5 * (2 * self.layers) ** -0.5
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         h = LayerNorm(dtype=self.dtype, name="ln1")(x)
-        attention = Attention(self.heads, out_std, self.dtype, name="attn")
+        attention = Attention(self.heads, out_std, self.dtype, self.key_bias, name="attn")
         h, keys_values = attention(h, mask, context, cache, index)
         x = x + drop(h)
         h = LayerNorm(dtype=self.dtype, name="ln2")(x)
@@ -141,6 +145,7 @@ class Transformer(nn.Module):
         then does not grow with depth. Names and results are the same, except the noise of dropout. The loop
         is slower on CPU. Where keys and values are kept, the blocks run one by one.
       gather: hook on each block's parameters (see `layers.with_hooks`).
+      key_bias: see `Attention`.
     """
 
     layers: int
@@ -148,6 +153,7 @@ class Transformer(nn.Module):
     mlp_ratio: float = 4.0
     activation: str = "gelu"
     dropout: float = 0.0
+    key_bias: bool = True
     remat: str = "none"
     scan: bool = False
     dtype: Dtype = jnp.float32
@@ -197,6 +203,7 @@ class Transformer(nn.Module):
                 activation=self.activation,
                 dropout=self.dropout,
                 dtype=self.dtype,
+                key_bias=self.key_bias,
                 name=f"block_{i}",
             )(x, mask, deterministic, context, None if caches is None else caches[i], index)
             kept.append(layer)
@@ -206,8 +213,9 @@ class Transformer(nn.Module):
         self, x: jax.Array, mask: jax.Array | None, deterministic: bool, context: jax.Array | None
     ) -> jax.Array:
         block = Block(
-            self.heads, self.layers, self.mlp_ratio, self.activation, self.dropout, self.dtype, parent=None
-        )
+            self.heads, self.layers, self.mlp_ratio, self.activation, self.dropout, self.dtype, self.key_bias,
+            parent=None,
+        )  # fmt: skip
         params = self.variables["params"]
         stacked = jax.tree.map(
             lambda *layers: jnp.stack(layers), *(params[f"block_{i}"] for i in range(self.layers))

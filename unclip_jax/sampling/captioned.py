@@ -20,7 +20,8 @@ from unclip_jax.generate.captioned import eight_bits, sample_captioned
 from unclip_jax.generate.decoder import Known
 from unclip_jax.generate.denoise import Start
 from unclip_jax.generate.networks import Network, image_size
-from unclip_jax.generate.text import TextConditioning, Texts
+from unclip_jax.generate.options import Options
+from unclip_jax.generate.text import TextConditioning, Texts, encode_text
 from unclip_jax.sampling.edits.img2img import STRENGTH, check_strength
 from unclip_jax.sampling.edits.img2img import check_rows as check_pairs
 from unclip_jax.sampling.edits.inpaint import check_rows, paste, shrink, square
@@ -287,11 +288,14 @@ def _draw(
         raise InputError("no captions: give at least one")
     seeds, places = as_seeds(seed, count), as_positions(positions, count)
     static, scales = split_scales(sampler.row_options(options, count))
+    tower = _guiding_clip(sampler, static[made[0]])
 
     def run(params, scales, captions, empty, known, given, start, seeds, positions):
         networks, chosen = sampler.with_params(params), with_scales(static, scales)
         keys, images = row_keys(seeds, positions), []
         texts = Texts(cascade.encode(networks, captions), cascade.encode(networks, empty))
+        clip = None if tower is None else networks[tower]
+        z_text = clip and encode_text(clip, captions).embed
         for i, (name, kept) in enumerate(zip(made, known)):
             low_res = images[-1] if images else given
             if images and cascade.rounds:
@@ -300,16 +304,37 @@ def _draw(
             key = fold_in(keys, i)
             images.append(
                 sample_captioned(
-                    networks[name], texts, key, chosen[name], low_res=low_res, known=kept, start=begin
-                )
+                    networks[name],
+                    texts,
+                    key,
+                    chosen[name],
+                    low_res=low_res,
+                    known=kept,
+                    start=begin,
+                    clip=clip,
+                    z_text=z_text,
+                )  # fmt: skip
             )
         return images
 
     program = sampler.program(("captioned", strength, *made, *static.items()), lambda: run)
-    arrays, empty = sampler.captions(captions, None), sampler.captions([""], None)
+    arrays, empty = sampler.captions(captions, tower), sampler.captions([""], tower)
 
     def batch(rows):
         scale, texts, *more = sampler.rows((scales, arrays, known, given, start, seeds, places), rows)
         return program(sampler.params, scale, texts, empty, *more)
 
     return list(sampler.in_batches(batch, count, made, progress))
+
+
+def _guiding_clip(sampler: Sampler, options: Options) -> str | None:
+    # The part that guides where the options ask for CLIP guidance: a CLIP of noised images before another.
+    if not options.clip_guidance:
+        return None
+    tower = next((name for name in ("noised_clip", "clip") if name in sampler.bundle.parts), None)
+    if tower is None:
+        raise InputError(
+            f"clip_guidance needs a CLIP, and the bundle {sampler.bundle.path or '(unsaved)'} has none: add "
+            "the part noised_clip or clip, or leave it out"
+        )
+    return tower

@@ -47,7 +47,7 @@ def _functions(
         texts, (z_image, x_T, known) = encode_captions(networks["clip"], captions, empty), given
         return sample_decoder(
             networks[decoder], z_image, texts, fold_in(keys, DECODER), chosen[decoder],
-            x_T=x_T, known=known, segment=segment,
+            x_T=x_T, known=known, segment=segment, clip=networks["clip"],
         )  # fmt: skip
 
     def begin(params, scales, captions, empty, given, seeds, positions):

@@ -192,7 +192,10 @@ def _cascade(sampler: Sampler, options: dict[str, Options], prior: str | None) -
         texts = encode_captions(networks["clip"], captions, empty)
         if prior is not None:
             z_image = draw_z_image(prior, networks, texts, keys, chosen)
-        drawn = sample_decoder(networks["decoder"], z_image, texts, fold_in(keys, DECODER), chosen["decoder"])
+        drawn = sample_decoder(
+            networks["decoder"], z_image, texts, fold_in(keys, DECODER), chosen["decoder"],
+            clip=networks["clip"],
+        )  # fmt: skip
         images = enlarge(sampler.bundle.parts, networks, drawn, keys, options)
         z_text = texts.captions.embed
         return z_text, jnp.zeros_like(z_text) if z_image is None else z_image, images

@@ -5,12 +5,13 @@
 | `base` | `glide`, 64 px |
 | `upsample` | `glide_256` |
 | `base_inpaint`, `upsample_inpaint` | `glide_inpaint`, `glide_256_inpaint` |
+| `clip_image_enc`, `clip_text_enc` | `noised_clip`, both halves of the CLIP of noised images |
 
 Each is `.safetensors`, or `.pt` as it was published, and holds a plain dictionary of tensors. A file cannot
 say its heads, its size in pixels or its noise schedule. Those of the public networks are known here; another
 network needs a JSON file of the same name beside its own (`base.json`), with the options of glide-text2im
-that differ: {"num_channels": 64, "xf_width": 256, ...}. The tokenizer is read from `vocab.bpe` and
-`encoder.json`, with or without `.gz`, or from transformers' files of GPT-2.
+that differ: {"num_channels": 64, "xf_width": 256, ...}. Another noised CLIP needs `clip.json`. The tokenizer
+is read from `vocab.bpe` and `encoder.json`, with or without `.gz`, or from transformers' files of GPT-2.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unclip_jax.checkpoint.bundle import Bundle, Part, no_part
+from unclip_jax.checkpoint.check import clip_shapes
 from unclip_jax.checkpoint.convert import Rule, convert, linear, norm
 from unclip_jax.checkpoint.files import Place, open_file, read_json
 from unclip_jax.checkpoint.settings import Settings
 from unclip_jax.checkpoint.shapes import glide_shapes
 from unclip_jax.checkpoint.torch_file import open_torch
 from unclip_jax.data.glide_tokenizer import GlideTokenizer
+from unclip_jax.data.tokenizer import VOCAB_SIZE, ClipTokenizer
 from unclip_jax.errors import InputError
 from unclip_jax.typed import shown
 
@@ -203,7 +208,118 @@ def unet(model: Mapping[str, Any]) -> tuple[Rule, ...]:
     )
 
 
+# ------------------------------------------------------------------------------------------- noised CLIP
+CLIP_FILES = ("clip_image_enc", "clip_text_enc")
+CLIP_SETTINGS = Settings(
+    read={
+        "image_size": (int, 64),
+        "patch_size": (int, 4),
+        "n_vocab": (int, 65536),
+        "max_text_len": (int, 77),
+        "n_embd": (int, 512),
+        "n_head_text": (int, 8),
+        "n_xf_blocks_text": (int, 12),
+        "n_head_state_text": (int, 64),
+        "n_head_image": (int, 12),
+        "n_xf_blocks_image": (int, 12),
+        "n_head_state_image": (int, 64),
+        "n_timesteps": (int, 1000),
+    },
+    same={"logit_scale": (100.0,)},
+    free=("beta_schedule",),
+)
+# Of pixels from 0 to 255.
+MEANS, DEVIATIONS = (122.77093945, 116.74601272, 104.09373519), (68.50053285, 66.63215831, 70.32316309)
+
+
+def _layer_norm(theirs: str, ours: str) -> list[Rule]:
+    return [Rule(rf"{theirs}\.g", f"{ours}/norm/scale"), Rule(rf"{theirs}\.b", f"{ours}/norm/bias")]
+
+
+def _affine(theirs: str, ours: str, transform: str = "linear") -> list[Rule]:
+    bias = "head_bias" if transform == "heads" else "same"
+    return [
+        Rule(rf"{theirs}\.w", f"{ours}/kernel", transform),
+        Rule(rf"{theirs}\.b", f"{ours}/bias", bias),
+    ]
+
+
+_CLIP_BLOCK, _CLIP_OURS = r"blocks\.block_(\d+)\.", r"transformer/block_\1"
+CLIP_BLOCKS: tuple[Rule, ...] = (
+    *_layer_norm(rf"{_CLIP_BLOCK}f_attn\.ln", f"{_CLIP_OURS}/ln1"),
+    *(
+        rule
+        for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"))
+        for rule in _affine(rf"{_CLIP_BLOCK}f_attn\.f_{theirs}", f"{_CLIP_OURS}/attn/{ours}", "heads")
+    ),
+    *_affine(rf"{_CLIP_BLOCK}f_attn\.f_c", f"{_CLIP_OURS}/attn/out", "merge"),
+    *_layer_norm(rf"{_CLIP_BLOCK}f_mlp\.ln", f"{_CLIP_OURS}/ln2"),
+    *_affine(rf"{_CLIP_BLOCK}f_mlp\.f_([12])", r"transformer/block_\1/fc\2"),
+    Rule(r"blocks\.output\.f\.w", "projection/kernel", "linear"),
+    Rule(r"blocks\.input\.w_pos", "position_embedding"),
+)
+CLIP_IMAGE: tuple[Rule, ...] = (
+    *CLIP_BLOCKS,
+    Rule(r"blocks\.input\.patch_proj", "patch_embed/kernel", "conv"),
+    Rule(r"blocks\.input\.w_t", "step_embedding"),
+    *_layer_norm(r"blocks\.input\.ln", "ln_pre"),
+    *_layer_norm(r"blocks\.output\.ln", "ln_post"),
+)
+CLIP_TEXT: tuple[Rule, ...] = (
+    *CLIP_BLOCKS,
+    Rule(r"blocks\.input\.w_voc", "token_embedding"),
+    *_layer_norm(r"blocks\.output\.ln", "ln_final"),
+)
+
+
+def clip_model(options: Mapping[str, Any], where: str) -> dict:
+    """Keyword arguments of the `CLIP` of noised images from the options of glide-text2im (`clip/config.yaml`)
+    that differ from the public network's.
+
+    Raises:
+      ValueError: naming the first option that our network cannot have.
+    """
+    taken = CLIP_SETTINGS.take(dict(options), where)
+    size = lambda half: {
+        "width": taken[f"n_head_{half}"] * taken[f"n_head_state_{half}"],
+        "layers": taken[f"n_xf_blocks_{half}"],
+        "heads": taken[f"n_head_{half}"],
+        "key_bias": False,
+    }
+    image = {"image_size": taken["image_size"], "patch_size": taken["patch_size"], **size("image")}
+    image |= {"mean": [m / 255 for m in MEANS], "std": [d / 255 for d in DEVIATIONS]}
+    image["noise_steps"] = taken["n_timesteps"]
+    text = {"vocab_size": taken["n_vocab"], "length": taken["max_text_len"], **size("text")}
+    return {"embed_dim": taken["n_embd"], "activation": "gelu", "image": image, "text": text}
+
+
+def _clip(path: Path, files: list[Path], place: Place) -> Callable[[], Part]:
+    beside = path / "clip.json"
+    own = read_json(beside) if beside.is_file() else {}
+    model = clip_model(own, str(beside if own else path / "clip"))
+    rows = model["text"]["vocab_size"]
+    tokenizer = ClipTokenizer(model["text"]["length"], min(rows, VOCAB_SIZE))
+    config = {"kind": "clip", "model": model, "tokenizer": tokenizer.config()}
+
+    def make() -> Part:
+        shapes, params = clip_shapes(model), {}
+        for file, half, rules in zip(files, ("image_tower", "text_tower"), (CLIP_IMAGE, CLIP_TEXT)):
+            params[half] = convert(_open(file), rules, shapes[half], str(file), _under(half, place))
+        params["logit_scale"] = place("logit_scale", np.float32(np.log(100)))
+        return Part(config, params)
+
+    return make
+
+
+def _under(half: str, place: Place) -> Place:
+    return lambda path, value: place(f"{half}/{path}", value)
+
+
 # ------------------------------------------------------------------------------------------- reading
+def _open(file: Path) -> Mapping:
+    return open_file(file) if file.suffix == ".safetensors" else open_torch(file)
+
+
 def _file(path: Path, stem: str) -> Path | None:
     files = (path / f"{stem}{ending}" for ending in (".safetensors", ".pt"))
     return next((file for file in files if file.is_file()), None)
@@ -226,6 +342,11 @@ def read(path: Path, only: str | None, place: Place) -> Bundle:
             name, config = _describe(path, stem, differing)
             makers[name] = lambda file=file, config=config: _part(file, config, place)
             sampling[name] = SAMPLING[stem] if config["diffusion"]["num_steps"] == 1000 else {"steps": 10}
+    halves = [file for stem in CLIP_FILES if (file := _file(path, stem)) is not None]
+    if len(halves) == 1:
+        raise InputError(f"{halves[0]} is half of a CLIP: put {' and '.join(CLIP_FILES)} beside one another")
+    if halves:
+        makers["noised_clip"] = _clip(path, halves, place)
     if only is not None and only not in makers:
         raise no_part(path, only, makers)
     parts = {name: make() for name, make in makers.items() if only in (None, name)}
@@ -252,6 +373,5 @@ def _describe(path: Path, stem: str, differing: dict[str, Any]) -> tuple[str, di
 
 
 def _part(file: Path, config: dict, place: Place) -> Part:
-    weights = open_file(file) if file.suffix == ".safetensors" else open_torch(file)
     rules = (*TEXT, *unet(config["model"]["unet"]))
-    return Part(config, convert(weights, rules, glide_shapes(config["model"]), str(file), place))
+    return Part(config, convert(_open(file), rules, glide_shapes(config["model"]), str(file), place))

@@ -92,7 +92,7 @@ def img2img_rows(
             z_image = draw_z_image(prior, networks, texts, keys, chosen)
             drawn = sample_decoder(
                 networks["decoder"], z_image, texts, fold_in(keys, DECODER), chosen["decoder"],
-                start=Start(image, strength),
+                start=Start(image, strength), clip=networks["clip"],
             )  # fmt: skip
             z_text = texts.captions.embed
             shown_z = z_text if z_image is None else z_image

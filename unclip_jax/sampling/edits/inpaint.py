@@ -154,7 +154,9 @@ def inpaint_rows(
             z_image = draw_z_image(prior, networks, texts, keys, chosen)
             decoder, key = networks[name], fold_in(keys, DECODER)
             if method == "trained":
-                drawn = sample_decoder(decoder, z_image, texts, key, chosen[name], known=known)
+                drawn = sample_decoder(
+                    decoder, z_image, texts, key, chosen[name], known=known, clip=networks["clip"]
+                )
             else:
                 drawn = inpaint_decoder(decoder, known, z_image, texts, key, chosen[name], passes)
             z_text = texts.captions.embed
