@@ -11,8 +11,11 @@ from unclip_jax.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments to its parser."""
+    parser.add_argument("--clip", metavar="DIR", help="the CLIP: a bundle, public weights, or a training run")
     parser.add_argument(
-        "--clip", required=True, metavar="DIR", help="the CLIP: a bundle, public weights, or a training run"
+        "--t5",
+        metavar="DIR",
+        help="in place of --clip: store the states of all captions that this T5 reads, for Imagen",
     )
     parser.add_argument(
         "--data",
@@ -114,6 +117,11 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.cli.options import join_hosts, progress_bar, source_options, use_compilation_cache
     from unclip_jax.data.sources import make_source
 
+    if (args.clip is None) == (args.t5 is None):
+        raise InputError("say what embeds: --clip DIR, or --t5 DIR for the captions alone")
+    only_clip = ("states", "latents", "size", "index", "neighbours")
+    if args.t5 is not None and any(getattr(args, name) for name in only_clip):
+        raise InputError(f"--t5 reads captions alone: leave out --{', --'.join(only_clip)}")
     if not args.data:
         raise InputError("say what to embed: --data name=folder --data path=DIR, or --data name=emoji")
     if args.max_bad is not None and args.skip_bad:
@@ -150,6 +158,15 @@ def run(args: argparse.Namespace) -> None:
         "max_bad_fraction": max_bad,
         "progress": progress_bar("shards"),
     }
+    if args.t5 is not None:
+        from unclip_jax.train.embed_t5 import embed_t5
+
+        manifest = embed_t5(args.t5, source, args.out, mesh, **shared)
+        print(
+            f"states of {manifest['captions']} captions in {args.out}; {manifest['bad']} records could not "
+            f"be used, {manifest['cut']} captions were cut to T5's tokens"
+        )
+        return
     if args.index:
         chosen = {"patches": args.patches or 1, "patch_size": args.patch, "space": args.space or "raw"}
         manifest = embed_index(args.clip, source, args.out, mesh, **chosen, **shared)

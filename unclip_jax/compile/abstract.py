@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unclip_jax.checkpoint.convert import array, shapes_of
+from unclip_jax.checkpoint.shapes import t5_shapes
 from unclip_jax.data.record import Record
+from unclip_jax.data.t5_tokenizer import T5Tokenizer
 from unclip_jax.data.tokenizer import caption_arrays
 from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network
@@ -20,9 +23,10 @@ from unclip_jax.models.autoencoder import KLAutoencoder
 from unclip_jax.models.codec import Codec
 from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.lpips import LPIPS, SMALLEST
+from unclip_jax.models.t5 import T5Encoder
 from unclip_jax.run.frozen import EMPTY, captions_of, clip_tokenizer, text_tokenizer, wanted_roles
 from unclip_jax.run.stage import Stage
-from unclip_jax.sharding import BATCH, compute_dtype, infer_shardings
+from unclip_jax.sharding import BATCH, compute_dtype, infer_shardings, make_gather
 from unclip_jax.train import STAGES
 
 
@@ -50,6 +54,19 @@ def abstract_lpips(mesh: Mesh, dtype: str) -> Network:
     """The network of LPIPS. Its parameters are shapes on the mesh."""
     module, image = LPIPS(dtype=compute_dtype(dtype, mesh)), array(1, SMALLEST, SMALLEST, 3)
     return Network(module, placed(shapes_of(module.init, image, image), mesh), {"kind": "lpips", "model": {}})
+
+
+def abstract_t5(mesh: Mesh, dtype: str) -> Network:
+    """The encoder of T5 1.1 XXL, for captions of 256 tokens. Its parameters are shapes on the mesh."""
+    model = {"vocab_size": 32_128, "width": 4096, "layers": 24, "heads": 64, "head_dim": 64}
+    model |= {"hidden": 10_240, "gated": True}
+    module = T5Encoder(**model, dtype=compute_dtype(dtype, mesh), gather=make_gather(mesh))
+    # Rows have its shape, whatever the vocabulary.
+    pieces = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0]]
+    text = json.dumps({"version": "1.0", "model": {"type": "Unigram", "unk_id": 2, "vocab": pieces}})
+    tokenizer = T5Tokenizer(text).config()
+    config = {"kind": "t5", "model": model, "tokenizer": tokenizer}
+    return Network(module, placed(t5_shapes(model), mesh), config)
 
 
 # Widths of the released KL autoencoders, by the channels of their latents (Rombach et al. 2022, table 8).
@@ -104,6 +121,8 @@ def abstract_frozen(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = 
             frozen[role] = abstract_codes(kind, mesh, config.dtype)
         elif kind == "autoencoder":
             frozen[role] = abstract_autoencoder(_latent_channels(config), mesh, config.dtype)
+        elif kind == "t5":
+            frozen[role] = abstract_t5(mesh, config.dtype)
         else:
             frozen[role] = abstract_codec(clip_config.model.embed_dim, mesh)
     if "clip" in frozen:

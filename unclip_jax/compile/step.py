@@ -268,10 +268,14 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
     if config.stage == "pixelsnail" and stage.model.coarse_codes is not None:
         coarse = jax.ShapeDtypeStruct((1, *(stage.model.side // 2,) * 2), np.int32)
         given["coarse"] = spread(coarse, rows, mesh, BATCH)
-    if config.stage == "glide":
-        length = stage.part["tokenizer"]["length"]
-        tokens = jax.ShapeDtypeStruct((1, length), np.int32), jax.ShapeDtypeStruct((1, length), np.bool_)
-        empty = TextConditioning(None, None, None, *tokens)
+    if config.stage in ("glide", "imagen"):
+        owner = frozen["t5"].config if "t5" in frozen else part
+        length = owner["tokenizer"]["length"]
+        tokens, mask = (jax.ShapeDtypeStruct((1, length), kind) for kind in (np.int32, np.bool_))
+        empty = TextConditioning(None, None, None, tokens, mask)
+        if "t5" in frozen:  # its captions are embedded already
+            states = jax.ShapeDtypeStruct((1, length, owner["model"]["width"]), np.float32)
+            empty = TextConditioning(None, states, mask)
         given |= {"text": spread(empty, rows, mesh, BATCH), "empty": spread(empty, 1, mesh, P())}
         if config.factor is not None:
             size = image_size(part) // config.factor
@@ -288,7 +292,7 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
         texts = Texts(given["text"], given["empty"]) if "text" in given else None
         if config.stage == "pixelsnail":
             return sample_grid(network, given["keys"], options, coarse=given.get("coarse"), texts=texts)
-        if config.stage == "glide":
+        if config.stage in ("glide", "imagen"):
             return sample_captioned(network, texts, given["keys"], options, low_res=given.get("low_res"))
         if config.stage == "latent":
             size = (stage.model.image_size,) * 2

@@ -9,6 +9,7 @@ import numpy as np
 from unclip_jax.data import ops
 from unclip_jax.data.degrade import bsr_light, low_resolution
 from unclip_jax.data.record import Record, label_of
+from unclip_jax.data.text_states import padded
 from unclip_jax.data.tokenizer import ClipTokenizer, caption_arrays
 from unclip_jax.data.tokenizers import AnyTokenizer
 from unclip_jax.errors import InputError
@@ -242,13 +243,19 @@ def captioned_example(
       inpaint: whether the row says which part of the image is known.
 
     Returns:
-      `image` (size, size, 3) in [-1, 1], `tokens` (L',) and `token_mask` (L',); with `factor` `low_res`
+      `image` (size, size, 3) in [-1, 1], `tokens` (L',) and `token_mask` (L',); for a record with states
+      `text_states` (L', W) in place of the tokens; with `factor` `low_res`
       (size / factor, size / factor, 3), a clean reduction; with `inpaint` `known` (size, size, 1) bool.
 
     Raises `ValueError` if the image cannot be decoded, or a caption is missing.
     """
     row = picture_example(record, rng, size=size, crop_scale=crop_scale, training=training)
-    row |= _caption_row(record.captions[_caption_number(record, rng, training)], None, tokenizer)
+    chosen = _caption_number(record, rng, training)
+    if "text_states" in (record.embeds or {}):
+        states, mask = padded(record.embeds["text_states"][chosen], tokenizer.length)
+        row |= {"text_states": states, "token_mask": mask}
+    else:
+        row |= _caption_row(record.captions[chosen], None, tokenizer)
     if training and crop_size is not None:
         row["image"] = ops.random_crop(row["image"], crop_size, rng)
     if factor is not None:

@@ -56,6 +56,7 @@ class Source:
       fetch: reads one record by its number, without a check of the range.
       embedded: describes the embeddings of a source that holds embeddings; None for a source without them.
       pictures: False for a source that holds embeddings alone.
+      text_states: describes the states of its captions (`text_states.TextStates`); None without them.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Source:
     fetch: Callable[[int], Record] = dataclasses.field(repr=False)
     embedded: Embedded | None = None
     pictures: bool = True
+    text_states: Any = None
 
     def __len__(self) -> int:
         return self.length

@@ -25,7 +25,7 @@ from unclip_jax.generate.text import Texts, select_text
 from unclip_jax.models.imagen import Imagen, ImagenUpsampler
 from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
-from unclip_jax.run.frozen import arrays, check_pictures, hashes, load_frozen, t5_reader
+from unclip_jax.run.frozen import arrays, check_pictures, check_text_states, hashes, load_frozen, t5_reader
 from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json
 from unclip_jax.run.stage import Stage, without_extra
@@ -135,6 +135,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     data = open_data(config, mesh)
     check_pictures(data)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
+    check_text_states(networks["t5"], data)
     frozen = arrays(networks)
     trained = stage(config, mesh, networks)
 

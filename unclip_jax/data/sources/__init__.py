@@ -22,6 +22,7 @@ from unclip_jax.data.sources.folder import folder_source
 from unclip_jax.data.sources.tfds import tfds_source
 from unclip_jax.data.sources.tfrecord import tfrecord_source
 from unclip_jax.data.sources.webdataset import webdataset_source
+from unclip_jax.data.text_states import with_text_states
 from unclip_jax.errors import InputError
 
 # All kinds of source, by the name that configs use.
@@ -46,7 +47,7 @@ def make_source(config: Mapping) -> Source:
       config: {"name": one of SOURCES, the arguments of that source, "filters": {fields of `Filters`}}. Any
         source also takes "balance": {"by": a field of the metadata, "power": 0 to 1} (see `balanced`). Any
         source of images also takes "embeddings": the folder that `unclip embed` made of it (see
-        `with_embeddings`).
+        `with_embeddings`), or "text_states": the one of `unclip embed --t5` (`with_text_states`).
 
     Raises `ValueError` naming an unknown source, argument or filter and what is allowed instead, and the
     errors of the source itself.
@@ -55,6 +56,7 @@ def make_source(config: Mapping) -> Source:
         raise InputError(f"a data source is a name and its arguments, got {config!r}")
     arguments = {key: config[key] for key in config}
     balance, embeddings = arguments.pop("balance", None), arguments.pop("embeddings", None)
+    states = arguments.pop("text_states", None)
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in SOURCES:
         raise InputError(f"unknown data source {name!r}: choose one of {', '.join(SOURCES)}")
@@ -71,10 +73,12 @@ def make_source(config: Mapping) -> Source:
         if texts is not None and key in arguments and not isinstance(value, texts):
             raise InputError(f"{key}={value!r} of data source {name!r}: expected a text")
     source = SOURCES[name](**arguments)
-    if embeddings is not None:
-        if not isinstance(embeddings, (str, os.PathLike)):
-            raise InputError(f"embeddings={embeddings!r} of data source {name!r}: expected a text")
-        source = with_embeddings(source, embeddings)
+    beside = (("embeddings", embeddings, with_embeddings), ("text_states", states, with_text_states))
+    for key, folder, add in beside:
+        if folder is not None:
+            if not isinstance(folder, (str, os.PathLike)):
+                raise InputError(f"{key}={folder!r} of data source {name!r}: expected a text")
+            source = add(source, folder)
     if balance is None:
         return source
     if not hasattr(balance, "keys") or set(balance) != {"by", "power"}:
