@@ -131,7 +131,7 @@ def check_stage(config) -> None:
     STAGES[stage].check(config)
 
 
-def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
+def use_embeddings(config, folders: Sequence[str], keep_frozen: bool) -> None:
     """Lets a stage read folders of embeddings: in place of its pictures, or beside them for the decoder.
 
     If every source has embeddings, the training source's folder also replaces the CLIP.
@@ -140,15 +140,16 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
       config: the configuration to change.
       folders: "DIR" is for the training source; "NAME=DIR" for the evaluation NAME. The name of a single
         evaluation is `eval`.
-      keep_clip: never replace the CLIP.
+      keep_frozen: never replace the CLIP.
 
     Raises:
       ValueError: if the stage reads no embeddings, or the configuration has no evaluation NAME.
     """
-    from unclip_jax.run.frozen import BESIDE_PICTURES, EMBEDDABLE
+    from unclip_jax.run.frozen import BESIDE_PICTURES, EMBEDDABLE, READ_STATES
 
-    if config.get("stage") not in EMBEDDABLE + BESIDE_PICTURES:
-        readers = ", ".join(EMBEDDABLE + BESIDE_PICTURES)
+    known = (*EMBEDDABLE, *BESIDE_PICTURES, *READ_STATES)
+    if config.get("stage") not in known:
+        readers = ", ".join(known)
         raise InputError(f"the {config.get('stage')} stage reads no embeddings; these stages do: {readers}")
     if not hasattr(config.get("data"), "train"):
         raise InputError("the configuration lacks the setting data.train")
@@ -164,8 +165,9 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
             if key not in groups or (equals and key == "train"):
                 known = ", ".join(name for name in groups if name != "train") or "none"
                 raise InputError(f"--embeddings {item}: there is no evaluation {name!r}; there are {known}")
-            if config.stage in BESIDE_PICTURES:
-                groups[key][key].embeddings = absolute(folder)
+            if config.stage in (*BESIDE_PICTURES, *READ_STATES):
+                beside = "text_states" if config.stage in READ_STATES else "embeddings"
+                groups[key][key][beside] = absolute(folder)
                 continue
             # A ConfigDict merges an assigned dict into the old value; delete that to replace all of it.
             del groups[key][key]
@@ -174,8 +176,10 @@ def use_embeddings(config, folders: Sequence[str], keep_clip: bool) -> None:
         places = [
             source.path if source.get("name") == "embeddings" else source.get("embeddings") for source in read
         ]
-        if not keep_clip and all(places) and config.frozen.get("clip") is not None:
+        if not keep_frozen and all(places) and config.frozen.get("clip") is not None:
             config.frozen.clip = places[0]
+        if not keep_frozen and config.stage in READ_STATES and "text_states" in config.data.train:
+            config.frozen.t5 = config.data.train.text_states
 
 
 def run(args: argparse.Namespace) -> None:
@@ -191,7 +195,9 @@ def run(args: argparse.Namespace) -> None:
         # A relative path on the command line is relative to the current folder.
         assignments["frozen.clip"] = absolute(args.clip) if user_path(args.clip).exists() else args.clip
     if args.embeddings:
-        use_embeddings(config, args.embeddings, keep_clip="frozen.clip" in assignments)
+        use_embeddings(
+            config, args.embeddings, keep_frozen=bool(assignments.keys() & {"frozen.clip", "frozen.t5"})
+        )
     if args.profile is not None:
         assignments["profile"] = args.profile
     for key, value in assignments.items():

@@ -39,6 +39,7 @@ EMPTY = "empty_caption"
 # Stages that can train from embeddings alone.
 EMBEDDABLE = ("prior_diffusion", "prior_ar", "codec", "latent", "stable_unclip", "pixelsnail", "dalle")
 BESIDE_PICTURES = ("decoder",)  # stages that can train from pictures with their embeddings
+READ_STATES = ("imagen",)  # stages that can train from pictures with the states of their captions
 
 
 def text_tokenizer(config: ConfigDict) -> AnyTokenizer | None:
