@@ -19,7 +19,8 @@ from unclip_jax.data.t5_tokenizer import T5Tokenizer
 from unclip_jax.data.text_states import is_text_states, with_text_states
 from unclip_jax.models.t5 import T5Encoder
 from unclip_jax.run.batches import Data
-from unclip_jax.run.frozen import check_text_states, load_frozen
+from unclip_jax.run.frozen import load_frozen
+from unclip_jax.run.t5 import check_text_states
 from unclip_jax.sharding import make_mesh
 from unclip_jax.train import embed_t5 as embed_module
 from unclip_jax.train import imagen

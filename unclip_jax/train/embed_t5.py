@@ -23,8 +23,8 @@ from unclip_jax.data.text_states import FORMAT_VERSION, caption_hash
 from unclip_jax.data.tokenizers import tokenizer_of
 from unclip_jax.errors import InputError, NumericalError
 from unclip_jax.paths import check_store, store_errors, user_path, write_json
-from unclip_jax.run.frozen import t5_network
 from unclip_jax.run.hosts import wait_for_hosts
+from unclip_jax.run.t5 import t5_network
 from unclip_jax.sharding import BATCH, compute_dtype
 
 log = logging.getLogger("unclip_jax")

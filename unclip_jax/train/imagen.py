@@ -25,10 +25,11 @@ from unclip_jax.generate.text import Texts, select_text
 from unclip_jax.models.imagen import Imagen, ImagenUpsampler
 from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
-from unclip_jax.run.frozen import arrays, check_pictures, check_text_states, hashes, load_frozen, t5_reader
+from unclip_jax.run.frozen import arrays, check_pictures, hashes, load_frozen
 from unclip_jax.run.loop import Run
 from unclip_jax.run.resume import config_json
 from unclip_jax.run.stage import Stage, without_extra
+from unclip_jax.run.t5 import check_text_states, t5_reader
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
 from unclip_jax.train.figures import held_out_loss, image_figures, sample_grid, with_image_figures
 
