@@ -25,10 +25,11 @@ SIZES = {
     # The published networks of classes, and the table of 1,000 classes and of no class.
     "latent/latent.py:cin": 400_920_579 + 1001 * 512,
     "latent/latent.py:cin-f8": 394_984_196 + 1001 * 512,
+    "latent/latent.py:sr": 113_622_563,
     "latent/latent.py:inpaint": 387_245_827,
 }
 OTHERS = ["stable_diffusion/latent.py:tiny", "stable_diffusion/latent.py:tiny-v2", "latent/latent.py:tiny"]
-OTHERS += ["latent/latent.py:tiny-cin"]
+OTHERS += ["latent/latent.py:tiny-cin", "latent/latent.py:tiny-sr"]
 OTHERS += [f"emoji/latent.py{variant}" for variant in ("", ":64", ":inpaint", ":tiny", ":tiny-inpaint")]
 
 

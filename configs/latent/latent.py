@@ -1,5 +1,5 @@
-"""Latent diffusion without a condition, of classes, and to inpaint (Rombach et al. 2022, appendix E), at the
-exact sizes.
+"""Latent diffusion without a condition, of classes, to enlarge and to inpaint (Rombach et al. 2022, appendix
+E), at the exact sizes.
 
 It needs shards `data/train/*.tfrecord` and `data/val/*.tfrecord`, and the autoencoder of
 `configs/latent/autoencoder.py` in the folder beside its own.
@@ -12,8 +12,9 @@ variant     parameters    autoencoder   schedule           for
 :churches   294,966,916   kl-f8         0.0015 to 0.0155   LSUN churches; 256 px
 :cin        401,433,091   vq-f4         0.0015 to 0.0195   ImageNet by classes; 256 px
 :cin-f8     395,496,708   vq-f8         0.0015 to 0.0195   ImageNet by classes; 256 px
+:sr         113,622,563   vq-f4         0.0015 to 0.0155   four times larger, of degraded images
 :inpaint    387,245,827   vq-f4-noattn  0.0015 to 0.0205   Places, to inpaint; 512 px from 256 px
-:tiny       runs in seconds on a CPU, for tests; :tiny-cin the same with classes
+:tiny       runs in seconds on a CPU, for tests; :tiny-cin the same with classes, :tiny-sr to enlarge
 
 The networks of classes count 512,512 parameters of their table of 1,000 classes and of no class. A record's
 class is its `label` here: `caption`, `folder`, or a field of its metadata. `data.classes` names a file of the
@@ -23,15 +24,15 @@ from the paper   the networks; noise is predicted, with the plain squared error;
                  DDIM with 200 steps
 
 Where it differs from the paper: its churches and its inpainting are trained with the absolute error. The
-steps, batches and rates of `:cin`, `:cin-f8` and `:inpaint` are ours and were not checked against the paper.
-The class is dropped for 10 % of the rows, which is ours too.
+steps, batches and rates of `:cin`, `:cin-f8`, `:sr` and `:inpaint` are ours and were not checked against the
+paper. The class is dropped for 10 % of the rows, which is ours too.
 """
 
 from ml_collections import ConfigDict
 
 from unclip_jax.run import defaults
 
-VARIANTS = ("", "churches", "cin", "cin-f8", "inpaint", "tiny", "tiny-cin")
+VARIANTS = ("", "churches", "cin", "cin-f8", "sr", "inpaint", "tiny", "tiny-cin", "tiny-sr")
 F8 = {"image_size": 32, "in_channels": 4, "out_channels": 4}
 CLASSES = {"context_dim": 512, "classes": 1000, "transformer_depth": 1}
 # What a variant changes in the model.
@@ -54,6 +55,13 @@ MODELS = {
         "heads": (8, 16, 32),
         "attention_levels": (0, 1, 2),
     },
+    "sr": {
+        "in_channels": 6,
+        "channels": 160,
+        "channel_mult": (1, 2, 2, 4),
+        "heads": (5, 10, 10, 20),
+        "attention_levels": (3,),
+    },
     "inpaint": {"in_channels": 7, "channels": 256, "heads": (8, 8, 8, 8), "resample": "block"},
 }
 # The last beta, the steps, the batch and the learning rate.
@@ -62,6 +70,7 @@ RUNS = {
     "churches": (0.0155, 500_000, 96, 5e-5),
     "cin": (0.0195, 178_000, 1200, 1e-4),
     "cin-f8": (0.0195, 2_000_000, 64, 6.4e-5),
+    "sr": (0.0155, 860_000, 64, 6.4e-5),
     "inpaint": (0.0205, 360_000, 128, 5e-5),
 }
 
@@ -69,7 +78,7 @@ RUNS = {
 def get_config(variant: str = "") -> ConfigDict:
     """The configuration. Raises ValueError on an unknown variant."""
     defaults.check_variant(variant, VARIANTS, __file__)
-    kind = {"tiny": "", "tiny-cin": "cin"}.get(variant, variant)
+    kind = {"tiny": "", "tiny-cin": "cin", "tiny-sr": "sr"}.get(variant, variant)
     beta_end, steps, batch_size, learning_rate = RUNS[kind]
     config = defaults.run("latent")
     config.frozen = {"clip": None, "autoencoder": "../autoencoder"}
@@ -103,6 +112,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.drop_text = 0.1 if "classes" in config.model else 0.0
         if "classes" in config.model:
             config.data.update({"label": "label", "classes": "classes.txt"})
+        if kind == "sr":
+            config.data.degradation = "bsr_light"
         config.optimizer = defaults.adamw(
             learning_rate=learning_rate, warmup_steps=10_000, weight_decay=0.01, clip_norm=None
         )
@@ -116,6 +127,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.attention_levels = (1,)
         config.sampling.steps = 3
         config.eval.update({"batch_size": 8, "rows": 8, "samples": 8})
+    if variant == "tiny-sr":
+        config.model.in_channels = 7
     if variant == "tiny-cin":
         config.model.update({"context_dim": 32, "classes": 4})
         with config.unlocked():

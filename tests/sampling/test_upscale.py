@@ -12,7 +12,7 @@ from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError
 from unclip_jax.generate.upsampler import sample_upsampler
-from unclip_jax.sampling.edits.upscale import chain, in_shapes, padding, upscale_rows
+from unclip_jax.sampling.edits.upscale import chain, in_shapes, padding, plan_of, upscale_rows
 from unclip_jax.sampling.programs import Sampler, row_keys
 from unclip_jax.sampling.unclip import UPSAMPLERS
 
@@ -54,7 +54,7 @@ def test_sides_that_do_not_fit():
         seen.append(batch)
         return np.repeat(np.repeat(batch, 4, axis=1), 4, axis=2)
 
-    ((number, drawn),) = in_shapes(parts, [image], None, draw)
+    ((number, drawn),) = in_shapes([image], plan_of(parts, None), draw)
     assert number == 0 and seen[0].shape == (1, 8, 4, 3)
     np.testing.assert_array_equal(drawn, np.kron(image, np.ones((4, 4, 1), np.uint8)))
     np.testing.assert_array_equal(seen[0][0, 7], seen[0][0, 5])  # the row before the last

@@ -177,6 +177,8 @@ def latent_example(
     classes: Sequence[str] = (),
     label: str = "caption",
     stored: str = "latents",
+    degradation: str | None = None,
+    small: int = 0,
 ) -> dict[str, np.ndarray]:
     """One row of a batch: an image for the autoencoder, or its latents, and what conditions the U-Net.
 
@@ -189,14 +191,18 @@ def latent_example(
       classes: the names of all classes, for a network that is conditioned on them.
       label: where a record's class comes from (`record.label_of`).
       stored: what may stand for the image: `latents`, or the `codes` (N,) int32 of `unclip embed --codes`.
+      degradation: `blur` or `bsr_light`, for a network that enlarges the image's small version; None for
+        others. In evaluation the small version is a clean reduction.
+      small: its side.
 
     Returns:
       `image` (size, size, 3) in [-1, 1], or `latents` (h, w, Z), not scaled; with a tokenizer the caption, as
-      `clip_example` gives it; with `inpaint` `known` (size, size, 1) bool; with classes `label` () int32.
+      `clip_example` gives it; with `inpaint` `known` (size, size, 1) bool; with classes `label` () int32;
+      with a degradation `low_res` (small, small, 3) in [-1, 1].
 
     Raises `ValueError` if the image cannot be decoded, a caption is missing, or the class is none of them.
     """
-    if stored in (record.embeds or {}) and not inpaint:
+    if stored in (record.embeds or {}) and not inpaint and degradation is None:
         kind = np.int32 if stored == "codes" else np.float32
         row = {stored: np.asarray(record.embeds[stored], kind)}
     else:
@@ -211,6 +217,8 @@ def latent_example(
         )
     if inpaint:
         row["known"] = ops.random_mask(size, rng)
+    if degradation is not None:
+        row["low_res"] = _small(row["image"], small, rng, degradation, 0.5, training)
     if classes:
         name = label_of(record, label)
         if name not in classes:
@@ -388,8 +396,14 @@ def upsampler_example(
     image = ops.to_float(image)
     if training:
         image = ops.random_crop(image, crop_size, rng)
-    small = image.shape[0] // factor
-    if training and degradation == "bsr_light":
-        return {"image": image, "low_res": bsr_light(image, small, rng)}
-    low_res = low_resolution(image, small, rng, blur_prob=blur_prob if training else 0.0)
+    low_res = _small(image, image.shape[0] // factor, rng, degradation, blur_prob, training)
     return {"image": image, "low_res": low_res}
+
+
+def _small(
+    image: np.ndarray, side: int, rng: np.random.Generator, degradation: str, blur_prob: float, training: bool
+) -> np.ndarray:
+    # The small version of an image; degraded in training.
+    if training and degradation == "bsr_light":
+        return bsr_light(image, side, rng)
+    return low_resolution(image, side, rng, blur_prob=blur_prob if training else 0.0)

@@ -25,7 +25,7 @@ from unclip_jax.generate.text import TextConditioning, Texts, encode_text
 from unclip_jax.sampling.edits.img2img import STRENGTH, check_strength
 from unclip_jax.sampling.edits.img2img import check_rows as check_pairs
 from unclip_jax.sampling.edits.inpaint import check_rows, paste, shrink, square
-from unclip_jax.sampling.edits.upscale import in_shapes
+from unclip_jax.sampling.edits.upscale import in_shapes, plan_of
 from unclip_jax.sampling.programs import (
     Overrides,
     Progress,
@@ -262,7 +262,7 @@ def upscale_rows(
             seeds[numbers].tolist(), places[numbers].tolist(), options, progress, given=batch,
         )[-1]  # fmt: skip
 
-    return in_shapes(sampler.bundle.parts, images, parts, draw)
+    return in_shapes(images, plan_of(sampler.bundle.parts, parts), draw)
 
 
 def _draw(

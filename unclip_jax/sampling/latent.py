@@ -130,13 +130,19 @@ def overrides(
     return {"latent": given} if given else {}
 
 
+def enlarges(model: Mapping[str, Any]) -> bool:
+    """Whether a U-Net of these keyword arguments sees a small image (3 channels) beside the latents."""
+    return "in_channels" in model and model["in_channels"] == model["out_channels"] + 3
+
+
 def check_draws(bundle: Bundle) -> None:
     """Raises a ValueError if the bundle's U-Net needs more than a caption."""
     model = bundle.part("latent").config["model"]
     if model["in_channels"] != model["out_channels"]:
         raise InputError(
-            f"the part 'latent' of {bundle.path or 'the bundle'} inpaints: it takes {model['in_channels']} "
-            "channels, and a caption alone does not give them"
+            f"the part 'latent' of {bundle.path or 'the bundle'} "
+            f"{'enlarges' if enlarges(model) else 'inpaints'}: it takes {model['in_channels']} channels, "
+            "and a caption alone does not give them"
         )
 
 

@@ -22,6 +22,7 @@ from unclip_jax.sampling.edits import (
     latent_img2img,
     latent_inpaint,
     latent_inversion,
+    latent_upscale,
     reconstruct,
     text_diff,
     upscale,
@@ -134,6 +135,7 @@ SYSTEMS = {
         text_diff=latent_inversion.text_diff,
         reconstruct=latent_inversion.reconstruct,
         decode=latent_inversion.decode,
+        upscale=latent_upscale.upscale_rows,
     ),
     "stable_unclip": System(
         stable_unclip.PARTS,

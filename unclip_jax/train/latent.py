@@ -13,6 +13,9 @@ class is.
 A U-Net of 2 Z + 1 input channels learns to inpaint: beside the latents it sees the mask (1 where the image is
 drawn anew) and the latents of the image without that part. The weights of the new channels start at zero when
 an ordinary U-Net is fine-tuned.
+
+A U-Net of Z + 3 input channels learns to enlarge (section 4.4): beside the latents it sees the image reduced
+to the latents' size and degraded (`data.degradation`).
 """
 
 from __future__ import annotations
@@ -64,6 +67,7 @@ SETTINGS = settings.TRAINED | {
         "eval": settings.absent(settings.SOURCE),
         "label": settings.absent(settings.text()),
         "classes": settings.absent(CLASSES),
+        "degradation": settings.absent(settings.text("blur", "bsr_light")),
     },
     "model": {
         "image_size": settings.whole("[1, inf)"),
@@ -122,10 +126,15 @@ def check_settings(config, table) -> None:
     settings.check_settings(config, table, with_image_figures(config, FIGURES))
     model, groups = config.model, config.model.get("groups", 32)
     levels, latents = len(model.channel_mult), model.out_channels
-    if model.in_channels not in (latents, 2 * latents + 1):
+    if model.in_channels not in (latents, 2 * latents + 1, latents + 3):
         raise InputError(
             f"model.in_channels={model.in_channels} must be model.out_channels={latents}, "
-            f"or {2 * latents + 1} to inpaint"
+            f"or {2 * latents + 1} to inpaint, or {latents + 3} to enlarge"
+        )
+    if enlarges(config) != (config.data.get("degradation") is not None):
+        raise InputError(
+            f"data.degradation belongs to a network that enlarges (model.in_channels={latents + 3}), and "
+            "only to that"
         )
     if len(model.heads) != levels or any(level >= levels for level in model.get("attention_levels", ())):
         raise InputError(f"model.heads and model.attention_levels must fit the {levels} levels of the U-Net")
@@ -168,6 +177,11 @@ def check_frozen_sizes(model: LatentUNet, autoencoder: Network, clip: ClipReader
         )
 
 
+def enlarges(config) -> bool:
+    """Whether the network sees a small version of the image, of the latents' size, beside the latents."""
+    return config.model.in_channels == config.model.out_channels + 3
+
+
 def class_names(config) -> tuple[str, ...]:
     """The names of the classes, in the order of their numbers; () for a network without classes.
 
@@ -199,7 +213,7 @@ def stage(config, mesh, frozen) -> Stage:
     model = LatentUNet(**model_config, dtype=compute_dtype(config.dtype, mesh), **hooks)
     check_frozen_sizes(model, autoencoder, clip)
     size = model.image_size * autoencoder.module.factor
-    inpaints = model.in_channels != model.out_channels
+    inpaints, sees_small = model.in_channels == 2 * model.out_channels + 1, enlarges(config)
 
     def init(key):
         given = {} if clip is None else {"context": clip.zeros.states}
@@ -213,16 +227,19 @@ def stage(config, mesh, frozen) -> Stage:
         return jax.lax.stop_gradient(encode_latents(network, batch, rng))
 
     def beside(params, batch):
+        if sees_small:
+            return batch["low_res"]
         network = autoencoder.with_params(gather_rest(params, mesh))
         return jax.lax.stop_gradient(inpainting_inputs(network, batch["image"], batch["known"]))
 
     example = functools.partial(
         latent_example, tokenizer=None if clip is None else clip.tokenizer, size=size,
         crop_scale=config.data.crop_scale, inpaint=inpaints, classes=names,
-        label=config.data.get("label", "caption"),
+        label=config.data.get("label", "caption"), degradation=config.data.get("degradation"),
+        small=model.image_size,
     )  # fmt: skip
     loss = functools.partial(
-        loss_fn, model=model, encode=encode, beside=beside if inpaints else None,
+        loss_fn, model=model, encode=encode, beside=beside if inpaints or sees_small else None,
         tables=training_tables(schedule_of(diffusion)), prediction=diffusion["prediction"], clip=clip,
         drop_text=config.drop_text,
     )  # fmt: skip
@@ -246,7 +263,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     frozen = arrays(networks)
     trained = stage(config, mesh, networks)
     inpaints = trained.name == "latent_inpaint"
-    if inpaints:  # a mask is of pixels
+    if inpaints or enlarges(config):  # masks and small versions are of pixels
         check_pictures(data)
     check_latents(networks["autoencoder"], data, trained.model.image_size, config.data.crop_scale)
     clip = clip_reader(config, mesh, networks) if "clip" in networks else None
@@ -261,7 +278,11 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         network = Network(trained.model, params, trained.part)
         autoencoder = networks["autoencoder"].with_params(frozen["autoencoder"])
         texts = None if clip is None else Texts(clip.captions(frozen["clip"], batch), frozen[EMPTY])
-        beside = inpainting_inputs(autoencoder, batch["image"], batch["known"]) if inpaints else None
+        beside = (
+            inpainting_inputs(autoencoder, batch["image"], batch["known"])
+            if inpaints
+            else batch.get("low_res")
+        )
         size, inputs = (trained.model.image_size,) * 2, None
         if "label" in batch:
             inputs = {"label": (batch["label"], jnp.full(1, trained.model.classes, jnp.int32))}

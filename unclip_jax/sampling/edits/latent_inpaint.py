@@ -28,6 +28,7 @@ from unclip_jax.sampling.latent import (
     Condition,
     check_call,
     check_parts,
+    enlarges,
     flagged,
     tile_size,
 )
@@ -53,8 +54,9 @@ def part_of(bundle: Bundle, method: str | None) -> tuple[str, str]:
     for name in NAMES:
         if name in bundle.parts:
             model = bundle.parts[name].config["model"]
-            trained = model.get("inpaint", model.get("in_channels") != model.get("out_channels"))
-            found.setdefault("trained" if trained else "resample", name)
+            if not enlarges(model):
+                trained = model.get("inpaint", model.get("in_channels") != model.get("out_channels"))
+                found.setdefault("trained" if trained else "resample", name)
     method = method or ("trained" if "trained" in found else "resample")
     if method not in ("trained", "resample"):
         raise InputError(f"unknown way to inpaint {method!r}; choose one of trained, resample")

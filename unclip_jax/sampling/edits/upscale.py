@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,18 +74,39 @@ def _image_size(part: Part) -> int:
     return part.config["model"]["unet"]["image_size"]
 
 
+class Plan(NamedTuple):
+    """How a picture is enlarged.
+
+    names: the parts that do it, one after another. factor: how many times larger the result is. lacks: the
+    rows and columns that the picture lacks for them.
+    """
+
+    names: list[str]
+    factor: int
+    lacks: tuple[int, int]
+
+
+def plan_of(parts: Mapping[str, Part], names: Sequence[str] | None) -> Callable[[tuple[int, int]], Plan]:
+    """(height, width) of a picture -> how the upsamplers `names` (see `chain`) enlarge it."""
+
+    def plan(sides: tuple[int, int]) -> Plan:
+        chosen = chain(parts, sides, names)
+        return Plan(chosen, factor(parts, chosen), padding(parts, chosen, sides))
+
+    return plan
+
+
 def in_shapes(
-    parts: Mapping[str, Part],
     images: Sequence[np.ndarray],
-    names: Sequence[str] | None,
+    plan: Callable[[tuple[int, int]], Plan],
     draw: Callable[[np.ndarray, np.ndarray, list[str]], np.ndarray],
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Enlarges pictures of several sizes, those of one size together.
 
     Args:
-      parts, names: as in `chain`.
       images: uint8 (H, W, 3).
-      draw: (numbers of B pictures, the pictures (B, h, w, 3) in [-1, 1], upsamplers) ->
+      plan: (height, width) of a picture -> how it is enlarged.
+      draw: (numbers of B pictures, the pictures (B, h, w, 3) in [-1, 1], parts) ->
         (B, H, W, 3) in [-1, 1].
 
     Yields:
@@ -102,7 +123,7 @@ def in_shapes(
             kind = f"{np.asarray(image).dtype} {np.shape(image)}"
             raise InputError(f"images must be uint8 (H, W, 3), got {kind}")
         sides = image.shape[:2]
-        scale = factor(parts, chain(parts, sides, names))
+        scale = plan(sides).factor
         if max(sides) * scale > LARGEST_SIDE:
             size = f"{sides[1] * scale}x{sides[0] * scale}"
             raise InputError(
@@ -111,14 +132,12 @@ def in_shapes(
             )
         groups.setdefault(sides, []).append(i)
     for (height, width), numbers in groups.items():
-        chosen = chain(parts, (height, width), names)
-        more = padding(parts, chosen, (height, width))
+        chosen, scale, more = plan((height, width))
         batch = ops.to_float(np.stack([images[i] for i in numbers]))
         for axis, missing in enumerate(more, 1):
             # `reflect` needs as many pixels as it adds; a narrow picture repeats its last one.
             mode = "reflect" if missing < batch.shape[axis] else "edge"
             batch = np.pad(batch, [(0, missing if axis == at else 0) for at in range(4)], mode)
-        scale = factor(parts, chosen)
         drawn = ops.to_uint8(draw(np.array(numbers), batch, chosen)[:, : height * scale, : width * scale])
         yield from zip(numbers, drawn)
 
@@ -177,4 +196,4 @@ def upscale_rows(
         most = min(max(MAX_BATCH * 1024**2 // pixels, 1), MAX_BATCH)
         return sampler.in_batches(rows, len(numbers), [names[-1]], progress, most)
 
-    return in_shapes(held, images, parts, draw)
+    return in_shapes(images, plan_of(held, parts), draw)
