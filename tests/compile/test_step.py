@@ -280,3 +280,16 @@ def test_with_the_tpu_compiler():
     assert len(reports) == 2, done.stderr
     for chip, kinds, gathers in reports:
         assert chip == "v5e" and set(kinds) <= {"all-gather", "all-reduce", "reduce-scatter"} and gathers > 10
+
+
+@pytest.mark.parametrize(
+    "variant, beside", [("tiny", {}), ("tiny-cin", {"label": (16,)}), ("tiny-sr", {"low_res": (16, 8, 8, 3)})]
+)
+def test_latent_diffusion_without_captions(variant, beside):
+    """The step's batch and the sampler have what conditions the network."""
+    mesh = sharding.make_mesh(None, jax.devices()[:1])
+    config = load_config(str(ROOT / f"configs/latent/latent.py:{variant}"))
+    draw, params, given = step.sampler(config, None, mesh)
+    assert jax.eval_shape(draw, params, given).shape == (16, 8, 8, 4)
+    batch = step.train_step(config, None, mesh).batch
+    assert {name: leaf.shape for name, leaf in batch.items()} == {"image": (16, 64, 64, 3)} | beside

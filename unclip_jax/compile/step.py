@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -268,6 +269,13 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
     if config.stage == "pixelsnail" and stage.model.coarse_codes is not None:
         coarse = jax.ShapeDtypeStruct((1, *(stage.model.side // 2,) * 2), np.int32)
         given["coarse"] = spread(coarse, rows, mesh, BATCH)
+    if config.stage == "latent":
+        side, more = stage.model.image_size, stage.model.in_channels - stage.model.out_channels
+        if more:
+            beside = jax.ShapeDtypeStruct((1, side, side, more), np.float32)
+            given["beside"] = spread(beside, rows, mesh, BATCH)
+        if stage.model.classes is not None:
+            given["label"] = spread(jax.ShapeDtypeStruct((1,), np.int32), rows, mesh, BATCH)
     if config.stage in ("glide", "imagen"):
         owner = frozen["t5"].config if "t5" in frozen else part
         length = owner["tokenizer"]["length"]
@@ -296,7 +304,13 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
             return sample_captioned(network, texts, given["keys"], options, low_res=given.get("low_res"))
         if config.stage == "latent":
             size = (stage.model.image_size,) * 2
-            return sample_latents(network, texts, size, given["keys"], options, rows=rows)
+            inputs = None
+            if "label" in given:
+                inputs = {"label": (given["label"], jnp.full(1, stage.model.classes, jnp.int32))}
+            return sample_latents(
+                network, texts, size, given["keys"], options, beside=given.get("beside"), inputs=inputs,
+                rows=rows,
+            )  # fmt: skip
         if config.stage == "kandinsky":
             size, nothing = (stage.model.image_size,) * 2, given["empty"].embed
             return sample_decoder_latents(network, given["z_image"], nothing, size, given["keys"], options)
