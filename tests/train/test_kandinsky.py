@@ -2,17 +2,22 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from tests.helpers import param_count
-from tests.runs import ROOT, STEPS, Repeating, losses, wrap_batches
+from tests.helpers import param_count, param_shapes, struct
+from tests.runs import ROOT, STEPS, Repeating, losses, random_bundle, wrap_batches
+from unclip_jax import sharding
 from unclip_jax.checkpoint.check import kandinsky_shapes
 from unclip_jax.checkpoint.load import load_part
 from unclip_jax.checkpoint.store import load_run
 from unclip_jax.cli.bundle import collect
 from unclip_jax.cli.train import load_config, override
 from unclip_jax.errors import InputError
+from unclip_jax.generate.networks import Network, build_model
+from unclip_jax.generate.text import TextConditioning
+from unclip_jax.run.frozen import EMPTY
 from unclip_jax.run.resume import config_json, load_widened_latent
 from unclip_jax.sampling.text_to_image import text_to_image
 from unclip_jax.train import kandinsky, prior_diffusion
@@ -59,6 +64,34 @@ def train(folder, variant="", init_from=None, **changes):
     return kandinsky.train_and_evaluate(config, str(folder), init_from)
 
 
+@pytest.mark.parametrize("variant, channels", [("tiny", 4), ("tiny-inpaint", 9)])
+def test_objective(variant, channels):
+    """The loss of a batch, traced with a random CLIP and autoencoder; the network has the inputs it needs."""
+    part = random_bundle().parts["clip"]
+    clip = Network(build_model(part.config), part.params, part.config)
+    model = {"latent_channels": 4, "channels": 8, "channel_mult": [1, 2], "res_blocks": 1, "groups": 4}
+    config = {"kind": "vq_autoencoder", "model": model | {"codes": 9}, "scale_factor": 0.5}
+    module = build_model(config)
+    autoencoder = Network(module, param_shapes(module, struct(1, 8, 8, 3)), config)
+    empty = TextConditioning(
+        np.zeros((1, 16), np.float32), np.zeros((1, 16, 32), np.float32), np.ones((1, 16))
+    )
+    networks = {"clip": clip, "autoencoder": autoencoder, EMPTY: Network(None, empty, {})}
+    mesh = sharding.make_mesh(None, jax.devices()[:1])
+    stage = kandinsky.stage(load_config(f"{ROOT}/configs/kandinsky/latent.py:{variant}"), mesh, networks)
+    params = jax.eval_shape(stage.init, jax.random.key(0))[0]
+    assert params["unet"]["conv_in"]["kernel"].shape[2] == channels
+    batch = {"image": struct(4, 16, 16, 3), "clip_image": struct(4, 16, 16, 3)}
+    batch |= {"known": struct(4, 16, 16, 1, dtype=bool)} if channels == 9 else {}
+    frozen = {"clip": clip.params, "autoencoder": autoencoder.params}
+    trace = lambda params, frozen, batch: stage.objective(
+        params, {}, jax.random.key(0), batch, 0, frozen=frozen
+    )
+    loss, _ = jax.eval_shape(trace, params, frozen, batch)
+    assert loss.shape == () and loss.dtype == np.float32
+
+
+@pytest.mark.slow
 def test_learns_and_draws(tiny_run, tmp_path, monkeypatch):
     """The loss on a fixed batch falls; the runs make a bundle that draws for captions."""
     for name in ("clip", "prior_diffusion", "autoencoder"):

@@ -198,6 +198,7 @@ def test_image_to_image_pipeline(made, exact, monkeypatch):
     assert np.abs(drawn.astype(int) - np.round(theirs * 255)).max() <= 1
 
 
+@pytest.mark.slow
 def test_inpainting_without_training(made):
     """RePaint with the other decoder keeps what is known, and draws the rest for the caption."""
     image, redrawn = picture_and_mask()
