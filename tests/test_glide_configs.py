@@ -51,11 +51,12 @@ def test_published_sizes(name):
 def runs(tmp_path_factory):
     """Both networks trained, and the first one fine-tuned to inpaint."""
     folder = tmp_path_factory.mktemp("glide") / "runs"
-    long = {"steps": 12, "eval_every": 12, "checkpoint_every": 12}
+    one = {"model__unet__channel_mult": (1,), "model__unet__attention_resolutions": (8,)}
+    long = one | {"steps": 12, "eval_every": 12, "checkpoint_every": 12}
     glide.train_and_evaluate(tiny("glide.py:tiny", drop_text=0.2, **long), str(folder / "glide"))
-    short = {"steps": 2, "eval_every": 0}
+    short = {"steps": 2, "eval_every": 0, "model__unet__channel_mult": (1,)}
     glide.train_and_evaluate(tiny("glide_256.py:tiny", **short), str(folder / "glide_16"))
-    config = tiny("glide.py:tiny-inpaint", optimizer__learning_rate=1e-9, **short)
+    config = tiny("glide.py:tiny-inpaint", optimizer__learning_rate=1e-9, **(one | short))
     glide.train_and_evaluate(config, str(folder / "glide_inpaint"), str(folder / "glide"))
     return folder
 
