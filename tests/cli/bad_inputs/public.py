@@ -221,6 +221,17 @@ GLIDES = [
     ("no heads", {"base.json": '{"xf_heads": 0}'}, "xf_heads must be between 1 and"),
     ("a schedule unknown", {"base.json": '{"noise_schedule": 3}'}, "noise_schedule must be text"),
 ]
+# Changes to T5's configuration, and the file of its tokenizer beside it.
+T5 = {"model_type": "t5", "vocab_size": 40, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1}
+T5 |= {"num_heads": 2, "feed_forward_proj": "relu"}
+T5S = [
+    ("no heads", {"num_heads": 0}, {}, "num_heads must be between 1 and"),
+    ("another MLP", {"feed_forward_proj": "gated-silu"}, {}, "known are relu, gated-gelu"),
+    ("another norm", {"layer_norm_epsilon": 1e-5}, {}, "layer_norm_epsilon is 1e-05"),
+    ("no tokenizer", {}, {}, "holds no tokenizer of T5: expected tokenizer.json or spiece.model"),
+    ("half a vocabulary", {}, {"spiece.model": b"\x0a\xff"}, "spiece.model holds no tokenizer of T5"),
+    ("a tokenizer of nothing", {}, {"tokenizer.json": b"{}"}, "tokenizer.json holds no tokenizer of T5"),
+]
 
 
 def public_rows(box):
@@ -287,3 +298,15 @@ def public_rows(box):
             path = f"dalle_{i}" if file.suffix == ".pkl" else file.name
             says_so = says.replace("default_1.pt", file.name)
             yield Row(f"{source} with {name}", ["convert", path, "--out", "made"], says_so)
+    for i, (name, files, says) in enumerate(GLIDES):
+        (box / f"glide_{i}").mkdir()
+        with zipfile.ZipFile(box / f"glide_{i}" / "base.pt", "w") as archive:
+            archive.writestr("x/data.pkl", b"\x80\x02cos\nsystem\nX\x01\x00\x00\x00x\x85R.")
+        for file, text in files.items():
+            (box / f"glide_{i}" / file).write_text(text)
+        yield row("a GLIDE", name, f"glide_{i}", says)
+    for i, (name, change, files, says) in enumerate(T5S):
+        write_json(box / f"t5_{i}" / "config.json", T5 | change)
+        for file, data in files.items():
+            (box / f"t5_{i}" / file).write_bytes(data)
+        yield row("a T5", name, f"t5_{i}", says)
