@@ -9,7 +9,8 @@ and a query, and the query's place predicts the clean z_i. It differs in these:
   front of the tokens. The first channels of queries and keys turn with the position (rotary embeddings). A
   learned bias depends on the distance, in buckets as in T5, where the null key counts as a position.
 - With `cosine`, queries and keys have unit length, and their product is multiplied by 16. The versions of the
-  library before 1.5 divide by the root of the head's size in its place, as usual.
+  library before 1.5 divide by the root of the head's size in its place, as usual, and multiply the bias by
+  128: their remedy for overflow in half precision divided the product alone.
 - The feed-forward layer is a SwiGLU: (a * silu(g)) W with (a, g) = split(norm(x) V). With `normformer` its
   hidden layer is normalised. Norms have a gain and no bias. The last one divides by the largest value first.
 - With `null_embeds` (versions from 1.9), learned vectors stand for the caption, z_t and z_i in the
@@ -32,6 +33,7 @@ from unclip_jax.models.layers import Dtype, Gather, with_hooks
 
 EXTRA_TOKENS = 4  # z_t, time, noised z_i, query
 COSINE_SCALE = 16.0
+BIAS_SCALE = 128.0  # of attention without cosines
 BUCKETS, FARTHEST = 32, 128  # of the bias by distance
 ROTARY = 32  # channels that turn, at most
 
@@ -210,6 +212,7 @@ class LaionPrior(nn.Module):
         n = x.shape[1]
         table = self.param("distance_bias", noise, (BUCKETS, self.heads))
         allowed = np.arange(n + 1)[None] <= np.arange(n)[:, None] + 1
+        table = table if self.cosine else BIAS_SCALE * table
         bias = jnp.where(allowed, jnp.take(table, distance_buckets(n), axis=0).transpose(2, 0, 1), -jnp.inf)
         if self.norm_in:
             x = Gain(dtype=self.dtype, name="norm_in")(x)

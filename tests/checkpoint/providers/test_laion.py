@@ -127,8 +127,10 @@ def test_network(prior, version, tmp_path):
 
 @pytest.mark.parametrize("version, cosine", [("1.1.0", False), ("1.6.0", True)])
 def test_older_networks(prior, version, cosine, tmp_path):
-    """Without null embeddings; and before 1.5 with the usual attention, whose scale 1.15 applies twice."""
-    changed = []
+    """Without null embeddings; and before 1.5 with the usual attention, whose scale 1.15 applies twice, and
+    with a bias that is 128 times as large."""
+    changed, bias = [], prior.net.causal_transformer.rel_pos_bias.relative_attention_bias.weight
+    factor = 1.0 if cosine else 128.0
     for attention, _ in prior.net.causal_transformer.layers:
         changed.append((attention, attention.cosine_sim, attention.scale))
         if not cosine:
@@ -136,8 +138,10 @@ def test_older_networks(prior, version, cosine, tmp_path):
     try:
         bundle = load_bundle(written(tmp_path / "prior", older(prior.state_dict()), version=version))
         given = inputs()
+        bias.data *= factor
         close(ours_of(bundle, *given), theirs_of(prior, *given), 1e-4)
     finally:
+        bias.data /= factor
         for attention, cosine_sim, scale in changed:
             attention.cosine_sim, attention.scale = cosine_sim, scale
     part = bundle.parts["prior_diffusion"]
