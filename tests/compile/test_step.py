@@ -283,7 +283,7 @@ def test_with_the_tpu_compiler():
 
 
 @pytest.mark.parametrize(
-    "variant, beside", [("tiny", {}), ("tiny-cin", {"label": (16,)}), ("tiny-sr", {"low_res": (16, 8, 8, 3)})]
+    "variant, beside", [("tiny-cin", {"label": (16,)}), ("tiny-sr", {"low_res": (16, 8, 8, 3)})]
 )
 def test_latent_diffusion_without_captions(variant, beside):
     """The step's batch and the sampler have what conditions the network."""
