@@ -245,6 +245,7 @@ def test_what_cannot_be_exported(made, tmp_path, name):
 
 
 # --------------------------------------------------------------------------------------------------- verbs
+@pytest.mark.slow
 def test_image_edits(made):
     """The picture again from its z_i and x_T, closer with more steps; variations with noise are others; ways
     between pictures end at both; text diffs begin at the picture."""
