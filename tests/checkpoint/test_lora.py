@@ -1,19 +1,24 @@
 """LoRA files of peft and kohya, merged into Stable Diffusion: the weights are those of torch's arithmetic."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from tests.checkpoint import peers
 from unclip_jax.checkpoint.bundle import check_frozen
 from unclip_jax.checkpoint.convert import export
 from unclip_jax.checkpoint.load import load_bundle
-from unclip_jax.checkpoint.lora import merge_lora
+from unclip_jax.checkpoint.lora import adapted_layers, as_matrix, lora_tensors, merge_lora
 from unclip_jax.checkpoint.providers import latent_names
 from unclip_jax.checkpoint.providers.clip import TEXT
 from unclip_jax.cli.main import main
 from unclip_jax.errors import InputError
+from unclip_jax.generate.networks import build_model
+from unclip_jax.run.lora import BASE, whole
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0"
 UNET = [f"{ATTENTION}.attn1.to_q", f"{ATTENTION}.attn2.to_out.0", f"{ATTENTION}.ff.net.0.proj"]
@@ -128,5 +133,37 @@ def test_refused(made, tensors, words, tmp_path):
 
 
 def test_another_system(tmp_path):
-    with pytest.raises(InputError, match="of the system latent"):
-        merge_lora(load_bundle("emoji"), tmp_path / "lora.safetensors")
+    path = tmp_path / "lora.safetensors"
+    save_file({f"unet.conv_in.lora_{half}.weight": np.ones((2, 2), np.float32) for half in "AB"}, path)
+    with pytest.raises(InputError, match="changes the part 'latent'; .*emoji has clip"):
+        merge_lora(load_bundle("emoji"), path)
+
+
+def test_written_adapters_in_torch(made):
+    """Adapters by the names of their file: torch's U-Net with them equals ours with them merged."""
+    _, pipeline, bundle = made
+    part, unet = bundle.parts["latent"], copy.deepcopy(pipeline.unet)
+    rng, tree = np.random.default_rng(0), {}
+    shapes = {path: value.shape for path, value in flatten_dict(part.params, sep="/").items()}
+    for path in adapted_layers("latent", part.config, shapes):
+        rows, columns = as_matrix(path, shapes[path])
+        tree[f"{path}/down"] = np.float32(0.2 * rng.normal(size=(rows, 3)))
+        tree[f"{path}/up"] = np.float32(0.2 * rng.normal(size=(3, columns)))
+    pairs = {path: (tree[f"{path}/down"], tree[f"{path}/up"]) for path in shapes if f"{path}/up" in tree}
+    tensors = lora_tensors("latent", part.config, pairs)
+    with torch.no_grad():
+        for name in [name for name in tensors if name.endswith("lora_A.weight")]:
+            layer = name.removeprefix("unet.").removesuffix(".lora_A.weight")
+            up, down = (torch.from_numpy(tensors[f"unet.{layer}.lora_{half}.weight"]) for half in "BA")
+            weight_of(unet, layer).add_(up @ down)
+    x = np.float32(rng.normal(size=(2, 4, 8, 6)))
+    states = np.float32(rng.normal(size=(2, 7, part.config["model"]["context_dim"])))
+    with torch.no_grad():
+        given = torch.from_numpy(x), torch.tensor([7, 500]), torch.from_numpy(states)
+        theirs, plain = (network(*given).sample for network in (unet, pipeline.unet))
+    params = whole(unflatten_dict(tree, sep="/"), {BASE: part.params})
+    ours = build_model(part.config).apply(
+        {"params": params}, x.transpose(0, 2, 3, 1), np.float32([7, 500]), context=states
+    )
+    np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=2e-4)
+    assert (theirs - plain).abs().max() > 0.01

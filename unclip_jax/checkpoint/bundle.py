@@ -11,7 +11,9 @@ parameters, the samplers' defaults by part, and the provenance. A part's `config
 | `diffusion` | noise schedule and prediction | those that diffuse |
 | `frozen` | role -> hash of each network that stood frozen under it in training | those that had one |
 | `tokenizer` | of the text encoder that the part owns | CLIP; a part with a text encoder of its own |
-| `embedding_space` | how the image embeddings are normalised | the diffusion prior |
+| `embedding_space` | how the image embeddings are normalised | the diffusion prior, retrieval, an index |
+| `neighbours` | how many a network was trained with | retrieval |
+| `popular` | the rows of an index that served most often in training, with their uses | retrieval |
 | `factor` | how much larger the output is than the input | upsamplers, those of GLIDE too |
 | `last_step_of` | the upsampler whose last sampling step this network makes | some upsamplers |
 
@@ -48,6 +50,7 @@ from unclip_jax.checkpoint.files import (
 )
 from unclip_jax.checkpoint.store import ParamsHash, params_hash
 from unclip_jax.errors import InputError, MissingError, input_errors
+from unclip_jax.models.kinds import KINDS
 from unclip_jax.paths import check_writable, store_errors, user_path, whole_folder, write_json
 from unclip_jax.typed import check_value, shown
 
@@ -162,7 +165,9 @@ def check_sizes(parts: Mapping[str, Part], where: str) -> None:
     size = clip.get("embed_dim", codec.get("embed_dim"))
     for name, part in parts.items():
         model, kind = part.config.get("model", {}), part.config["kind"]
-        takes = part.config.get("embed_dim") if kind == "codec" else None
+        takes = part.config.get("embed_dim") if kind in ("codec", "index") else None
+        if kind == "retrieval":
+            takes = model["context_dim"]
         if kind in ("prior_diffusion", "prior_laion", "kandinsky"):
             takes = model.get("embed_dim")
         if kind == "decoder":
@@ -181,6 +186,7 @@ def check_sizes(parts: Mapping[str, Part], where: str) -> None:
         refined = last_step_of(part)
         if refined is not None and refined not in upsamplers(parts):
             raise InputError(f"{where}: {name} makes the last step of {refined}, which is no upsampler here")
+    check_spaces(parts, where)
     unets = [name for name in ("decoder", "glide", "imagen") if name in parts][:1] + upsamplers(parts)
     for small, large in itertools.pairwise(unets):
         low, size = (parts[name].config["model"]["unet"]["image_size"] for name in (small, large))
@@ -189,6 +195,22 @@ def check_sizes(parts: Mapping[str, Part], where: str) -> None:
                 f"{where}: {large} enlarges pictures to {size} pixels by {parts[large].config['factor']}, "
                 f"but {small} draws {low} pixels"
             )
+
+
+def check_spaces(parts: Mapping[str, Part], where: str) -> None:
+    """The rows of an index must be in the space in which the network takes neighbours.
+
+    Raises:
+      ValueError: naming both spaces.
+    """
+    if "index" not in parts or "retrieval" not in parts:
+        return
+    found, wanted = (parts[name].config["embedding_space"]["kind"] for name in ("index", "retrieval"))
+    if found != wanted:
+        raise InputError(
+            f"{where}: the index holds {found} embeddings, but retrieval takes {wanted} ones: "
+            f"make an index with --space {wanted}"
+        )
 
 
 @dataclass(frozen=True)
@@ -267,8 +289,8 @@ def read_part(
     if not shipped:
         check_shapes(config, {name: weights.shape(name) for name in weights}, str(path))
     check_floats(weights, weights, str(path))
-    if config["kind"] == "codec":
-        place = keep  # it is small, and rounding would make its directions no longer orthogonal
+    if KINDS[config["kind"]].module is None:
+        place = keep  # rounding would spoil a codec's directions; an index stays on the host
     flat = {}
     for name in sorted(weights):
         value = weights[name]

@@ -21,6 +21,7 @@ from flax import traverse_util
 from unclip_jax.checkpoint.convert import array, shapes_of
 from unclip_jax.checkpoint.files import list_names
 from unclip_jax.checkpoint.shapes import glide_shapes, imagen_shapes, t5_shapes
+from unclip_jax.data.retrieval_index import check_described
 from unclip_jax.data.tokenizers import tokenizer_of
 from unclip_jax.diffusion.embedding_space import KINDS as SPACES
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace
@@ -82,6 +83,7 @@ BUNDLE = {
     "sampling": (dict, True),
     "provenance": (dict, True),
 }
+SIZES = ("kind", "model", "embed_dim", "rows")  # keys of a part's config.json that its shapes depend on
 LISTING = {"hash": (str, True), "parameters": (int, False)}
 
 
@@ -144,7 +146,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         check_value(digest, str, f"{where}: frozen: {role}")
     if "last_step_of" in config:
         check_name(config["last_step_of"], f"{where}: last_step_of")
-    for key in ("embed_dim", "dims", "factor", "scale_factor"):
+    for key in ("embed_dim", "dims", "factor", "scale_factor", "neighbours"):
         _check_range(key, config.get(key), where)
     if "tokenizer" in config:
         check_fields(config["tokenizer"], TOKENIZER, f"{where}: tokenizer")
@@ -166,6 +168,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         _check_diffusion(config["diffusion"], f"{where}: diffusion")
     if kind == "latent":
         _check_augmentation(config, where)
+    check_described(config, where)
     if kind in ("prior_diffusion", "prior_laion"):
         _check_space(config["embedding_space"], config["model"]["embed_dim"], f"{where}: embedding_space")
     if kind == "prior_diffusion":
@@ -300,7 +303,7 @@ def check_shapes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
       ValueError: naming what is missing, what has no use, and what has another shape.
     """
     kinds = (ValueError, TypeError, ArithmeticError, AssertionError, IndexError, flax.errors.FlaxError)
-    described = json.dumps({key: config[key] for key in ("kind", "model", "embed_dim") if key in config})
+    described = json.dumps({key: config[key] for key in SIZES if key in config})
     try:
         wanted = _part_shapes(described, *(_first_size(shapes, seen) for seen in SEES.values()))
     except kinds as error:  # the values have the right types, but no network has them together
@@ -338,9 +341,10 @@ def _part_shapes(described: str, embed_dim: int, width: int) -> dict[str, tuple[
 def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     kind = config["kind"]
     if kind == "codec":
-        dim = config["embed_dim"]
-        made = {name: (dim, dim) if name == "components" else (dim,) for name in Codec._fields}
-        return {name: array(*shape) for name, shape in made.items()}
+        dims = [config["embed_dim"]] * 2
+        return {name: array(*dims[: 1 + (name == "components")]) for name in Codec._fields}
+    if kind == "index":
+        return {"embedding": array(config["rows"], config["embed_dim"])}
     model = config["model"]
     if kind == "clip":
         return clip_shapes(model)
@@ -360,7 +364,7 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
         return shapes_of(module.init, array(1, side, side, 3))
     if kind == "lpips":
         return shapes_of(module.init, *[array(1, SMALLEST, SMALLEST, 3)] * 2)
-    if kind == "latent":
+    if kind in ("latent", "retrieval"):
         return latent_shapes(model)
     if kind == "kandinsky":
         return kandinsky_shapes(model)

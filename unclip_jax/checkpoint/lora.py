@@ -1,30 +1,32 @@
-"""LoRA files, merged into the weights of a latent-diffusion bundle (Hu et al. 2021).
+"""LoRA files (Hu et al. 2021): merged into the weights of a bundle, and written for trained adapters.
 
 A file holds for some of the network's matrices W (out, in) two small ones, and W becomes
 W + scale * (alpha / r) * up @ down, where down is (r, in) and up is (out, r); without alpha, alpha = r. For
 convolutions down has the kernel and up is 1x1.
 
 Two ways to name them are read. peft and diffusers: `unet.<name>.lora_A.weight` (down), `.lora_B.weight` (up),
-with `<name>` as in diffusers' networks, and `text_encoder.<name>`. kohya:
-`lora_unet_<name>.lora_down.weight`, `.lora_up.weight`, `.alpha`, with underscores for dots in `<name>`, and
-`lora_te_<name>`. Any other tensor (LoHa, LoKr, DoRA) is refused by name.
+with `<name>` as in diffusers' networks, and `text_encoder.<name>`; likewise `decoder.<name>` and
+`prior.<name>` for the networks of Karlo's topology. kohya: `lora_unet_<name>.lora_down.weight`,
+`.lora_up.weight`, `.alpha`, with underscores for dots in `<name>`, and `lora_te_<name>`. Any other tensor
+(LoHa, LoKr, DoRA) is refused by name. Files are written in peft's names.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
 
 from unclip_jax.checkpoint.bundle import Bundle, Part
-from unclip_jax.checkpoint.convert import TRANSFORMS, Transform, names_of
+from unclip_jax.checkpoint.convert import TRANSFORMS, Rule, Transform, names_of
 from unclip_jax.checkpoint.files import Weights, check_floats, finite, list_names, open_file
-from unclip_jax.checkpoint.providers import clip, latent_names
+from unclip_jax.checkpoint.providers import clip, karlo, latent_names
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.errors import InputError
 
@@ -41,6 +43,26 @@ ENDINGS = {
     "alpha": "alpha",
 }
 PREFIXES = {"unet.": "latent", "lora_unet_": "latent", "text_encoder.": "clip", "lora_te_": "clip"}
+PREFIXES |= {"decoder.": "decoder", "prior.": "prior_diffusion"}
+
+
+class _Network(NamedTuple):
+    # rules: of diffusers' names, from the network's keyword arguments. layers: regex of the paths of the
+    # parameters that adapters are trained for: the matrices of its attention.
+    rules: Callable[[Mapping[str, Any]], Sequence[Rule]]
+    layers: str
+
+
+_NETWORKS = {
+    "latent": _Network(latent_names.diffusers_unet, r"(^|/)(self|cross)_attn/(query|key|value|out)/kernel$"),
+    "decoder": _Network(
+        lambda model: karlo.unet(len(model["unet"]["channel_mult"])),
+        r"^unet/\w*attn(_\d+)?/(query|key|value|context_key|context_value|out)/kernel$",
+    ),
+    "prior_diffusion": _Network(
+        lambda model: karlo.PRIOR, r"^transformer/block_\d+/attn/(query|key|value|out)/kernel$"
+    ),
+}
 
 
 def merge_loras(bundle: Bundle, texts: Iterable[str]) -> Bundle:
@@ -57,10 +79,10 @@ def merge_loras(bundle: Bundle, texts: Iterable[str]) -> Bundle:
 
 
 def merge_lora(bundle: Bundle, path: Path, scale: float = 1.0) -> Bundle:
-    """The bundle with a LoRA file merged into its U-Net and its text tower.
+    """The bundle with a LoRA file merged into the networks that it names.
 
     Args:
-      bundle: of the system `latent`, on the host.
+      bundle: on the host.
       path: a `.safetensors` file.
       scale: of the change; 0 changes nothing, and a negative number turns it round.
 
@@ -68,23 +90,25 @@ def merge_lora(bundle: Bundle, path: Path, scale: float = 1.0) -> Bundle:
       FileNotFoundError: when the file is missing.
       ValueError: when it is no LoRA of these networks; the error names the tensors that do not fit.
     """
-    if bundle.system != "latent" or bundle.mesh is not None:
-        raise InputError("a LoRA is merged into a bundle of the system latent, loaded without a mesh")
+    if bundle.mesh is not None:
+        raise InputError("a LoRA is merged into a bundle that is loaded without a mesh")
     if not np.isfinite(scale):
         raise InputError(f"the scale of a LoRA must be a finite number, got {scale}")
     weights = open_file(path)
     found = _layers(weights, path)
     parts, merged = dict(bundle.parts), {}
-    for name in ("clip", "latent"):
-        layers = found.get(name)
-        if layers:
-            parts[name] = merged[name] = _merged(parts[name], name, layers, weights, scale, path)
+    for name, layers in found.items():
+        if name not in parts:
+            where = bundle.path or "the bundle"
+            raise InputError(f"{path} changes the part {name!r}; {where} has {', '.join(parts)}")
+        parts[name] = merged[name] = _merged(parts[name], name, layers, weights, scale, path)
     if not merged:
         raise InputError(f"{path} holds no LoRA")
-    if "clip" in merged:
-        config = parts["latent"].config
-        frozen = config.get("frozen", {}) | {"clip": merged["clip"].hash}
-        parts["latent"] = dataclasses.replace(parts["latent"], config=config | {"frozen": frozen})
+    for name, part in parts.items():  # what was trained with a network before goes on with it as it is now
+        changed = {role: merged[role].hash for role in part.config.get("frozen", {}) if role in merged}
+        if changed:
+            frozen = part.config["frozen"] | changed
+            parts[name] = dataclasses.replace(part, config=part.config | {"frozen": frozen})
     files = [*bundle.provenance.get("lora", ()), {"file": path.name, "scale": float(scale)}]
     return dataclasses.replace(bundle, parts=parts, provenance=bundle.provenance | {"lora": files})
 
@@ -118,9 +142,12 @@ def _layers(weights: Weights, path: Path) -> dict[str, dict[str, dict[str, str]]
 
 def _targets(part: Part, name: str) -> dict[str, tuple[str, Transform]]:
     # Layer's name with underscores -> the parameter's path, and the transform of its weight.
-    if name == "latent":
-        rules = latent_names.diffusers_unet(part.config["model"])
-        named = names_of(traverse_util.flatten_dict(part.params, sep="/"), rules, "the U-Net")
+    if name != "clip":
+        known = _NETWORKS[name].rules(part.config["model"])
+        paths = [p for p in traverse_util.flatten_dict(part.params, sep="/") if p.endswith("/kernel")]
+        if name == "decoder":  # a LoRA changes its U-Net alone
+            paths = [p for p in paths if p.startswith("unet/")]
+        named = names_of(paths, known, f"the {name}")
     else:
         tower = {k: v for k, v in part.params["text_tower"].items() if k != "projection"}
         flat = traverse_util.flatten_dict({"text_tower": tower}, sep="/")
@@ -162,3 +189,55 @@ def _merged(
             weights.release(tensor)
     tree: Any = traverse_util.unflatten_dict(params, sep="/")
     return Part(part.config, tree, params_hash(tree))
+
+
+# ------------------------------------------------------------------------------------------ writing
+def adapted_layers(name: str, config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
+    """The matrices of a network's attention, which adapters are trained for.
+
+    Args:
+      name: of the part: `latent`, `decoder` or `prior_diffusion`.
+      config: its configuration.
+      paths: of its parameters.
+
+    Returns:
+      Path -> the layer's name in a file, with peft's prefix.
+
+    Raises:
+      ValueError: when diffusers has no name for one of them, or there are none.
+    """
+    if name not in _NETWORKS:
+        raise InputError(f"no adapters are trained for {name!r}; they are for {', '.join(_NETWORKS)}")
+    network = _NETWORKS[name]
+    chosen = [path for path in paths if re.search(network.layers, path)]
+    if not chosen:
+        raise InputError(f"the {name} has no attention that adapters could change")
+    prefix = next(one for one, part in PREFIXES.items() if part == name)
+    named = names_of(chosen, network.rules(config["model"]), f"the {name}")
+    return {path: prefix + theirs.removesuffix(".weight") for path, (theirs, _) in named.items()}
+
+
+def as_matrix(path: str, shape: Sequence[int]) -> tuple[int, int]:
+    """The sizes (in, out) of a parameter of an attention layer.
+
+    The output layer joins its first axes, and the others their last ones.
+    """
+    cut = len(shape) - 1 if path.endswith("out/kernel") else 1
+    return math.prod(shape[:cut]), math.prod(shape[cut:])
+
+
+def lora_tensors(
+    name: str, config: Mapping[str, Any], pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Adapters as the tensors of a LoRA file, in peft's names; alpha is the rank.
+
+    Args:
+      name, config: as in `adapted_layers`.
+      pairs: path -> down (in, r), up (r, out).
+    """
+    tensors = {}
+    for path, layer in adapted_layers(name, config, pairs).items():
+        down, up = pairs[path]
+        tensors[f"{layer}.lora_A.weight"] = np.ascontiguousarray(np.transpose(down), np.float32)
+        tensors[f"{layer}.lora_B.weight"] = np.ascontiguousarray(np.transpose(up), np.float32)
+    return tensors

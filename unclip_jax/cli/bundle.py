@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="BUNDLE", help="a bundle to take the parts from that have no run in RUNS"
     )
     parser.add_argument(
+        "--index", metavar="DIR", help="an index to keep in the bundle, for the system retrieval"
+    )
+    parser.add_argument(
         "--sampling",
         action="append",
         default=[],
@@ -78,6 +81,11 @@ def collect(runs: Any, base: str | None = None):
     for folder in folders:
         part, meta, step = load_trained(folder)
         name = meta["name"]
+        if "lora" in meta["part"]:
+            raise InputError(
+                f"{folder} trained adapters: move it away, and merge its lora.safetensors with --lora when "
+                "you draw, or with `unclip convert`"
+            )
         check_config(meta["part"], f"step {step} of {folder}: part")
         if name in origin:
             raise InputError(f"{origin[name]} and {folder} are both runs of {name}; move one of them away")
@@ -89,6 +97,10 @@ def collect(runs: Any, base: str | None = None):
     system, needed = "unclip", ("clip", "prior_diffusion", "decoder")
     if set(parts) == {"clip"}:
         needed = ("clip",)
+    elif "retrieval" in parts and "latent" in parts and "decoder" not in parts:
+        raise InputError(f"{runs} has runs of two systems, latent and retrieval; move one of them away")
+    elif "retrieval" in parts and "decoder" not in parts:
+        system, needed = "retrieval", ("clip", "retrieval", "autoencoder")
     elif "latent" in parts and parts["latent"].config["kind"] == "kandinsky":
         system, needed = "kandinsky", ("clip", "prior_diffusion", "latent", "autoencoder")
     elif "latent" in parts and "decoder" not in parts:
@@ -120,12 +132,15 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.evaluate import samples
     from unclip_jax.paths import total_bytes, user_path
     from unclip_jax.sampling.programs import Sampler, stage_options
+    from unclip_jax.sampling.retrieval import with_index
 
     if args.rows:
         samples.check_rows(args.rows)
     check_target(args.out)
     use_compilation_cache()
     bundle = collect(user_path(args.runs), args.base)
+    if args.index is not None:
+        bundle = with_index(bundle, args.index)
     defaults = part_options(args.sampling)
     stage_options(bundle, defaults)
     for part, options in defaults.items():

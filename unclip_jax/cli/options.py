@@ -238,26 +238,22 @@ def parse_steps(text: str | None) -> int | str | tuple[int, ...] | None:
 
 
 def add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--bundle`, `--lora` and `--mesh`, which `open_bundle` reads."""
+    """Adds `--bundle`, `--index`, `--lora` and `--mesh`, which `open_bundle` reads."""
     parser.add_argument(
         "--bundle",
         default="emoji",
         metavar="DIR",
         help="a bundle's folder, or the name of a shipped one (emoji)",
     )
+    parser.add_argument("--index", metavar="DIR", help="an index of neighbours, not the bundle's (retrieval)")
     add_lora_argument(parser)
     add_mesh_argument(parser)
 
 
 def add_lora_argument(parser: argparse.ArgumentParser) -> None:
     """Adds `--lora`, which `checkpoint.lora.merge_loras` reads."""
-    parser.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[=SCALE]",
-        help="a LoRA of Stable Diffusion to merge into the weights, with its scale (1); may be given again",
-    )
+    words = "a LoRA to merge into the weights, with its scale (1); may be given again"
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[=SCALE]", help=words)
 
 
 def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
@@ -281,11 +277,17 @@ def open_bundle(args: argparse.Namespace) -> Any:
 
     mesh = read_mesh(args)
     if not getattr(args, "lora", None):
-        return load_bundle(args.bundle, mesh=mesh)
-    from unclip_jax.checkpoint.lora import merge_loras
-    from unclip_jax.sampling.programs import placed
+        bundle = load_bundle(args.bundle, mesh=mesh)
+    else:
+        from unclip_jax.checkpoint.lora import merge_loras
+        from unclip_jax.sampling.programs import placed
 
-    return placed(merge_loras(load_bundle(args.bundle), args.lora), mesh)
+        bundle = placed(merge_loras(load_bundle(args.bundle), args.lora), mesh)
+    if getattr(args, "index", None) is not None:
+        from unclip_jax.sampling.retrieval import with_index
+
+        bundle = with_index(bundle, args.index)
+    return bundle
 
 
 def read_mesh(args: argparse.Namespace) -> Any:

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start from the weights of a bundle or a run instead of random ones",
     )
     parser.add_argument(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="train adapters of this rank for the attention of the latent U-Net, the decoder or the "
+        "diffusion prior of --init-from, whose own weights stay; writes WORKDIR/lora.safetensors",
+    )
+    parser.add_argument(
         "--clip", metavar="DIR", help="the frozen CLIP: a bundle or a run (the configuration's, ../clip)"
     )
     parser.add_argument(
@@ -134,6 +141,8 @@ def check_stage(config) -> None:
 def use_embeddings(config, folders: Sequence[str], keep_frozen: bool) -> None:
     """Lets a stage read folders of embeddings: in place of its pictures, or beside them for the decoder.
 
+    The stage `retrieval` reads them beside its pictures where they hold no latents.
+
     If every source has embeddings, the training source's folder also replaces the CLIP.
 
     Args:
@@ -145,6 +154,7 @@ def use_embeddings(config, folders: Sequence[str], keep_frozen: bool) -> None:
     Raises:
       ValueError: if the stage reads no embeddings, or the configuration has no evaluation NAME.
     """
+    from unclip_jax.data.embeddings import has_latents
     from unclip_jax.run.frozen import BESIDE_PICTURES, EMBEDDABLE, READ_STATES
 
     known = (*EMBEDDABLE, *BESIDE_PICTURES, *READ_STATES)
@@ -165,7 +175,10 @@ def use_embeddings(config, folders: Sequence[str], keep_frozen: bool) -> None:
             if key not in groups or (equals and key == "train"):
                 known = ", ".join(name for name in groups if name != "train") or "none"
                 raise InputError(f"--embeddings {item}: there is no evaluation {name!r}; there are {known}")
-            if config.stage in (*BESIDE_PICTURES, *READ_STATES):
+            alone = config.stage in EMBEDDABLE and (
+                config.stage not in BESIDE_PICTURES or has_latents(folder)
+            )
+            if not alone:
                 beside = "text_states" if config.stage in READ_STATES else "embeddings"
                 groups[key][key][beside] = absolute(folder)
                 continue
@@ -180,6 +193,18 @@ def use_embeddings(config, folders: Sequence[str], keep_frozen: bool) -> None:
             config.frozen.clip = places[0]
         if not keep_frozen and config.stage in READ_STATES and "text_states" in config.data.train:
             config.frozen.t5 = config.data.train.text_states
+
+
+def use_adapters(config, rank: int) -> None:
+    """Lets a stage train adapters of a rank. Raises ValueError if the stage trains none."""
+    from unclip_jax.train import STAGES
+
+    able = [name for name, stage in STAGES.items() if "lora" in stage.SETTINGS]
+    if config.get("stage") not in able:
+        known = ", ".join(able)
+        raise InputError(f"the {config.get('stage')} stage trains no adapters; these stages do: {known}")
+    with config.unlocked():
+        config.lora = rank
 
 
 def run(args: argparse.Namespace) -> None:
@@ -198,6 +223,8 @@ def run(args: argparse.Namespace) -> None:
         use_embeddings(
             config, args.embeddings, keep_frozen=bool(assignments.keys() & {"frozen.clip", "frozen.t5"})
         )
+    if args.lora is not None:
+        use_adapters(config, args.lora)
     if args.profile is not None:
         assignments["profile"] = args.profile
     for key, value in assignments.items():

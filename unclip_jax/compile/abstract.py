@@ -172,6 +172,12 @@ def abstract_batch(
         if "autoencoder" in frozen:
             side = stage.model.image_size
             embeds["latents"] = np.zeros((side, side, stage.model.out_channels), np.float16)
+    if "neighbours" in stage.part:
+        count, side = stage.part["neighbours"], stage.model.image_size
+        embeds = {
+            "neighbours": np.zeros((count, stage.model.context_dim), np.float16),
+            "latents": np.zeros((side, side, stage.model.out_channels), np.float16),
+        }
     name = stage.part.get("class_names", ["a"])[0]
     record = Record(f"{name}/0", file.getvalue(), (name,), {label: name}, "", embeds)
     row = stage.example(record, np.random.default_rng(0))

@@ -42,6 +42,7 @@ from unclip_jax.run.batches import check_divides
 from unclip_jax.run.frozen import (
     BESIDE_PICTURES,
     EMBEDDABLE,
+    EMBEDDED,
     EMPTY,
     arrays,
 )
@@ -209,7 +210,7 @@ def train_step(config: Any, clip_config: Any, mesh: Mesh, embedded: bool = False
     if embedded and config.stage not in EMBEDDABLE + BESIDE_PICTURES:
         readers = ", ".join(EMBEDDABLE + BESIDE_PICTURES)
         raise InputError(f"the {config.stage} stage reads no embeddings; these stages do: {readers}")
-    networks = abstract_frozen(config, clip_config, mesh, embedded)
+    networks = abstract_frozen(config, clip_config, mesh, embedded or config.stage in EMBEDDED)
     stage = STAGES[config.stage].stage(config, mesh, networks)
     optimizers = make_optimizers(config, stage.players)
     shapes, shardings = abstract_state(stage, optimizers, mesh)
@@ -302,6 +303,11 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
             return sample_grid(network, given["keys"], options, coarse=given.get("coarse"), texts=texts)
         if config.stage in ("glide", "imagen"):
             return sample_captioned(network, texts, given["keys"], options, low_res=given.get("low_res"))
+        if config.stage == "retrieval":
+            size, near = (stage.model.image_size,) * 2, texts.captions.embed[:, None]
+            near = jnp.repeat(near, config.neighbours, axis=1)
+            inputs = {"context": (near, jnp.zeros((1, 1, 1)))}
+            return sample_latents(network, None, size, given["keys"], options, inputs=inputs, rows=rows)
         if config.stage == "latent":
             size = (stage.model.image_size,) * 2
             inputs = None

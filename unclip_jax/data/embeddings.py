@@ -307,3 +307,8 @@ def is_embedded(path: str | os.PathLike) -> bool:
     """Whether a path is a folder that `unclip embed` has finished or begun."""
     with store_errors(path):
         return (user_path(path) / "plan.json").is_file()
+
+
+def has_latents(path: str | os.PathLike) -> bool:
+    """Whether a finished folder of embeddings holds latents. Raises as `open_embedded`."""
+    return open_embedded(path).latents is not None

@@ -305,6 +305,30 @@ def latent_embed_example(
     return row | _embedded_captions(record, chosen, tokenizer, None)
 
 
+def retrieval_example(
+    record: Record, rng: np.random.Generator | None, *, size: int, count: int, training: bool = True
+) -> dict[str, np.ndarray]:
+    """One row of a batch: an image for the autoencoder, or its latents, and its nearest rows in an index.
+
+    Args:
+      record: its neighbours, and its image or its latents (`unclip embed --neighbours`).
+      rng, training: as in `clip_example`. The image is always the centred square, whose neighbours they are.
+      size: the side of the image in pixels.
+      count: number of neighbours K.
+
+    Returns:
+      `image` (size, size, 3) in [-1, 1], or `latents` (h, w, Z), not scaled; `neighbours` float32 (K, D), the
+      nearest first.
+
+    Raises `ValueError` if the image cannot be decoded.
+    """
+    del training
+    latents = record.embeds.get("latents")
+    row = {} if latents is None else {"latents": np.float32(latents)}
+    row = row or picture_example(record, rng, size=size, training=False)
+    return row | {"neighbours": np.float32(record.embeds["neighbours"][:count])}
+
+
 def picture_example(
     record: Record,
     rng: np.random.Generator | None,

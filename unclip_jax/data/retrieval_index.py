@@ -22,6 +22,7 @@ import dataclasses
 import hashlib
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ MANIFEST = {
     "rows": (int, True),
     "shards": (tuple[dict, ...], True),
 }
+POPULAR = {"index": (str, True), "rows": (tuple[int, ...], True), "uses": (tuple[int, ...], True)}
 BESIDE = {"clip": (str, True), "embedding_space": (str, True)}
 
 
@@ -247,3 +249,25 @@ def check_convention(index: RetrievalIndex, clip: str, taker: str, space: str | 
             f"{index.name} holds {index.space} embeddings, but {taker} takes {space} ones: "
             f"make an index with --space {space}"
         )
+
+
+def check_described(config: Mapping[str, Any], where: str) -> None:
+    """Checks what a part of a bundle says of neighbours, beside its keys' types; other parts say nothing.
+
+    Raises:
+      ValueError: naming `where`, the key and the value at fault.
+    """
+    if config["kind"] not in ("retrieval", "index"):
+        return
+    check_fields(config["embedding_space"], {"kind": (str, True)}, f"{where}: embedding_space")
+    if config["embedding_space"]["kind"] not in SPACES:
+        found = shown(config["embedding_space"]["kind"])
+        raise InputError(f"{where}: embedding_space: unknown kind {found}; choose one of {', '.join(SPACES)}")
+    if "popular" in config:
+        check_fields(config["popular"], POPULAR, f"{where}: popular")
+        if len(config["popular"]["rows"]) != len(config["popular"]["uses"]):
+            raise InputError(f"{where}: popular: each of the rows needs its number of uses")
+    if config["kind"] == "index" and not 0 < config["rows"] < 2**31:
+        raise InputError(f"{where}: rows must be between 1 and {2**31 - 1}, not {config['rows']}")
+    if config["kind"] == "retrieval" and config["model"].get("context_dim") is None:
+        raise InputError(f"{where}: model: context_dim is the size of the neighbours; it cannot be absent")

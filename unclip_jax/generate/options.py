@@ -108,6 +108,28 @@ class LatentSamplingOptions(SamplingOptions):
     noise_level: int = 0
 
 
+RETRIEVAL_MODES = ("text", "text+neighbours", "neighbours", "popular")
+
+
+@dataclass(frozen=True)
+class RetrievalSamplingOptions(LatentSamplingOptions):
+    """How a latent U-Net is sampled that sees neighbours.
+
+    mode: what it sees: `text`, the caption's embedding alone; `text+neighbours`, that and the caption's
+      nearest rows of an index; `neighbours`, these rows alone; `popular`, the neighbours of a row that served
+      often in training, whatever the caption.
+    neighbours: how many tokens it sees, the text among them; None for as many as in training. The mode `text`
+      has one.
+    popular: the share of an index's rows that `popular` draws from, the most used first, in (0, 1].
+    weighted: whether `popular` draws rows as often as they served; otherwise all of them equally often.
+    """
+
+    mode: str = "text+neighbours"
+    neighbours: int | None = None
+    popular: float = 0.01
+    weighted: bool = False
+
+
 @dataclass(frozen=True)
 class TokenSamplingOptions:
     """How codes are drawn one after another.
@@ -151,6 +173,7 @@ OPTIONS = {
     "kandinsky": LatentSamplingOptions,
     "pixelsnail": TokenSamplingOptions,
     "dalle": TokenSamplingOptions,
+    "retrieval": RetrievalSamplingOptions,
 }
 
 
@@ -184,6 +207,7 @@ def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 # What values each option takes: in words, and as a test.
 _NUMBER, _TEXT = ("a finite number", _is_number), ("text", _is_text)
+_FLAG = ("true or false", lambda value: isinstance(value, (bool, np.bool_)))
 _NUMBER_OR_NONE = ("a finite number or None", _or_none(_is_number))
 _WHOLE_OR_NONE = ("a whole number or None", _or_none(_is_whole))
 VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -212,11 +236,15 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "offset": ("a whole number", _is_whole),
     "last": _TEXT,
     "negative": _TEXT,
-    "filter": ("true or false", lambda value: isinstance(value, (bool, np.bool_))),
+    "filter": _FLAG,
     "height": _WHOLE_OR_NONE,
     "width": _WHOLE_OR_NONE,
     "tile": _WHOLE_OR_NONE,
     "noise_level": ("a whole number", _is_whole),
+    "mode": _TEXT,
+    "neighbours": _WHOLE_OR_NONE,
+    "popular": _NUMBER,
+    "weighted": _FLAG,
 }
 
 
@@ -264,6 +292,8 @@ def check_options(options: Options, part_config: dict) -> None:
         raise InputError(f"only a prior chooses among candidates: they must be 1, got {options.candidates}")
     if isinstance(options, LatentSamplingOptions):
         _check_noise_level(options.noise_level, part_config)
+    if isinstance(options, RetrievalSamplingOptions):
+        _check_retrieval_options(options)
     if options.sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
     schedule = part_schedule(part_config)
@@ -299,6 +329,20 @@ def check_options(options: Options, part_config: dict) -> None:
     if options.clip is not None and not options.clip > 0:
         raise InputError(f"clip must be positive or None, got {options.clip}")
     check_threshold(options.threshold, options.clip, options.threshold_most)
+
+
+def _check_retrieval_options(options: RetrievalSamplingOptions) -> None:
+    if options.mode not in RETRIEVAL_MODES:
+        known = ", ".join(RETRIEVAL_MODES)
+        raise InputError(f"unknown mode {options.mode!r} of retrieval; choose one of {known}")
+    if options.neighbours is not None and not 1 <= options.neighbours <= MAX_CANDIDATES:
+        raise InputError(f"neighbours must be between 1 and {MAX_CANDIDATES}, got {options.neighbours}")
+    if options.mode == "text" and options.neighbours not in (None, 1):
+        raise InputError(f"the mode text sees the text alone, so neighbours={options.neighbours} has no use")
+    if not 0 < options.popular <= 1:
+        raise InputError(f"popular is a share of the index's rows in (0, 1], got {options.popular}")
+    if options.negative:
+        raise InputError("retrieval is guided against no neighbours: it takes no negative caption")
 
 
 def _check_variance(variance: str, part_config: dict) -> None:

@@ -69,6 +69,15 @@ KINDS: dict[str, Kind] = {
         },
         LatentUNet,
     ),
+    "retrieval": Kind(
+        DIFFUSES | {"embedding_space": (dict, True), "neighbours": (int, True), "popular": (dict, False)},
+        LatentUNet,
+    ),
+    "index": Kind(
+        SHARED
+        | {"embed_dim": (int, True), "rows": (int, True), "embedding_space": (dict, True)}
+        | {"checksum": (str, True)}
+    ),
     "glide": Kind(DIFFUSES | {"factor": (int, False)}, Glide, {"unet": UNet, "text": TextEncoder}),
     "kandinsky": Kind(DIFFUSES, KandinskyDecoder, {"unet": UNet}),
     "safety": Kind(NETWORK, SafetyChecker, {"image": ImageTower}),

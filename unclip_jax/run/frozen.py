@@ -38,7 +38,9 @@ from unclip_jax.sharding import Mesh, compute_dtype, gather_rest, infer_sharding
 EMPTY = "empty_caption"
 # Stages that can train from embeddings alone.
 EMBEDDABLE = ("prior_diffusion", "prior_ar", "codec", "latent", "stable_unclip", "pixelsnail", "dalle")
-BESIDE_PICTURES = ("decoder",)  # stages that can train from pictures with their embeddings
+EMBEDDABLE += ("retrieval",)
+EMBEDDED = ("retrieval",)  # stages that train from embeddings only
+BESIDE_PICTURES = ("decoder", "retrieval")  # stages that can train from pictures with their embeddings
 READ_STATES = ("imagen",)  # stages that can train from pictures with the states of their captions
 
 

@@ -191,6 +191,8 @@ OPTIMIZER = {
     "mu_dtype": maybe(text("float32", "bfloat16")),
 }
 TRAINED = RUN | {"optimizer": OPTIMIZER, "ema_decay": number("[0, 1)")}
+# The rank of adapters that are trained in place of the network's weights; None trains the weights.
+ADAPTERS = {"lora": absent(maybe(whole("[1, inf)")))}
 # Ranking compares at least two rows.
 RANKED = {
     "batch_size": whole("[1, inf)"),

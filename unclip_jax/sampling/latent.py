@@ -51,13 +51,13 @@ class LatentStages(NamedTuple):
     images: list[np.ndarray]
 
 
-def picture_size(sampler: Sampler, options: LatentSamplingOptions) -> tuple[int, int]:
-    """(h, w) of the latents of a picture of the size that the options ask for.
+def picture_size(sampler: Sampler, options: LatentSamplingOptions, part: str = "latent") -> tuple[int, int]:
+    """(h, w) of the latents of a picture of the size that the options ask for, drawn by `part`.
 
     Raises:
       ValueError: when a side is no multiple of what autoencoder and U-Net need, or out of range.
     """
-    factor, module = sampler.network("autoencoder").module.factor, sampler.network("latent").module
+    factor, module = sampler.network("autoencoder").module.factor, sampler.network(part).module
     side, multiple, sizes = module.image_size, factor * module.multiple, []
     for name, pixels in (("height", options.height), ("width", options.width)):
         pixels = side * factor if pixels is None else pixels
@@ -88,8 +88,13 @@ def tile_size(sampler: Sampler, options: LatentSamplingOptions) -> int | None:
 
 def sizes(bundle: Bundle) -> list[int]:
     """The side in pixels of the picture that a bundle draws by its defaults."""
+    return latent_sides(bundle, "latent")
+
+
+def latent_sides(bundle: Bundle, name: str) -> list[int]:
+    """As `sizes`, of pictures that the part `name` draws."""
     levels = len(bundle.part("autoencoder").config["model"]["channel_mult"])
-    model = bundle.part("latent").config["model"]
+    model = bundle.part(name).config["model"]
     return [model.get("unet", model)["image_size"] * 2 ** (levels - 1)]
 
 
@@ -121,13 +126,29 @@ def overrides(
     Raises:
       ValueError: if an option of a prior is given.
     """
+    given = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "negative": negative}
+    priors = {"prior_guidance_scale": prior_guidance_scale, "candidates": candidates}
+    return latent_overrides("latent", **given, **priors)
+
+
+def latent_overrides(
+    name: str,
+    *,
+    steps: int | str | None = None,
+    guidance_scale: float | None = None,
+    prior_guidance_scale: float | None = None,
+    eta: float | None = None,
+    candidates: int | None = None,
+    negative: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """As `overrides`, for a system without priors whose part `name` draws."""
     if prior_guidance_scale is not None or candidates is not None:
-        raise InputError("the system latent has no prior: leave prior_guidance_scale and candidates out")
+        raise InputError(f"the system {name} has no prior: leave prior_guidance_scale and candidates out")
     given = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "negative": negative}
     if eta is not None:
         given["sampler"] = "ddim"
     given = {name: value for name, value in given.items() if value is not None}
-    return {"latent": given} if given else {}
+    return {name: given} if given else {}
 
 
 def enlarges(model: Mapping[str, Any]) -> bool:

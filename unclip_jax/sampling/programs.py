@@ -24,6 +24,7 @@ from unclip_jax.data.tokenizers import AnyTokenizer, tokenizer_of
 from unclip_jax.errors import InputError, NumericalError
 from unclip_jax.generate.networks import Network, sampling_model
 from unclip_jax.generate.options import OPTIONS, Options, check_options, is_guided, options_from
+from unclip_jax.models.kinds import KINDS
 from unclip_jax.sharding import BATCH, compute_dtype, path_name, placer, replicate, sampling_mesh
 
 MAX_BATCH = 16
@@ -69,12 +70,15 @@ class Sampler:
         self.networks = {name: self._network(part, place) for name, part in bundle.parts.items()}
         self.params = {name: network.params for name, network in self.networks.items()}
         self._programs: dict[Hashable, Program] = {}
+        self._made: dict[Hashable, Any] = {}
         self._tokenizers: dict[str, ClipTokenizer] = {}
         self._compiling = threading.local()
 
     def _network(self, part: Part, place: Callable | None) -> Network:
         if part.config["kind"] == "codec":  # has no module, and is small
             return Network(None, replicate(part.params, self.mesh), part.config, part.hash)
+        if KINDS[part.config["kind"]].module is None:  # stays on the host
+            return Network(None, {}, part.config, part.hash)
         params = part.params
         if place is not None:
             params = jax.tree_util.tree_map_with_path(
@@ -106,6 +110,12 @@ class Sampler:
             return self._programs[key]
         used.add(key)
         return self._programs[key].stand_in
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make()` returns, made once per key. A call with the same key gets the same."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def compiling(self, call: Callable[[], Any]) -> set[Hashable]:
         """Compiles the programs that `call()` uses and does not run them, while other threads may draw.
@@ -282,7 +292,9 @@ def placed(bundle: Bundle, mesh: Mesh) -> Bundle:
     """A bundle on the host, placed onto a mesh as `load_bundle` does it."""
     place = placer(mesh)
     parts = {
-        name: dataclasses.replace(
+        name: part
+        if KINDS[part.config["kind"]].module is None
+        else dataclasses.replace(
             part,
             params=jax.tree_util.tree_map_with_path(lambda path, v: place(path_name(path), v), part.params),
         )

@@ -10,7 +10,18 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
-from unclip_jax.sampling import dalle, glide, imagen, kandinsky, latent, stable_unclip, stream, unclip, vqvae2
+from unclip_jax.sampling import (
+    dalle,
+    glide,
+    imagen,
+    kandinsky,
+    latent,
+    retrieval,
+    stable_unclip,
+    stream,
+    unclip,
+    vqvae2,
+)
 from unclip_jax.sampling.edits import (
     img2img,
     inpaint,
@@ -136,6 +147,14 @@ SYSTEMS = {
         reconstruct=latent_inversion.reconstruct,
         decode=latent_inversion.decode,
         upscale=latent_upscale.upscale_rows,
+    ),
+    "retrieval": System(
+        retrieval.PARTS,
+        retrieval.sample_stages,
+        "retrieval",
+        retrieval.made_by,
+        sizes=retrieval.sizes,
+        overrides=retrieval.overrides,
     ),
     "stable_unclip": System(
         stable_unclip.PARTS,

@@ -28,34 +28,39 @@ from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import EMPTY, arrays, clip_reader, hashes, load_frozen, text_tokenizer
 from unclip_jax.run.loop import Run
+from unclip_jax.run.lora import adapted, whole, write_adapters
 from unclip_jax.run.resume import config_json, load_widened
 from unclip_jax.run.stage import Stage, without_extra, without_gradient
 from unclip_jax.sharding import compute_dtype, make_gather, make_mesh
 from unclip_jax.train.figures import held_out_loss, image_figures, sample_grid, with_image_figures
 
 FROZEN: dict[str, str] = {"clip": "clip"}
-SETTINGS = settings.TRAINED | {
-    "frozen": settings.frozen(FROZEN),
-    "text_tokenizer": settings.maybe(settings.TOKENIZER),
-    "data": settings.CROPPED | {"eval": settings.absent(settings.SOURCE)},
-    "model": {
-        "inpaint": settings.FLAG,
-        "text": settings.OWN_TEXT,
-        "unet": settings.UNET,
-        "conditioning": {
-            "context_dim": settings.whole("[1, inf)"),
-            "clip_tokens": settings.whole("[1, inf)"),
-            "use_text_embed": settings.FLAG,
-            "use_text_states": settings.FLAG,
+SETTINGS = (
+    settings.TRAINED
+    | settings.ADAPTERS
+    | {
+        "frozen": settings.frozen(FROZEN),
+        "text_tokenizer": settings.maybe(settings.TOKENIZER),
+        "data": settings.CROPPED | {"eval": settings.absent(settings.SOURCE)},
+        "model": {
+            "inpaint": settings.FLAG,
+            "text": settings.OWN_TEXT,
+            "unet": settings.UNET,
+            "conditioning": {
+                "context_dim": settings.whole("[1, inf)"),
+                "clip_tokens": settings.whole("[1, inf)"),
+                "use_text_embed": settings.FLAG,
+                "use_text_states": settings.FLAG,
+            },
         },
-    },
-    "diffusion": settings.IMAGE_DIFFUSION,
-    "freeze_text": settings.FLAG,
-    "drop_embedding": settings.number("[0, 1]"),
-    "drop_text": settings.number("[0, 1]"),
-    "sampling": settings.SAMPLING["decoder"],
-    "eval": settings.DRAWN,
-}
+        "diffusion": settings.IMAGE_DIFFUSION,
+        "freeze_text": settings.FLAG,
+        "drop_embedding": settings.number("[0, 1]"),
+        "drop_text": settings.number("[0, 1]"),
+        "sampling": settings.SAMPLING["decoder"],
+        "eval": settings.DRAWN,
+    }
+)
 FIGURES = ("eval_loss",)
 
 
@@ -151,6 +156,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     trained = stage(config, mesh, networks)
     clip = clip_reader(config, mesh, networks)
 
+    load = load_widened if trained.model.inpaint else load_part
+    trained, frozen, init_from = adapted(trained, config, mesh, frozen, init_from, load)
+
     # -------------------------------------------------------------------------------- evaluators
     options = options_from(config.sampling)
     loss_of_held_out = held_out_loss(trained, config, mesh, data)
@@ -158,7 +166,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     @jax.jit
     def draw(params, frozen, batch, rng):
-        network = Network(trained.model, params, trained.part)
+        network = Network(trained.model, whole(params, frozen), trained.part)
         texts = Texts(clip.captions(frozen["clip"], batch), frozen[EMPTY])
         z_image = clip.images(frozen["clip"], batch)
         known = Known(batch["image"], batch["known"]) if trained.model.inpaint else None
@@ -170,7 +178,6 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return {"eval_loss": loss_of_held_out(run.state, frozen)} | images_against_held_out(sample, step)
 
     # -------------------------------------------------------------------------------- loop
-    load = load_widened if trained.model.inpaint else load_part
     with Run(config, workdir, trained, mesh, data, init_from, load) as run:
         update = run.update()
         for step, batch in run:
@@ -180,4 +187,5 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
                 run.save(step)
             if run.evaluates(step):
                 run.record(step, evaluate(run, step))
+    write_adapters(run, workdir)
     return run.figures

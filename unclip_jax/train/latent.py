@@ -49,6 +49,7 @@ from unclip_jax.run.frozen import (
     load_frozen,
 )
 from unclip_jax.run.loop import Run
+from unclip_jax.run.lora import adapted, whole, write_adapters
 from unclip_jax.run.resume import config_json, load_widened_latent
 from unclip_jax.run.stage import Stage, without_extra
 from unclip_jax.sharding import compute_dtype, gather_rest, make_gather, make_mesh
@@ -60,42 +61,46 @@ CLASSES = settings.Rule(
     "the names of the classes, or a file with one a line",
     lambda value: bool(value) and all(isinstance(name, str) and name for name in value),
 )
-SETTINGS = settings.TRAINED | {
-    "frozen": {"clip": settings.maybe(settings.text()), "autoencoder": settings.text()},
-    "data": settings.CROPPED
+SETTINGS = (
+    settings.TRAINED
+    | settings.ADAPTERS
     | {
-        "eval": settings.absent(settings.SOURCE),
-        "label": settings.absent(settings.text()),
-        "classes": settings.absent(CLASSES),
-        "degradation": settings.absent(settings.text("blur", "bsr_light")),
-    },
-    "model": {
-        "image_size": settings.whole("[1, inf)"),
-        "in_channels": settings.whole("[1, inf)"),
-        "out_channels": settings.whole("[1, inf)"),
-        "channels": settings.whole("[2, inf)"),
-        "channel_mult": settings.several("[1, inf)"),
-        "res_blocks": settings.whole("[1, inf)"),
-        "heads": settings.several("[1, inf)"),
-        "attention_levels": settings.absent(settings.several("[0, inf)", least=0)),
-        "context_dim": settings.absent(settings.maybe(settings.whole("[1, inf)"))),
-        "classes": settings.absent(settings.maybe(settings.whole("[1, inf)"))),
-        "transformer_depth": settings.absent(settings.whole("[0, inf)")),
-        "linear": settings.absent(settings.FLAG),
-        "resample": settings.absent(settings.text(*RESAMPLES)),
-        "groups": settings.absent(settings.whole("[1, inf)")),
-        "dropout": settings.absent(settings.number("[0, 1)")),
-        "scale_shift": settings.absent(settings.FLAG),
-    },
-    "diffusion": settings.DIFFUSION
-    | {
-        "beta_ends": settings.absent(settings.maybe(settings.ENDS)),
-        "zero_snr": settings.absent(settings.FLAG),
-    },
-    "drop_text": settings.number("[0, 1]"),
-    "sampling": settings.SAMPLING["latent"],
-    "eval": settings.DRAWN,
-}
+        "frozen": {"clip": settings.maybe(settings.text()), "autoencoder": settings.text()},
+        "data": settings.CROPPED
+        | {
+            "eval": settings.absent(settings.SOURCE),
+            "label": settings.absent(settings.text()),
+            "classes": settings.absent(CLASSES),
+            "degradation": settings.absent(settings.text("blur", "bsr_light")),
+        },
+        "model": {
+            "image_size": settings.whole("[1, inf)"),
+            "in_channels": settings.whole("[1, inf)"),
+            "out_channels": settings.whole("[1, inf)"),
+            "channels": settings.whole("[2, inf)"),
+            "channel_mult": settings.several("[1, inf)"),
+            "res_blocks": settings.whole("[1, inf)"),
+            "heads": settings.several("[1, inf)"),
+            "attention_levels": settings.absent(settings.several("[0, inf)", least=0)),
+            "context_dim": settings.absent(settings.maybe(settings.whole("[1, inf)"))),
+            "classes": settings.absent(settings.maybe(settings.whole("[1, inf)"))),
+            "transformer_depth": settings.absent(settings.whole("[0, inf)")),
+            "linear": settings.absent(settings.FLAG),
+            "resample": settings.absent(settings.text(*RESAMPLES)),
+            "groups": settings.absent(settings.whole("[1, inf)")),
+            "dropout": settings.absent(settings.number("[0, 1)")),
+            "scale_shift": settings.absent(settings.FLAG),
+        },
+        "diffusion": settings.DIFFUSION
+        | {
+            "beta_ends": settings.absent(settings.maybe(settings.ENDS)),
+            "zero_snr": settings.absent(settings.FLAG),
+        },
+        "drop_text": settings.number("[0, 1]"),
+        "sampling": settings.SAMPLING["latent"],
+        "eval": settings.DRAWN,
+    }
+)
 FIGURES = ("eval_loss",)
 
 
@@ -268,6 +273,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     check_latents(networks["autoencoder"], data, trained.model.image_size, config.data.crop_scale)
     clip = clip_reader(config, mesh, networks) if "clip" in networks else None
 
+    load = load_widened_latent if inpaints else load_part
+    trained, frozen, init_from = adapted(trained, config, mesh, frozen, init_from, load)
+
     # -------------------------------------------------------------------------------- evaluators
     options = options_from(config.sampling, "latent")
     loss_of_held_out = held_out_loss(trained, config, mesh, data)
@@ -275,7 +283,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
 
     @jax.jit
     def draw(params, frozen, batch, rng):
-        network = Network(trained.model, params, trained.part)
+        network = Network(trained.model, whole(params, frozen), trained.part)
         autoencoder = networks["autoencoder"].with_params(frozen["autoencoder"])
         texts = None if clip is None else Texts(clip.captions(frozen["clip"], batch), frozen[EMPTY])
         beside = (
@@ -296,7 +304,6 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         return {"eval_loss": loss_of_held_out(run.state, frozen)} | images_against_held_out(sample, step)
 
     # -------------------------------------------------------------------------------- loop
-    load = load_widened_latent if inpaints else load_part
     with Run(config, workdir, trained, mesh, data, init_from, load) as run:
         update = run.update()
         for step, batch in run:
@@ -306,4 +313,5 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
                 run.save(step)
             if run.evaluates(step):
                 run.record(step, evaluate(run, step))
+    write_adapters(run, workdir)
     return run.figures

@@ -28,6 +28,7 @@ from unclip_jax.run import settings
 from unclip_jax.run.batches import open_data
 from unclip_jax.run.frozen import EMPTY, arrays, clip_reader, hashes, load_frozen
 from unclip_jax.run.loop import Run
+from unclip_jax.run.lora import adapted, whole, write_adapters
 from unclip_jax.run.resume import config_json
 from unclip_jax.run.stage import FITTED, Stage, without_extra
 from unclip_jax.run.state import step_rng
@@ -36,17 +37,21 @@ from unclip_jax.train.embedding_fit import embedding_fit, placeholder, space_of
 from unclip_jax.train.figures import PRIOR_FIGURES, prior_figures
 
 FROZEN = {"clip": "clip"}
-SETTINGS = settings.TRAINED | {
-    "frozen": settings.frozen(FROZEN),
-    "text_tokenizer": settings.maybe(settings.TOKENIZER),
-    "model": settings.BLOCKS | {"text": settings.maybe({})},
-    "diffusion": settings.DIFFUSION,
-    "space": {"kind": settings.text(*KINDS), "scale": settings.maybe(settings.number("(0, inf)"))},
-    "statistics_batches": settings.whole("[1, inf)"),
-    "drop_text": settings.number("[0, 1)"),
-    "sampling": settings.SAMPLING["prior_diffusion"],
-    "eval": settings.RANKED,
-}
+SETTINGS = (
+    settings.TRAINED
+    | settings.ADAPTERS
+    | {
+        "frozen": settings.frozen(FROZEN),
+        "text_tokenizer": settings.maybe(settings.TOKENIZER),
+        "model": settings.BLOCKS | {"text": settings.maybe({})},
+        "diffusion": settings.DIFFUSION,
+        "space": {"kind": settings.text(*KINDS), "scale": settings.maybe(settings.number("(0, inf)"))},
+        "statistics_batches": settings.whole("[1, inf)"),
+        "drop_text": settings.number("[0, 1)"),
+        "sampling": settings.SAMPLING["prior_diffusion"],
+        "eval": settings.RANKED,
+    }
+)
 ERROR_TIMES = 50  # number of time steps at which the errors for analytic variance are measured
 ERROR_BATCHES = 2  # number of batches at each of them
 
@@ -144,8 +149,9 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     data = open_data(config, mesh)
     networks = load_frozen(config, workdir, mesh, FROZEN, data)
     prior = stage(config, mesh, networks)
+    prior, frozen, init_from = adapted(prior, config, mesh, arrays(networks), init_from)
     run = Run(config, workdir, prior, mesh, data, init_from)
-    frozen = arrays(networks) | {FITTED: run.fit()}
+    frozen |= {FITTED: run.fit()}
 
     # -------------------------------------------------------------------------------- evaluators
     options = options_from(config.sampling, "prior_diffusion")
@@ -154,7 +160,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     @jax.jit
     def predict(params, frozen, batch, rng, errors):
         texts = Texts(clip.captions(frozen["clip"], batch), frozen[EMPTY])
-        network = Network(prior.model, params, run.part | {"x0_error": errors})
+        network = Network(prior.model, whole(params, frozen), run.part | {"x0_error": errors})
         z_hat = sample_prior(network, texts, rng, options)
         return z_hat, clip.images(frozen["clip"], batch), texts.captions.embed
 
@@ -173,7 +179,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
     @jax.jit
     def x0_error(params, frozen, batch, rng):
         z = normalize(space_of(prior.part, frozen[FITTED]), clip.images(frozen["clip"], batch))
-        text = clip.captions(frozen["clip"], batch)
+        text, network = clip.captions(frozen["clip"], batch), whole(params, frozen)
         schedule = schedule_of(diffusion)
         times = strided_steps(diffusion["num_steps"], min(ERROR_TIMES, diffusion["num_steps"]))
         abar = jnp.asarray(schedule.alphas_cumprod, jnp.float32)
@@ -181,7 +187,7 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
         def at(t):
             z_t = add_noise(z, jax.random.normal(jax.random.fold_in(rng, t), z.shape), abar[t])
             out = prior.model.apply(
-                {"params": params}, z_t, jnp.full(len(z), t), **text_inputs(prior.model, text)
+                {"params": network}, z_t, jnp.full(len(z), t), **text_inputs(prior.model, text)
             )
             return jnp.mean(jnp.square(to_x0_eps(out, z_t, abar[t], diffusion["prediction"])[0] - z))
 
@@ -207,4 +213,5 @@ def train_and_evaluate(config, workdir: str, init_from: str | None = None) -> di
                 run.save(step, **({"x0_error": measure_errors(run.state)} if step == config.steps else {}))
             if run.evaluates(step):
                 run.record(step, evaluate(run.state, step))
+    write_adapters(run, workdir)
     return run.figures

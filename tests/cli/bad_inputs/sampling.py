@@ -106,10 +106,7 @@ SAMPLE = {
         [*FOX, *TINY, "--negative", "a cat"],
         "decoder: unknown sampling option negative",
     ),
-    "a LoRA of another system": (
-        [*FOX, *TINY, "--lora", "lora.safetensors=0.5"],
-        "a LoRA is merged into a bundle of the system latent",
-    ),
+    "a LoRA that is not there": ([*FOX, *TINY, "--lora", "lora.safetensors=0.5"], "lora.safetensors"),
     "a folder to come as output": ([*FOX, "--out", "new/"], "--out new/ is a folder; name a file"),
     "prompts without a layout": (["sample", "--prompts", "p.txt", "--out", "o"], "give --layout"),
     "a layout without prompts": (["sample", "--layout", "folder", "--out", "o"], "give --prompts"),
