@@ -1,4 +1,4 @@
-"""Bad folders of StableUnCLIP. Their rows are with `weights`."""
+"""Bad folders of StableUnCLIP and of LAION's prior. Their rows are with `weights`."""
 
 import copy
 
@@ -111,3 +111,13 @@ def stable_unclip_rows(box):
     normalizer = {"mean": np.zeros((1, 16), np.float32), "std": np.zeros((1, 16), np.float32)}
     save_file(normalizer, box / "unclip_varies" / "image_normalizer" / "diffusion_pytorch_model.safetensors")
     yield Row("a StableUnCLIP without weights", ["convert", "unclip_varies", "--out", "made"], "and with it")
+    for name, files, says in (
+        ("no file", (), "holds no .pth file"),
+        ("two files", ("best.pth", "latest.pth"), "holds best.pth, latest.pth: name the one to read"),
+        ("an empty file", ("latest.pth",), "latest.pth is empty"),
+    ):
+        folder = box / f"laion_{len(files)}"
+        write_json(folder / "prior_config.json", {})
+        for file in files:
+            (folder / file).touch()
+        yield Row(f"LAION's prior with {name}", ["convert", folder.name, "--out", "made"], says)
