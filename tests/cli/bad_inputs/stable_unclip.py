@@ -81,7 +81,13 @@ BOTH = [
 WITH_PRIOR = [
     ("another prior", "prior/config", ["embedding_dim"], 24, "they are of different CLIPs"),
     ("no prior's encoder", "prior_text_encoder/config", None, None, "config.json is missing"),
-    ("a learned variance", "prior_scheduler/scheduler_config", ["variance_type"], "learned", "known: fixed"),
+    (
+        "a learned variance",
+        "prior_scheduler/scheduler_config",
+        ["variance_type"],
+        "learned",
+        "is 'learned'; known",
+    ),
     ("another step", "prior_scheduler/scheduler_config", ["steps_offset"], "1", "steps_offset must be a"),
     ("no range", "prior_scheduler/scheduler_config", ["clip_sample_range"], 0.0, "must be positive"),
     ("another scheduler", "prior_scheduler/scheduler_config", ["_class_name"], "PNDM", "is 'PNDM'"),
