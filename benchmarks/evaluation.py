@@ -2,6 +2,7 @@
 
     python benchmarks/evaluation.py speed --images 128 --rounds 3
     python benchmarks/evaluation.py pitfalls --rows 600 --pairs 100
+    python benchmarks/evaluation.py prdc --rows 20000
 
 `speed` needs torch and torch-fidelity: launch/test installs them. Both libraries read the same folder of PNG
 files with the same weights, and compute the mean and the covariance of Inception's pooled features. Each
@@ -19,6 +20,10 @@ times the other. The benchmark prints:
 
 - how far the same images move when they are stored or resized in another way;
 - what two random halves of one set give as the number of images grows: FID, KID, and FID at infinity.
+
+`prdc` measures precision, recall, density and coverage between two sets of made-up features as wide as
+Inception's: the time, and the peak of memory above that before the call. The features lie on disk, as those
+of `unclip evaluate` do.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -222,8 +228,53 @@ def pitfalls(args: argparse.Namespace) -> None:
     print(f"  FID at infinity: {limit.distance:.2f}, standard error {limit.error:.2f}")
 
 
+# ------------------------------------------------------------------------------------------ prdc
+def made_up(file: Path, rows: int, seed: int) -> np.ndarray:
+    """Features (rows, 2048) float32 in a file, mapped: like Inception's, at least 0 and of few dimensions."""
+    rng = np.random.default_rng(seed)
+    directions = np.random.default_rng(7).normal(size=(32, 2048))
+    array = np.lib.format.open_memmap(file, "w+", np.float32, (rows, 2048))
+    for first in range(0, rows, 1024):
+        block = rng.normal(size=(min(1024, rows - first), 32)) @ directions
+        array[first : first + 1024] = np.maximum(block + rng.normal(size=block.shape), 0)
+    array.flush()
+    return np.load(file, mmap_mode="r")
+
+
+def resident() -> float:
+    """GiB of this process's own memory now, without the pages of mapped files."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) / 2**20
+
+
+def many(args: argparse.Namespace) -> None:
+    """Prints the time and the memory of precision, recall, density and coverage."""
+    from unclip_jax.metrics.precision_recall import prdc
+
+    with tempfile.TemporaryDirectory() as scratch:
+        sets = [made_up(Path(scratch) / f"{i}.npy", args.rows, i) for i in range(2)]
+        peak, done = [resident()], threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.02):
+                peak.append(resident())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        started, used = time.perf_counter(), processor_seconds()
+        found = prdc(*sets)
+        seconds, cpu = time.perf_counter() - started, processor_seconds() - used
+        done.set()
+        watcher.join()
+    print("  ".join(f"{name} {value:.4f}" for name, value in found._asdict().items()))
+    print(
+        f"{args.rows} x {args.rows} rows of 2048: {seconds:.0f} s, {cpu:.0f} processor seconds, "
+        f"{max(peak) - peak[0]:.2f} GiB, of which the features take {2 * args.rows * 2048 * 4 / 2**30:.2f}"
+    )
+
+
 def main() -> None:
-    """Runs one of the two."""
+    """Runs one of the three."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", required=True)
     fast = kinds.add_parser("speed", help="against torch-fidelity")
@@ -236,10 +287,14 @@ def main() -> None:
     odd.add_argument("--rows", type=int, default=600, metavar="N", help="images of each half (600)")
     odd.add_argument("--pairs", type=int, default=100, metavar="N", help="images treated twice (100)")
     odd.add_argument("--weights", help="the public Inception (where `unclip fetch inception` put it)")
+    large = kinds.add_parser("prdc", help="time and memory of precision, recall, density and coverage")
+    large.add_argument("--rows", type=int, default=20_000, metavar="N", help="rows of each set (20000)")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if args.kind == "pitfalls":
         pitfalls(args)
+    elif args.kind == "prdc":
+        many(args)
     elif args.worker:
         worker(args)
     else:

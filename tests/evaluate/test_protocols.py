@@ -107,7 +107,9 @@ def test_sweep_on_any_reference(networks, tiny_bundle, tmp_path, capsys):
     words = ["evaluate", "sweep", f"bundle={tiny_bundle}", "name=emoji,split=val", "--rows", "8", "--partial"]
     words += ["--reference-rows", "9", "--figures", "kid", "--prior", "null", "--steps", "2"]
     assert main([*words, "--work", str(tmp_path), "--json", str(tmp_path / "r.json")]) == 0
+    out = capsys.readouterr().out
     (point,) = json.loads((tmp_path / "r.json").read_text())["points"]
+    assert f"its own       {point['results']['kid']['values']['kid']['value']:12.4f}" in out
     assert point["variant"] == "its own" and point["results"]["kid"]["images"]["count"] == 8
     assert main([*words, "--plot", str(tmp_path / "p.png")]) == 1
     assert "--plot draws a line through several scales" in capsys.readouterr().err

@@ -43,6 +43,9 @@ def test_frechet_distance_of_singular_sets():
     expected = np.sum((x.mean(axis=0) - y.mean(axis=0)) ** 2) + np.sum(a**2) + np.sum(b**2)
     expected -= 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum()
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(moments(x), moments(y)) == pytest.approx(expected, rel=1e-7)
+    many = RNG.normal(size=(70, 50))
+    assert frechet_distance(x, many) == pytest.approx(frechet_distance(moments(x), many), rel=1e-7)
 
 
 @pytest.mark.parametrize("least", [1e-4, 1e-8])

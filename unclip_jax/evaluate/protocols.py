@@ -43,7 +43,6 @@ from unclip_jax.sampling.programs import Sampler
 
 COCO_ROWS = 30_000
 COCO = Preparation("center", 256)
-SHOWN = ("fid", "sfid", "clip_score", "precision", "recall")  # columns of the table, where they were measured
 
 
 class Variant(NamedTuple):
@@ -214,14 +213,14 @@ def coco_reference(folder: str | os.PathLike) -> Opened:
 
 # ------------------------------------------------------------------------------------------ words
 def table(points: Sequence[Point], first: str) -> list[str]:
-    """The main numbers of all points as lines; `first` is the title of the first column."""
-    columns = [name for name in SHOWN if any(point.value(name) is not None for point in points)]
-    lines = [f"{first:14}" + "".join(f"{name:>12}" for name in columns)]
+    """All numbers of all points as lines; `first` is the title of the first column."""
+    named = dict.fromkeys(name for point in points for row in point.results.values() for name in row.values)
+    widths = {name: max(12, len(name) + 2) for name in named}
+    lines = [f"{first:14}" + "".join(f"{name:>{width}}" for name, width in widths.items())]
     for point in points:
-        cells = (point.value(name) for name in columns)
-        lines.append(
-            f"{point.variant.name:14}" + "".join(f"{'' if c is None else f'{c:.4f}':>12}" for c in cells)
-        )
+        cells = ((point.value(name), width) for name, width in widths.items())
+        words = (f"{'' if value is None else f'{value:.4f}':>{width}}" for value, width in cells)
+        lines.append(f"{point.variant.name:14}" + "".join(words))
     few = [(name, r) for point in points for name, r in point.results.items() if r.partial]
     partial = [f"partial: {name}, {r.images.count:,} of {r.least:,} images" for name, r in few]
     lines += dict.fromkeys(partial)
@@ -249,7 +248,8 @@ def panels(points: Sequence[Point]) -> list[Panel]:
     - precision against recall, which is the one between quality and diversity.
     """
     names = [point.variant.name for point in points]
-    columns = {name: [point.value(name) for point in points] for name in SHOWN}
+    drawn = ("fid", "clip_score", "precision", "recall")
+    columns = {name: [point.value(name) for point in points] for name in drawn}
     scales = [point.variant.scale for point in points]
     shown = []
     for title, x_name, x, y_name in (

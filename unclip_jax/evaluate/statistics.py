@@ -122,7 +122,7 @@ def check_comparable(a: Statistics, b: Statistics) -> list[str]:
     if a.stored and b.stored and set(a.stored) != set(b.stored):
         notes.append(
             f"the images are stored differently, {'/'.join(a.stored)} and {'/'.join(b.stored)}, "
-            "which moves the figure (--codec encodes both alike)"
+            "which moves the figure (--jpeg QUALITY encodes both alike)"
         )
     return notes
 

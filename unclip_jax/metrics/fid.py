@@ -8,7 +8,9 @@ With Inception's pooled features (2048) it is FID. With its spatial features (20
 2021). With DINOv2's it is FD-DINOv2 (Stein et al. 2023).
 
 With C_a = F_a F_a^T and C_b = F_b F_b^T, the trace of (C_a C_b)^(1/2) is the sum of the singular values of
-F_a^T F_b. Their rounding error is a share of the largest one, also when a covariance is singular.
+F_a^T F_b. Their rounding error is a share of the largest one, also when a covariance is singular. Where a set
+has no more rows than features, its centred rows divided by the root of N - 1 are such an F, and no matrix of
+D x D is taken apart.
 pytorch-fid and ADM's evaluator take a matrix square root of C_a C_b, and torch-fidelity takes the square
 roots of that matrix's eigenvalues. All agree where both covariances have full rank. Where one is singular (no
 more rows than features, N <= D), the product has many eigenvalues that are zero up to rounding. The
@@ -41,9 +43,9 @@ def frechet_distance(a: Set, b: Set) -> float:
     Raises:
       ValueError: when a set has fewer than two rows, the widths differ, or a feature is not finite.
     """
-    a, b = _as_moments(a), _as_moments(b)
+    a, b = _gaussian(a), _gaussian(b)
     _check_widths(len(a.mean), len(b.mean))
-    return _distance(a, b, _factor(b.cov))
+    return _distance(a, b)
 
 
 def frechet_error(features: np.ndarray, reference: Set) -> float:
@@ -126,13 +128,10 @@ def frechet_distance_at_infinity(
             f"{points} subsets from {smallest} rows, and features of the shape {features.shape}"
         )
     _check_widths(features.shape[1], len(reference.mean))
-    factor, rng = _factor(reference.cov), np.random.default_rng(seed)
+    far, rng = _gaussian(reference), np.random.default_rng(seed)
     rows = np.linspace(smallest, len(features), points).astype(int)
     distances = np.array(
-        [
-            _distance(moments(features[np.sort(rng.permutation(len(features))[:n])]), reference, factor)
-            for n in rows
-        ]
+        [_distance(_gaussian(features[np.sort(rng.permutation(len(features))[:n])]), far) for n in rows]
     )
     x = 1 / rows
     slope, intercept = np.polyfit(x, distances, 1)
@@ -145,16 +144,18 @@ def frechet_distance_at_infinity(
 
 def check_features(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two sets of features in float64. Raises ValueError as `frechet_distance`."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    for features in (a, b):
-        if features.ndim != 2 or len(features) < 2:
-            raise InputError(
-                f"features must be (N, D) with at least two rows, got the shape {features.shape}"
-            )
-        if not np.isfinite(features).all():
-            raise InputError("a feature is not finite")
+    a, b = _checked(a), _checked(b)
     _check_widths(a.shape[1], b.shape[1])
     return a, b
+
+
+def _checked(features: np.ndarray) -> np.ndarray:
+    features = np.asarray(features, np.float64)
+    if features.ndim != 2 or len(features) < 2:
+        raise InputError(f"features must be (N, D) with at least two rows, got the shape {features.shape}")
+    if not np.isfinite(features).all():
+        raise InputError("a feature is not finite")
+    return features
 
 
 def _check_widths(a: int, b: int) -> None:
@@ -192,9 +193,29 @@ def _significant(values: np.ndarray) -> np.ndarray:
     return np.where(values > least, values, 0)
 
 
-def _distance(a: Moments, b: Moments, factor: np.ndarray) -> float:
-    # `factor` is that of b's covariance. Eigenvalues of C_a C_b would be squares of small numbers, and the
-    # small ones would drown in rounding errors.
-    cross = np.linalg.svd(_factor(a.cov).T @ factor, compute_uv=False)
-    distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.cov) + np.trace(b.cov)
+class _Gaussian(NamedTuple):
+    # mean: (D,). factor: (D, R), F with F F^T = the covariance. trace: of the covariance.
+    mean: np.ndarray
+    factor: np.ndarray
+    trace: float
+
+
+def _gaussian(features: Set) -> _Gaussian:
+    if isinstance(features, Moments):
+        found = _as_moments(features)
+        return _Gaussian(found.mean, _factor(found.cov), float(np.trace(found.cov)))
+    features = np.asanyarray(features)
+    if features.ndim != 2 or len(features) > features.shape[1]:
+        return _gaussian(moments(features))
+    rows = _checked(features)
+    mean = rows.mean(axis=0)
+    factor = (rows - mean).T / np.sqrt(len(rows) - 1)
+    return _Gaussian(mean, factor, float(np.sum(np.square(factor))))
+
+
+def _distance(a: _Gaussian, b: _Gaussian) -> float:
+    # Eigenvalues of C_a C_b would be squares of small numbers, and the small ones would drown in rounding
+    # errors.
+    cross = np.linalg.svd(a.factor.T @ b.factor, compute_uv=False)
+    distance = np.sum((a.mean - b.mean) ** 2) + a.trace + b.trace
     return float(max(distance - 2 * cross.sum(), 0.0))
