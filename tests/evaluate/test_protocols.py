@@ -73,7 +73,7 @@ def test_coco30k_with_guidance_swept(coco, networks, tiny_bundle, tmp_path, caps
     assert len(drawn_rows) == 2 * 8  # once for all networks
     out = capsys.readouterr().out
     assert "partial: fid, 8 of 30,000 images" in out and out.splitlines()[0].split() == [
-        "guidance", "fid", "sfid", "clip_score", "precision", "recall"
+        "guidance", "fid", "sfid", "clip_score", "precision", "recall", "density", "coverage"
     ]  # fmt: skip
     captions = protocols.coco_captions(coco, 8, 5)
     assert len(set(captions)) == 8 and captions[0].endswith("of a picture.") and "\n" not in captions[0]

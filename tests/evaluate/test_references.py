@@ -61,19 +61,28 @@ def frechet(first, second):
 def theirs(first, second, weights, size):
     """What torch-fidelity and prdc say of two lists of files, of one pass of torch-fidelity's Inception."""
     metrics, seen = torch_fidelity("metrics"), {"pool": [], "spatial": []}
-    extractor = torch_fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
-    )
-    extractor.register_forward_hook(lambda *args: seen["pool"].append(args[-1][0]))
-    # As ADM's evaluator: the first 7 channels, in the order height, width, channel.
-    extractor.Mixed_6d.branch1x1.register_forward_hook(
-        lambda *args: seen["spatial"].append(args[-1][:, :7].permute(0, 2, 3, 1).flatten(1))
-    )
-    found = metrics.calculate_metrics(
-        input1=Pictures(first), input2=Pictures(second), fid=True, kid=True, isc=True, prc=True,
-        feature_extractor=extractor, kid_subset_size=size, cuda=False, cache=False, verbose=False,
-        batch_size=16, save_cpu_ram=True,
-    )  # fmt: skip
+    name, registry = "inception-v3-compat", torch_fidelity("registry").FEATURE_EXTRACTORS_REGISTRY
+
+    class Watched(registry[name]):
+        """Keeps what it computes. The spatial features are those of ADM's evaluator: the first 7 channels, in
+        the order height, width, channel."""
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.register_forward_hook(
+                lambda *args: seen["pool"].append(self.convert_features_tuple_to_dict(args[-1])["2048"])
+            )
+            self.Mixed_6d.branch1x1.register_forward_hook(
+                lambda *args: seen["spatial"].append(args[-1][:, :7].permute(0, 2, 3, 1).flatten(1))
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry, name, Watched)
+        found = metrics.calculate_metrics(
+            input1=Pictures(first), input2=Pictures(second), fid=True, kid=True, isc=True, prc=True,
+            feature_extractor=name, feature_extractor_weights_path=str(weights), kid_subset_size=size,
+            cuda=False, cache=False, verbose=False, batch_size=16, save_cpu_ram=True,
+        )  # fmt: skip
     pool, spatial = (torch.cat(seen[name]).numpy() for name in ("pool", "spatial"))
     assert len(pool) == len(spatial) == len(first) + len(second)
     dense = compute_prdc(pool[len(first) :], pool[: len(first)], nearest_k=5)
