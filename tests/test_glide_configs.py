@@ -61,6 +61,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_training(runs):
     """The loss falls; the inpainting run starts from the other one, with no weights for the known part."""
     curve = losses(runs / "glide")
@@ -72,6 +73,7 @@ def test_training(runs):
     assert kernels[1].shape[2] == 7 and np.abs(kernels[1][:, :, 3:]).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_widened_channels_follow_the_image(runs):
     """The small image of an upsampler stays behind the known part's channels."""
     kernel = load_part(runs / "glide_16", "glide_16")[0].params["unet"]["conv_in"]["kernel"]
@@ -81,6 +83,7 @@ def test_widened_channels_follow_the_image(runs):
     assert wide.shape[2] == 10 and not wide[:, :, 3:7].any()
 
 
+@pytest.mark.slow
 def test_bundle(runs, tmp_path):
     """The runs make a bundle of the system, which draws."""
     out = tmp_path / "bundle"

@@ -139,11 +139,13 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_training(runs):
     curve = losses(runs / "runs" / "imagen")
     assert np.mean(curve[-3:]) < 0.9 * np.mean(curve[:3])
 
 
+@pytest.mark.slow
 def test_the_cascade(runs, tmp_path, capsys):
     """The runs and T5 make a bundle, whose pictures depend on the caption and on the augmentation's level."""
     out, both = tmp_path / "bundle", ["--base", str(runs / "t5"), "--rows", "0"]
