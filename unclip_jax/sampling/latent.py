@@ -70,6 +70,21 @@ def picture_size(sampler: Sampler, options: LatentSamplingOptions, part: str = "
     return sizes[0], sizes[1]
 
 
+def noise_shape(sampler: Sampler) -> tuple[int, int, int]:
+    """(h, w, Z) of the latents that a bundle draws by its defaults, and of their noise."""
+    module = sampler.network("latent").module
+    return module.image_size, module.image_size, module.out_channels
+
+
+def exact_ddim(steps: Any, guidance_scale: float, eta: float) -> dict[str, dict[str, Any]]:
+    """Overrides of the U-Net's options: DDIM from one end of the schedule to the other, which can be
+    inverted, at the bundle's own size and with z_i as it is."""
+    exact = {"sampler": "ddim", "spacing": "even", "offset": 0, "last": "clean", "clip": None}
+    exact |= {"threshold": None, "threshold_most": None, "noise_level": 0}
+    exact |= {"negative": "", "height": None, "width": None}
+    return {"latent": {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, **exact}}
+
+
 def tile_size(sampler: Sampler, options: LatentSamplingOptions) -> int | None:
     """The side of the decoder's tiles in latents; None for the whole picture.
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import image_size
-from unclip_jax.sampling import kandinsky, stable_unclip, unclip
+from unclip_jax.sampling import kandinsky, latent, stable_unclip, unclip
 from unclip_jax.sampling.edits import inversion, kandinsky_inversion, latent_embeds
 from unclip_jax.sampling.programs import Sampler
 
@@ -40,14 +40,14 @@ CODERS = {
         kandinsky_inversion.encode,
         kandinsky_inversion.decode,
         kandinsky_inversion.check_edit,
-        kandinsky_inversion.noise_shape,
+        latent.noise_shape,
         kandinsky.sample_stages,
     ),
     "stable_unclip": Coder(
         latent_embeds.encode,
         latent_embeds.decode,
         latent_embeds.check_edit,
-        latent_embeds.noise_shape,
+        latent.noise_shape,
         stable_unclip.sample_stages,
     ),
 }

@@ -173,6 +173,21 @@ def embed_captions(
     )
 
 
+def row_scales(guidance_scale: float | Sequence[float], count: int) -> list[float]:
+    """One guidance scale per image, from one for all or one each. Raises ValueError on another number."""
+    if np.ndim(guidance_scale) and np.shape(guidance_scale) != (count,):
+        raise InputError(f"expected one guidance scale, or one per image, {count}, got {guidance_scale!r}")
+    return np.broadcast_to(guidance_scale, count).tolist()
+
+
+def row_captions(captions: Sequence[str] | None, count: int) -> list[str]:
+    """One caption per image; None means empty ones. Raises ValueError on another number."""
+    captions = [""] * count if captions is None else list(captions)
+    if len(captions) != count:
+        raise InputError(f"expected one caption per image, got {len(captions)} and {count}")
+    return captions
+
+
 def check_edit(
     sampler: Sampler, steps: Any, guidance_scale: float, *, eta: float = 0.0, seed: int = 0
 ) -> SamplingOptions:
@@ -198,21 +213,14 @@ def _row_options(
     sampler: Sampler, steps: Any, guidance_scale: float | Sequence[float], eta: float, count: int
 ) -> list[SamplingOptions]:
     """The options of `count` rows, which differ in their guidance scales at most."""
-    if np.ndim(guidance_scale) == 0:
-        return [check_edit(sampler, steps, guidance_scale, eta=eta)] * count
-    if np.shape(guidance_scale) != (count,):
-        raise InputError(f"expected one guidance scale, or one per image, {count}, got {guidance_scale!r}")
-    return [check_edit(sampler, steps, scale, eta=eta) for scale in guidance_scale]
+    return [check_edit(sampler, steps, scale, eta=eta) for scale in row_scales(guidance_scale, count)]
 
 
 def _texts(
     sampler: Sampler, captions: Sequence[str] | None, count: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Tokenizes the captions (empty ones if None) and the empty caption for all networks."""
-    captions = [""] * count if captions is None else list(captions)
-    if len(captions) != count:
-        raise InputError(f"expected one caption per image, got {len(captions)} and {count}")
-    return sampler.captions(captions), sampler.captions([""])
+    return sampler.captions(row_captions(captions, count)), sampler.captions([""])
 
 
 def encode(

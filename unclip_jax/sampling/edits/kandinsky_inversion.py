@@ -15,31 +15,12 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
-from unclip_jax.errors import InputError
 from unclip_jax.generate.latents import invert_latents, mean_latents
 from unclip_jax.generate.options import LatentSamplingOptions
-from unclip_jax.sampling.edits.inversion import STEPS, Latents, embed_images, square
+from unclip_jax.sampling.edits.inversion import STEPS, Latents, embed_images, row_scales, square
 from unclip_jax.sampling.kandinsky import PARTS, blank_of, check_draws, sample_stages
+from unclip_jax.sampling.latent import exact_ddim, noise_shape
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, as_seed, split_scales, with_scale
-
-
-def noise_shape(sampler: Sampler) -> tuple[int, int, int]:
-    """(h, w, Z) of x_T."""
-    module = sampler.network("latent").module
-    return module.image_size, module.image_size, module.out_channels
-
-
-def _ddim(steps: Any, guidance_scale: float, eta: float) -> dict[str, dict[str, Any]]:
-    # DDIM from one end of the schedule to the other, which can be inverted.
-    exact = {"sampler": "ddim", "spacing": "even", "offset": 0, "last": "clean", "clip": None}
-    exact |= {"threshold": None, "threshold_most": None, "negative": "", "height": None, "width": None}
-    return {"latent": {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, **exact}}
-
-
-def _scales(guidance_scale: float | Sequence[float], count: int) -> list[float]:
-    if np.ndim(guidance_scale) and np.shape(guidance_scale) != (count,):
-        raise InputError(f"expected one guidance scale, or one per image, {count}, got {guidance_scale!r}")
-    return np.broadcast_to(guidance_scale, count).tolist()
 
 
 def check_edit(
@@ -50,7 +31,7 @@ def check_edit(
         sampler.bundle.part(name)
     check_draws(sampler.bundle)
     as_seed(seed)
-    return sampler.options(_ddim(steps, guidance_scale, eta))["latent"]
+    return sampler.options(exact_ddim(steps, guidance_scale, eta))["latent"]
 
 
 def encode(
@@ -63,7 +44,7 @@ def encode(
 ) -> Latents:
     """Finds (z_i, x_T) of images; arguments and errors are those of `inversion.encode`."""
     sampler, count = as_sampler(bundle), len(images)
-    chosen = [check_edit(sampler, steps, scale) for scale in _scales(guidance_scale, count)]
+    chosen = [check_edit(sampler, steps, scale) for scale in row_scales(guidance_scale, count)]
     side = noise_shape(sampler)[0] * sampler.network("autoencoder").module.factor
     pixels = ops.to_float(square(images, side))
     static, scales = split_scales([{"latent": options} for options in chosen])
@@ -100,7 +81,8 @@ def decode(
 ) -> list[np.ndarray]:
     """Draws images from (z_i, x_T) with DDIM; arguments and errors are those of `inversion.decode`."""
     count = len(latents.z_image)
+    options = [exact_ddim(steps, scale, eta) for scale in row_scales(guidance_scale, count)]
     return sample_stages(
         bundle, [""] * count, seed=seed, z_image=latents.z_image, x_T=latents.x_T, positions=positions,
-        options=[_ddim(steps, scale, eta) for scale in _scales(guidance_scale, count)], progress=progress,
+        options=options, progress=progress,
     ).images  # fmt: skip

@@ -17,7 +17,6 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
-from unclip_jax.errors import InputError
 from unclip_jax.generate.image_embeds import vector_inputs
 from unclip_jax.generate.latents import Inputs, invert_latents, mean_latents
 from unclip_jax.generate.networks import Network
@@ -25,8 +24,15 @@ from unclip_jax.generate.options import LatentSamplingOptions, Options
 from unclip_jax.generate.text import Texts
 from unclip_jax.sampling.edits import latent_img2img, latent_inpaint
 from unclip_jax.sampling.edits.img2img import STRENGTH
-from unclip_jax.sampling.edits.inversion import STEPS, Latents, embed_images, square
-from unclip_jax.sampling.latent import Call, Condition, encode_captions
+from unclip_jax.sampling.edits.inversion import (
+    STEPS,
+    Latents,
+    embed_images,
+    row_captions,
+    row_scales,
+    square,
+)
+from unclip_jax.sampling.latent import Call, Condition, encode_captions, exact_ddim, noise_shape
 from unclip_jax.sampling.programs import (
     Overrides,
     Progress,
@@ -49,35 +55,7 @@ def check_edit(
 ) -> LatentSamplingOptions:
     """The U-Net's options to invert and decode with; see `inversion.check_edit`."""
     sampler.network("clip"), sampler.network("autoencoder"), as_seed(seed)
-    return sampler.options(_ddim(steps, guidance_scale, eta))["latent"]
-
-
-def _ddim(steps: Any, guidance_scale: float, eta: float) -> dict[str, dict[str, Any]]:
-    # DDIM from one end of the schedule to the other, which can be inverted.
-    exact = {"sampler": "ddim", "spacing": "even", "offset": 0, "last": "clean", "clip": None}
-    exact |= {"threshold": None, "noise_level": 0, "negative": "", "height": None, "width": None}
-    return {"latent": {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, **exact}}
-
-
-def _row_overrides(
-    steps: Any, guidance_scale: float | Sequence[float], eta: float, count: int
-) -> list[dict[str, dict[str, Any]]]:
-    if np.ndim(guidance_scale) and np.shape(guidance_scale) != (count,):
-        raise InputError(f"expected one guidance scale, or one per image, {count}, got {guidance_scale!r}")
-    return [_ddim(steps, float(scale), eta) for scale in np.broadcast_to(guidance_scale, count)]
-
-
-def _captions(captions: Sequence[str] | None, count: int) -> list[str]:
-    captions = [""] * count if captions is None else list(captions)
-    if len(captions) != count:
-        raise InputError(f"expected one caption per image, got {len(captions)} and {count}")
-    return captions
-
-
-def noise_shape(sampler: Sampler) -> tuple[int, int, int]:
-    """(h, w, Z) of x_T."""
-    module = sampler.network("latent").module
-    return module.image_size, module.image_size, module.out_channels
+    return sampler.options(exact_ddim(steps, guidance_scale, eta))["latent"]
 
 
 def encode(
@@ -92,8 +70,9 @@ def encode(
     """Finds (z_i, x_T) of images; arguments and errors are those of `inversion.encode`."""
     sampler, count = as_sampler(bundle), len(images)
     check_parts(sampler.bundle)
-    captions = _captions(captions, count)
-    rows = sampler.row_options(_row_overrides(steps, guidance_scale, 0.0, count), count)
+    captions = row_captions(captions, count)
+    given = [exact_ddim(steps, scale, 0.0) for scale in row_scales(guidance_scale, count)]
+    rows = sampler.row_options(given, count)
     side, _, _ = noise_shape(sampler)
     pixels = ops.to_float(square(images, side * sampler.network("autoencoder").module.factor))
     static, scales = split_scales([{"latent": row["latent"]} for row in rows])
@@ -129,9 +108,9 @@ def decode(
 ) -> list[np.ndarray]:
     """Draws images from (z_i, x_T) with DDIM; arguments and errors are those of `inversion.decode`."""
     count = len(latents.z_image)
-    options = _row_overrides(steps, guidance_scale, eta, count)
+    options = [exact_ddim(steps, scale, eta) for scale in row_scales(guidance_scale, count)]
     return sample_stages(
-        bundle, _captions(captions, count), z_image=latents.z_image, x_T=latents.x_T, noised=False,
+        bundle, row_captions(captions, count), z_image=latents.z_image, x_T=latents.x_T, noised=False,
         seed=seed, positions=positions, options=options, progress=progress,
     ).images  # fmt: skip
 

@@ -19,7 +19,7 @@ from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError
 from unclip_jax.generate.latents import decode_latents, invert_latents, mean_latents, sample_latents
-from unclip_jax.sampling.edits.inversion import STEPS, Latents, square
+from unclip_jax.sampling.edits.inversion import STEPS, Latents, row_captions, row_scales, square
 from unclip_jax.sampling.latent import (
     LATENT,
     Call,
@@ -28,6 +28,7 @@ from unclip_jax.sampling.latent import (
     check_parts,
     encode_captions,
     flagged,
+    noise_shape,
     reads,
 )
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler, row_keys, with_scales
@@ -47,19 +48,9 @@ def _check(
         raise InputError("inversion in latents needs a U-Net that reads captions")
     check_parts(sampler.bundle)
     check_draws(sampler.bundle)
-    if np.ndim(guidance_scale) and np.shape(guidance_scale) != (count,):
-        raise InputError(f"expected one guidance scale, or one per image, {count}, got {guidance_scale!r}")
-    scales = np.broadcast_to(guidance_scale, count).tolist()
     shared = {"sampler": "ddim", "eta": eta, "steps": steps, "clip": None, "threshold": None}
-    rows = [{"latent": {**shared, "guidance_scale": scale}} for scale in scales]
+    rows = [{"latent": {**shared, "guidance_scale": scale}} for scale in row_scales(guidance_scale, count)]
     return check_call(sampler, "latent", count, seed, positions, rows)
-
-
-def _captions(captions: Sequence[str] | None, count: int) -> list[str]:
-    captions = [""] * count if captions is None else list(captions)
-    if len(captions) != count:
-        raise InputError(f"expected one caption per image, got {len(captions)} and {count}")
-    return captions
 
 
 def encode(
@@ -91,7 +82,7 @@ def encode(
     sampler, count = as_sampler(bundle), len(images)
     latent, autoencoder = sampler.network("latent"), sampler.network("autoencoder")
     pixels = ops.to_float(square(images, latent.module.image_size * autoencoder.module.factor))
-    call, captions = _check(sampler, count, steps, guidance_scale), _captions(captions, count)
+    call, captions = _check(sampler, count, steps, guidance_scale), row_captions(captions, count)
 
     def make():
         def run(params, scales, captions, empty, image):
@@ -147,14 +138,13 @@ def decode(
       KeyError: if the bundle lacks a part.
     """
     sampler, noise = as_sampler(bundle), np.asarray(latents.x_T, np.float32)
-    module = sampler.network("latent").module
-    shape = (module.image_size, module.image_size, module.out_channels)
+    shape = noise_shape(sampler)
     if noise.shape[1:] != shape or len(noise) == 0:
         raise InputError(f"x_T must be {('N', *shape)}, got {noise.shape}")
     count = len(noise)
     call = _check(sampler, count, steps, guidance_scale, eta, seed, positions)
-    captions = _captions(captions, count)
-    targets = captions if targets is None else _captions(targets, count)
+    captions = row_captions(captions, count)
+    targets = captions if targets is None else row_captions(targets, count)
 
     def make():
         def run(params, scales, captions, targets, theta, empty, x_T, seeds, positions):
