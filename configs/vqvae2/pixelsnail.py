@@ -1,6 +1,6 @@
 """The priors of VQ-VAE-2 (Razavi et al. 2019, appendix A, table 5).
 
-    unclip train configs/vqvae2/pixelsnail.py:top --workdir runs/vqvae2/pixelsnail_1
+    unclip train configs/vqvae2/pixelsnail.py --workdir runs/vqvae2/pixelsnail_1
     unclip train configs/vqvae2/pixelsnail.py:bottom --workdir runs/vqvae2/pixelsnail_0
 
 They need the run of `configs/vqvae2/vqvae.py` in the folder `vqvae` beside their own. The top prior draws the
@@ -13,7 +13,7 @@ paper-top       32 x 32   512, 2048          4 x 5    8 heads     -           10
 paper-bottom    64 x 64   512, 1024          4 x 5    none        20 blocks   512 rows a batch
 emoji-top       4 x 4     64, 64             2 x 2    4 heads     captions    on the embedded emoji
 emoji-bottom    8 x 8     64, 64             2 x 2    none        1, captions
-tiny-top, tiny-bottom     run in seconds on a CPU, for tests
+tiny, tiny-bottom         run in seconds on a CPU, for tests
 
 `top` and `bottom` are the sizes of the widely used PyTorch code: kernels of 5, dropout 0.1, Adam at 3e-4.
 `paper-top` and `paper-bottom` are our reading of the table: 20 layers are 4 blocks of 5, with 20 layers of a
@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from unclip_jax.run import defaults
 
 VARIANTS = (
-    "", "top", "bottom", "paper-top", "paper-bottom", "emoji-top", "emoji-bottom", "tiny-top", "tiny-bottom"
+    "", "top", "bottom", "paper-top", "paper-bottom", "emoji-top", "emoji-bottom", "tiny", "tiny-bottom"
 )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def test_commands_parse_and_their_settings_exist(emoji, variant, tmp_path):
             override(config, *assignment.split("=", 1))
         assert config.steps == 40 and config.stage in STAGES and config.data.backend == "numpy"
         if args.embeddings:
-            use_embeddings(config, args.embeddings, keep_clip=args.clip is not None)
+            use_embeddings(config, args.embeddings, keep_frozen=args.clip is not None)
         assert bool(args.embeddings) == bool(args.clip) == (stage.run not in ("clip", "upsampler_64"))
         assert (args.init_from is not None) == (stage.run == "decoder_inpaint")
 

@@ -222,7 +222,7 @@ def test_published_sizes(variant, count):
 
 
 @pytest.mark.parametrize(
-    "variant", ["top", "paper-top", "paper-bottom", "emoji-top", "emoji-bottom", "tiny-top"]
+    "variant", ["top", "paper-top", "paper-bottom", "emoji-top", "emoji-bottom", "tiny"]
 )
 def test_other_recipes_describe_networks(variant):
     config = load_config(f"{ROOT}/configs/vqvae2/pixelsnail.py:{variant}")

@@ -48,7 +48,8 @@ def taming(name):
 def discriminator_variables(theirs, layers):
     """Their discriminator's weights and statistics in our names."""
     numbers = {0: 0} | {i: 3 * i - 1 for i in range(1, layers + 2)}
-    state = {key: np.asarray(value) for key, value in theirs.state_dict().items()}
+    # Copies: their training moves the statistics in place, while our program may still read them.
+    state = {key: np.array(value) for key, value in theirs.state_dict().items()}
     params, stats = {}, {}
     for i, at in numbers.items():
         params[f"conv_{i}"] = {"kernel": state[f"main.{at}.weight"].transpose(2, 3, 1, 0)}

@@ -438,6 +438,8 @@ def _check_sampling(config: Mapping) -> None:
     kind = PART_KINDS.get(config["stage"], config["stage"])
     options = options_from(dict(config["sampling"]), kind)
     part = {"diffusion": dict(config.get("diffusion", {})), "model": config["model"]}
+    if kind != "pixelsnail":  # whether it is guided depends on the CLIP under it
+        part["kind"] = kind
     if "augmentation" in config:
         part["augmentation"] = dict(config["augmentation"])
     if config["stage"].startswith("prior"):
