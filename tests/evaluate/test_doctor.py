@@ -308,6 +308,7 @@ def test_random_networks_are_examined_to_the_end(tiny_bundle, tmp_path, capsys):
         assert picture.size == (8 + columns * 168, 8 + rows * 206)
 
 
+@pytest.mark.slow
 def test_a_training_run(tiny_run):
     """A run is examined with its frozen CLIP, and its average is compared with what was trained."""
     opened = open_patient(tiny_run("decoder"))
