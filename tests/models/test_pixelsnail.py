@@ -221,9 +221,7 @@ def test_published_sizes(variant, count):
     assert param_count(shapes_at(config)) == count
 
 
-@pytest.mark.parametrize(
-    "variant", ["top", "paper-top", "paper-bottom", "emoji-top", "emoji-bottom", "tiny"]
-)
+@pytest.mark.parametrize("variant", ["top", "paper-top", "paper-bottom", "emoji-top", "emoji-bottom", "tiny"])
 def test_other_recipes_describe_networks(variant):
     config = load_config(f"{ROOT}/configs/vqvae2/pixelsnail.py:{variant}")
     pixelsnail.check(config)
