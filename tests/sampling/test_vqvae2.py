@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers import random_params
 from tests.runs import random_bundle
@@ -101,3 +102,26 @@ def test_the_command_draws(folder, tmp_path, capsys):
     assert main([*command, "--steps", "3"]) == 1
     err = capsys.readouterr().err
     assert "pixelsnail_0: unknown sampling option steps" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "verb, words",
+    [
+        (["vary"], "has no image embedding"),
+        (["interpolate", "SECOND"], "has no image embedding"),
+        (["edit", "--from", "a cat", "--to", "a dog"], "cannot change a picture by its caption"),
+        (["reconstruct"], "cannot draw a picture from its latents"),
+        (["inpaint", "SECOND", "a fox"], "cannot draw a part of a picture anew"),
+        (["img2img", "a fox"], "cannot draw from a picture"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_verbs_of_pictures_are_refused(folder, tmp_path, capsys, verb, words):
+    """A system that draws codes of captions alone says so in one line, and writes nothing."""
+    Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).save(tmp_path / "picture.png")
+    name, *more = [str(tmp_path / "picture.png") if word == "SECOND" else word for word in verb]
+    out = tmp_path / "out.png"
+    command = [name, str(tmp_path / "picture.png"), *more, "--bundle", str(folder), "--out", str(out)]
+    assert main(command) == 1 and not out.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the system vqvae2 " + words in line

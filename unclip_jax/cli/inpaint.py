@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
     }
     bundle = task.sampler.bundle
     system = system_of(bundle)
+    if system.inpaint is None:
+        raise InputError(f"the system {bundle.system} cannot draw a part of a picture anew")
     drawing = [
         name
         for name, part in bundle.parts.items()
