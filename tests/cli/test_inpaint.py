@@ -86,6 +86,7 @@ def test_what_is_kept_is_what_the_mask_does_not_draw_anew(words, pictures, monke
     monkeypatch.setattr(options, "image_task", lambda args: task)
     system = types.SimpleNamespace(inpaint=draw)
     monkeypatch.setattr(text_to_image, "system_of", lambda bundle: system)
+    monkeypatch.setattr(text_to_image, "drawing_parts", lambda bundle: [])
     assert main(["inpaint", *words, "a fox", "--count", "1"]) == 0
     assert given["kept"].dtype == np.bool_ and given["caption"] == "a fox"
     np.testing.assert_array_equal(given["kept"], ~LEFT)

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     from unclip_jax.cli.options import image_task, read_image
     from unclip_jax.data.ops import center_crop_square
     from unclip_jax.sampling.edits.inversion import square
-    from unclip_jax.sampling.text_to_image import system_of
+    from unclip_jax.sampling.text_to_image import drawing_parts, system_of
 
     if args.mask is None and os.path.isfile(args.caption):
         raise InputError(f"{args.caption} is a file, and no caption; give the caption after it")
@@ -95,16 +95,11 @@ def run(args: argparse.Namespace) -> None:
     system = system_of(bundle)
     if system.inpaint is None:
         raise InputError(f"the system {bundle.system} cannot draw a part of a picture anew")
-    drawing = [
-        name
-        for name, part in bundle.parts.items()
-        if part.config["kind"] == bundle.part(system.draws).config["kind"] and "factor" not in part.config
-    ]
     count = range(args.count)
     drawn = system.inpaint(
         task.sampler, [image for _ in count], [~redrawn for _ in count], [args.caption for _ in count],
         method=args.method, resamples=args.resamples, seed=args.seed,
-        options={name: settings for name in drawing},
+        options={name: settings for name in drawing_parts(bundle)},
         progress=task.progress,
     )  # fmt: skip
     white = np.repeat(redrawn[..., None], 3, axis=2).astype(np.uint8) * 255

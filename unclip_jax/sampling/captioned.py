@@ -7,7 +7,7 @@ As in `unclip`, guidance scales are arguments of the program, and every row has 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -73,40 +73,6 @@ def made_by(cascade: Cascade, bundle: Bundle, prior: None = None) -> list[str]:
 def sizes(cascade: Cascade, bundle: Bundle) -> list[int]:
     """The sides in pixels of the pictures that the stages draw."""
     return [image_size(bundle.part(name).config) for name in made_by(cascade, bundle)]
-
-
-def overrides(
-    cascade: Cascade,
-    bundle: Bundle,
-    prior: None,
-    *,
-    steps: int | str | None = None,
-    guidance_scale: float | None = None,
-    prior_guidance_scale: float | None = None,
-    eta: float | None = None,
-    candidates: int | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Overrides of the bundle's sampling defaults from the options that people know; None keeps a default.
-
-    Args:
-      cascade: the system. bundle: the parts. prior: None.
-      steps, guidance_scale: of the base network, and of the one that inpaints.
-      prior_guidance_scale, candidates: None; there is no prior.
-      eta: noise of DDIM, which then draws in place of the base network's own sampler.
-
-    Raises:
-      ValueError: if an option of a prior is given.
-    """
-    if prior_guidance_scale is not None or candidates is not None:
-        raise InputError(
-            f"the system {bundle.system} has no prior: leave prior_guidance_scale and candidates out"
-        )
-    given = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
-    if eta is not None:
-        given["sampler"] = "ddim"
-    given = {name: value for name, value in given.items() if value is not None}
-    names = [name for name in (cascade.base, f"{cascade.base}_inpaint") if name in bundle.parts]
-    return {name: given for name in names} if given else {}
 
 
 def sample_stages(

@@ -9,7 +9,7 @@ of a caption are rows with keys of their own, so that however many there are, a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,36 +59,6 @@ def sizes(bundle: Bundle) -> list[int]:
     """The side in pixels of the picture that a bundle draws."""
     levels = bundle.part("dvae").config["model"].get("levels", 4)
     return [bundle.part("dalle").config["model"]["side"] * 2 ** (levels - 1)]
-
-
-def overrides(
-    bundle: Bundle,
-    prior: None,
-    *,
-    steps: int | str | None = None,
-    guidance_scale: float | None = None,
-    prior_guidance_scale: float | None = None,
-    eta: float | None = None,
-    candidates: int | None = None,
-    negative: str | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Overrides of the bundle's sampling defaults from the options that people know; None keeps a default.
-
-    Args:
-      bundle: the parts. prior: None.
-      guidance_scale, candidates: of the transformer.
-      steps, prior_guidance_scale, eta, negative: None; they belong to other systems.
-
-    Raises:
-      ValueError: if one of those is given.
-    """
-    others = {"steps": steps, "prior_guidance_scale": prior_guidance_scale, "eta": eta, "negative": negative}
-    given = [name for name, value in others.items() if value is not None]
-    if given:
-        raise InputError(f"the system dalle has no {', '.join(given)}: leave that out")
-    chosen = {"guidance_scale": guidance_scale, "candidates": candidates}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    return {"dalle": chosen} if chosen else {}
 
 
 def sample_stages(

@@ -118,54 +118,6 @@ def made_by(bundle: Bundle, prior: None = None) -> list[str]:
     return [*(["clip"] if reads(bundle) == "captions" else []), *PARTS]
 
 
-def overrides(
-    bundle: Bundle,
-    prior: None,
-    *,
-    steps: int | str | None = None,
-    guidance_scale: float | None = None,
-    prior_guidance_scale: float | None = None,
-    eta: float | None = None,
-    candidates: int | None = None,
-    negative: str | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Overrides of the bundle's sampling defaults from the options that people know; None keeps a default.
-
-    Args:
-      bundle: the parts. prior: None.
-      steps, guidance_scale: of the U-Net.
-      prior_guidance_scale, candidates: None; there is no prior.
-      eta: noise of DDIM, which then draws in place of the bundle's sampler.
-      negative: what the picture should not show.
-
-    Raises:
-      ValueError: if an option of a prior is given.
-    """
-    given = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "negative": negative}
-    priors = {"prior_guidance_scale": prior_guidance_scale, "candidates": candidates}
-    return latent_overrides("latent", **given, **priors)
-
-
-def latent_overrides(
-    name: str,
-    *,
-    steps: int | str | None = None,
-    guidance_scale: float | None = None,
-    prior_guidance_scale: float | None = None,
-    eta: float | None = None,
-    candidates: int | None = None,
-    negative: str | None = None,
-) -> dict[str, dict[str, Any]]:
-    """As `overrides`, for a system without priors whose part `name` draws."""
-    if prior_guidance_scale is not None or candidates is not None:
-        raise InputError(f"the system {name} has no prior: leave prior_guidance_scale and candidates out")
-    given = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "negative": negative}
-    if eta is not None:
-        given["sampler"] = "ddim"
-    given = {name: value for name, value in given.items() if value is not None}
-    return {name: given} if given else {}
-
-
 def enlarges(model: Mapping[str, Any]) -> bool:
     """Whether a U-Net of these keyword arguments sees a small image (3 channels) beside the latents."""
     return "in_channels" in model and model["in_channels"] == model["out_channels"] + 3

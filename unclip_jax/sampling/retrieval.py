@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +27,7 @@ from unclip_jax.generate.neighbours import Searcher
 from unclip_jax.generate.networks import part_space
 from unclip_jax.generate.options import Options, RetrievalSamplingOptions
 from unclip_jax.generate.text import encode_text
-from unclip_jax.sampling.latent import check_call, latent_overrides, latent_sides, picture_size, tile_size
+from unclip_jax.sampling.latent import check_call, latent_sides, picture_size, tile_size
 from unclip_jax.sampling.programs import Overrides, Progress, Sampler, as_sampler, row_keys, with_scales
 
 log = logging.getLogger(__name__)
@@ -123,11 +123,6 @@ def _popular(
 def sizes(bundle: Bundle) -> list[int]:
     """The side in pixels of the picture that a bundle draws by its defaults."""
     return latent_sides(bundle, "retrieval")
-
-
-def overrides(bundle: Bundle, prior: None, **given: Any) -> dict[str, dict[str, Any]]:
-    """As `latent.overrides`, for the part `retrieval`."""
-    return latent_overrides("retrieval", **given)
 
 
 def made_by(bundle: Bundle, prior: None) -> list[str]:

@@ -25,7 +25,6 @@ from unclip_jax.generate.latents import decode_latents, sample_latents
 from unclip_jax.generate.options import Options, is_guided
 from unclip_jax.generate.text import Texts, encode_text
 from unclip_jax.sampling.latent import check_draws, flagged, picture_size, tile_size
-from unclip_jax.sampling.latent import overrides as latent_overrides
 from unclip_jax.sampling.programs import (
     Overrides,
     Progress,
@@ -82,37 +81,6 @@ def check_reads(sampler: Sampler, prior: str) -> None:
 def made_by(bundle: Bundle, prior: str | None) -> list[str]:
     """The parts that make z_image, the latents and the picture, in this order."""
     return [*(PRIORS[prior or "none"] or ("clip",))[:1], "latent", "autoencoder"]
-
-
-def overrides(
-    bundle: Bundle,
-    prior: str,
-    *,
-    steps: int | str | None = None,
-    guidance_scale: float | None = None,
-    prior_guidance_scale: float | None = None,
-    eta: float | None = None,
-    candidates: int | None = None,
-    negative: str | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Overrides of the bundle's sampling defaults from the options that people know; None keeps a default.
-
-    Args:
-      bundle: the parts. prior: one of `unclip.PRIORS`.
-      steps, guidance_scale, eta, negative: of the U-Net, as in `latent.overrides`.
-      prior_guidance_scale, candidates: of the prior.
-
-    Raises:
-      ValueError: if an option of the prior is given and the prior draws nothing.
-    """
-    chosen = latent_overrides(
-        bundle, None, steps=steps, guidance_scale=guidance_scale, eta=eta, negative=negative
-    )
-    drawn = {"guidance_scale": prior_guidance_scale, "candidates": candidates}
-    drawn = {name: value for name, value in drawn.items() if value is not None}
-    if drawn and not PRIORS[prior]:
-        raise InputError(f"the prior {prior!r} draws nothing, so leave its options out: {', '.join(drawn)}")
-    return chosen | ({prior: drawn} if drawn else {})
 
 
 def _cascade(

@@ -40,6 +40,10 @@ from unclip_jax.sampling.edits import (
 )
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
+# What people set of a diffusion network, and of a prior (with the prior's own name of it).
+DIFFUSION_OPTIONS = ("steps", "guidance_scale", "eta")
+PRIOR_OPTIONS = {"prior_guidance_scale": "guidance_scale", "candidates": "candidates"}
+
 
 class Joint(NamedTuple):
     """Where one part takes what another part made, and was trained on real ones.
@@ -67,7 +71,8 @@ class System(NamedTuple):
       captions) or `nothing` (the captions are empty).
     priors: the priors that a caller may choose from, each with the parts that it needs.
     sizes: bundle -> the sides in pixels of what `sample` draws, in the order of `Stages.images`.
-    overrides: (bundle, prior, **options that people know) -> sampling options by part.
+    options: what people set, as in `overrides_of`, of the parts that draw (`drawing_parts`). A system with
+      priors has `PRIOR_OPTIONS` too.
     joints: where parts meet that were trained apart; `evaluate.doctor` compares both sides.
     stream: `sample` as a generator of `programs.Partial`s and then the stages.
     decode: `edits.inversion.Latents` -> images: the way back of `encode`.
@@ -91,7 +96,7 @@ class System(NamedTuple):
     reads: Callable[[Bundle], str] = lambda bundle: "captions"
     priors: Mapping[str, tuple[str, ...]] = {}
     sizes: Callable[[Bundle], list[int]] | None = None
-    overrides: Callable[..., dict[str, dict[str, Any]]] | None = None
+    options: tuple[str, ...] = DIFFUSION_OPTIONS
     joints: tuple[Joint, ...] = ()
     stream: Callable[..., Any] | None = None
     decode: Callable[..., Any] | None = None
@@ -120,7 +125,6 @@ SYSTEMS = {
         embeds=True,
         priors=unclip.PRIORS,
         sizes=unclip.sizes,
-        overrides=unclip.overrides,
         joints=UNCLIP_JOINTS,
         stream=stream.stream_stages,
         decode=inversion.decode,
@@ -140,13 +144,13 @@ SYSTEMS = {
         latent_inversion.encode,
         reads=latent.reads,
         sizes=latent.sizes,
-        overrides=latent.overrides,
         inpaint=latent_inpaint.inpaint_rows,
         img2img=latent_img2img.img2img_rows,
         text_diff=latent_inversion.text_diff,
         reconstruct=latent_inversion.reconstruct,
         decode=latent_inversion.decode,
         upscale=latent_upscale.upscale_rows,
+        options=(*DIFFUSION_OPTIONS, "negative"),
     ),
     "retrieval": System(
         retrieval.PARTS,
@@ -154,7 +158,6 @@ SYSTEMS = {
         "retrieval",
         retrieval.made_by,
         sizes=retrieval.sizes,
-        overrides=retrieval.overrides,
     ),
     "stable_unclip": System(
         stable_unclip.PARTS,
@@ -165,13 +168,13 @@ SYSTEMS = {
         embeds=True,
         priors=unclip.PRIORS,
         sizes=latent.sizes,
-        overrides=stable_unclip.overrides,
         decode=latent_embeds.decode,
         inpaint=latent_embeds.inpaint_rows,
         img2img=latent_embeds.img2img_rows,
         text_diff=text_diff.text_diff,
         reconstruct=reconstruct.reconstruct,
         sees_pictures=True,
+        options=(*DIFFUSION_OPTIONS, "negative"),
     ),
     "imagen": System(
         imagen.CASCADE.parts,
@@ -179,7 +182,6 @@ SYSTEMS = {
         "imagen",
         imagen.made_by,
         sizes=imagen.sizes,
-        overrides=imagen.overrides,
     ),
     "glide": System(
         glide.CASCADE.parts,
@@ -187,7 +189,6 @@ SYSTEMS = {
         "glide",
         glide.made_by,
         sizes=glide.sizes,
-        overrides=glide.overrides,
         inpaint=glide.inpaint_rows,
         img2img=glide.img2img_rows,
         upscale=glide.upscale_rows,
@@ -199,7 +200,6 @@ SYSTEMS = {
         kandinsky.made_by,
         priors=unclip.PRIORS,
         sizes=latent.sizes,
-        overrides=stable_unclip.overrides,
         joints=(Joint("prior_diffusion", "kandinsky", "image_embed"),),
         encode=kandinsky_inversion.encode,
         embeds=True,
@@ -208,6 +208,7 @@ SYSTEMS = {
         img2img=kandinsky_img2img.img2img_rows,
         text_diff=text_diff.text_diff,
         reconstruct=reconstruct.reconstruct,
+        options=(*DIFFUSION_OPTIONS, "negative"),
     ),
     "dalle": System(
         dalle.PARTS,
@@ -215,7 +216,7 @@ SYSTEMS = {
         "dalle",
         dalle.made_by,
         sizes=dalle.sizes,
-        overrides=dalle.overrides,
+        options=("guidance_scale", "candidates"),
     ),
     "vqvae2": System(
         vqvae2.PARTS,
@@ -223,7 +224,7 @@ SYSTEMS = {
         "pixelsnail_0",
         vqvae2.made_by,
         sizes=vqvae2.sizes,
-        overrides=vqvae2.overrides,
+        options=("guidance_scale",),
     ),
 }
 
@@ -275,6 +276,44 @@ def prior_with_picture(bundle: Bundle, prior: str | None) -> str | None:
         if not all(name in bundle.parts for name in system.priors[first]):
             return None
     return prior_of(bundle, prior)
+
+
+def drawing_parts(bundle: Bundle) -> list[str]:
+    """The part that draws (`System.draws`) and its twins, such as one that inpaints. Upsamplers of the same
+    kind, which have a `factor`, are not among them."""
+    kind = bundle.part(system_of(bundle).draws).config["kind"]
+    alike = (name for name, part in bundle.parts.items() if part.config["kind"] == kind)
+    return [name for name in alike if "factor" not in bundle.parts[name].config]
+
+
+def overrides_of(bundle: Bundle, prior: str | None, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Overrides of the bundle's sampling defaults from the options that people know.
+
+    Args:
+      bundle: the parts.
+      prior: from `prior_of`.
+      given: option -> value. Of the parts that draw: `steps`, `guidance_scale`, `eta` (noise of DDIM, which
+        then draws in place of the part's own sampler), `negative` (what the picture should not show). Of the
+        prior: `prior_guidance_scale`, `candidates`.
+
+    Raises:
+      ValueError: if the system does not have one of them, or the prior draws nothing and has options.
+    """
+    system = system_of(bundle)
+    own = {name: value for name, value in given.items() if name in system.options}
+    drawn = {name: given[name] for name in PRIOR_OPTIONS if name in given and name not in own}
+    unknown = [name for name in given if name not in own and not (system.priors and name in drawn)]
+    if drawn and not system.priors and "steps" in system.options:
+        raise InputError(f"the system {bundle.system} has no prior: leave {' and '.join(PRIOR_OPTIONS)} out")
+    if unknown:
+        raise InputError(f"the system {bundle.system} has no {', '.join(unknown)}: leave that out")
+    drawn = {PRIOR_OPTIONS[name]: value for name, value in drawn.items()}
+    if drawn and not system.priors[prior]:
+        raise InputError(f"the prior {prior!r} draws nothing, so leave its options out: {', '.join(drawn)}")
+    if "eta" in own:
+        own["sampler"] = "ddim"
+    chosen = {name: dict(own) for name in drawing_parts(bundle)} if own else {}
+    return chosen | ({prior: drawn} if drawn else {})
 
 
 def text_to_image(

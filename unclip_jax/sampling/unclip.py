@@ -84,42 +84,6 @@ def sizes(bundle: Bundle) -> list[int]:
     return [image_size(bundle.part(name).config) for name in ("decoder", *upsamplers(bundle.parts))]
 
 
-def overrides(
-    bundle: Bundle,
-    prior: str,
-    *,
-    steps: int | str | None = None,
-    guidance_scale: float | None = None,
-    prior_guidance_scale: float | None = None,
-    eta: float | None = None,
-    candidates: int | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Overrides of the bundle's sampling defaults from the options that people know; None keeps a default.
-
-    Args:
-      bundle: the parts.
-      prior: one of PRIORS.
-      steps, guidance_scale: of the decoders.
-      prior_guidance_scale, candidates: of the prior.
-      eta: noise of DDIM, which then draws in place of the decoders' own sampler.
-
-    Raises:
-      ValueError: if an option of the prior is given and the prior draws nothing.
-    """
-    decoder = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
-    if eta is not None:
-        decoder["sampler"] = "ddim"
-    drawn = {"guidance_scale": prior_guidance_scale, "candidates": candidates}
-    chosen = {name: decoder for name, part in bundle.parts.items() if part.config["kind"] == "decoder"}
-    if any(value is not None for value in drawn.values()):
-        if not PRIORS[prior]:
-            named = ", ".join(name for name, value in drawn.items() if value is not None)
-            raise InputError(f"the prior {prior!r} draws nothing, so leave its options out: {named}")
-        chosen[prior] = drawn
-    given = {part: {k: v for k, v in values.items() if v is not None} for part, values in chosen.items()}
-    return {part: values for part, values in given.items() if values}
-
-
 def check_embeddings(sampler: Sampler, z_image: np.ndarray) -> np.ndarray:
     """Image embeddings that a caller gives, float32.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,39 +62,6 @@ def sizes(bundle: Bundle) -> list[int]:
     """The side in pixels of the picture that a bundle draws."""
     halvings = bundle.part("vqvae").config["model"].get("halvings", 2)
     return [bundle.part("pixelsnail_0").config["model"]["side"] * 2**halvings]
-
-
-def overrides(
-    bundle: Bundle,
-    prior: None,
-    *,
-    steps: int | str | None = None,
-    guidance_scale: float | None = None,
-    prior_guidance_scale: float | None = None,
-    eta: float | None = None,
-    candidates: int | None = None,
-    negative: str | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Overrides of the bundle's sampling defaults from the options that people know; None keeps a default.
-
-    Args:
-      bundle: the parts. prior: None.
-      guidance_scale: of every prior.
-      steps, prior_guidance_scale, eta, candidates, negative: None; they belong to other systems.
-
-    Raises:
-      ValueError: if one of those is given.
-    """
-    others = {
-        "steps": steps, "prior_guidance_scale": prior_guidance_scale, "eta": eta, "candidates": candidates,
-        "negative": negative,
-    }  # fmt: skip
-    given = [name for name, value in others.items() if value is not None]
-    if given:
-        raise InputError(f"the system vqvae2 has no {', '.join(given)}: leave that out")
-    if guidance_scale is None:
-        return {}
-    return {name: {"guidance_scale": guidance_scale} for name in priors(bundle)}
 
 
 def sample_stages(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from unclip_jax.errors import InputError, MissingError, UserError, one_line
 from unclip_jax.sampling.edits import inversion
 from unclip_jax.sampling.edits.coders import coder_of
 from unclip_jax.sampling.programs import Partial, Sampler, split_scales
-from unclip_jax.sampling.text_to_image import System, system_of
+from unclip_jax.sampling.text_to_image import System, overrides_of, system_of
 from unclip_jax.serve.errors import ApiError
 from unclip_jax.serve.worker import Shown, Task
 
@@ -69,12 +68,12 @@ class Model:
         names = ("steps", "guidance_scale", "prior_guidance_scale", "eta", "candidates")
         given = {name: values[name] for name in names if values.get(name) is not None}
         if values.get("negative_prompt"):
-            if "negative" not in inspect.signature(self.system.overrides).parameters:
+            if "negative" not in self.system.options:
                 system = self.sampler.bundle.system
                 raise ApiError(400, f"the system {system} takes no negative prompt", "negative_prompt")
             given["negative"] = values["negative_prompt"]
         try:
-            chosen = self.system.overrides(self.sampler.bundle, prior, **given)
+            chosen = overrides_of(self.sampler.bundle, prior, given)
             for part, settings in self.base.items():
                 chosen[part] = {**settings, **chosen.get(part, {})}
             self.sampler.options(chosen)
