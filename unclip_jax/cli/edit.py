@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     system = system_of(task.sampler.bundle)
     if system.text_diff is None:
         raise InputError(f"the system {task.sampler.bundle.system} cannot change a picture by its caption")
-    theta = (0.5 if system.embeds else 1.0) if args.theta is None else args.theta
+    theta = (0.5 if system.coder else 1.0) if args.theta is None else args.theta
     drawn = system.text_diff(
         task.sampler, image, args.source, args.target, count=args.count, max_theta=theta,
         steps=task.steps, guidance_scale=args.guidance, seed=args.seed, progress=task.progress,

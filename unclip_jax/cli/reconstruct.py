@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if system.reconstruct is None:
         raise InputError(f"the system {task.sampler.bundle.system} cannot draw a picture from its latents")
     shared = {"steps": task.steps, "guidance_scale": args.guidance, "progress": task.progress}
-    if system.embeds:
+    if system.coder:
         if args.caption is not None:
             raise InputError("--caption is for bundles without image embeddings: leave it out")
         given = {"dims": args.dims, "seed": args.seed}
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         given = {"caption": args.caption or ""}
     drawn, made_of = system.reconstruct(task.sampler, image, **given, **shared)
     shown = square([image], drawn.shape[1])
-    if system.embeds:
+    if system.coder:
         labels = [f"{d} components" for d in made_of]
     else:
         figures = psnr(to_float(drawn), to_float(shown))

@@ -28,7 +28,6 @@ from unclip_jax.sampling.edits import (
     inversion,
     kandinsky_img2img,
     kandinsky_inpaint,
-    kandinsky_inversion,
     latent_embeds,
     latent_img2img,
     latent_inpaint,
@@ -38,6 +37,7 @@ from unclip_jax.sampling.edits import (
     text_diff,
     upscale,
 )
+from unclip_jax.sampling.edits.coders import CODERS, Coder
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
 
 # What people set of a diffusion network, and of a prior (with the prior's own name of it).
@@ -64,9 +64,8 @@ class System(NamedTuple):
       are arrays (B, H, W, 3) in [-1, 1], the largest last. A system with priors takes `prior` too.
     draws: the part that draws the image, whose steps and guidance the commands set.
     made_by: bundle, prior -> the names of the parts that draw with it.
-    encode: inversion, images -> `edits.inversion.Latents`, which the edits change. None if the system cannot
-      invert images.
-    embeds: whether these latents hold z_i, an image embedding, which variations and interpolations need.
+    coder: the way from an image to its pair (z_i, x_T) and back, which the edits of z_i need. None if the
+      system has no image embedding.
     reads: bundle -> what a picture is drawn for: `captions`, `classes` (their names or numbers are given as
       captions) or `nothing` (the captions are empty).
     priors: the priors that a caller may choose from, each with the parts that it needs.
@@ -75,7 +74,6 @@ class System(NamedTuple):
       priors has `PRIOR_OPTIONS` too.
     joints: where parts meet that were trained apart; `evaluate.doctor` compares both sides.
     stream: `sample` as a generator of `programs.Partial`s and then the stages.
-    decode: `edits.inversion.Latents` -> images: the way back of `encode`.
     inpaint: (sampler, images, masks, captions, ...) -> images, see `edits.inpaint.inpaint_rows`.
     img2img: (sampler, images, captions, *, strength, ...) -> images, see `edits.img2img.img2img_rows`.
     text_diff: (sampler, image, source, target, ...) -> images, see `edits.text_diff.text_diff`.
@@ -84,22 +82,21 @@ class System(NamedTuple):
     upscale: (sampler, images, *, captions, parts, ...) -> pairs of a number and a picture, see
       `edits.upscale.upscale_rows`.
     sees_pictures: whether `inpaint` and `img2img` take the picture's own z_i where the bundle has no prior.
-    stream_decode, stream_inpaint: these two as generators of `Partial`s and then the images.
+    stream_decode, stream_inpaint: `coder.decode` and `inpaint` as generators of `Partial`s and then the
+      images.
     """
 
     parts: tuple[str, ...]
     sample: Callable[..., Any]
     draws: str
     made_by: Callable[[Bundle, str | None], list[str]]
-    encode: Callable[..., Any] | None = None
-    embeds: bool = False
+    coder: Coder | None = None
     reads: Callable[[Bundle], str] = lambda bundle: "captions"
     priors: Mapping[str, tuple[str, ...]] = {}
     sizes: Callable[[Bundle], list[int]] | None = None
     options: tuple[str, ...] = DIFFUSION_OPTIONS
     joints: tuple[Joint, ...] = ()
     stream: Callable[..., Any] | None = None
-    decode: Callable[..., Any] | None = None
     inpaint: Callable[..., Any] | None = None
     img2img: Callable[..., Any] | None = None
     text_diff: Callable[..., Any] | None = None
@@ -121,13 +118,11 @@ SYSTEMS = {
         unclip.sample_stages,
         "decoder",
         unclip.made_by,
-        inversion.encode,
-        embeds=True,
+        coder=CODERS["unclip"],
         priors=unclip.PRIORS,
         sizes=unclip.sizes,
         joints=UNCLIP_JOINTS,
         stream=stream.stream_stages,
-        decode=inversion.decode,
         inpaint=inpaint.inpaint_rows,
         img2img=img2img.img2img_rows,
         text_diff=text_diff.text_diff,
@@ -141,14 +136,12 @@ SYSTEMS = {
         latent.sample_stages,
         "latent",
         latent.made_by,
-        latent_inversion.encode,
         reads=latent.reads,
         sizes=latent.sizes,
         inpaint=latent_inpaint.inpaint_rows,
         img2img=latent_img2img.img2img_rows,
         text_diff=latent_inversion.text_diff,
         reconstruct=latent_inversion.reconstruct,
-        decode=latent_inversion.decode,
         upscale=latent_upscale.upscale_rows,
         options=(*DIFFUSION_OPTIONS, "negative"),
     ),
@@ -164,11 +157,9 @@ SYSTEMS = {
         stable_unclip.sample_stages,
         "latent",
         stable_unclip.made_by,
-        latent_embeds.encode,
-        embeds=True,
+        coder=CODERS["stable_unclip"],
         priors=unclip.PRIORS,
         sizes=latent.sizes,
-        decode=latent_embeds.decode,
         inpaint=latent_embeds.inpaint_rows,
         img2img=latent_embeds.img2img_rows,
         text_diff=text_diff.text_diff,
@@ -201,9 +192,7 @@ SYSTEMS = {
         priors=unclip.PRIORS,
         sizes=latent.sizes,
         joints=(Joint("prior_diffusion", "kandinsky", "image_embed"),),
-        encode=kandinsky_inversion.encode,
-        embeds=True,
-        decode=kandinsky_inversion.decode,
+        coder=CODERS["kandinsky"],
         inpaint=kandinsky_inpaint.inpaint_rows,
         img2img=kandinsky_img2img.img2img_rows,
         text_diff=text_diff.text_diff,

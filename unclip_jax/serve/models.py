@@ -201,7 +201,8 @@ class Model:
 
         def draw(rows: list[tuple]) -> list[tuple[np.ndarray, np.ndarray]]:
             images, scales = (list(column) for column in zip(*rows))
-            return list(zip(*self.system.encode(self.sampler, images, guidance_scale=scales, **shared)))
+            found = coder_of(self.sampler).encode(self.sampler, images, guidance_scale=scales, **shared)
+            return list(zip(*found))
 
         static = self._edit(rows[0][1], 0.0, **shared)
         return Task(self.sampler, ("encode", self.name, static), rows, draw, self.name, "encode")
@@ -226,7 +227,8 @@ class Model:
 
         rows = [(*pair, seed, position, scale) for pair, position in zip(latents, positions)]
         key = ("decode", self.name, self._edit(scale, **shared))
-        return self._drawing(key, rows, call, self.system.decode, self.system.stream_decode, by_row)
+        decode = coder_of(self.sampler).decode
+        return self._drawing(key, rows, call, decode, self.system.stream_decode, by_row)
 
     def _edit(self, scale: float, eta: float, steps: int) -> Any:
         # What is the same for all rows of a batch of an edit.
@@ -279,7 +281,7 @@ class Model:
         if system.inpaint:
             verbs.append("edits")
         clip = parts["clip"].config["model"] if "clip" in parts else {}
-        if system.embeds and clip.get("image"):
+        if system.coder and clip.get("image"):
             verbs += ["variations", "interpolate", "text_diff"]
             verbs += ["reconstruct"] if "codec" in parts else []
         return verbs
