@@ -64,13 +64,14 @@ def collect(runs: Any, base: str | None = None):
 
     Raises:
       FileNotFoundError: if the folder has no run, or a part of the system is missing.
-      ValueError: if two runs trained the same part, or a part was trained with other frozen parts.
+      ValueError: if two runs trained the same part, the runs are of two systems, or a part was trained with
+        other frozen parts.
     """
     from unclip_jax.checkpoint.bundle import Bundle, check_frozen
     from unclip_jax.checkpoint.check import check_config
     from unclip_jax.checkpoint.load import load_bundle, load_trained
     from unclip_jax.checkpoint.store import FOLDER
-    from unclip_jax.sampling.latent import made_by
+    from unclip_jax.sampling.text_to_image import system_of_runs
 
     folders = sorted(p for p in runs.iterdir() if (p / FOLDER).is_dir()) if runs.is_dir() else []
     if not folders:
@@ -94,27 +95,10 @@ def collect(runs: Any, base: str | None = None):
         training[name] = meta["provenance"] | {"config": meta["config"], "step": step}
         if meta["sampling"]:
             sampling[name] = meta["sampling"]
-    system, needed = "unclip", ("clip", "prior_diffusion", "decoder")
-    if set(parts) == {"clip"}:
-        needed = ("clip",)
-    elif "retrieval" in parts and "latent" in parts and "decoder" not in parts:
-        raise InputError(f"{runs} has runs of two systems, latent and retrieval; move one of them away")
-    elif "retrieval" in parts and "decoder" not in parts:
-        system, needed = "retrieval", ("clip", "retrieval", "autoencoder")
-    elif "latent" in parts and parts["latent"].config["kind"] == "kandinsky":
-        system, needed = "kandinsky", ("clip", "prior_diffusion", "latent", "autoencoder")
-    elif "latent" in parts and "decoder" not in parts:
-        config, needed = parts["latent"].config, tuple(made_by(Bundle(parts)))
-        system = "stable_unclip" if "augmentation" in config else "latent"
-        needed += ("text",) if "text" in config.get("frozen", {}) else ()
-    elif any(name.startswith("glide") for name in parts):
-        system, needed = "glide", ("glide",)
-    elif "dalle" in parts and "decoder" not in parts:
-        system, needed = "dalle", ("dalle", "dvae")
-    elif "pixelsnail_0" in parts and "decoder" not in parts:
-        system, needed = "vqvae2", ("vqvae", "pixelsnail_0", "pixelsnail_1")
-    elif any(name.startswith("imagen") for name in parts):
-        system, needed = "imagen", ("t5", "imagen")
+    try:
+        system, needed = system_of_runs(parts)
+    except InputError as error:
+        raise InputError(f"{runs}: {error}; move the runs of the others away") from None
     missing = [name for name in needed if name not in parts]
     if missing:
         raise FileNotFoundError(

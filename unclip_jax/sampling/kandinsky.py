@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.checkpoint.bundle import Bundle, Part
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError
 from unclip_jax.generate.kandinsky import blank_embed, sample_decoder_latents
@@ -63,6 +63,16 @@ class KandinskyStages(NamedTuple):
 def made_by(bundle: Bundle, prior: str | None, latent: str = "latent") -> list[str]:
     """The parts that make z_text, z_image, the latents and the picture, in this order."""
     return ["clip", *(PRIORS[prior or "none"] or ("clip",))[:1], latent, "autoencoder"]
+
+
+def owns(config: Mapping[str, Any]) -> bool:
+    """Whether a part `latent` of this configuration sees the image embedding alone."""
+    return config["kind"] == "kandinsky"
+
+
+def needs(parts: Mapping[str, Part]) -> tuple[str, ...]:
+    """The parts that training runs must give for a bundle."""
+    return ("clip", "prior_diffusion", "latent", "autoencoder")
 
 
 def check_draws(bundle: Bundle) -> None:

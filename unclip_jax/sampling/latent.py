@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.checkpoint.bundle import Bundle, Part
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError
@@ -116,6 +116,16 @@ def latent_sides(bundle: Bundle, name: str) -> list[int]:
 def made_by(bundle: Bundle, prior: None = None) -> list[str]:
     """The parts that draw: clip where the U-Net reads captions, the U-Net and the autoencoder."""
     return [*(["clip"] if reads(bundle) == "captions" else []), *PARTS]
+
+
+def owns(config: Mapping[str, Any]) -> bool:
+    """Whether a part `latent` of this configuration draws without an image embedding."""
+    return config["kind"] == "latent" and "augmentation" not in config
+
+
+def needs(parts: Mapping[str, Part]) -> tuple[str, ...]:
+    """The parts that training runs must give for a bundle."""
+    return tuple(made_by(Bundle(dict(parts)))) if "latent" in parts else PARTS
 
 
 def enlarges(model: Mapping[str, Any]) -> bool:

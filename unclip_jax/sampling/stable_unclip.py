@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.checkpoint.bundle import Bundle, Part
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError
@@ -60,6 +60,17 @@ def check_parts(bundle: Bundle) -> None:
     own = "text" in bundle.part("latent").config.get("frozen", {})
     for name in (*PARTS, *(("text",) if own else ())):
         bundle.part(name)
+
+
+def owns(config: Mapping[str, Any]) -> bool:
+    """Whether a part `latent` of this configuration sees a noised image embedding."""
+    return config["kind"] == "latent" and "augmentation" in config
+
+
+def needs(parts: Mapping[str, Part]) -> tuple[str, ...]:
+    """The parts that training runs must give for a bundle."""
+    own = "latent" in parts and "text" in parts["latent"].config.get("frozen", {})
+    return (*PARTS, "text") if own else PARTS
 
 
 def context_tower(parts: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.checkpoint.bundle import Bundle, Part
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError
 from unclip_jax.sampling import (
@@ -64,6 +64,10 @@ class System(NamedTuple):
       are arrays (B, H, W, 3) in [-1, 1], the largest last. A system with priors takes `prior` too.
     draws: the part that draws the image, whose steps and guidance the commands set.
     made_by: bundle, prior -> the names of the parts that draw with it.
+    needs: parts -> the names of those that a set of training runs must give for a bundle of the system; None:
+      `parts`.
+    owns: configuration of the part that draws -> whether it is this system's, where the parts that draw in
+      several systems have the same name.
     coder: the way from an image to its pair (z_i, x_T) and back, which the edits of z_i need. None if the
       system has no image embedding.
     reads: bundle -> what a picture is drawn for: `captions`, `classes` (their names or numbers are given as
@@ -90,6 +94,8 @@ class System(NamedTuple):
     sample: Callable[..., Any]
     draws: str
     made_by: Callable[[Bundle, str | None], list[str]]
+    needs: Callable[[Mapping[str, Part]], tuple[str, ...]] | None = None
+    owns: Callable[[Mapping[str, Any]], bool] = lambda config: True
     coder: Coder | None = None
     reads: Callable[[Bundle], str] = lambda bundle: "captions"
     priors: Mapping[str, tuple[str, ...]] = {}
@@ -118,6 +124,7 @@ SYSTEMS = {
         unclip.sample_stages,
         "decoder",
         unclip.made_by,
+        needs=unclip.needs,
         coder=CODERS["unclip"],
         priors=unclip.PRIORS,
         sizes=unclip.sizes,
@@ -136,6 +143,8 @@ SYSTEMS = {
         latent.sample_stages,
         "latent",
         latent.made_by,
+        needs=latent.needs,
+        owns=latent.owns,
         reads=latent.reads,
         sizes=latent.sizes,
         inpaint=latent_inpaint.inpaint_rows,
@@ -157,6 +166,8 @@ SYSTEMS = {
         stable_unclip.sample_stages,
         "latent",
         stable_unclip.made_by,
+        needs=stable_unclip.needs,
+        owns=stable_unclip.owns,
         coder=CODERS["stable_unclip"],
         priors=unclip.PRIORS,
         sizes=latent.sizes,
@@ -189,6 +200,8 @@ SYSTEMS = {
         kandinsky.sample_stages,
         "latent",
         kandinsky.made_by,
+        needs=kandinsky.needs,
+        owns=kandinsky.owns,
         priors=unclip.PRIORS,
         sizes=latent.sizes,
         joints=(Joint("prior_diffusion", "kandinsky", "image_embed"),),
@@ -212,6 +225,7 @@ SYSTEMS = {
         vqvae2.sample_stages,
         "pixelsnail_0",
         vqvae2.made_by,
+        needs=vqvae2.needs,
         sizes=vqvae2.sizes,
         options=("guidance_scale",),
     ),
@@ -233,6 +247,31 @@ def system_of(bundle: Bundle) -> System:
     for name in system.parts:
         bundle.part(name)
     return system
+
+
+def system_of_runs(parts: Mapping[str, Part]) -> tuple[str, tuple[str, ...]]:
+    """Which system the parts of training runs make up.
+
+    It is the one whose part that draws (`System.draws`), or a twin of that part, is among them. Where the
+    decoder of unCLIP is among them, or no part draws, it is unCLIP.
+
+    Returns:
+      The system's name, and the names of the parts that the runs must have for a bundle of it.
+
+    Raises:
+      ValueError: if the parts draw in two systems, and neither is unCLIP.
+    """
+
+    def drawn(system: System) -> bool:
+        names = [name for name in parts if name == system.draws or name.startswith(f"{system.draws}_")]
+        return bool(names) and system.owns(parts[names[0]].config)
+
+    found = [name for name, system in SYSTEMS.items() if drawn(system)]
+    if len(found) > 1 and "unclip" not in found:
+        raise InputError(f"the runs are of {len(found)} systems, {' and '.join(found)}")
+    name = "unclip" if "unclip" in found or not found else found[0]
+    system = SYSTEMS[name]
+    return name, system.needs(parts) if system.needs else system.parts
 
 
 def prior_of(bundle: Bundle, prior: str | None) -> str | None:

@@ -79,6 +79,11 @@ def made_by(bundle: Bundle, prior: str, decoder: str = "decoder") -> list[str]:
     return ["clip", *(PRIORS[prior] or ("clip",))[:1], decoder, *upsamplers(bundle.parts)]
 
 
+def needs(parts: Mapping[str, Part]) -> tuple[str, ...]:
+    """The parts that training runs must give for a bundle. A CLIP alone makes a bundle too."""
+    return ("clip",) if set(parts) == {"clip"} else ("clip", "prior_diffusion", "decoder")
+
+
 def sizes(bundle: Bundle) -> list[int]:
     """The sides in pixels of the pictures that the stages draw, the decoder's first."""
     return [image_size(bundle.part(name).config) for name in ("decoder", *upsamplers(bundle.parts))]

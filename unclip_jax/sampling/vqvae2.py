@@ -7,13 +7,13 @@ see the captions if the bundle has a CLIP. Without one, every caption draws from
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.checkpoint.bundle import Bundle
+from unclip_jax.checkpoint.bundle import Bundle, Part
 from unclip_jax.diffusion.process import fold_in
 from unclip_jax.errors import InputError
 from unclip_jax.generate.options import Options
@@ -56,6 +56,12 @@ def made_by(bundle: Bundle, prior: None = None) -> list[str]:
     """The names of the parts that draw."""
     clip = ["clip"] if "clip" in bundle.parts else []
     return [*clip, *reversed(priors(bundle)), "vqvae"]
+
+
+def needs(parts: Mapping[str, Part]) -> tuple[str, ...]:
+    """The parts that training runs must give for a bundle: all priors of the VQ-VAE that is there, or of one
+    of two levels."""
+    return ("vqvae", *(priors(Bundle(dict(parts))) if "vqvae" in parts else ("pixelsnail_0", "pixelsnail_1")))
 
 
 def sizes(bundle: Bundle) -> list[int]:
