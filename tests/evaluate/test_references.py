@@ -1,8 +1,8 @@
 """`unclip evaluate` from the images to the number, beside the reference programs on the same images.
 
 The references read the files, prepare the pictures and run their networks on their own: torch-fidelity's
-Inception, and the DINOv2 and the CLIP of transformers. The numbers come from torch-fidelity, and for CMMD
-and the CLIP score from the published definitions in NumPy.
+Inception, and the DINOv2 and the CLIP of transformers. The numbers come from torch-fidelity, from prdc, and
+for CMMD and the CLIP score from the published definitions in NumPy.
 
 The fast tests take emoji and random weights. The slow one takes random images of CIFAR-10's two halves and
 the public weights: `pytest -m slow tests/evaluate/test_references.py`. UNCLIP_ROWS says how many images of
@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prdc import compute_prdc
 
 from tests.checkpoint import peers
 from tests.checkpoint.providers.test_dinov2 import saved
@@ -58,21 +59,43 @@ def frechet(first, second):
 
 
 def theirs(first, second, weights, size):
-    """What torch-fidelity says of two lists of files."""
-    metrics = torch_fidelity("metrics")
-    options = {"feature_extractor": "inception-v3-compat", "feature_extractor_weights_path": str(weights)}
-    options |= {"cuda": False, "cache": False, "verbose": False, "batch_size": 16, "save_cpu_ram": True}
-    found = metrics.calculate_metrics(
-        input1=Pictures(first), input2=Pictures(second), fid=True, kid=True, isc=True, prc=True,
-        kid_subset_size=size, **options,
-    )  # fmt: skip
+    """What torch-fidelity and prdc say of two lists of files, of one pass of torch-fidelity's Inception."""
+    metrics, seen = torch_fidelity("metrics"), {"pool": [], "spatial": []}
+    name, registry = "inception-v3-compat", torch_fidelity("registry").FEATURE_EXTRACTORS_REGISTRY
+
+    class Watched(registry[name]):
+        """Keeps what it computes. The spatial features are those of ADM's evaluator: the first 7 channels, in
+        the order height, width, channel."""
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.register_forward_hook(
+                lambda *args: seen["pool"].append(self.convert_features_tuple_to_dict(args[-1])["2048"])
+            )
+            self.Mixed_6d.branch1x1.register_forward_hook(
+                lambda *args: seen["spatial"].append(args[-1][:, :7].permute(0, 2, 3, 1).flatten(1))
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry, name, Watched)
+        found = metrics.calculate_metrics(
+            input1=Pictures(first), input2=Pictures(second), fid=True, kid=True, isc=True, prc=True,
+            feature_extractor=name, feature_extractor_weights_path=str(weights), kid_subset_size=size,
+            cuda=False, cache=False, verbose=False, batch_size=16, save_cpu_ram=True,
+        )  # fmt: skip
+    pool, spatial = (torch.cat(seen[name]).numpy() for name in ("pool", "spatial"))
+    assert len(pool) == len(spatial) == len(first) + len(second)
+    dense = compute_prdc(pool[len(first) :], pool[: len(first)], nearest_k=5)
     return {
         "fid": found["frechet_inception_distance"],
+        "sfid": frechet(spatial[: len(first)], spatial[len(first) :]),
         "kid": found["kernel_inception_distance_mean"],
         "inception_score": found["inception_score_mean"],
         # torch-fidelity takes its first input as the reference.
         "precision": found["recall"],
         "recall": found["precision"],
+        "density": dense["density"],
+        "coverage": dense["coverage"],
     }
 
 
@@ -93,6 +116,7 @@ def compare(first, second, weights, work):
     found = ours(first, second, work, "--weights", str(weights.parent))
     files = [sorted(folder.iterdir()) for folder in (first, second)]
     expected = theirs(*files, weights, min(1000, *map(len, files)))
+    assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (name, found, expected)
 
