@@ -69,7 +69,7 @@ TOKENIZER = {
 CHOICES = {"activation": tuple(ACTIVATIONS), "resize": ("cubic", "linear"), "resample": RESAMPLES}
 # The largest values that a file may ask for. A larger one is a mistake, and would take all memory.
 LARGEST = {"layers": 1000, "res_blocks": 100, "length": 8192, "image_size": 8192, "channel_mult": 1000}
-LARGEST |= {"levels": 8, "halvings": 8, "side": 1024}  # powers of two; attention over side^2 codes
+LARGEST |= {"decoder_layers": 1000, "levels": 8, "halvings": 8, "side": 1024}  # side^2 codes
 LARGE = 2**20
 # The ends of the paths of tensors whose first axis is the size of the embeddings, or of the text states.
 SEES = {
@@ -184,7 +184,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 def _check_words(config: Mapping[str, Any], where: str) -> None:
     # The text encoder that a part owns reads the tokens that its tokenizer makes.
     text, tokens = config.get("model", {}).get("text"), config.get("tokenizer")
-    text = config["model"] if config["kind"] == "dalle" else text
+    text = config["model"] if config["kind"] in ("dalle", "dalle_mini") else text
     if text is None:
         return
     if tokens is None:
@@ -192,7 +192,8 @@ def _check_words(config: Mapping[str, Any], where: str) -> None:
     vocab_size = text["num_embeddings"] if config["kind"] == "prior_diffusion" else text["vocab_size"]
     length = config["model"]["length"] if config["kind"] == "prior_diffusion" else text["length"]
     image = config["model"].get("image")
-    if isinstance(image, dict) and image.get("noise_steps"):  # GLIDE's table has rows that no token needs
+    noised = isinstance(image, dict) and image.get("noise_steps")
+    if noised or config["kind"] == "dalle_mini":  # these tables have rows that no token needs
         vocab_size = min(vocab_size, tokens["vocab_size"])
     if (vocab_size, length) != (tokens["vocab_size"], tokens["length"]):
         raise InputError(
@@ -351,7 +352,7 @@ def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     module = KINDS[kind].module(**model)
     if kind in ("kl_autoencoder", "vq_autoencoder", "vqvae", "dvae"):
         return shapes_of(module.init, array(1, module.factor, module.factor, module.image_channels))
-    if kind == "dalle":
+    if kind in ("dalle", "dalle_mini"):
         ids, codes = (array(1, count, dtype=jnp.int32) for count in (module.length, module.side**2))
         return shapes_of(module.init, ids, array(1, module.length, dtype=bool), codes)
     if kind == "pixelsnail":

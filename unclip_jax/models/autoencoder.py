@@ -308,10 +308,13 @@ class VQAutoencoder(Autoencoder):
     Attributes:
       codes: number of vectors in the codebook.
       spatial_norm: the decoder's norms are scaled and shifted by the latents (MoVQ).
+      unit_range: whether the networks were trained on pixels in [0, 1]. Images here are in [-1, 1] all the
+        same.
     """
 
     codes: int = 8192
     spatial_norm: bool = False
+    unit_range: bool = False
 
     def setup(self):
         super().setup()
@@ -319,7 +322,7 @@ class VQAutoencoder(Autoencoder):
 
     def encode(self, image: jax.Array, deterministic: bool = True) -> jax.Array:
         """Image (B, H, W, 3) in [-1, 1] -> latents (B, h, w, Z) float32, before the codebook."""
-        return self._encoded(image, deterministic)
+        return self._encoded((image + 1.0) / 2.0 if self.unit_range else image, deterministic)
 
     def quantise(self, z: jax.Array) -> Quantised:
         """Latents (B, h, w, Z) -> their nearest vectors; see `quantiser.quantise`."""
@@ -332,7 +335,12 @@ class VQAutoencoder(Autoencoder):
     def decode_quantised(self, z: jax.Array, deterministic: bool = True) -> jax.Array:
         """Latents (B, h, w, Z), taken as they are -> image (B, H, W, 3) float32, about [-1, 1]."""
         h = self.post_quant_conv(z.astype(self.dtype))
-        return self.decoder(h, z if self.spatial_norm else None, deterministic).astype(jnp.float32)
+        image = self.decoder(h, z if self.spatial_norm else None, deterministic).astype(jnp.float32)
+        return 2.0 * image - 1.0 if self.unit_range else image
+
+    def decode_codes(self, codes: jax.Array) -> jax.Array:
+        """Codes (B, h, w) int32 in [0, codes) -> image (B, H, W, 3) float32 in [-1, 1]."""
+        return jnp.clip(self.decode_quantised(self.lookup(codes)), -1.0, 1.0)
 
     def decode(self, z: jax.Array, deterministic: bool = True) -> jax.Array:
         """Latents (B, h, w, Z), which go through the codebook -> image (B, H, W, 3) float32, not clipped."""

@@ -10,6 +10,7 @@ import flax.linen as nn
 from unclip_jax.models.autoencoder import KLAutoencoder, VQAutoencoder
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower
 from unclip_jax.models.dalle import DALLE
+from unclip_jax.models.dalle_mini import DalleMini
 from unclip_jax.models.decoder import ClipConditioning, Decoder
 from unclip_jax.models.dinov2 import DINOv2
 from unclip_jax.models.dvae import DVAE
@@ -89,6 +90,7 @@ KINDS: dict[str, Kind] = {
     "t5": Kind(NETWORK, T5Encoder),
     "dvae": Kind(NETWORK, DVAE),
     "dalle": Kind(NETWORK | {"tokenizer": (dict, True)}, DALLE),
+    "dalle_mini": Kind(NETWORK | {"tokenizer": (dict, True)}, DalleMini),
     "pixelsnail": Kind(NETWORK | {"level": (int, True)}, PixelSNAIL),
     "lpips": Kind(NETWORK, LPIPS),
     "inception": Kind(NETWORK, Inception),
