@@ -139,6 +139,27 @@ def test_drawing_with_caches_equals_drawing_without(scale):
     assert len(np.unique(codes)) > 4
 
 
+def test_known_rows_stay_and_the_rest_is_what_follows_them():
+    """Codes behind given rows are drawn from the logits that the whole network has behind these rows."""
+    model, params = made()
+    network = Network(model, params, {})
+    captions = {"tokens": TOKENS, "token_mask": MASK}
+    empty = {"tokens": jnp.zeros((1, 5), jnp.int32), "token_mask": jnp.zeros((1, 5), bool)}
+    options = TokenSamplingOptions(guidance_scale=1.5)
+    keys = jax.random.split(jax.random.key(1), 2)
+    draw = jax.jit(lambda known: sample_tokens(network, captions, empty, keys, options, known)[0])
+    drawn = draw(None)
+    np.testing.assert_array_equal(draw(drawn[:, :2]), drawn)  # its own upper rows draw a picture again
+    known = (CODES.reshape(2, 4, 4)[:, :2] + 1) % 9
+    codes = draw(known)
+    np.testing.assert_array_equal(codes[:, :2], known)
+    flat, apply = codes.reshape(2, -1), jax.jit(network.apply)
+    blank = [jnp.broadcast_to(empty[name], (2, 5)) for name in ("tokens", "token_mask")]
+    logits = jnp.concatenate([apply(TOKENS, MASK, flat)[1], apply(*blank, flat)[1]])
+    for n in range(8, 16):
+        np.testing.assert_array_equal(flat[:, n], choose(logits[:, n], fold_in(keys, n), options)[0])
+
+
 def nats(logits, ids):
     """The mean cross-entropy of logits (..., V) for ids (...)."""
     log_prob = np.asarray(jax.nn.log_softmax(logits))

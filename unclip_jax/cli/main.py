@@ -57,6 +57,7 @@ VERBS = {
         "draw a picture again from more and more principal components of its embedding",
     ),
     "inpaint": ("unclip_jax.cli.inpaint", "draw part of a picture anew"),
+    "complete": ("unclip_jax.cli.complete", "keep the upper rows of a picture and draw the rest"),
     "upscale": ("unclip_jax.cli.upscale", "enlarge pictures with a bundle's upsamplers"),
     "img2img": ("unclip_jax.cli.img2img", "draw a picture again for a caption, from its noised copy"),
     "mix": ("unclip_jax.cli.mix", "draw mixtures of pictures and captions"),

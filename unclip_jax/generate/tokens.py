@@ -101,6 +101,7 @@ def sample_tokens(
     empty: Mapping[str, jax.Array],
     rng: jax.Array,
     options: TokenSamplingOptions,
+    known: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws the codes of images from captions, with cached keys and values, in one loop.
 
@@ -110,6 +111,7 @@ def sample_tokens(
       empty: those of the empty caption, (B, L) or (1, L), for guidance.
       rng: (B,) keys.
       options: temperature, top_k, guidance.
+      known: (B, R, G) int32, the codes of the upper R < G rows, which stay as they are; None draws all rows.
 
     Returns:
       Codes (B, G, G) int32, and (B,) bool, whether all logits of a row were finite.
@@ -119,8 +121,11 @@ def sample_tokens(
     if guided:
         both = lambda a, b: jnp.concatenate([a, jnp.broadcast_to(b, a.shape)])
         tokens, mask = both(tokens, empty["tokens"]), both(mask, empty["token_mask"])
-    logits, caches = network.apply(tokens, mask, method="prefill")
-    first, finite = choose(logits, fold_in(rng, 0), options)
+    given = jnp.zeros((len(rng), 0), jnp.int32) if known is None else known.reshape(len(rng), -1)
+    start = given.shape[1]
+    before = twice(given, guided) if start else None
+    logits, caches = network.apply(tokens, mask, before, method="prefill")
+    first, finite = choose(logits, fold_in(rng, start), options)
 
     def draw(carry, n):
         code, finite, caches = carry
@@ -128,6 +133,6 @@ def sample_tokens(
         code, also = choose(logits, fold_in(rng, n + 1), options)
         return (code, finite & also, caches), code
 
-    (_, finite, _), rest = jax.lax.scan(draw, (first, finite, caches), jnp.arange(model.side**2 - 1))
-    codes = jnp.concatenate([first[None], rest]).T
+    (_, finite, _), rest = jax.lax.scan(draw, (first, finite, caches), jnp.arange(start, model.side**2 - 1))
+    codes = jnp.concatenate([given.T, first[None], rest]).T
     return codes.reshape(len(rng), model.side, model.side), finite

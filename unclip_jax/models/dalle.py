@@ -165,7 +165,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, KeysValues]:
         """x (B, S, W) -> (B, S, W), and the layer's keys and values.
 
-        x may be the text alone (B, 1 + L, W), which sees no image. With `cache` (keys and values of S slots),
+        x may be the first positions of the sequence alone. With `cache` (keys and values of S slots),
         x (B, 1, W) is the position `index` ().
         """
         width = x.shape[-1]
@@ -185,10 +185,9 @@ class Block(nn.Module):
             )
             seen = jnp.take(jnp.asarray(dense_mask(*shape)), index, axis=0)
             h = attend(q, k, v, seen[None, None, None])
-        elif x.shape[1] == self.text:
-            h = attend(q, k, v, causal_mask(self.text))
-        elif self.dense:
-            h = attend(q, k, v, jnp.asarray(dense_mask(*shape))[None, None])
+        elif self.dense or x.shape[1] < self.text + self.side**2:
+            mask = dense_mask(*shape)[: x.shape[1], : x.shape[1]]
+            h = attend(q, k, v, jnp.asarray(mask)[None, None])
         else:
             h = attend_image(q, k, v, *shape)
         h = nn.DenseGeneral(
@@ -302,10 +301,23 @@ class DALLE(nn.Module):
         words = self.text_out(self.ln_out(x[:, : self.length])).astype(jnp.float32)
         return words, self._code_logits(x[:, self.length : -1])
 
-    def prefill(self, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, list[KeysValues]]:
-        """The first code's logits (B, V), and caches with room for the whole sequence."""
+    def prefill(
+        self, tokens: jax.Array, token_mask: jax.Array, codes: jax.Array | None = None
+    ) -> tuple[jax.Array, list[KeysValues]]:
+        """Reads what is given before the first code is drawn.
+
+        Args:
+          tokens, token_mask: as in `__call__`.
+          codes: (B, P) int32, the first P of the N codes; None for none of them.
+
+        Returns:
+          The next code's logits (B, V), and caches with room for the whole sequence.
+        """
         x, caches = self._text(tokens, token_mask), []
-        room = lambda a: jnp.pad(a, ((0, 0), (0, self.side**2), (0, 0), (0, 0)))
+        if codes is not None:
+            x = jnp.concatenate([x, self._code(codes, jnp.arange(codes.shape[1]))], axis=1)
+        left = self.text + self.side**2 - x.shape[1]
+        room = lambda a: jnp.pad(a, ((0, 0), (0, left), (0, 0), (0, 0)))
         for block in self.block:
             x, cache = block(x)
             caches.append(KeysValues(*map(room, cache)))

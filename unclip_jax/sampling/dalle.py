@@ -68,6 +68,7 @@ def sample_stages(
     seed: int | Sequence[int] = 0,
     positions: Sequence[int] | None = None,
     options: Overrides | Sequence[Overrides] = None,
+    known: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> TokenStages:
     """Runs the cascade and returns the output of every stage.
@@ -76,25 +77,20 @@ def sample_stages(
       bundle: with the parts dalle and dvae, and a CLIP where candidates are ranked.
       captions: at least one text.
       seed, positions, options, progress: as in `unclip.sample_stages`.
+      known: (B, R, G) int32, for each caption the codes of the upper R < G rows of its picture, which all
+        candidates keep; None draws all rows. `edits.complete` takes them from a picture.
 
     Raises:
-      ValueError: if there are no captions, or an option, the seed or a position is out of range.
+      ValueError: if there are no captions, or an option, the seed or a position is out of range; if `known`
+        has another shape.
       KeyError: if the bundle lacks a part.
       NumericalError: naming the first part that made values that are not finite.
     """
     sampler, captions = as_sampler(bundle), list(captions)
-    if not captions:
-        raise InputError("no captions: give at least one")
-    for name in PARTS:
-        sampler.bundle.part(name)
-    seeds, places = as_seeds(seed, len(captions)), as_positions(positions, len(captions))
-    rows = [{"dalle": row["dalle"]} for row in sampler.row_options(options, len(captions))]
-    static, scales = split_scales(rows)
-    count = rows[0]["dalle"].candidates
-    if count > 1 and "clip" not in sampler.bundle.parts:
-        raise InputError(
-            f"candidates={count} need a CLIP that ranks them, which this bundle lacks: set it to 1"
-        )
+    call = check_call(sampler, len(captions), seed, positions, options)
+    static, count = call.options, call.options["dalle"].candidates
+    if known is not None:
+        _check_known(known, len(captions), sampler.network("dalle").module.side)
     tokenizer = ClipTokenizer.from_config(sampler.bundle.part("dalle").config["tokenizer"])
     warn_of_cuts(captions, tokenizer)
     of_captions, empty = (
@@ -106,7 +102,7 @@ def sample_stages(
 
     def batch(rows):
         of_row = rows // count
-        given = sampler.rows((scales, of_captions, empty, seeds, places), of_row)
+        given = sampler.rows((call.scales, of_captions, empty, call.seeds, call.positions, known), of_row)
         return run(sampler.params, *given, *sampler.rows((np.uint32(numbers % count),), rows))
 
     made = ["dalle", "dalle", "dvae"]  # the codes are whole numbers, so a mark beside them shows damage
@@ -117,6 +113,51 @@ def sample_stages(
         best = np.arange(len(captions)) * count + np.argmax(scores, axis=1)
         codes, images = codes[best], images[best]
     return TokenStages(codes, [images], scores)
+
+
+class Call(NamedTuple):
+    """The checked arguments of a call of the cascade, for B captions.
+
+    seeds, positions: (B,) uint32.
+    options, scales: of the part `dalle`, from `split_scales`.
+    """
+
+    seeds: np.ndarray
+    positions: np.ndarray
+    options: dict[str, Options]
+    scales: dict[str, np.ndarray]
+
+
+def check_call(
+    sampler: Sampler,
+    count: int,
+    seed: int | Sequence[int],
+    positions: Sequence[int] | None,
+    options: Overrides | Sequence[Overrides],
+) -> Call:
+    """Checks the arguments of `sample_stages` for `count` captions, before anything is compiled.
+
+    Raises:
+      ValueError, KeyError: as `sample_stages`.
+    """
+    if not count:
+        raise InputError("no captions: give at least one")
+    for name in PARTS:
+        sampler.bundle.part(name)
+    seeds, places = as_seeds(seed, count), as_positions(positions, count)
+    static, scales = split_scales([{"dalle": row["dalle"]} for row in sampler.row_options(options, count)])
+    candidates = static["dalle"].candidates
+    if candidates > 1 and "clip" not in sampler.bundle.parts:
+        raise InputError(
+            f"candidates={candidates} need a CLIP that ranks them, which this bundle lacks: set it to 1"
+        )
+    return Call(seeds, places, static, scales)
+
+
+def _check_known(known: np.ndarray, count: int, side: int) -> None:
+    shape = np.shape(known)
+    if len(shape) != 3 or (shape[0], shape[2]) != (count, side) or not 0 < shape[1] < side:
+        raise InputError(f"known codes must be ({count}, R, {side}) with R from 1 to {side - 1}, got {shape}")
 
 
 def rank(sampler: Sampler, captions: Sequence[str], images: np.ndarray) -> np.ndarray:
@@ -139,10 +180,10 @@ def rank(sampler: Sampler, captions: Sequence[str], images: np.ndarray) -> np.nd
 
 
 def _cascade(sampler: Sampler, options: dict[str, Options]) -> Callable:
-    def run(params, scales, captions, empty, seeds, positions, candidates):
+    def run(params, scales, captions, empty, seeds, positions, known, candidates):
         networks, chosen = sampler.with_params(params), with_scales(options, scales)
         keys = jax.vmap(jax.random.fold_in)(row_keys(seeds, positions), candidates)
-        codes, finite = sample_tokens(networks["dalle"], captions, empty, keys, chosen["dalle"])
+        codes, finite = sample_tokens(networks["dalle"], captions, empty, keys, chosen["dalle"], known)
         image = networks["dvae"].apply(codes, method="decode_codes")
         return codes, jnp.where(finite, 0.0, jnp.nan), image
 

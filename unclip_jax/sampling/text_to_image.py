@@ -23,6 +23,7 @@ from unclip_jax.sampling import (
     vqvae2,
 )
 from unclip_jax.sampling.edits import (
+    complete,
     img2img,
     inpaint,
     inversion,
@@ -80,6 +81,7 @@ class System(NamedTuple):
     stream: `sample` as a generator of `programs.Partial`s and then the stages.
     inpaint: (sampler, images, masks, captions, ...) -> images, see `edits.inpaint.inpaint_rows`.
     img2img: (sampler, images, captions, *, strength, ...) -> images, see `edits.img2img.img2img_rows`.
+    complete: (sampler, images, captions, *, rows, ...) -> stages, see `edits.complete.complete`.
     text_diff: (sampler, image, source, target, ...) -> images, see `edits.text_diff.text_diff`.
     reconstruct: (sampler, image, ...) -> images, and what each was drawn from; `edits.reconstruct` says how
       with z_i, and `edits.latent_inversion` without.
@@ -105,6 +107,7 @@ class System(NamedTuple):
     stream: Callable[..., Any] | None = None
     inpaint: Callable[..., Any] | None = None
     img2img: Callable[..., Any] | None = None
+    complete: Callable[..., Any] | None = None
     text_diff: Callable[..., Any] | None = None
     reconstruct: Callable[..., Any] | None = None
     upscale: Callable[..., Any] | None = None
@@ -218,6 +221,7 @@ SYSTEMS = {
         "dalle",
         dalle.made_by,
         sizes=dalle.sizes,
+        complete=complete.complete,
         options=("guidance_scale", "candidates"),
     ),
     "vqvae2": System(

@@ -262,6 +262,19 @@ IMG2IMG = {
         "decoder_inpaint does not draw here",
     ),
 }
+COMPLETE = {
+    "nothing to complete": (["good.png"], "the following arguments are required: CAPTION"),
+    "no picture to complete": (["nothing.png", "a fox"], "no picture nothing.png"),
+    "a broken picture to complete": (["broken.png", "a fox"], "broken.png: cannot decode image"),
+    "no rows to keep": ([*AGAINST, "--rows", "0"], "the share of the picture that is kept, in (0, 1), got 0"),
+    "all rows to keep": (
+        [*AGAINST, "--rows", "1"],
+        "the share of the picture that is kept, in (0, 1), got 1",
+    ),
+    "a word as rows to keep": ([*AGAINST, "--rows", "half"], "'half' is not a finite number"),
+    "two scales of a completion": ([*AGAINST, "--guidance", "1,2"], "complete draws with one guidance scale"),
+    "a system without codes": (AGAINST, "the system unclip cannot complete a picture from its upper rows"),
+}
 UPSCALE = {
     "nothing to enlarge": ([], "the following arguments are required: IMAGE"),
     "no picture to enlarge": (["nothing.png", *TINY], "no picture nothing.png"),
@@ -384,8 +397,9 @@ def rows(box: Path) -> list[Row]:
     inpaint = {name: (["inpaint", *words], says) for name, (words, says) in INPAINT.items()}
     upscale = {name: (["upscale", *words], says) for name, (words, says) in UPSCALE.items()}
     img2img = {name: (["img2img", *words], says) for name, (words, says) in IMG2IMG.items()}
+    complete = {name: (["complete", *words], says) for name, (words, says) in COMPLETE.items()}
     evaluate = {name: (["evaluate", *words], says) for name, (words, says) in EVALUATE.items()}
     serve = {name: (["serve", *words], says) for name, (words, says) in SERVE.items()}
     doctor = {name: (["doctor", *words], says) for name, (words, says) in DOCTOR.items()}
-    drawn = SAMPLE | options | EDITS | inpaint | img2img | upscale
+    drawn = SAMPLE | options | EDITS | inpaint | img2img | complete | upscale
     return [Row(name, argv, says) for name, (argv, says) in (drawn | evaluate | serve | doctor).items()]
