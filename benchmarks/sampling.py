@@ -6,10 +6,11 @@ The benchmark needs torch and diffusers: pip install -e ".[test]"
 
 Both libraries run the same architecture with the same random weights and the same number of steps. Each
 library runs in a process of its own, in turn, so that neither holds memory or threads while the benchmark
-times the other. The benchmark prints:
+times the other. On a GPU both compute in bfloat16, on a CPU in float32. The benchmark prints:
 
 - load, first, later: the seconds to load, for the first sample, and for a later sample;
-- resident, anonymous: the peak of resident memory, and of anonymous memory (without the pages of files);
+- resident, anonymous, device: the peak of resident memory, of anonymous memory (without the pages of files),
+  and of the GPU's memory;
 - the ratio of the libraries' times for a later sample, from each pair of processes: median and range;
 - the largest difference between the libraries' outputs for one step of the network.
 
@@ -25,12 +26,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from measure import Peak, add_arguments, device_gib, memory, record
 
 LENGTH, WORDS = 77, 20  # text states, and how many of them belong to the caption
 PARTS = {  # folders with weights, and the pipeline's steps and guidance scale
@@ -40,16 +41,18 @@ PARTS = {  # folders with weights, and the pipeline's steps and guidance scale
 }
 SIZES = {  # options of the prior and the U-Nets; sides of the decoder's and the upsampler's images
     "full": {
-        "prior": {},
-        "unet": {"layers_per_block": 3, "block_out_channels": (320, 640, 960, 1280)},
+        "prior": {}, "unet": {"layers_per_block": 3, "block_out_channels": (320, 640, 960, 1280)},
         "sides": (64, 256),
     },
     "small": {
         "prior": {"num_attention_heads": 8, "num_layers": 6},
-        "unet": {"layers_per_block": 1, "block_out_channels": (64, 128, 192, 256)},
-        "sides": (32, 64),
+        "unet": {"layers_per_block": 1, "block_out_channels": (64, 128, 192, 256)}, "sides": (32, 64),
     },
-}
+    "tiny": {
+        "prior": {"num_attention_heads": 2, "num_layers": 1},
+        "unet": {"layers_per_block": 1, "block_out_channels": (64, 64, 64, 64)}, "sides": (16, 16),
+    },
+}  # fmt: skip
 Sample = Callable[[], np.ndarray]
 
 
@@ -182,20 +185,26 @@ def diffusers_sampler(
         "upsampler": diffusers.UNet2DModel,
     }[part]
     names = [name for name in PARTS[part]["folders"] if name != "text_proj"]
-    nets = [network_class.from_pretrained(folder / name).eval() for name in names]
+    gpu = torch.cuda.is_available()
+    place = {"device": "cuda", "dtype": torch.bfloat16} if gpu else {}
+    nets = [network_class.from_pretrained(folder / name).eval().to(**place) for name in names]
+    if gpu and part != "prior_diffusion":
+        nets = [net.to(memory_format=torch.channels_last) for net in nets]
     text_proj = (
-        UnCLIPTextProjModel.from_pretrained(folder / "text_proj").eval() if part == "decoder" else None
+        UnCLIPTextProjModel.from_pretrained(folder / "text_proj").eval().to(**place)
+        if part == "decoder"
+        else None
     )
     nets = [torch.compile(net) for net in nets] if compiled else nets
     scheduler = diffusers.UnCLIPScheduler.from_pretrained(
         folder / f"{'super_res' if part == 'upsampler' else part}_scheduler"
     )
     tensors = {
-        k: torch.from_numpy(np.moveaxis(v, -1, 1).copy() if v.ndim == 4 else v)
+        k: torch.from_numpy(np.moveaxis(v, -1, 1).copy() if v.ndim == 4 else v).to(**place)
         for k, v in inputs(captions, sides).items()
     }
     both_halves = lambda a: torch.cat([a[:1].expand(captions, *a.shape[1:]), a[1:]])
-    mask = (torch.arange(LENGTH)[None] < WORDS).expand(2 * captions, -1)
+    mask = (torch.arange(LENGTH, device=place.get("device"))[None] < WORDS).expand(2 * captions, -1)
     scale = PARTS[part]["guidance"]
     if part == "prior_diffusion":
         conditions = {
@@ -242,13 +251,13 @@ def diffusers_sampler(
             last = i + 1 == len(times)
             out = guided(network(x, t, last))
             x = scheduler.step(out, t, x, prev_timestep=None if last else times[i + 1]).prev_sample
-        return x.numpy()
+        return x.float().cpu().numpy()
 
     conditions = conditions if part == "prior_diffusion" else {}
 
     @torch.no_grad()
     def step() -> np.ndarray:
-        out = network(tensors[part], torch.tensor(500), False).numpy()
+        out = network(tensors[part], torch.tensor(500), False).float().cpu().numpy()
         return out if out.ndim == 2 else np.moveaxis(out, 1, -1)
 
     return sample, step
@@ -317,26 +326,6 @@ def our_sampler(
 
 
 # ------------------------------------------------------------------------------------------ measuring
-def memory(field: str) -> float:
-    """Reads a field of this process's /proc status (Linux), in GiB. Returns 0 where the system lacks it."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0) / 2**20
-
-
-class Peak:
-    """Records the peak of anonymous resident memory in GiB from its creation on; it samples every 5 ms."""
-
-    def __init__(self):
-        self.gib = 0.0
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while True:
-            self.gib = max(self.gib, memory("RssAnon"))
-            time.sleep(5e-3)
-
-
 def worker(args: argparse.Namespace) -> None:
     """Loads and samples with one library. Prints times and memory as JSON, and writes one step's output."""
     peak, sides = Peak(), SIZES[args.size]["sides"]
@@ -354,6 +343,7 @@ def worker(args: argparse.Namespace) -> None:
     figures = {"load": seconds[0], "first": seconds[1], "later": min(seconds[2:])}
     # The peak that getrusage reports would include the parent's.
     figures |= {"resident": memory("VmHWM"), "anonymous": peak.gib}
+    figures |= {"device": device_gib()} if device_gib() else {}
     if args.outputs:
         np.save(args.outputs, step())
     print(json.dumps(figures))
@@ -363,7 +353,8 @@ def compare(args: argparse.Namespace, part: str, folder: Path) -> dict[str, dict
     """Runs the libraries in turn on a part, prints the part's table, and returns each library's medians."""
     steps = args.steps or PARTS[part]["steps"]
     make(folder, args.size, part)
-    peers = ["diffusers", *(["diffusers compiled"] if args.compile else []), "unclip_jax"]
+    peers = [] if args.alone else ["diffusers", *(["diffusers compiled"] if args.compile else [])]
+    peers.append("unclip_jax")
     rows: dict[str, list[dict]] = {peer: [] for peer in peers}
     outputs = {peer: str(folder / f"output-{i}.npy") for i, peer in enumerate(peers)}
     for i in range(args.rounds):
@@ -373,14 +364,13 @@ def compare(args: argparse.Namespace, part: str, folder: Path) -> dict[str, dict
             for name in ("size", "captions", "repeats"):
                 command += [f"--{name}", str(getattr(args, name))]
             command += ["--outputs", outputs[peer]] if i == 0 else []
-            env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+            env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
             completed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
             rows[peer].append(json.loads(completed.stdout.splitlines()[-1]))
             print(
                 f"round {i + 1}  {peer:20}" + "".join(f"  {k} {v:.2f}" for k, v in rows[peer][-1].items()),
                 flush=True,
             )
-    theirs, ours = (np.load(outputs[peer]) for peer in ("diffusers", "unclip_jax"))
     print(
         f"\n{part}, {args.size}, {args.captions} captions, {steps} steps; "
         f"seconds and GiB, medians of {args.rounds} rounds"
@@ -390,15 +380,21 @@ def compare(args: argparse.Namespace, part: str, folder: Path) -> dict[str, dict
     }
     for peer in peers:
         print(f"{peer:20}" + "".join(f"  {k} {v:7.2f}" for k, v in medians[peer].items()))
-    for peer in peers[:-1]:
-        ratios = [theirs["later"] / ours["later"] for theirs, ours in zip(rows[peer], rows["unclip_jax"])]
-        print(f"{peer} / unclip_jax: {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    print(
-        f"one step of the network: diffusers and unclip_jax differ by at most "
-        f"{np.abs(theirs - ours).max():.1e}, for outputs up to {np.abs(theirs).max():.2g}\n",
-        flush=True,
-    )
+    what = f"Karlo's {part}, {args.captions} captions, {steps} steps"
+    record(args.json, what, {peer: [row["later"] for row in rows[peer]] for peer in peers}, held(medians))
+    if not args.alone:
+        theirs, ours = (np.load(outputs[peer]) for peer in ("diffusers", "unclip_jax"))
+        print(
+            f"one step of the network: diffusers and unclip_jax differ by at most "
+            f"{np.abs(theirs - ours).max():.1e}, for outputs up to {np.abs(theirs).max():.2g}\n",
+            flush=True,
+        )
     return medians
+
+
+def held(medians: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The peak of the memory of each library, in GiB: the GPU's where there is one."""
+    return {peer: row.get("device", row["resident"]) for peer, row in medians.items()}
 
 
 def main() -> None:
@@ -416,14 +412,8 @@ def main() -> None:
         "--steps", type=int, metavar="N", help="sampling steps of every part (the pipeline's 25, 25 and 7)"
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes per library (3)")
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=1,
-        metavar="N",
-        help="later samples per process; the fastest counts (1)",
-    )
-    parser.add_argument("--compile", action="store_true", help="also time diffusers with torch.compile")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="later samples a process (1)")
+    add_arguments(parser, "diffusers")
     parser.add_argument("--folder", type=Path, help="keep the random weights here (a temporary folder)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--outputs", help=argparse.SUPPRESS)
@@ -435,15 +425,14 @@ def main() -> None:
         folder = args.folder or Path(scratch) / "karlo"
         medians = [compare(args, part, folder) for part in (PARTS if args.part == "whole" else [args.part])]
     if args.part == "whole":
-        total = {
-            peer: {k: sum(part[peer][k] for part in medians) for k in ("load", "first", "later")}
-            for peer in medians[0]
-        }
+        peers, times = list(medians[0]), ("load", "first", "later")
+        total = {peer: {k: sum(part[peer][k] for part in medians) for k in times} for peer in peers}
         print("whole, the sum of the parts")
         for peer, sums in total.items():
             print(f"{peer:20}" + "".join(f"  {k} {v:7.2f}" for k, v in sums.items()))
-        for peer in [peer for peer in total if peer != "unclip_jax"]:
-            print(f"{peer} / unclip_jax: {total[peer]['later'] / total['unclip_jax']['later']:.2f}")
+        most = {peer: max(held(part)[peer] for part in medians) for peer in peers}
+        what = f"Karlo whole, {args.captions} captions, the sum of its parts"
+        record(args.json, what, {peer: [total[peer]["later"]] for peer in peers}, most)
 
 
 if __name__ == "__main__":

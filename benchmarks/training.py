@@ -10,8 +10,11 @@ the same shape, and the benchmark asserts that they have the same number of para
     emoji    the shipped decoder at 32 px                  diffusers' U-Net with Karlo's projection
     karlo    Karlo's decoder, 64 px (0.9 billion)          the same
     small    Karlo's decoder with 64 channels, 32 px       the same
+    tiny     the same at 8 px, to try the benchmark        the same
     prior    the shipped diffusion prior                   diffusers' PriorTransformer
     clip     the shipped CLIP                              transformers' CLIPModel
+    karlo_prior   Karlo's diffusion prior (1.0 billion)    diffusers' PriorTransformer
+    clip_l14      CLIP ViT-L/14 (0.43 billion)             transformers' CLIPModel
 
 Each library has a process of its own, which waits while another one is timed. A round times every library
 once, one after the other, so that a slow minute of the machine hits all of them. The benchmark prints:
@@ -27,13 +30,13 @@ import argparse
 import functools
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
 import numpy as np
+from measure import add_arguments, append_row, peak_gib
 
 UNETS = {  # the U-Net, the conditioning and the sizes of CLIP that a decoder sees; the default batch
     "emoji": {
@@ -44,18 +47,32 @@ UNETS = {  # the U-Net, the conditioning and the sizes of CLIP that a decoder se
         "side": 32, "channels": 64, "mult": (1, 2, 3, 4), "blocks": 1, "attention": (16, 8, 4), "head": 64,
         "groups": 32, "context": 256, "embed": 128, "states": (24, 128), "batch": 16,
     },
+    "tiny": {
+        "side": 8, "channels": 16, "mult": (1, 2), "blocks": 1, "attention": (4,), "head": 16,
+        "groups": 8, "context": 32, "embed": 128, "states": (24, 128), "batch": 2,
+    },
     "karlo": {
         "side": 64, "channels": 320, "mult": (1, 2, 3, 4), "blocks": 3, "attention": (32, 16, 8), "head": 64,
         "groups": 32, "context": 1536, "embed": 768, "states": (77, 768), "batch": 2,
     },
 }  # fmt: skip
-PRIOR = {"embed": 128, "length": 24, "width": 192, "layers": 4, "heads": 6, "batch": 128}
-CLIP = {
-    "embed": 128, "length": 24, "vocabulary": 8192, "batch": 128,
-    "image": {"image_size": 64, "patch_size": 16, "width": 192, "layers": 4, "heads": 6},
-    "text": {"width": 128, "layers": 2, "heads": 4},
+PRIORS = {
+    "prior": {"embed": 128, "length": 24, "width": 192, "layers": 4, "heads": 6, "batch": 128},
+    "karlo_prior": {"embed": 768, "length": 77, "width": 2048, "layers": 20, "heads": 32, "batch": 8},
+}
+CLIPS = {
+    "clip": {
+        "embed": 128, "length": 24, "vocabulary": 8192, "batch": 128,
+        "image": {"image_size": 64, "patch_size": 16, "width": 192, "layers": 4, "heads": 6},
+        "text": {"width": 128, "layers": 2, "heads": 4},
+    },
+    "clip_l14": {
+        "embed": 768, "length": 77, "vocabulary": 49408, "batch": 8,
+        "image": {"image_size": 224, "patch_size": 14, "width": 1024, "layers": 24, "heads": 16},
+        "text": {"width": 768, "layers": 12, "heads": 12},
+    },
 }  # fmt: skip
-NETWORKS = {name: u["batch"] for name, u in UNETS.items()} | {"prior": PRIOR["batch"], "clip": CLIP["batch"]}
+NETWORKS = {name: shape["batch"] for name, shape in (UNETS | PRIORS | CLIPS).items()}
 RATE, BETAS, EPS = 1e-4, (0.9, 0.99), 1e-8
 Train = Callable[[int], float]  # steps -> the last loss, when everything has been computed
 
@@ -64,14 +81,14 @@ def batch_of(network: str, rows: int) -> dict[str, np.ndarray]:
     """A random batch: what the network sees, and what it should answer."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: np.float32(rng.normal(size=shape))
-    if network == "clip":
-        side = CLIP["image"]["image_size"]
-        tokens = rng.integers(1, CLIP["vocabulary"] - 1, (rows, CLIP["length"]))
-        tokens[:, -1] = CLIP["vocabulary"] - 1  # the end token has the largest number
+    shape = (UNETS | PRIORS | CLIPS)[network]
+    if network in CLIPS:
+        side = shape["image"]["image_size"]
+        tokens = rng.integers(1, shape["vocabulary"] - 1, (rows, shape["length"]))
+        tokens[:, -1] = shape["vocabulary"] - 1  # the end token has the largest number
         return {"image": np.tanh(normal(rows, side, side, 3)), "tokens": tokens}
-    shape = PRIOR if network == "prior" else UNETS[network]
-    length, width = (PRIOR["length"], PRIOR["embed"]) if network == "prior" else shape["states"]
-    x = (rows, PRIOR["embed"]) if network == "prior" else (rows, shape["side"], shape["side"], 3)
+    length, width = (shape["length"], shape["embed"]) if network in PRIORS else shape["states"]
+    x = (rows, shape["embed"]) if network in PRIORS else (rows, shape["side"], shape["side"], 3)
     return {
         "x": normal(*x),
         "t": rng.integers(0, 1000, rows),
@@ -99,17 +116,14 @@ def ours(network: str, batch: dict[str, np.ndarray], dtype: str) -> tuple[int, T
         "text_states": b["text_states"],
         "text_mask": jnp.ones(b["text_states"].shape[:2], bool),
     }
-    if network == "clip":
-        model = Clip(
-            CLIP["embed"],
-            CLIP["image"],
-            CLIP["text"] | {"vocab_size": CLIP["vocabulary"], "length": CLIP["length"]},
-            dtype=dtype,
-        )
+    if network in CLIPS:
+        clip = CLIPS[network]
+        text = clip["text"] | {"vocab_size": clip["vocabulary"], "length": clip["length"]}
+        model = Clip(clip["embed"], clip["image"], text, dtype=dtype)
         inputs = lambda b: ((b["image"], b["tokens"]), {})
-    elif network == "prior":
-        sizes = {name: PRIOR[name] for name in ("length", "width", "layers", "heads")}
-        model = DiffusionPrior(PRIOR["embed"], **sizes, dtype=dtype)
+    elif network in PRIORS:
+        sizes = {name: PRIORS[network][name] for name in ("length", "width", "layers", "heads")}
+        model = DiffusionPrior(PRIORS[network]["embed"], **sizes, dtype=dtype)
         inputs = lambda b: ((b["x"], b["t"]), texts(b))
     else:
         u = UNETS[network]
@@ -126,7 +140,7 @@ def ours(network: str, batch: dict[str, np.ndarray], dtype: str) -> tuple[int, T
     def loss_fn(params, b):
         given, named = inputs(b)
         out = model.apply({"params": params}, *given, **named)
-        if network == "clip":
+        if network in CLIPS:
             logits, labels = out[2] * out[0] @ out[1].T, jnp.arange(rows)
             losses = (
                 optax.softmax_cross_entropy_with_integer_labels(a, labels).mean() for a in (logits, logits.T)
@@ -164,7 +178,8 @@ def theirs(network: str, batch: dict[str, np.ndarray], dtype: str, compiled: boo
     nchw = lambda v: np.ascontiguousarray(np.moveaxis(v, -1, 1)) if v.ndim == 4 else v
     tensors = {k: torch.from_numpy(nchw(v)).to(device) for k, v in batch.items()}
     torch.manual_seed(0)
-    module, forward = {"clip": torch_clip, "prior": torch_prior}.get(network, torch_decoder)(network)
+    make = torch_clip if network in CLIPS else torch_prior if network in PRIORS else torch_decoder
+    module, forward = make(network)
     module.to(device).train()
     run = torch.compile(forward) if compiled else forward
     optimizer = torch.optim.Adam(module.parameters(), RATE, BETAS, EPS)
@@ -185,23 +200,24 @@ def theirs(network: str, batch: dict[str, np.ndarray], dtype: str, compiled: boo
 def torch_clip(network: str):
     from transformers import CLIPConfig, CLIPModel
 
+    clip = CLIPS[network]
     towers = {
         name: {
-            "hidden_size": CLIP[role]["width"],
-            "intermediate_size": 4 * CLIP[role]["width"],
-            "num_hidden_layers": CLIP[role]["layers"],
-            "num_attention_heads": CLIP[role]["heads"],
+            "hidden_size": clip[role]["width"],
+            "intermediate_size": 4 * clip[role]["width"],
+            "num_hidden_layers": clip[role]["layers"],
+            "num_attention_heads": clip[role]["heads"],
         }
         for name, role in (("text_config", "text"), ("vision_config", "image"))
     }
     towers["text_config"] |= {
-        "vocab_size": CLIP["vocabulary"],
-        "max_position_embeddings": CLIP["length"],
+        "vocab_size": clip["vocabulary"],
+        "max_position_embeddings": clip["length"],
         "bos_token_id": 0,
-        "eos_token_id": CLIP["vocabulary"] - 1,
+        "eos_token_id": clip["vocabulary"] - 1,
     }
-    towers["vision_config"] |= {name: CLIP["image"][name] for name in ("image_size", "patch_size")}
-    module = CLIPModel(CLIPConfig(**towers, projection_dim=CLIP["embed"]))
+    towers["vision_config"] |= {name: clip["image"][name] for name in ("image_size", "patch_size")}
+    module = CLIPModel(CLIPConfig(**towers, projection_dim=clip["embed"]))
     return (
         module,
         lambda b: (
@@ -219,15 +235,16 @@ def torch_prior(network: str):
     import torch
     from diffusers import PriorTransformer
 
+    prior = PRIORS[network]
     module = PriorTransformer(
-        num_attention_heads=PRIOR["heads"],
-        attention_head_dim=PRIOR["width"] // PRIOR["heads"],
-        num_layers=PRIOR["layers"],
-        embedding_dim=PRIOR["embed"],
-        num_embeddings=PRIOR["length"],
+        num_attention_heads=prior["heads"],
+        attention_head_dim=prior["width"] // prior["heads"],
+        num_layers=prior["layers"],
+        embedding_dim=prior["embed"],
+        num_embeddings=prior["length"],
     )
     module.clip_mean.requires_grad_(False), module.clip_std.requires_grad_(False)
-    mask = torch.ones(1, PRIOR["length"], dtype=torch.bool)
+    mask = torch.ones(1, prior["length"], dtype=torch.bool)
 
     def forward(b):
         out = module(
@@ -290,18 +307,6 @@ def torch_decoder(network: str):
 
 
 # ------------------------------------------------------------------------------------------ measuring
-def peak_gib() -> float:
-    """The peak of this process's memory in GiB: the device's on a GPU, else resident memory."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    if "jax" in sys.modules:
-        stats = sys.modules["jax"].local_devices()[0].memory_stats()
-        if stats:
-            return stats["peak_bytes_in_use"] / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def worker(args: argparse.Namespace) -> None:
     """Builds and compiles a library's step. For each number of steps on standard input it prints a line."""
     batch = batch_of(args.network, args.batch)
@@ -335,7 +340,9 @@ def answer(process: subprocess.Popen) -> dict[str, float]:
 
 def compare(args: argparse.Namespace) -> None:
     """Times all libraries on one network, and prints the table."""
-    peers = ["unclip_jax", "eager", *(["compiled"] if args.compile else [])]
+    peers = ["unclip_jax"]
+    if not args.alone:
+        peers += ["eager", *(["compiled"] if args.compile else [])]
     processes, ready = {}, {}
     for peer in peers:  # one after the other, so that they do not compile at once
         processes[peer] = start(peer, args)
@@ -353,6 +360,7 @@ def compare(args: argparse.Namespace) -> None:
         process.stdin.close()
         process.wait()
     per_second = lambda peer: [args.steps * args.batch / row["seconds"] for row in rows[peer]]
+    what = f"a training step of {args.network}, batch {args.batch}, {args.dtype}"
     print(
         f"{args.network}: {counts['unclip_jax']:,} parameters, batch {args.batch}, {args.dtype}, "
         f"{args.rounds} rounds of {args.steps} steps"
@@ -361,11 +369,14 @@ def compare(args: argparse.Namespace) -> None:
         memory, seconds = rows[peer][-1]["memory"], ready[peer]["ready"]
         line = f"{peer:12} {np.median(per_second(peer)):9.1f} images/s  ready after {seconds:6.1f} s"
         line += f"  memory {memory:.2f} GiB"
+        figures = {"value": float(np.median(per_second(peer))), "unit": "images/s", "memory": memory}
         if peer != "unclip_jax":
             ratios = np.divide(per_second("unclip_jax"), per_second(peer))
             line += f"  unclip_jax / {peer}: {np.median(ratios):.2f}"
             line += f" ({ratios.min():.2f} to {ratios.max():.2f})"
+            figures |= {"ratio": float(np.median(ratios)), "range": [ratios.min(), ratios.max()]}
         print(line, flush=True)
+        append_row(args.json, what, peer if peer == "unclip_jax" else f"PyTorch, {peer}", **figures)
 
 
 def main() -> None:
@@ -378,13 +389,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="training steps in a round (10)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds (5)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network")
-    parser.add_argument("--compile", action="store_true", help="also time the peer with torch.compile")
+    add_arguments(parser, "PyTorch")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args)
         return
-    chosen = NETWORKS if args.network == "all" else [args.network]
+    chosen = [name for name in NETWORKS if name != "tiny"] if args.network == "all" else [args.network]
     for network in chosen:
         compare(
             argparse.Namespace(**vars(args) | {"network": network, "batch": args.batch or NETWORKS[network]})

@@ -65,6 +65,7 @@ def test_benchmarks_take_their_documented_arguments(document, words, monkeypatch
     assert script.is_file(), f"{document} names {words[1]}"
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(script.parent)  # as for a script that Python runs
     spec.loader.exec_module(module)
 
     class Parsed(Exception):
