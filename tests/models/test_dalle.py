@@ -203,6 +203,7 @@ def test_the_papers_size():
         ({"model.heads": 3}, "model.width=32 must be a multiple of model.heads=3"),
         ({"tokenizer.vocab_size": 100}, "tokenizer.vocab_size must be a whole number in"),
         ({"drop_text": 2.0}, "drop_text must be a number in"),
+        ({"bpe_dropout": -0.1}, "bpe_dropout must be a number in"),
     ],
 )
 def test_refused_settings(settings, words):

@@ -356,10 +356,17 @@ def token_example(
     size: int,
     crop_scale: float = 1.0,
     training: bool = True,
+    bpe_dropout: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """One row of a batch: an image, and a caption for a stage's own tokenizer.
 
     The crops and the choice of the caption are those of `clip_example`.
+
+    Args:
+      record, rng, crop_scale, training: as in `clip_example`.
+      tokenizer: the stage's.
+      size: the side of the image in pixels.
+      bpe_dropout: the probability in [0, 1] with which training leaves out a merge of the tokenizer.
 
     Returns:
       `image` float32 (size, size, 3) in [-1, 1], or the `codes` (N,) int32 of `unclip embed --codes`;
@@ -371,7 +378,8 @@ def token_example(
         row = {"codes": np.asarray(record.embeds["codes"], np.int32)}
     else:
         row = picture_example(record, rng, size=size, crop_scale=crop_scale, training=training)
-    tokens, mask = tokenizer([record.captions[_caption_number(record, rng, training)]])
+    caption = record.captions[_caption_number(record, rng, training)]
+    tokens, mask = tokenizer([caption], bpe_dropout if training else 0.0, rng)
     return row | {"tokens": tokens[0], "token_mask": mask[0]}
 
 

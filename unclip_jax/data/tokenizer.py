@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from unclip_jax.data.bpe_dropout import merge_with_dropout
 from unclip_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -228,16 +229,46 @@ class ClipTokenizer:
         tokenizer._set_up(length, merges, shipped, pad_id)
         return tokenizer
 
-    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int32 (B, L), mask bool (B, L)) of B texts. Raises `TypeError` if not given texts."""
+    def __call__(
+        self, texts: Sequence[str], dropout: float = 0.0, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenises B texts.
+
+        Args:
+          texts: a list of texts.
+          dropout: of merges, in [0, 1], for training (`bpe_dropout`).
+          rng: the randomness of dropout; not used where that is 0.
+
+        Returns:
+          tokens int32 (B, L), mask bool (B, L).
+
+        Raises:
+          TypeError: if not given texts.
+        """
         check_texts(texts)
         tokens = np.full((len(texts), self.length), self.pad_id, np.int32)
         mask = np.zeros((len(texts), self.length), np.bool_)
         for row, text in enumerate(texts):
-            ids = self._engine.encode(clean_text(text), add_special_tokens=False).ids[: self.length - 2]
+            ids = self._ids(clean_text(text), dropout, rng)[: self.length - 2]
             tokens[row, : len(ids) + 2] = [self.sot_id, *ids, self.eot_id]
             mask[row, : len(ids) + 2] = True
         return tokens, mask
+
+    def _ids(self, text: str, dropout: float, rng: np.random.Generator | None) -> list[int]:
+        # The ids of a cleaned text. With dropout, at least those that fit into a row.
+        if not dropout:
+            return self._engine.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for word, _ in self._engine.pre_tokenizer.pre_tokenize_str(text):
+            parts = merge_with_dropout([*word[:-1], word[-1] + "</w>"], self._ranks, dropout, rng)
+            ids += map(self._engine.token_to_id, parts)
+            if len(ids) >= self.length - 2:
+                break
+        return ids
+
+    @functools.cached_property
+    def _ranks(self) -> dict[tuple[str, str], int]:
+        return {pair: place for place, pair in enumerate(self._merges)}
 
     def lost(self, text: str) -> str:
         """The end of a text that its row does not hold, cleaned; "" if the row holds the whole text."""

@@ -6,6 +6,8 @@ token from those before it.
     loss    1/8 of the mean cross-entropy of the text tokens, and 7/8 of that of the codes, in nats. Padding
             tokens are text tokens, too: each has a position of its own.
 
+The tokenizer leaves out one merge in ten (`data.bpe_dropout`), so that a word is read in several ways.
+
 Training may drop captions for classifier-free guidance, which the paper does not use.
 """
 
@@ -46,6 +48,7 @@ SETTINGS = settings.TRAINED | {
         "dropout": settings.number("[0, 1)"),
     },
     "drop_text": settings.number("[0, 1]"),
+    "bpe_dropout": settings.number("[0, 1]"),
     "sampling": settings.SAMPLING["dalle"],
     "eval": settings.DRAWN,
 }
@@ -111,8 +114,9 @@ def stage(config, mesh, frozen) -> Stage:
         return codes_of(network, batch, size)[0].reshape(-1, model.side**2)
 
     example = functools.partial(
-        token_example, tokenizer=tokenizer, size=size, crop_scale=config.data.crop_scale
-    )
+        token_example, tokenizer=tokenizer, size=size, crop_scale=config.data.crop_scale,
+        bpe_dropout=config.bpe_dropout,
+    )  # fmt: skip
     loss = functools.partial(
         loss_fn, model=model, encode=encode, empty=empty_caption(tokenizer), drop_text=config.drop_text
     )
