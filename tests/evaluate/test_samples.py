@@ -11,6 +11,7 @@ from unclip_jax.evaluate import samples
 from unclip_jax.metrics.retrieval import unit
 from unclip_jax.sampling.edits.inversion import embed_captions, embed_images
 from unclip_jax.sampling.programs import Sampler
+from unclip_jax.sampling.text_to_image import SYSTEMS
 from unclip_jax.sampling.unclip import Stages, sample_stages
 
 ROWS = 8
@@ -68,7 +69,7 @@ def test_planted_copies_are_found(bundle, judge, monkeypatch):
         z = embed_captions(sampler, captions)
         return Stages(z, z, [ops.to_float(training)])
 
-    monkeypatch.setattr(samples, "sample_stages", planted)
+    monkeypatch.setattr(samples, "system_of", lambda _: SYSTEMS["unclip"]._replace(sample=planted))
     measured = samples.measure(bundle, judge, rows=ROWS)
     for split, found in measured.figures["splits"].items():
         assert found["copies"]["features"]["share"] == found["copies"]["pixels"]["share"] == 1
@@ -91,7 +92,8 @@ def test_style_and_base_of_the_nearest_caption(bundle, judge, monkeypatch):
     z_images = lambda _, pictures, **__: np.tile(np.eye(4)[1], (len(pictures), 1))
     monkeypatch.setattr(samples, "embed_images", z_images)
     drawn = Stages(np.eye(4)[[1] * ROWS], np.eye(4)[[1] * ROWS], [np.zeros((ROWS, 8, 8, 3))])
-    monkeypatch.setattr(samples, "sample_stages", lambda *_, **__: drawn)
+    sampled = SYSTEMS["unclip"]._replace(sample=lambda *_, **__: drawn)
+    monkeypatch.setattr(samples, "system_of", lambda _: sampled)
     monkeypatch.setattr(samples, "part_space", lambda _: type("Space", (), {"mean": np.ones(4)}))
     found = samples.measure(bundle, judge, rows=ROWS).figures["splits"]["train"]
     noto = np.mean([r.meta["style"] == "noto" for r in records("train")])

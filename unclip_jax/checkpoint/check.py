@@ -333,13 +333,14 @@ def _first_size(shapes: Mapping[str, tuple[int, ...]], ends: tuple[str, ...]) ->
 
 @functools.lru_cache(maxsize=64)
 def _part_shapes(described: str, embed_dim: int, width: int) -> dict[str, tuple[int, ...]]:
-    # Path -> shape of the parameters of a part, from its configuration as JSON, and two sizes that the
-    # configuration leaves to the inputs: those of the embeddings and of CLIP's text states.
-    tree = _part_tree(json.loads(described), embed_dim, width)
+    # Path -> shape of the parameters of a part, from its configuration as JSON; see `part_tree`.
+    tree = part_tree(json.loads(described), embed_dim, width)
     return {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
 
 
-def _part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
+def part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
+    """The parameters' shapes of a part. Its configuration leaves the width of CLIP's embeddings (D) and of
+    text states to the network's inputs."""
     kind = config["kind"]
     if kind == "codec":
         dims = [config["embed_dim"]] * 2

@@ -85,10 +85,10 @@ def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prior",
-        default="prior_diffusion",
         metavar="P",
         help="samples: where z_i comes from: prior_diffusion, prior_ar, none or null, see `unclip sample`. "
-        "Separate several with commas: the command prints a table for each (prior_diffusion)",
+        "Separate several with commas: the command prints a table for each (prior_diffusion; a system "
+        "without priors takes none)",
     )
     parser.add_argument(
         "--judge",
@@ -124,26 +124,26 @@ def _evaluate_samples(args: argparse.Namespace) -> None:
     from unclip_jax.grid import save_grid
     from unclip_jax.paths import check_writable
     from unclip_jax.sampling.programs import Sampler
-    from unclip_jax.sampling.unclip import check_prior, check_prior_name
+    from unclip_jax.sampling.unclip import check_prior_name
 
     if args.data or args.train or args.skip_bad:
         raise InputError(
             "samples are measured on the embedded emoji: leave out --data, --train and --skip-bad"
         )
-    rows, priors = args.rows or SAMPLE_ROWS, args.prior.split(",")
+    rows, priors = args.rows or SAMPLE_ROWS, [None] if args.prior is None else args.prior.split(",")
     samples.check_rows(rows)
     for prior in priors:
-        check_prior_name(prior)
+        if prior is not None:
+            check_prior_name(prior)
     if args.pairs and len(priors) > 1:
         raise InputError("--pairs shows the samples of one prior: give one with --prior")
     if args.pairs:
         check_writable(args.pairs)
     sampler = Sampler(open_bundle(args))
-    for prior in priors:
-        check_prior(sampler.bundle, prior)
+    priors = [samples.check_draws(sampler.bundle, prior)[1] for prior in priors]
     judge = samples.open_judge(sampler, args.judge or samples.JUDGE)
     for prior in priors:
-        progress = progress_bar(f"measuring, prior {prior}")
+        progress = progress_bar("measuring" if prior is None else f"measuring, prior {prior}")
         measured = samples.measure(sampler, judge, rows=rows, seed=args.seed, prior=prior, progress=progress)
         print("\n".join(samples.describe(measured.figures)), flush=True)
         if args.pairs:

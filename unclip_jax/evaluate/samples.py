@@ -16,14 +16,15 @@ gets the sample of the caption before it.
 |                 | are: by the judge's features, and by pixels at 32 x 32                                 |
 
 Rates have 95 % intervals by bootstrap. FID and KID have none: equal rows, which a resample with replacement
-contains, bias both. The figures of the guiding CLIP are under `guide`. They say how well the prior hits its
-target, and not how good the pictures are, because the same CLIP guides the drawing.
+contains, bias both. The figures of the guiding CLIP are under `guide`, where a prior of the bundle draws z_i.
+They say how well the prior hits its target, and not how good the pictures are, because the same CLIP guides
+the drawing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +43,7 @@ from unclip_jax.metrics.memorisation import Nearest, copies, nearest
 from unclip_jax.metrics.retrieval import first_in_group, mean_cosine, unit
 from unclip_jax.sampling.edits.inversion import embed_captions, embed_images, square
 from unclip_jax.sampling.programs import Progress, Sampler, as_sampler
-from unclip_jax.sampling.unclip import sample_stages
+from unclip_jax.sampling.text_to_image import System, prior_of, system_of
 
 SPLITS = ("train", "compose", "val")
 GROUP = 100  # rows among which a caption has to be found
@@ -90,12 +91,13 @@ def open_judge(bundle: Sampler | Bundle, judge: str = JUDGE) -> Sampler:
     """Loads the judge, a bundle with a CLIP.
 
     Raises:
-      ValueError: if the judge is the CLIP that guides the bundle's samples.
+      ValueError: if the judge is the CLIP of the bundle, which guides its samples.
       KeyError, FileNotFoundError: if it has no CLIP, or is missing.
     """
     opened = Sampler(load_bundle(judge))
-    guide = as_sampler(bundle).bundle.part("clip")
-    if params_hash(opened.bundle.part("clip").params) == params_hash(guide.params):
+    guide = as_sampler(bundle).bundle.parts.get("clip")
+    own = params_hash(opened.bundle.part("clip").params)
+    if guide is not None and own == params_hash(guide.params):
         raise InputError(f"{judge} holds the CLIP that guides the samples: choose another judge")
     return opened
 
@@ -106,13 +108,13 @@ def measure(
     *,
     rows: int = 100,
     seed: int = 0,
-    prior: str = "prior_diffusion",
+    prior: str | None = None,
     progress: Progress | None = None,
 ) -> Measured:
     """Measures all figures of the table above on the first `rows` rows of each split.
 
     Args:
-      bundle: with clip, prior_diffusion, decoder, and the parts of `prior`.
+      bundle: of a system that draws from captions.
       judge: from `open_judge`.
       rows: a multiple of 100, the size of a group; or fewer than 100 rows, which form one group.
       seed: random seed of the samples.
@@ -123,10 +125,13 @@ def measure(
       The figures, rounded to four digits, and the pairs of samples and training pictures.
 
     Raises:
-      ValueError: if the rows do not form whole groups; otherwise as `unclip.sample_stages`.
+      ValueError: if the rows do not form whole groups, or the bundle reads no captions; otherwise as
+        `text_to_image`.
     """
     check_rows(rows)
     sampler, group = as_sampler(bundle), min(rows, GROUP)
+    system, prior = check_draws(sampler.bundle, prior)
+    chosen_prior = {"prior": prior} if system.priors else {}
     records = {split: _records(split) for split in SPLITS}
     real = {split: _see(judge, [ops.decode_image(r.image) for r in records[split]]) for split in SPLITS}
     listed = [record for split in SPLITS for record in records[split]]
@@ -147,7 +152,7 @@ def measure(
     for split in SPLITS:
         chosen, rest = records[split][:rows], real[split].features[rows:]
         captions = [record.captions[0] for record in chosen]
-        stages = sample_stages(sampler, captions, seed=seed, prior=prior, progress=progress)
+        stages = system.sample(sampler, captions, seed=seed, progress=progress, **chosen_prior)
         pictures = list(ops.to_uint8(stages.images[-1]))
         drawn, true = _see(judge, pictures), _head(real[split], rows)
         sets = {"real": true.features, "samples": drawn.features, "shuffled": np.roll(drawn.features, 1, 0)}
@@ -161,11 +166,35 @@ def measure(
             "fid": {name: _round(frechet_distance(sets[name], rest)) for name in ("real", "samples")},
             "kid": {name: _round(kernel_distance(sets[name], rest)) for name in ("real", "samples")},
             "copies": {way: _copies(found[way], held_out[way]) for way in found},
-            "guide": _guide(sampler, chosen, pictures, stages, group),
         }
+        if _has_guide(sampler.bundle, stages):
+            figures["splits"][split]["guide"] = _guide(sampler, chosen, pictures, stages, group)
         order = np.argsort(found["features"].distance)
         pairs[split] = [_pair(pictures[i], chosen[i], records["train"], found, i) for i in order]
     return Measured(figures, pairs)
+
+
+def check_draws(bundle: Bundle, prior: str | None) -> tuple[System, str | None]:
+    """The system of a bundle that can be measured, and the prior that it draws with (`prior_of`).
+
+    Raises:
+      ValueError, KeyError: as `prior_of`; and if the bundle reads no captions.
+    """
+    system = system_of(bundle)
+    if system.reads(bundle) != "captions":
+        raise InputError(
+            f"{bundle.path or 'the bundle'} reads no captions, and samples are measured with captions: "
+            "`unclip evaluate fid` compares its pictures with others"
+        )
+    return system, prior_of(bundle, prior)
+
+
+def _has_guide(bundle: Bundle, stages: Any) -> bool:
+    # Whether the figures of the guiding CLIP can be made: z_t and z_i of its two towers, and a prior.
+    if not (hasattr(stages, "z_text") and hasattr(stages, "z_image") and "prior_diffusion" in bundle.parts):
+        return False
+    model = bundle.parts["clip"].config["model"]
+    return model.get("image") is not None and model.get("text") is not None
 
 
 def _records(split: str) -> list[Record]:
@@ -252,8 +281,9 @@ def describe(figures: dict) -> list[str]:
         "style": "right style",
         "base": "right base name",
     }
+    drawn = "" if figures["prior"] is None else f"prior {figures['prior']}, "
     lines = [
-        f"judge {figures['judge']}, prior {figures['prior']}, first {figures['rows']} captions of each "
+        f"judge {figures['judge']}, {drawn}first {figures['rows']} captions of each "
         f"split, seed {figures['seed']}",
         f"{'by the judge':38}{'real':>18}{'samples':>18}{'shuffled':>18}",
     ]
@@ -271,6 +301,8 @@ def describe(figures: dict) -> list[str]:
         for way, copied in found["copies"].items():
             values = f"{copied['held_out']:18.4f}{copied['samples']:18.4f}{copied['share']:18.2f}"
             lines.append(f"{split:9}{'by ' + way:29}{values}")
+    if not all("guide" in found for found in figures["splits"].values()):
+        return lines
     lines += ["", f"{'the guiding CLIP itself':38}" + "".join(f"{split:>10}" for split in figures["splits"])]
     for key, words in {
         "caption_first_real": f"own caption first of {figures['candidates']}, real",

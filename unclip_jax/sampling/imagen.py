@@ -20,5 +20,7 @@ def _encode(networks: Mapping[str, Network], arrays: Mapping[str, jax.Array]) ->
 
 CASCADE = Cascade(base="imagen", parts=("t5", "imagen"), encode=_encode)
 sample_stages = functools.partial(captioned.sample_stages, CASCADE)
+img2img_rows = functools.partial(captioned.img2img_rows, CASCADE)
+upscale_rows = functools.partial(captioned.upscale_rows, CASCADE)
 made_by = functools.partial(captioned.made_by, CASCADE)
 sizes = functools.partial(captioned.sizes, CASCADE)

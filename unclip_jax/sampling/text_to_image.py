@@ -187,6 +187,8 @@ SYSTEMS = {
         "imagen",
         imagen.made_by,
         sizes=imagen.sizes,
+        img2img=imagen.img2img_rows,
+        upscale=imagen.upscale_rows,
     ),
     "glide": System(
         glide.CASCADE.parts,

@@ -17,7 +17,7 @@ from packaging.version import Version
 from tests.checkpoint.peers import close, run_part
 from tests.helpers import param_count
 from unclip_jax.checkpoint.bundle import save_bundle
-from unclip_jax.checkpoint.check import _part_tree
+from unclip_jax.checkpoint.check import part_tree
 from unclip_jax.checkpoint.load import load_bundle
 from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import Network, build_model
@@ -180,7 +180,7 @@ def test_published_size():
         hidden=3072,
         normformer=True,
     )
-    tree = _part_tree({"kind": "prior_laion", "model": model | {"null_embeds": False}}, 1, 1)
+    tree = part_tree({"kind": "prior_laion", "model": model | {"null_embeds": False}}, 1, 1)
     attention = 768 + 2 * 64 + 768 * 768 + 768 * 128 + 768 * 768 + 768
     feed_forward = 768 + 768 * 6144 + 3072 + 3072 * 768
     rest = 77 * 768 + 1000 * 768 + 768 + 32 * 12 + 768 + 768 * 768

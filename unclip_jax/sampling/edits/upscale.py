@@ -65,7 +65,9 @@ def padding(parts: Mapping[str, Part], names: Sequence[str], sides: tuple[int, i
     multiple, scale = 1, 1
     for name in names:
         scale *= parts[name].config["factor"]
-        halved = 2 ** (len(parts[name].config["model"]["unet"]["channel_mult"]) - 1)
+        levels = len(parts[name].config["model"]["unet"]["channel_mult"])
+        # An efficient U-Net halves at its first level too.
+        halved = 2 ** (levels if parts[name].config["kind"] == "imagen_upsampler" else levels - 1)
         multiple = math.lcm(multiple, halved // math.gcd(halved, scale))
     return -sides[0] % multiple, -sides[1] % multiple
 
