@@ -47,6 +47,15 @@ def train(runs: Path) -> None:
         sys.exit(status)
 
 
+def trained_for(made: Mapping) -> tuple[int, float]:
+    """The images that a part saw in training and the seconds, with those of the runs that it started from."""
+    images, seconds = made["step"] * made["config"]["batch_size"], made["seconds"]
+    if "initialised_from" in made:
+        before = trained_for(made["initialised_from"])
+        return images + before[0], seconds + before[1]
+    return images, seconds
+
+
 def going_on(training: Mapping[str, Mapping]) -> list[str]:
     """What the full recipe of each stage takes, at the rate of `training` (a bundle's provenance)."""
     from unclip_jax.cli.train import load_config
@@ -54,8 +63,8 @@ def going_on(training: Mapping[str, Mapping]) -> list[str]:
     lines = [f"{'stage':16}{'images here':>12}{'full recipe':>12}{'time':>10}  command"]
     for config, name in STAGES:
         made, recipe = training[name], load_config(f"{ROOT}/configs/emoji/{config}.py")
-        seen, wanted = made["step"] * made["config"]["batch_size"], recipe.steps * recipe.batch_size
-        minutes = made["seconds"] * wanted / seen / 60
+        (seen, seconds), wanted = trained_for(made), recipe.steps * recipe.batch_size
+        minutes = seconds * wanted / seen / 60
         command = f"unclip train configs/emoji/{config}.py --workdir runs/emoji/{name}"
         lines.append(f"{name:16}{seen:12,}{wanted:12,}{minutes:6.0f} min  {command}")
     return [*lines, "unclip bundle runs/emoji --out runs/emoji/bundle"]
