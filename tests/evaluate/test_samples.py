@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 
 import unclip_jax
+from tests.sampling.test_dalle import random_dalle
+from unclip_jax.checkpoint.bundle import save_bundle
+from unclip_jax.cli.main import main
 from unclip_jax.data import ops
 from unclip_jax.data.sources import make_source
 from unclip_jax.evaluate import samples
 from unclip_jax.metrics.retrieval import unit
+from unclip_jax.sampling.dalle import sample_stages as sample_dalle
 from unclip_jax.sampling.edits.inversion import embed_captions, embed_images
 from unclip_jax.sampling.programs import Sampler
 from unclip_jax.sampling.text_to_image import SYSTEMS
@@ -99,6 +103,33 @@ def test_style_and_base_of_the_nearest_caption(bundle, judge, monkeypatch):
     noto = np.mean([r.meta["style"] == "noto" for r in records("train")])
     assert 0 < noto < 1 and found["samples"]["style"]["value"] == found["real"]["style"]["value"] == noto
     assert found["samples"]["caption_first"]["value"] == 0  # captions of one style tie
+
+
+def test_a_system_without_a_prior(tiny_judge, tmp_path, capsys, monkeypatch):
+    """DALL-E's samples are measured. The CLIP that ranks them may not judge; there is no prior to choose."""
+    bundle = random_dalle()
+    folder = str(save_bundle(bundle, tmp_path / "dalle"))
+    evaluate = ["evaluate", "samples", "--bundle", folder, "--rows", "4", "--judge"]
+    measure, kept = samples.measure, []
+    monkeypatch.setattr(samples, "measure", lambda *a, **k: kept.append(measure(*a, **k)) or kept[0])
+    assert main([*evaluate, str(tiny_judge)]) == 0
+    table = capsys.readouterr().out
+    assert "train    own caption first of 4" in table and "FID to the other real rows" in table
+    assert "prior" not in table and "guiding CLIP" not in table
+    judge, figures = samples.open_judge(bundle, tiny_judge), kept[0].figures
+    assert figures["prior"] is None and "guide" not in figures["splits"]["val"]
+    captions = [record.captions[0] for record in records("val", 4)]
+    drawn = ops.to_uint8(sample_dalle(bundle, captions).images[0])
+    cosines = unit(embed_images(judge, list(drawn))) @ unit(embed_captions(judge, captions)).T
+    found = figures["splits"]["val"]["samples"]["caption_first"]["value"]
+    assert found == pytest.approx(np.mean(np.argmax(cosines, axis=1) == np.arange(4)), abs=1e-3)
+    for wrong, words in (
+        ([*evaluate, str(tiny_judge), "--prior", "prior_ar"], "the system dalle has no prior"),
+        ([*evaluate, folder], "holds the CLIP that guides the samples"),
+    ):
+        assert main(wrong) == 1
+        error = capsys.readouterr().err
+        assert words in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("rows", [1, 150, 700])

@@ -25,8 +25,7 @@ CODER = {"channels": 8, "levels": 2, "level_blocks": 1, "codes": 9, "embed_dim":
 MODEL = {"width": 16, "layers": 2, "heads": 2, "length": 8, "vocab_size": 600, "codes": 9, "side": 4}
 
 
-@pytest.fixture(scope="module")
-def bundle():
+def random_dalle():
     """Random weights: 4 x 4 codes, pictures of 8 pixels, and a CLIP."""
     clip = random_bundle().parts["clip"]
     dvae = Part({"kind": "dvae", "model": CODER}, random_params(DVAE(**CODER), jnp.zeros((1, 8, 8, 3))))
@@ -36,6 +35,11 @@ def bundle():
     dalle = Part(config, random_params(DALLE(**MODEL), text, text > 0, codes))
     parts = {"clip": clip, "dvae": dvae, "dalle": dalle}
     return Bundle(parts, "dalle", {"dalle": {"guidance_scale": 2.0}}, {"note": "random"})
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return random_dalle()
 
 
 @pytest.fixture(scope="module")
