@@ -10,7 +10,7 @@ size            2B                2,140,115,459
 U-Net           that of improved DDPM, 512 channels wide: depth 3, multiples 1,2,3,4, attention at 32, 16 and
                 8 px
 text            T5-XXL's states in the attention, and pooled in the time embedding
-diffusion       noise prediction, cosine schedule
+diffusion       noise prediction, cosine schedule, continuous time
 training        2.5M steps at batch 2,048, Adafactor at 1e-4 after 10,000 steps of warmup; 10 % of the
                 captions dropped
 sampling        dynamic thresholding at the 99.5th percentile; guidance 1.35 where the paper reports its FID
@@ -19,7 +19,8 @@ Choices where the paper is silent:
 
 - The states are projected to 512 numbers, and pooled by their mean. The paper says "pooled".
 - A dropped caption is the empty caption, whose states are those of the end token.
-- 1,000 discrete steps in training, 250 in sampling; the variance is that of the posterior.
+- The network sees times from 0 to 1,000 (`diffusion.num_steps`). 250 steps in sampling; the variance is that
+  of the posterior. `--set diffusion.continuous=false` trains at 1,000 discrete steps.
 - EMA 0.9999; gradients are clipped at norm 1; captions have 256 tokens.
 
 variant   what it is
@@ -38,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """The configuration. Raises ValueError on an unknown variant."""
     defaults.check_variant(variant, VARIANTS, __file__)
     config = defaults.run("imagen")
-    config.frozen = {"t5": "../t5"}
+    config.frozen = {"t5": "../t5", "clip": None}
     config.scan_layers = False
     with config.unlocked():
         config.steps = 2_500_000
@@ -61,6 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
             },
         }
         config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "eps", "vb_weight": 0.0}
+        config.diffusion.continuous = True
         config.drop_text = 0.1
         config.optimizer = defaults.adamw(learning_rate=1e-4, warmup_steps=10_000, b1=0.9)
         config.optimizer.kind = "adafactor"

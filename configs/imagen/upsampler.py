@@ -20,8 +20,8 @@ sampling        guidance 8 at FID-30K; levels of augmentation around 0.1 to 0.3
 Choices where the paper is silent:
 
 - The network predicts v. The paper says it for neither; v is what later work of its authors uses here.
-- The noise schedule of the images is cosine for 256 px and linear for 1024 px; that of the augmentation is in
-  `diffusion/augmentation.py`. The noise is added to the enlarged image.
+- The noise schedule of the images is cosine for 256 px and linear for 1024 px, in continuous time. That of
+  the augmentation is in `diffusion/augmentation.py`. The noise is added to the enlarged image.
 - One skip leaves each level, and enlarging is nearest neighbour and a convolution. The sizes above follow.
 - 1,000,000 steps; EMA 0.9999; 50 steps of DDIM in sampling.
 
@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """The configuration. Raises ValueError on an unknown variant."""
     defaults.check_variant(variant, VARIANTS, __file__)
     config = defaults.run("imagen")
-    config.frozen = {"t5": "../t5"}
+    config.frozen = {"t5": "../t5", "clip": None}
     config.scan_layers = False
     with config.unlocked():
         config.steps = 1_000_000
@@ -65,6 +65,7 @@ def get_config(variant: str = "") -> ConfigDict:
             },
         }
         config.diffusion = {"schedule": "cosine", "num_steps": 1000, "prediction": "v", "vb_weight": 0.0}
+        config.diffusion.continuous = True
         config.drop_text = 0.1
         config.optimizer = defaults.adamw(learning_rate=1e-4, warmup_steps=10_000)
         config.ema_decay = 0.9999

@@ -50,7 +50,7 @@ SCHEDULE = {
     "beta_ends": (tuple[float, ...] | None, False),
     "zero_snr": (bool, False),
 }
-DIFFUSION = SCHEDULE | {"prediction": (str, True), "vb_weight": (float, False)}
+DIFFUSION = SCHEDULE | {"prediction": (str, True), "vb_weight": (float, False), "continuous": (bool, False)}
 SPACE = {
     "kind": (str, True),
     "scale": (float | None, False),

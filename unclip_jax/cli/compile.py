@@ -133,10 +133,10 @@ def clip_of(args: argparse.Namespace, config):
     """
     from unclip_jax.cli.train import check_stage, load_config
 
-    if "clip" not in config.get("frozen", {}):
+    if all(config.get("frozen", {}).get(role) is None for role in ("clip", "text")):
         return None
     path, _, variant = args.config.partition(":")
-    beside = f"{Path(path).parent / 'clip.py'}" + (":tiny" if variant == "tiny" else "")
+    beside = f"{Path(path).parent / 'clip.py'}" + (":tiny" if variant.startswith("tiny") else "")
     clip_config = load_config(args.clip or beside)
     if clip_config.get("stage") != "clip":
         raise InputError(f"{args.clip or beside} is not a CLIP's configuration; name one with --clip")

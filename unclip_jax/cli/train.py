@@ -192,7 +192,7 @@ def use_embeddings(config, folders: Sequence[str], keep_frozen: bool) -> None:
         if not keep_frozen and all(places) and config.frozen.get("clip") is not None:
             config.frozen.clip = places[0]
         if not keep_frozen and config.stage in READ_STATES and "text_states" in config.data.train:
-            config.frozen.t5 = config.data.train.text_states
+            config.frozen.update({"t5": config.data.train.text_states, "clip": None})
 
 
 def use_adapters(config, rank: int) -> None:

@@ -51,6 +51,7 @@ from unclip_jax.run.loop import count_operations
 from unclip_jax.run.optim import make_optimizers
 from unclip_jax.run.stage import FITTED, Stage
 from unclip_jax.run.state import TrainState, abstract_state, make_update
+from unclip_jax.run.text_reader import text_reader
 from unclip_jax.sharding import BATCH, compute_dtype, make_mesh
 from unclip_jax.train import STAGES
 
@@ -278,13 +279,11 @@ def sampler(config: Any, clip_config: Any, mesh: Mesh) -> tuple[Any, Any, dict]:
         if stage.model.classes is not None:
             given["label"] = spread(jax.ShapeDtypeStruct((1,), np.int32), rows, mesh, BATCH)
     if config.stage in ("glide", "imagen"):
-        owner = frozen["t5"].config if "t5" in frozen else part
-        length = owner["tokenizer"]["length"]
-        tokens, mask = (jax.ShapeDtypeStruct((1, length), kind) for kind in (np.int32, np.bool_))
-        empty = TextConditioning(None, None, None, tokens, mask)
-        if "t5" in frozen:  # its captions are embedded already
-            states = jax.ShapeDtypeStruct((1, length, owner["model"]["width"]), np.float32)
-            empty = TextConditioning(None, states, mask)
+        empty = text_reader(mesh, frozen).zeros if config.stage == "imagen" else None
+        if empty is None:  # the stage's own text encoder
+            length = part["tokenizer"]["length"]
+            tokens, mask = (jax.ShapeDtypeStruct((1, length), kind) for kind in (np.int32, np.bool_))
+            empty = TextConditioning(None, None, None, tokens, mask)
         given |= {"text": spread(empty, rows, mesh, BATCH), "empty": spread(empty, 1, mesh, P())}
         if config.factor is not None:
             size = image_size(part) // config.factor

@@ -231,7 +231,8 @@ def captioned_example(
     record: Record,
     rng: np.random.Generator | None,
     *,
-    tokenizer: AnyTokenizer,
+    tokenizer: AnyTokenizer | None = None,
+    clip_tokenizer: ClipTokenizer | None = None,
     size: int,
     crop_scale: float = 1.0,
     training: bool = True,
@@ -239,19 +240,20 @@ def captioned_example(
     crop_size: int | None = None,
     inpaint: bool = False,
 ) -> dict[str, np.ndarray]:
-    """One row of a batch: an image, its caption for a text encoder that is not CLIP's, and a small version.
+    """One row of a batch: an image, its caption for one text encoder, and a small version.
 
     Args:
       record: an image with captions.
       rng, crop_scale, training: as in `clip_example`.
-      tokenizer: of the text encoder.
+      tokenizer: of a text encoder that is not CLIP's. clip_tokenizer: CLIP's, in its place.
       size: the side of the image in pixels.
       factor: how many times larger the image's side is than the small one's; None for no small one.
       crop_size: in training, the side of a random crop of the image; None for the whole image.
       inpaint: whether the row says which part of the image is known.
 
     Returns:
-      `image` (size, size, 3) in [-1, 1], `tokens` (L',) and `token_mask` (L',); for a record with states
+      `image` (size, size, 3) in [-1, 1], `tokens` (L',) and `token_mask` (L',), or the caption as
+      `clip_example` gives it with a `clip_tokenizer`; for a record with states
       `text_states` (L', W) in place of the tokens; with `factor` `low_res`
       (size / factor, size / factor, 3), a clean reduction; with `inpaint` `known` (size, size, 1) bool.
 
@@ -263,7 +265,7 @@ def captioned_example(
         states, mask = padded(record.embeds["text_states"][chosen], tokenizer.length)
         row |= {"text_states": states, "token_mask": mask}
     else:
-        row |= _caption_row(record.captions[chosen], None, tokenizer)
+        row |= _caption_row(record.captions[chosen], clip_tokenizer, tokenizer)
     if training and crop_size is not None:
         row["image"] = ops.random_crop(row["image"], crop_size, rng)
     if factor is not None:

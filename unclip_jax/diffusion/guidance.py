@@ -126,13 +126,12 @@ def with_score(
       ancestral: True for ancestral sampling, which adds the score, times the variance of its step, to the
         mean (algorithm 1). Other samplers see it in eps, from which x0 follows (algorithm 2).
     """
-    table = schedule.alphas_cumprod
 
     def scored(x_t: jax.Array, t: jax.Array) -> Denoised:
         out, gradient = denoise(x_t, t), score(x_t, t)
         if ancestral:
             return out._replace(score=gradient)
-        abar = jnp.asarray(table, x_t.dtype)[t]
+        abar = abar_at(schedule, jnp.asarray(t), x_t.dtype)
         eps = out.eps - jnp.sqrt(1 - abar) * gradient
         return out._replace(x0=to_x0_eps(eps, x_t, abar, "eps")[0], eps=eps)
 
@@ -159,8 +158,10 @@ def abar_at(
     """abar at a traced time step t (), at least `smallest`.
 
     A step that is no whole number lies between two of the schedule's. There sigma = sqrt((1 - abar) / abar)
-    is interpolated.
+    is interpolated. In continuous time every step has its own value.
     """
+    if schedule.continuous is not None:
+        return schedule.traced_abar(t.astype(dtype), jnp)
     table = np.maximum(schedule.alphas_cumprod, smallest)
     if jnp.issubdtype(t.dtype, jnp.integer):
         return jnp.asarray(table, dtype)[t]

@@ -34,6 +34,36 @@ class DiffusionTables(NamedTuple):
     log_variance_small: jax.Array
     log_variance_large: jax.Array
 
+    def draw(self, rng: jax.Array, count: int) -> jax.Array:
+        """Steps t (count,) int32, drawn uniformly."""
+        return jax.random.randint(rng, (count,), 0, self.alphas_cumprod.shape[0])
+
+    def abar(self, t: jax.Array) -> jax.Array:
+        """abar at steps t (B,): (B,) float32."""
+        return jnp.asarray(self.alphas_cumprod)[t]
+
+
+class ContinuousTime(NamedTuple):
+    """What stands for the tables in continuous time. It has no variance that could be learned."""
+
+    schedule: Schedule
+
+    def draw(self, rng: jax.Array, count: int) -> jax.Array:
+        """Steps t = T u - 1 (count,) float32, with u drawn uniformly from [0, 1)."""
+        return self.schedule.num_steps * jax.random.uniform(rng, (count,)) - 1
+
+    def abar(self, t: jax.Array) -> jax.Array:
+        """abar at steps t (B,): (B,) float32."""
+        return self.schedule.traced_abar(t, jnp)
+
+
+Times = DiffusionTables | ContinuousTime
+
+
+def training_times(schedule: Schedule) -> Times:
+    """What a loss without learned variance needs of a schedule of either kind."""
+    return training_tables(schedule) if schedule.continuous is None else ContinuousTime(schedule)
+
 
 def training_tables(schedule: Schedule) -> DiffusionTables:
     """Tables for single steps t -> t - 1."""
@@ -54,30 +84,28 @@ def mean_per_example(x: jax.Array) -> jax.Array:
     return jnp.mean(x.astype(jnp.float32).reshape(x.shape[0], -1), axis=-1)
 
 
-def sample_noised(
-    rng: jax.Array, x0: jax.Array, tables: DiffusionTables
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def sample_noised(rng: jax.Array, x0: jax.Array, tables: Times) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws t (B,) uniformly and eps like x0 (B, ...); returns t, eps and x_t."""
     rng_t, rng_eps = jax.random.split(rng)
-    t = jax.random.randint(rng_t, (x0.shape[0],), 0, tables.alphas_cumprod.shape[0])
+    t = tables.draw(rng_t, x0.shape[0])
     eps = jax.random.normal(rng_eps, x0.shape, jnp.float32)
-    return t, eps, add_noise(x0, eps, jnp.asarray(tables.alphas_cumprod)[t])
+    return t, eps, add_noise(x0, eps, tables.abar(t))
 
 
-def target_of(x0: jax.Array, eps: jax.Array, t: jax.Array, tables: DiffusionTables, kind: str) -> jax.Array:
+def target_of(x0: jax.Array, eps: jax.Array, t: jax.Array, tables: Times, kind: str) -> jax.Array:
     """The target of a prediction of a kind (`eps`, `x0` or `v`): x0 and eps (B, ...), t (B,) -> (B, ...).
 
     Raises:
       ValueError: on an unknown kind.
     """
-    targets = {"eps": eps, "x0": x0, "v": velocity(x0, eps, jnp.asarray(tables.alphas_cumprod)[t])}
+    targets = {"eps": eps, "x0": x0, "v": velocity(x0, eps, tables.abar(t))}
     if kind not in targets:
         raise InputError(f"unknown prediction {kind!r}; choose one of {', '.join(targets)}")
     return targets[kind]
 
 
 def simple_loss(
-    prediction: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Array, tables: DiffusionTables, kind: str
+    prediction: jax.Array, x0: jax.Array, eps: jax.Array, t: jax.Array, tables: Times, kind: str
 ) -> jax.Array:
     """Mean squared error of the prediction (B, ...) against its target (`target_of`): (B,) float32."""
     return mean_per_example(jnp.square(prediction - target_of(x0, eps, t, tables, kind)))
@@ -177,7 +205,7 @@ def hybrid_loss(
     eps: jax.Array,
     x_t: jax.Array,
     t: jax.Array,
-    tables: DiffusionTables,
+    tables: Times,
     diffusion: dict,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a network with or without learned variance (Nichol and Dhariwal 2021, equation 16).

@@ -14,6 +14,17 @@ alone.
 
 Steps are integers t in [0, T). The clean sample, which follows the last step, is written -1, with abar_{-1} =
 1. Between two steps, sigma = sqrt((1 - abar) / abar) is interpolated.
+
+In continuous time (Kingma et al. 2021; Saharia et al. 2022, section 2) a schedule is a function of u in
+[0, 1]: the logarithm of the signal-to-noise ratio, lambda(u) = ln(abar / (1 - abar)), bounded to [-20, 20].
+It is the limit of the schedule of the same name for T to infinity:
+
+cosine        abar(u) = f(u) / f(0)
+linear        ln abar(u) = -(0.1 u + 9.95 u^2), minus the integral of the betas times T
+scaled_linear likewise
+
+A time u is written as the step t = T u - 1, which need not be whole. At whole steps the cosine schedule is
+that of T steps, up to the bound of beta. T is then no more than the unit in which a network sees time.
 """
 
 from __future__ import annotations
@@ -31,13 +42,20 @@ from unclip_jax.errors import InputError
 CLEAN = -1
 # abar of a last step without signal, where a sampler divides by it; so diffusers runs it.
 SMALLEST_ABAR = 2.0**-24
+LARGEST_LOG_SNR = 20.0
+MOST_CONTINUOUS = 10_000  # the largest T in continuous time, so that every whole step has a beta above 0
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A noise schedule of T steps; every table is a float64 array of length T."""
+    """A noise schedule of T steps; every table is a float64 array of length T.
+
+    continuous: the name of the schedule in continuous time whose values at the whole steps the tables hold;
+    None for a schedule of T steps.
+    """
 
     betas: np.ndarray
+    continuous: str | None = None
 
     @property
     def num_steps(self) -> int:
@@ -52,11 +70,18 @@ class Schedule:
     def abar(self, steps: np.ndarray) -> np.ndarray:
         """abar at steps in [-1, T), where -1 is the clean sample and has abar 1."""
         steps, table = np.asarray(steps), self.alphas_cumprod
+        if self.continuous is not None:
+            return np.where(steps <= CLEAN, 1.0, self.traced_abar(steps, np))
         if steps.dtype.kind == "f":
             table = np.maximum(table, SMALLEST_ABAR)
             sigma = np.interp(steps, np.arange(len(table)), np.sqrt((1 - table) / table))
             return np.where(steps < 0, 1.0, 1 / (1 + sigma**2))
         return np.where(steps < 0, 1.0, table[np.maximum(steps, 0)])
+
+    def traced_abar(self, steps: Any, xp: Any) -> Any:
+        """abar at steps in [-1, T) of a schedule in continuous time, with the arrays of `xp` (NumPy's or
+        jax's). At -1 it is that of the largest lambda."""
+        return 1 / (1 + xp.exp(-log_snr(self.continuous, (steps + 1) / self.num_steps, xp)))
 
 
 def cosine(num_steps: int, max_beta: float = 0.999) -> np.ndarray:
@@ -81,6 +106,41 @@ def scaled_linear(num_steps: int, ends: tuple[float, float] | None = None) -> np
     return np.linspace(math.sqrt(first), math.sqrt(last), num_steps, dtype=np.float64) ** 2
 
 
+def _cosine_log_snr(u: Any, xp: Any) -> Any:
+    # f(u) / (f(0) - f(u)), and cos^2 y - cos^2 x = sin(x + y) sin(x - y).
+    rate, start = math.pi / 2 / 1.008, 0.008 / 1.008 * math.pi / 2
+    noise = xp.sin(rate * u) * xp.sin(rate * u + 2 * start)
+    return 2 * xp.log(xp.abs(xp.cos(rate * u + start))) - xp.log(noise)
+
+
+def _linear_log_snr(u: Any, xp: Any) -> Any:
+    return -xp.log(xp.expm1(0.1 * u + 9.95 * u**2))
+
+
+def _scaled_linear_log_snr(u: Any, xp: Any) -> Any:
+    first, last = math.sqrt(0.85), math.sqrt(12)
+    slope = last - first
+    return -xp.log(xp.expm1(((first + slope * u) ** 3 - first**3) / (3 * slope)))
+
+
+LOG_SNRS = {"cosine": _cosine_log_snr, "linear": _linear_log_snr, "scaled_linear": _scaled_linear_log_snr}
+
+
+def log_snr(name: str, u: Any, xp: Any = np) -> Any:
+    """lambda(u), the logarithm of the signal-to-noise ratio in continuous time (module docstring).
+
+    Args:
+      name: one of LOG_SNRS.
+      u: times in [0, 1], an array of `xp` of any shape. 0 is clean, 1 is noise.
+      xp: `numpy` or `jax.numpy`.
+
+    Returns:
+      An array of u's shape, falling in u, in [-LARGEST_LOG_SNR, LARGEST_LOG_SNR].
+    """
+    with np.errstate(divide="ignore"):
+        return xp.clip(LOG_SNRS[name](u, xp), -LARGEST_LOG_SNR, LARGEST_LOG_SNR)
+
+
 SCHEDULES = {"cosine": cosine, "linear": linear, "scaled_linear": scaled_linear}
 
 
@@ -93,7 +153,11 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def make_schedule(
-    name: str, num_steps: int = 1000, beta_ends: tuple[float, float] | None = None, zero_snr: bool = False
+    name: str,
+    num_steps: int = 1000,
+    beta_ends: tuple[float, float] | None = None,
+    zero_snr: bool = False,
+    continuous: bool = False,
 ) -> Schedule:
     """The named schedule.
 
@@ -102,12 +166,25 @@ def make_schedule(
       num_steps: T.
       beta_ends: the first and the last beta, where they are not those of the name.
       zero_snr: makes the last abar zero.
+      continuous: the schedule in continuous time.
 
     Raises:
-      ValueError: on an unknown name, on ends of `cosine`, or on betas that leave (0, 1).
+      ValueError: on an unknown name, on ends of `cosine`, or on betas that leave (0, 1); in continuous time
+        on ends, `zero_snr`, or a T above MOST_CONTINUOUS.
     """
     if name not in SCHEDULES:
         raise InputError(f"unknown noise schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+    if continuous:
+        if beta_ends is not None or zero_snr:
+            raise InputError("a schedule in continuous time has neither beta_ends nor zero_snr")
+        if not 2 <= num_steps <= MOST_CONTINUOUS:
+            raise InputError(
+                f"num_steps is the unit of time of a continuous schedule: from 2 to {MOST_CONTINUOUS}, "
+                f"got {num_steps}"
+            )
+        lambdas = log_snr(name, (np.arange(num_steps) + 1) / num_steps)
+        abar = 1 / (1 + np.exp(-lambdas))
+        return Schedule(1 - np.append(abar[:1], abar[1:] / abar[:-1]), name)
     if beta_ends is None:
         betas = SCHEDULES[name](num_steps)
     elif name == "cosine":
@@ -122,7 +199,7 @@ def make_schedule(
 
 
 def schedule_of(diffusion: Mapping[str, Any]) -> Schedule:
-    """The schedule of a part's `diffusion` settings: schedule, num_steps, beta_ends, zero_snr.
+    """The schedule of a part's `diffusion` settings: schedule, num_steps, beta_ends, zero_snr, continuous.
 
     Raises:
       ValueError: as `make_schedule`.
@@ -133,6 +210,7 @@ def schedule_of(diffusion: Mapping[str, Any]) -> Schedule:
         diffusion["num_steps"],
         None if ends is None else tuple(ends),
         bool(diffusion.get("zero_snr", False)),
+        bool(diffusion.get("continuous", False)),
     )
 
 
@@ -151,6 +229,18 @@ def strided_steps(num_steps: int, count: int) -> np.ndarray:
     if count == 1:
         return np.array([num_steps - 1])
     return np.round(np.arange(count) * (num_steps - 1) / (count - 1)).astype(np.int64)[::-1].copy()
+
+
+def continuous_steps(num_steps: int, count: int) -> np.ndarray:
+    """`count` steps in continuous time, at u = 1, 1 - 1 / count, ..., 1 / count; descending float64 (count,).
+
+    With count = T they are the whole steps.
+
+    Raises:
+      ValueError: unless 1 <= count <= num_steps.
+    """
+    strided_steps(num_steps, count)
+    return np.arange(count, 0, -1) * (num_steps / count) - 1
 
 
 # GLIDE's hand-tuned steps for its upsampler, T = 1000.

@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from unclip_jax.diffusion.guidance import Denoise
+from unclip_jax.diffusion.guidance import Denoise, abar_at
 from unclip_jax.diffusion.loops import Segment
 from unclip_jax.diffusion.process import eps_from_x0, fold_in, standard_normal
 from unclip_jax.diffusion.samplers import ddim_invert, repaint
@@ -72,12 +71,12 @@ def decoder_denoiser(
 
 def keep_known(denoise: Denoise, known: Known, config: dict) -> Denoise:
     """A denoiser whose x0 equals the known image where it is known. `config` is the part's."""
-    table = np.asarray(part_schedule(config).alphas_cumprod)
+    schedule = part_schedule(config)
 
     def with_known(x_t, t):
         predicted = denoise(x_t, t)
         x0 = jnp.where(known.mask, known.image, predicted.x0)
-        return predicted._replace(x0=x0, eps=eps_from_x0(x0, x_t, jnp.asarray(table, x_t.dtype)[t]))
+        return predicted._replace(x0=x0, eps=eps_from_x0(x0, x_t, abar_at(schedule, t, x_t.dtype)))
 
     return with_known
 

@@ -145,4 +145,5 @@ def diffusion_sampler(config: dict, options: SamplingOptions) -> DiffusionSample
     if options.sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
     schedule = part_schedule(config)
-    return DiffusionSampler(config, schedule, options.moves(schedule.num_steps), options)
+    moves = options.moves(schedule.num_steps, schedule.continuous is not None)
+    return DiffusionSampler(config, schedule, moves, options)

@@ -10,7 +10,7 @@ import numpy as np
 
 from unclip_jax.diffusion.guidance import Guidance, check_threshold
 from unclip_jax.diffusion.samplers import SAMPLERS, VARIANCES, transitions
-from unclip_jax.diffusion.schedule import time_steps
+from unclip_jax.diffusion.schedule import continuous_steps, time_steps
 from unclip_jax.diffusion.spacing import Moves, spaced
 from unclip_jax.errors import InputError
 from unclip_jax.generate.networks import part_schedule
@@ -54,13 +54,16 @@ class SamplingOptions:
     offset: int = 0
     last: str = "clean"
 
-    def moves(self, num_steps: int) -> Moves:
-        """The moves of the sampler; `num_steps` is T.
+    def moves(self, num_steps: int, continuous: bool = False) -> Moves:
+        """The moves of the sampler; `num_steps` is T. In continuous time, a number of steps that are spread
+        evenly need not be whole.
 
         Raises:
           ValueError: as `time_steps` and `spaced`.
         """
         if self.spacing == "even":
+            if continuous and type(self.steps) is int:
+                return transitions(continuous_steps(num_steps, self.steps))
             return transitions(time_steps(num_steps, self.steps))
         settings = {"sampler": self.sampler, "offset": self.offset, "last": self.last}
         return spaced(num_steps, self.steps, self.spacing, **settings)
@@ -297,7 +300,7 @@ def check_options(options: Options, part_config: dict) -> None:
     if options.sampler not in SAMPLERS:
         raise InputError(f"unknown sampler {options.sampler!r}; choose one of {', '.join(SAMPLERS)}")
     schedule = part_schedule(part_config)
-    options.moves(schedule.num_steps)
+    options.moves(schedule.num_steps, schedule.continuous is not None)
     if options.spacing == "even" and (options.offset or options.last != "clean"):
         raise InputError("offset and last belong to the other spacings: leave them out where spacing is even")
     if options.offset and options.spacing != "leading":

@@ -27,7 +27,8 @@ from unclip_jax.run.hosts import print_once
 from unclip_jax.run.state import TrainState
 from unclip_jax.sharding import path_name
 
-SCHEDULE = ("schedule", "num_steps", "beta_ends", "zero_snr")  # the settings of a noise schedule
+# The settings of a noise schedule.
+SCHEDULE = ("schedule", "num_steps", "beta_ends", "zero_snr", "continuous")
 CHECKSUMS = ("data_checksum", "eval_checksums")  # of a run's data, in its provenance
 
 

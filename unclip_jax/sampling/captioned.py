@@ -47,12 +47,14 @@ class Cascade(NamedTuple):
     base: the part that draws from captions.
     parts: the parts that every bundle of the system has.
     encode: networks, arrays of `Sampler.captions` -> the captions' conditioning.
+    tower: bundle -> the CLIP whose tokens `encode` takes; None for a text encoder that is not CLIP's.
     rounds: whether upsamplers see the small image in 256 levels, as in training.
     """
 
     base: str
     parts: tuple[str, ...]
     encode: Callable[[Networks, Mapping[str, jax.Array]], TextConditioning]
+    tower: Callable[[Bundle], str | None] = lambda bundle: None
     rounds: bool = False
 
 
@@ -254,13 +256,15 @@ def _draw(
         raise InputError("no captions: give at least one")
     seeds, places = as_seeds(seed, count), as_positions(positions, count)
     static, scales = split_scales(sampler.row_options(options, count))
-    tower = _guiding_clip(sampler, static[made[0]])
+    reads = cascade.tower(sampler.bundle)
+    guides = _guiding_clip(sampler, static[made[0]], reads)
+    tower = reads or guides
 
     def run(params, scales, captions, empty, known, given, start, seeds, positions):
         networks, chosen = sampler.with_params(params), with_scales(static, scales)
         keys, images = row_keys(seeds, positions), []
         texts = Texts(cascade.encode(networks, captions), cascade.encode(networks, empty))
-        clip = None if tower is None else networks[tower]
+        clip = None if guides is None else networks[guides]
         z_text = clip and encode_text(clip, captions).embed
         for i, (name, kept) in enumerate(zip(made, known)):
             low_res = images[-1] if images else given
@@ -293,10 +297,13 @@ def _draw(
     return list(sampler.in_batches(batch, count, made, progress))
 
 
-def _guiding_clip(sampler: Sampler, options: Options) -> str | None:
-    # The part that guides where the options ask for CLIP guidance: a CLIP of noised images before another.
+def _guiding_clip(sampler: Sampler, options: Options, reads: str | None) -> str | None:
+    # The part that guides where the options ask for CLIP guidance: the CLIP that reads the captions, or else
+    # a CLIP of noised images before another.
     if not options.clip_guidance:
         return None
+    if reads is not None:
+        return reads
     tower = next((name for name in ("noised_clip", "clip") if name in sampler.bundle.parts), None)
     if tower is None:
         raise InputError(

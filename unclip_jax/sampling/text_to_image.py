@@ -186,6 +186,7 @@ SYSTEMS = {
         imagen.sample_stages,
         "imagen",
         imagen.made_by,
+        needs=imagen.needs,
         sizes=imagen.sizes,
         img2img=imagen.img2img_rows,
         upscale=imagen.upscale_rows,
