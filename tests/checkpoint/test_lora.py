@@ -1,6 +1,8 @@
 """LoRA files of peft and kohya, merged into Stable Diffusion: the weights are those of torch's arithmetic."""
 
 import copy
+import json
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from tests.checkpoint import peers
 from unclip_jax.checkpoint.bundle import check_frozen
 from unclip_jax.checkpoint.convert import export
 from unclip_jax.checkpoint.load import load_bundle
-from unclip_jax.checkpoint.lora import adapted_layers, as_matrix, lora_tensors, merge_lora
+from unclip_jax.checkpoint.lora import adapted_layers, as_matrix, lora_tensors, merge_lora, peft_adapter
 from unclip_jax.checkpoint.providers import latent_names
 from unclip_jax.checkpoint.providers.clip import TEXT
 from unclip_jax.cli.main import main
@@ -139,6 +141,23 @@ def test_another_system(tmp_path):
         merge_lora(load_bundle("emoji"), path)
 
 
+def check_peft(network, tensors, rank):
+    """The folder for peft's own loader names linear layers of diffusers' network, and fits them."""
+    renamed, config = peft_adapter(tensors)
+    assert len(renamed) == len(tensors) == 2 * len(config["target_modules"])
+    modules = dict(network.named_modules())
+    attention = [name for name in modules if re.search(r"attn[12]\.(to_[qkv]|to_out\.0)$", name)]
+    assert config["target_modules"] == sorted(attention)
+    for layer in config["target_modules"]:
+        down, up = (renamed[f"base_model.model.{layer}.lora_{half}.weight"] for half in "AB")
+        assert down.shape == (rank, modules[layer].in_features)
+        assert up.shape == (modules[layer].out_features, rank)
+        np.testing.assert_array_equal(down, tensors[f"unet.{layer}.lora_A.weight"])
+    assert config["peft_type"] == "LORA" and config["r"] == config["lora_alpha"] == rank
+    assert (config["bias"], config["lora_dropout"], config["fan_in_fan_out"]) == ("none", 0.0, False)
+    assert config == json.loads(json.dumps(config))
+
+
 def test_written_adapters_in_torch(made):
     """Adapters by the names of their file: torch's U-Net with them equals ours with them merged."""
     _, pipeline, bundle = made
@@ -151,6 +170,7 @@ def test_written_adapters_in_torch(made):
         tree[f"{path}/up"] = np.float32(0.2 * rng.normal(size=(3, columns)))
     pairs = {path: (tree[f"{path}/down"], tree[f"{path}/up"]) for path in shapes if f"{path}/up" in tree}
     tensors = lora_tensors("latent", part.config, pairs)
+    check_peft(unet, tensors, 3)
     with torch.no_grad():
         for name in [name for name in tensors if name.endswith("lora_A.weight")]:
             layer = name.removeprefix("unet.").removesuffix(".lora_A.weight")

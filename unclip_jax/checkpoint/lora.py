@@ -8,7 +8,9 @@ Two ways to name them are read. peft and diffusers: `unet.<name>.lora_A.weight` 
 with `<name>` as in diffusers' networks, and `text_encoder.<name>`; likewise `decoder.<name>` and
 `prior.<name>` for the networks of Karlo's topology. kohya: `lora_unet_<name>.lora_down.weight`,
 `.lora_up.weight`, `.alpha`, with underscores for dots in `<name>`, and `lora_te_<name>`. Any other tensor
-(LoHa, LoKr, DoRA) is refused by name. Files are written in peft's names.
+(LoHa, LoKr, DoRA) is refused by name. Files are written in peft's names: for diffusers' pipelines as above,
+and for peft's own loader (`PeftModel.from_pretrained`) as a folder, whose tensors have the prefix
+`base_model.model.` in place of the network's, with `adapter_config.json` beside them.
 """
 
 from __future__ import annotations
@@ -241,3 +243,32 @@ def lora_tensors(
         tensors[f"{layer}.lora_A.weight"] = np.ascontiguousarray(np.transpose(down), np.float32)
         tensors[f"{layer}.lora_B.weight"] = np.ascontiguousarray(np.transpose(up), np.float32)
     return tensors
+
+
+def peft_adapter(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Adapters for peft's own loader, which takes the network itself and not a pipeline.
+
+    Args:
+      tensors: of `lora_tensors`.
+
+    Returns:
+      The tensors of `adapter_model.safetensors`, and the values of `adapter_config.json`: those without which
+      peft does not know the layers, and those whose defaults in peft are others.
+    """
+    renamed = {f"base_model.model.{name.partition('.')[2]}": value for name, value in tensors.items()}
+    ending = ".lora_A.weight"
+    layers = [name.removesuffix(ending).partition(".")[2] for name in tensors if name.endswith(ending)]
+    rank = next(value.shape[0] for name, value in tensors.items() if name.endswith(ending))
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted(layers),
+    }
+    return renamed, config

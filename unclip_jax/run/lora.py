@@ -7,11 +7,12 @@ So the optimizer, the averages and the checkpoints are as small as the adapters.
 
     trained, frozen, init_from = adapted(trained, config, mesh, frozen, init_from)
     network = Network(trained.model, whole(params, frozen), trained.part)     # params: the adapters
-    write_adapters(run, workdir)                                              # lora.safetensors, peft's names
+    write_adapters(run, workdir)                              # lora.safetensors and peft/, in peft's names
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save
 
 from unclip_jax.checkpoint.load import load_part
-from unclip_jax.checkpoint.lora import adapted_layers, as_matrix, lora_tensors
+from unclip_jax.checkpoint.lora import adapted_layers, as_matrix, lora_tensors, peft_adapter
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.errors import InputError
 from unclip_jax.paths import user_path, write_whole
@@ -35,6 +36,7 @@ from unclip_jax.sharding import Mesh, gather_rest, infer_shardings
 
 BASE = "base"  # the role of the weights that the adapters change
 FILE = "lora.safetensors"
+PEFT = "peft"  # the folder for peft's own loader
 
 
 def adapted(
@@ -126,7 +128,8 @@ def whole(params: Any, frozen: Mapping[str, Any]) -> Any:
 
 
 def write_adapters(run: Any, workdir: str | os.PathLike) -> None:
-    """Writes the averaged adapters of a run as `lora.safetensors`, in peft's names (`checkpoint.lora`).
+    """Writes the averaged adapters of a run as `lora.safetensors` and, for peft's own loader, as the folder
+    `peft` (`checkpoint.lora`).
 
     It does nothing for a run that trains no adapters, and on all hosts but the first.
     """
@@ -136,8 +139,12 @@ def write_adapters(run: Any, workdir: str | os.PathLike) -> None:
     if jax.process_index() == 0:
         name = run.stage.name.removesuffix("_lora")
         file = user_path(workdir) / FILE
-        write_whole(file, save(lora_tensors(name, run.part, pairs)))
-        print_once(f"{file}: {len(pairs)} adapters, for --lora")
+        tensors = lora_tensors(name, run.part, pairs)
+        write_whole(file, save(tensors))
+        renamed, config = peft_adapter(tensors)
+        write_whole(file.parent / PEFT / "adapter_model.safetensors", save(renamed))
+        write_whole(file.parent / PEFT / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+        print_once(f"{file}: {len(pairs)} adapters, for --lora; {PEFT}/ for peft")
 
 
 def _flat(tree: Any) -> dict[str, Any]:
