@@ -230,8 +230,21 @@ def test_files_that_are_refused(prior, tmp_path):
     with pytest.raises(InputError, match="holds no .pth file"):
         load_bundle(tmp_path / "none")
     torch.save({"model": {"unets.0.init_conv.weight": torch.zeros(2)}}, tmp_path / "decoder.pth")
-    with pytest.raises(InputError, match="holds a decoder of DALLE2-pytorch"):
+    with pytest.raises(InputError, match="a decoder of DALLE2-pytorch, 1 U-Net, which are not unCLIP's"):
         load_bundle(tmp_path / "decoder.pth")
     written(tmp_path / "odd", prior.state_dict(), odd=Path("x"))
     with pytest.raises(InputError, match="asks for 'pathlib"):
         load_bundle(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("text, seen", [(True, "to z_i and to captions inside"), (False, "to z_i inside")])
+def test_a_decoder_is_refused_with_the_reason(library, text, seen, tmp_path):
+    """Of the library's own networks: how many they are, how wide, and what has no place here."""
+    sizes = dict(dim_mults=(1, 2), image_embed_dim=8, cond_on_image_embeds=True, num_resnet_blocks=1)
+    sizes |= dict(text_embed_dim=8, cond_on_text_encodings=text, max_text_len=4)
+    sizes |= dict(attn_heads=1, attn_dim_head=4)
+    nets = torch.nn.ModuleDict({"unets": torch.nn.ModuleList(library.Unet(dim, **sizes) for dim in (8, 16))})
+    torch.save({"model": nets.state_dict()}, tmp_path / "decoder.pth")
+    with pytest.raises(InputError, match="2 U-Nets of 8, 16 channels. .*attends " + seen) as error:
+        load_bundle(tmp_path / "decoder.pth")
+    assert "cross_attn." in str(error.value) and "\n" not in str(error.value)

@@ -10,8 +10,13 @@ from 1.9      attention by cosines, and null embeddings, which have tensors of t
 Checkpoints of its trainer hold their version. A bare state dictionary does not: its configuration must then
 say "version". Configurations are those of the library's `TrainDiffusionPriorConfig`, or their part "prior".
 
-Of a trainer's checkpoint the averaged weights are read where there are any (`ema_model`). Decoders of the
-library are recognised and refused.
+Of a trainer's checkpoint the averaged weights are read where there are any (`ema_model`).
+
+Decoders of the library are recognised and refused, because no network here represents their U-Nets. Residual
+blocks attend to the condition inside (`cross_attn`); a learned key and value (`null_kv`) stand in every
+attention; the first layer may be three convolutions of the sizes 3, 7 and 15 (`init_conv.convs`). The tensors
+tell how many U-Nets there are, how wide they are, and whether they read captions. They tell neither the
+number of heads nor which of the library's two attentions it is.
 """
 
 from __future__ import annotations
@@ -145,6 +150,23 @@ def _kind(names: Mapping[str, Any]) -> str | None:
     return next((kind for kind, at in found.items() if any(re.match(at, name) for name in names)), None)
 
 
+def _decoder(weights: TorchTensors) -> str:
+    # A decoder in words: what its tensors say, and why no network here is it.
+    at = re.compile(r"(?:ema_model\.|model\.)?unets\.(\d+)\.(.*)")
+    found = [(match[1], match[2], name) for name in weights if (match := at.fullmatch(name))]
+    count = len({number for number, _, _ in found})
+    widths = [weights.shape(name) for number, own, name in found if own == "to_time_hiddens.1.weight"]
+    words = f"a decoder of DALLE2-pytorch, {count} U-Net{'s' if count > 1 else ''}"
+    if widths and all(len(shape) == 2 for shape in widths):
+        words += f" of {', '.join(str(shape[1]) for shape in widths)} channels"
+    reads = any(own.startswith("text_to_cond.") for _, own, _ in found)
+    seen = "z_i and to captions" if reads else "z_i"
+    inside = next((own for _, own, _ in found if ".cross_attn." in own), None)
+    if inside is None:
+        return f"{words}, which are not unCLIP's U-Nets: no network here has their layers"
+    return f"{words}. No network here attends to {seen} inside residual blocks, as they do ({inside})"
+
+
 def _file(path: Path) -> Path:
     if path.is_file():
         return path
@@ -163,9 +185,10 @@ def read(path: Path, only: str | None, place: Place) -> Bundle:
     file = _file(path)
     weights = open_torch(file, inert=INERT)
     kind = _kind(weights)
-    if kind != "prior":
-        what = "a decoder" if kind else "no prior"
-        raise InputError(f"{file} holds {what} of DALLE2-pytorch, and its prior alone is read here")
+    if kind == "decoder":
+        raise InputError(f"{file} holds {_decoder(weights)}. Its prior alone is read here")
+    if kind is None:
+        raise InputError(f"{file} holds no prior of DALLE2-pytorch, which alone is read here")
     beside = [name for name in (file.with_suffix(".json"), file.parent / CONFIG) if name.is_file()]
     if not beside:
         raise InputError(
