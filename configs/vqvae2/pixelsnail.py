@@ -11,8 +11,8 @@ top (none)      32 x 32   256, 256           4 x 4    8 heads     -           84
 bottom          64 x 64   256, 256           4 x 4    none        3 blocks    89,762,816    32
 paper-top       32 x 32   512, 2048          4 x 5    8 heads     -           1024 rows a batch
 paper-bottom    64 x 64   512, 1024          4 x 5    none        20 blocks   512 rows a batch
-emoji-top       4 x 4     64, 64             2 x 2    4 heads     captions    on the embedded emoji
-emoji-bottom    8 x 8     64, 64             2 x 2    none        1, captions
+emoji-top       4 x 4     64, 96             2 x 2    4 heads     captions    on the embedded emoji
+emoji-bottom    8 x 8     64, 96             2 x 2    none        1, captions
 tiny, tiny-bottom         run in seconds on a CPU, for tests
 
 `top` and `bottom` are the sizes of the widely used PyTorch code: kernels of 5, dropout 0.1, Adam at 3e-4.
@@ -75,7 +75,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data = defaults.emoji("compose")
         with config.unlocked():
             config.data.crop_scale = 0.95
-        config.model.update({"channels": 64, "res_channels": 64, "blocks": 2, "res_blocks": 2})
+        config.model.update({"channels": 64, "res_channels": 96, "blocks": 2, "res_blocks": 2})
         config.model.update({"heads": 4, "condition_blocks": 1, "kernel": 3})
         config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100, "schedule": "cosine"})
         config.optimizer.clip_norm = 1.0
