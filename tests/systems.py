@@ -8,12 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tests.checkpoint import peer_dalle_mini
 from tests.runs import ROOT
 from tests.runs import random_bundle as make_random_bundle
 from unclip_jax.checkpoint.bundle import Bundle, Part, save_bundle
 from unclip_jax.checkpoint.check import part_tree
 from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.cli.train import load_config
+from unclip_jax.data.bart_tokenizer import BartTokenizer
 from unclip_jax.data.t5_tokenizer import T5Tokenizer
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.run.resume import config_json
@@ -154,6 +156,16 @@ def dalle():
     return Bundle(parts, "dalle", {"dalle": {"guidance_scale": 2.0}})
 
 
+def dalle_mini():
+    tokenizer = BartTokenizer(list(peer_dalle_mini.vocabulary()), peer_dalle_mini.MERGES, 8)
+    model = {"width": 16, "layers": 1, "decoder_layers": 1, "heads": 2, "hidden": 24, "side": 4}
+    model |= {"length": 8, "vocab_size": tokenizer.vocab_size, "codes": 9, "rows": 10}
+    coder = {"kind": "vq_autoencoder", "model": VAE | {"codes": 9, "unit_range": True}, "scale_factor": 1.0}
+    config = {"kind": "dalle_mini", "model": model, "tokenizer": tokenizer.config()}
+    parts = {"dalle_mini": random_part(config), "autoencoder": random_part(coder)}
+    return Bundle(parts, "dalle_mini", {"dalle_mini": {"guidance_scale": 2.0}})
+
+
 def vqvae2():
     parts = {"clip": random_bundle().parts["clip"], "vqvae": random_part({"kind": "vqvae", "model": VQVAE})}
     frozen = _hashed(parts, "clip", "vqvae")
@@ -171,7 +183,18 @@ def judge():
 
 BUNDLES = {
     each.__name__: each
-    for each in (unclip, latent, retrieval, stable_unclip, imagen, glide, kandinsky, dalle, vqvae2)
+    for each in (
+        unclip,
+        latent,
+        retrieval,
+        stable_unclip,
+        imagen,
+        glide,
+        kandinsky,
+        dalle,
+        dalle_mini,
+        vqvae2,
+    )
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from unclip_jax.cli.main import main
 
-ALL = ("train", "weights", "data", "sampling", "figures", "kandinsky")
+ALL = ("train", "weights", "data", "sampling", "figures", "kandinsky", "dalle_mini")
 KINDS = [kind for kind in ALL if util.find_spec(f"tests.cli.bad_inputs.{kind}")]
 
 

@@ -59,6 +59,7 @@ LACKS = {
     "glide": (*EMBEDS, "edit", "reconstruct"),
     "kandinsky": ("upscale",),
     "dalle": (*EMBEDS, *EDITS, "upscale"),
+    "dalle_mini": (*EMBEDS, *EDITS, "upscale"),
     "vqvae2": (*EMBEDS, *EDITS, "upscale"),
 }
 PAIRS = [(system, verb) for system in SYSTEMS for verb in VERBS]
@@ -75,6 +76,7 @@ NEEDS = {
     "glide": {"glide"},
     "kandinsky": {"clip", "prior_diffusion", "latent", "autoencoder"},
     "dalle": {"dalle", "dvae"},
+    "dalle_mini": {"dalle_mini", "autoencoder"},
     "vqvae2": {"vqvae", "pixelsnail_0", "pixelsnail_1", "pixelsnail_2"},
 }
 

@@ -15,9 +15,10 @@ import types
 from pathlib import Path
 
 import numpy as np
+from flax.serialization import msgpack_serialize
 
 from tests.data.shards import png, write_tar
-from unclip_jax.checkpoint import torch_pickle
+from unclip_jax.checkpoint import flax_file, torch_pickle
 from unclip_jax.data import masks, ops, retrieval_index, tfrecord
 from unclip_jax.data.record import Record, caption_texts, parse_captions, parse_metadata
 from unclip_jax.data.sources import tfrecord as tfrecord_source
@@ -91,7 +92,19 @@ def read_module(data: bytes) -> None:
     torch_pickle.tensors_in(torch_pickle.unpickle(io.BytesIO(data), path, ("a.", "torch.nn.")), path)
 
 
-READERS = (read_framing, read_example, read_tar, read_captions, read_image, read_database, read_module)
+def read_flax(data: bytes) -> None:
+    """Flax's weights."""
+    with tempfile.NamedTemporaryFile(suffix=".msgpack") as file:
+        file.write(data)
+        file.flush()
+        weights = flax_file.FlaxWeights(flax_file.read_arrays(Path(file.name)))
+        assert all(weights[name].shape == weights.shape(name) for name in weights)
+
+
+READERS = (
+    *(read_framing, read_example, read_tar, read_captions, read_image, read_database, read_module),
+    read_flax,
+)
 
 
 def check_record(record: Record) -> None:
@@ -125,7 +138,7 @@ def write_seeds(folder: Path) -> None:
     np.savez(database, embedding=np.ones((2, 3)), img_id=np.arange(2), patch_coords=np.zeros((2, 4)))
     module = b"\x80\x02ca\nB\n)\x81}X\x08\x00\x00\x00_modules}sb."
     seeds = (frame(example) + frame(b""), example, tar.read_bytes(), captions, png(2), database.getvalue())
-    seeds += (module,)
+    seeds += (module, msgpack_serialize({"a": {"b": np.ones((2, 3), np.float32)}}))
     for number, seed in enumerate(seeds):
         (folder / f"seed{number}").write_bytes(bytes([number]) + seed)
     tar.unlink()
@@ -137,6 +150,7 @@ def main() -> None:
 
     for module in (
         sys.modules[__name__],
+        flax_file,
         masks,
         ops,
         retrieval_index,

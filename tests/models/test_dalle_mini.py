@@ -71,24 +71,26 @@ def test_a_code_sees_the_text_and_what_is_before_it():
     assert np.all(changed < 1e-6)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_caches_give_the_logits_of_the_whole_network(scale):
-    """At temperature 0 each code is the most probable one under the codes before it; guidance moves the
-    logits away from those of the other caption."""
+@pytest.mark.parametrize("scale, kept", [(1.0, 0), (3.0, 1)])
+def test_caches_give_the_logits_of_the_whole_network(scale, kept):
+    """At temperature 0 each code is the most probable one under the codes before it, also behind rows that
+    are kept; guidance moves the logits away from those of the other caption."""
     model, params, logits = made()
     other, others = TOKENS[::-1], MASK[::-1]
     captions = {"tokens": TOKENS, "token_mask": MASK}
     empty = {"tokens": other, "token_mask": others}
     options = TokenSamplingOptions(guidance_scale=scale, temperature=0)
-    draw = jax.jit(lambda p, key: sample_tokens(Network(model, p, {}), captions, empty, key, options))
+    known = CODES[:, : 3 * kept].reshape(2, kept, 3) if kept else None
+    draw = jax.jit(lambda p, key: sample_tokens(Network(model, p, {}), captions, empty, key, options, known))
     codes, finite = draw(params, jax.random.split(jax.random.key(0), 2))
     assert codes.shape == (2, 3, 3) and bool(finite.all())
-    codes = codes.reshape(2, 9)
+    codes, start = codes.reshape(2, 9), 3 * kept
+    np.testing.assert_array_equal(codes[:, :start], CODES[:, :start])
     free = logits(other, others, codes)
     whole = free + scale * (logits(TOKENS, MASK, codes) - free)
     chosen = np.take_along_axis(np.asarray(whole), np.asarray(codes)[..., None], -1)[..., 0]
-    np.testing.assert_allclose(chosen, whole.max(-1), atol=1e-4)
-    assert len(np.unique(codes)) > 1
+    np.testing.assert_allclose(chosen[:, start:], whole.max(-1)[:, start:], atol=1e-4)
+    assert len(np.unique(codes[:, start:])) > 1
 
 
 def test_bad_sizes():

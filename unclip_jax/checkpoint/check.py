@@ -22,7 +22,7 @@ from unclip_jax.checkpoint.convert import array, shapes_of
 from unclip_jax.checkpoint.files import list_names
 from unclip_jax.checkpoint.shapes import glide_shapes, imagen_shapes, t5_shapes
 from unclip_jax.data.retrieval_index import check_described
-from unclip_jax.data.tokenizers import tokenizer_of
+from unclip_jax.data.tokenizers import FIELDS, tokenizer_of
 from unclip_jax.diffusion.embedding_space import KINDS as SPACES
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace
 from unclip_jax.diffusion.process import PREDICTIONS
@@ -56,15 +56,6 @@ SPACE = {
     "scale": (float | None, False),
     "mean": (tuple[float, ...] | None, False),
     "std": (tuple[float, ...] | None, False),
-}
-TOKENIZER = {
-    "kind": (str, True),
-    "length": (int, True),
-    "vocab_size": (int, True),
-    "vocab_sha256": (str, False),
-    "merges": (tuple[str, ...], False),
-    "pad_id": (int, False),
-    "json": (str, False),
 }
 CHOICES = {"activation": tuple(ACTIVATIONS), "resize": ("cubic", "linear"), "resample": RESAMPLES}
 # The largest values that a file may ask for. A larger one is a mistake, and would take all memory.
@@ -149,7 +140,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     for key in ("embed_dim", "dims", "factor", "scale_factor", "neighbours"):
         _check_range(key, config.get(key), where)
     if "tokenizer" in config:
-        check_fields(config["tokenizer"], TOKENIZER, f"{where}: tokenizer")
+        check_fields(config["tokenizer"], FIELDS, f"{where}: tokenizer")
         if not 2 <= config["tokenizer"]["length"] <= LARGEST["length"]:
             raise InputError(f"{where}: tokenizer: length must be between 2 and {LARGEST['length']}")
         try:

@@ -94,6 +94,17 @@ TRANSFORMS: dict[str, Transform] = {
         lambda a, shape: a.reshape(shape),
         lambda a: a.reshape(-1),
     ),
+    # Flax's (in, out) -> (in, out) with `out` or `in` split into (heads, size)
+    "split_out": Transform(
+        lambda ours, theirs: len(ours) == 3 and (ours[0], ours[1] * ours[2]) == theirs,
+        lambda a, shape: a.reshape(shape),
+        lambda a: a.reshape(len(a), -1),
+    ),
+    "split_in": Transform(
+        lambda ours, theirs: len(ours) == 3 and (ours[0] * ours[1], ours[2]) == theirs,
+        lambda a, shape: a.reshape(shape),
+        lambda a: a.reshape(-1, a.shape[-1]),
+    ),
     # torch's (out, in, height, width) -> (height, width, in, out)
     "conv": Transform(
         lambda ours, theirs: ours == _conv(theirs),
@@ -119,7 +130,7 @@ TRANSFORMS: dict[str, Transform] = {
         lambda a, shape: a.reshape(shape),
         lambda a: a,
     ),
-    "drop_ones": Transform(  # (1, N, W) -> (N, W), (1, 1, W) -> (W,)
+    "drop_ones": Transform(  # (1, N, W) -> (N, W), (1, 1, W) -> (W,), Flax's (1, 1, in, out) -> (in, out)
         lambda ours, theirs: (
             ours == tuple(theirs)[len(theirs) - len(ours) :] and math.prod(theirs) == math.prod(ours)
         ),

@@ -62,15 +62,20 @@ def read_json(path: Path, whole: str = "folder", infinities: bool = False) -> di
     except OSError as error:
         raise OSError(f"{path} cannot be read ({error.strerror}); copy the {whole} again") from None
     except (ValueError, RecursionError) as error:
-        _check_not_pointer(path)
+        check_not_pointer(path)
         raise InputError(f"{path} is not valid JSON ({one_line(error)}); copy the {whole} again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object; copy the {whole} again")
     return value
 
 
-def _check_not_pointer(path: Path) -> None:
-    if path.is_file() and path.read_bytes()[:24] == b"version https://git-lfs.":
+def check_not_pointer(path: Path) -> None:
+    """Raises an InputError where a file is what Git LFS leaves in the place of one."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        start = file.read(24)
+    if start == b"version https://git-lfs.":
         raise InputError(f"{path} is a pointer of Git LFS and not the data: run `git lfs pull`")
 
 
@@ -279,7 +284,7 @@ def _names(path: Path, whole: str) -> list[str]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; the {whole} is incomplete") from None
     except (SafetensorError, OSError, ValueError) as error:
-        _check_not_pointer(path)
+        check_not_pointer(path)
         raise InputError(f"{path} cannot be read as safetensors ({error}); copy the {whole} again") from None
     if other:
         raise InputError(f"{path} holds tensors of {', '.join(other)}; known here: {', '.join(DTYPES)}")

@@ -148,7 +148,8 @@ def stored_bytes(name_or_path: str | os.PathLike) -> int:
     path = path if path.exists() else SHIPPED / path
     if path.is_file():
         return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    files = (file for ending in ("safetensors", "msgpack") for file in path.rglob(f"*.{ending}"))
+    return sum(file.stat().st_size for file in files)
 
 
 def _local(path: str | os.PathLike) -> str | os.PathLike:

@@ -140,12 +140,15 @@ class TokenSamplingOptions:
     guidance_scale: 1 is the conditional model.
     temperature: divides the logits; 0 takes the most probable code.
     top_k: draws from the k most probable codes; None draws from all.
+    top_p: draws from the most probable codes that together have this probability, in (0, 1]; None draws from
+      all.
     candidates: drawn for each caption, of which the best is kept; 1 where nothing ranks them.
     """
 
     guidance_scale: float = 1.0
     temperature: float = 1.0
     top_k: int | None = None
+    top_p: float | None = None
     candidates: int = 1
 
 
@@ -176,6 +179,7 @@ OPTIONS = {
     "kandinsky": LatentSamplingOptions,
     "pixelsnail": TokenSamplingOptions,
     "dalle": TokenSamplingOptions,
+    "dalle_mini": TokenSamplingOptions,
     "retrieval": RetrievalSamplingOptions,
 }
 
@@ -231,6 +235,7 @@ VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "candidates": ("a whole number", _is_whole),
     "temperature": _NUMBER,
     "top_k": _WHOLE_OR_NONE,
+    "top_p": _NUMBER_OR_NONE,
     "dot_quantile": _NUMBER,
     "clip_guidance": _NUMBER,
     "noise_scale": _NUMBER,
@@ -372,6 +377,8 @@ def _check_token_options(options: TokenSamplingOptions, size: int | None) -> Non
         raise InputError(f"temperature must be 0 or a positive number, got {options.temperature}")
     if options.top_k is not None and not 1 <= options.top_k <= (size or np.inf):
         raise InputError(f"top_k must be between 1 and {size}, got {options.top_k}")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise InputError(f"top_p must be in (0, 1] or None, got {options.top_p}")
     if isinstance(options, CodeSamplingOptions) and not 0 <= options.dot_quantile < 1:
         raise InputError(f"dot_quantile must be in [0, 1), got {options.dot_quantile}")
 

@@ -21,7 +21,7 @@ def choose(logits: jax.Array, keys: jax.Array, options: TokenSamplingOptions) ->
     Args:
       logits: (B, K); with guidance (2 B, K), the guided half first.
       keys: (B,) random keys.
-      options: temperature, top_k, guidance.
+      options: temperature, top_k, top_p, guidance.
 
     Returns:
       Codes (B,) int32, and (B,) bool, whether a row's logits were finite: the codes would not show it.
@@ -34,8 +34,21 @@ def choose(logits: jax.Array, keys: jax.Array, options: TokenSamplingOptions) ->
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), finite
     if options.top_k is not None:
         logits = jnp.where(logits < jax.lax.top_k(logits, options.top_k)[0][:, -1:], -jnp.inf, logits)
-    drawn = jax.vmap(jax.random.categorical)(keys, logits / options.temperature)
+    logits = logits / options.temperature
+    if options.top_p is not None:
+        logits = nucleus(logits, options.top_p)
+    drawn = jax.vmap(jax.random.categorical)(keys, logits)
     return drawn.astype(jnp.int32), finite
+
+
+def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
+    """Logits (B, K), where the codes behind the most probable ones that together have the probability `top_p`
+    are -inf (Holtzman et al. 2020, section 3.1). The most probable code always stays."""
+    ordered = -jnp.sort(-logits, axis=-1)
+    shares = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares
+    lowest = jnp.where(before < top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits < lowest, -jnp.inf, logits)
 
 
 def sample_grid(
@@ -106,7 +119,7 @@ def sample_tokens(
     """Draws the codes of images from captions, with cached keys and values, in one loop.
 
     Args:
-      network: of kind `dalle`.
+      network: of kind `dalle` or `dalle_mini`.
       captions: `tokens` and `token_mask`, (B, L).
       empty: those of the empty caption, (B, L) or (1, L), for guidance.
       rng: (B,) keys.

@@ -338,6 +338,10 @@ class VQAutoencoder(Autoencoder):
         image = self.decoder(h, z if self.spatial_norm else None, deterministic).astype(jnp.float32)
         return 2.0 * image - 1.0 if self.unit_range else image
 
+    def encode_codes(self, image: jax.Array) -> tuple[jax.Array]:
+        """Image (B, H, W, 3) in [-1, 1] -> its codes (B, h, w) int32, of one level."""
+        return (self.quantise(self.encode(image)).codes,)
+
     def decode_codes(self, codes: jax.Array) -> jax.Array:
         """Codes (B, h, w) int32 in [0, codes) -> image (B, H, W, 3) float32 in [-1, 1]."""
         return jnp.clip(self.decode_quantised(self.lookup(codes)), -1.0, 1.0)

@@ -287,15 +287,18 @@ class DalleMini(nn.Module):
         x, _ = self.decoder(given, places, causal_mask(self.side**2), states, text_mask)
         return self._logits(x)
 
-    def prefill(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, Caches]:
-        """The first code's logits (B, codes), and caches with room for all codes."""
+    def prefill(
+        self, tokens: jax.Array, mask: jax.Array, codes: jax.Array | None = None
+    ) -> tuple[jax.Array, Caches]:
+        """The logits (B, codes) of the first code, or of the one behind the known codes (B, R), and caches
+        with room for all codes."""
+        known = jnp.zeros((len(tokens), 0), jnp.int32) if codes is None else codes
         states, text_mask = self.encode(tokens, mask), mask.astype(bool)[:, None, None]
-        room = jnp.zeros(
-            (len(tokens), self.side**2, self.heads, self.width // self.heads), self.dtype
-        )  # fmt: skip
+        room = jnp.zeros((len(tokens), self.side**2, self.heads, self.width // self.heads), self.dtype)
         empty = [LayerCache(KeysValues(room, room), None)] * self.decoder_layers
-        start = jnp.full((len(tokens),), self.codes, jnp.int32)
-        return self._next(start, jnp.zeros((), jnp.int32), Caches(empty, text_mask), states)
+        start = jnp.full((len(tokens), 1), self.codes, jnp.int32)
+        ids = jnp.concatenate([start, known], axis=1)
+        return self._next(ids, jnp.zeros((), jnp.int32), Caches(empty, text_mask), states)
 
     def extend(self, code: jax.Array, n: jax.Array, caches: Caches) -> tuple[jax.Array, Caches]:
         """Adds the n-th code (B,) (n from 0) to the caches.
@@ -303,11 +306,11 @@ class DalleMini(nn.Module):
         Returns:
           The next code's logits (B, codes), and the caches.
         """
-        return self._next(code, n + 1, caches)
+        return self._next(code[:, None], n + 1, caches)
 
-    def _next(self, id_, place, caches, states=None):
-        seen = (jnp.arange(self.side**2) <= place)[None, None, None]
-        x, layers = self.decoder(
-            id_[:, None], place[None], seen, states, caches.mask, caches.layers, place
-        )  # fmt: skip
-        return self._logits(x[:, 0]), Caches(layers, caches.mask)
+    def _next(self, ids, first, caches, states=None):
+        # Ids (B, P), whose first stands at the place `first`.
+        places = first + jnp.arange(ids.shape[1])
+        seen = (jnp.arange(self.side**2) <= places[:, None])[None, None]
+        x, layers = self.decoder(ids, places, seen, states, caches.mask, caches.layers, first)
+        return self._logits(x[:, -1]), Caches(layers, caches.mask)

@@ -1,6 +1,6 @@
 """DALL-E's cascade: caption, codes, image, in one compiled program; a CLIP ranks candidates.
 
-Ramesh et al. 2021, section 2.6.
+Ramesh et al. 2021, section 2.6. `CASCADE` names DALL-E's parts; `dalle_mini` has a cascade of the same form.
 
 As in `unclip`, guidance scales are arguments of the program, and every row has its own random key. Candidates
 of a caption are rows with keys of their own, so that however many there are, a batch holds a few.
@@ -17,8 +17,10 @@ import numpy as np
 
 from unclip_jax.checkpoint.bundle import Bundle
 from unclip_jax.data import ops
-from unclip_jax.data.tokenizer import ClipTokenizer, warn_of_cuts
+from unclip_jax.data.tokenizer import warn_of_cuts
+from unclip_jax.data.tokenizers import tokenizer_of
 from unclip_jax.errors import InputError
+from unclip_jax.generate.networks import build_model
 from unclip_jax.generate.options import Options
 from unclip_jax.generate.tokens import sample_tokens
 from unclip_jax.models.codec import cosine
@@ -34,7 +36,15 @@ from unclip_jax.sampling.programs import (
     with_scales,
 )
 
-PARTS = ("dalle", "dvae")
+
+class Cascade(NamedTuple):
+    """The two parts that draw: the network of the codes, and the one that decodes them."""
+
+    network: str
+    coder: str
+
+
+CASCADE = Cascade("dalle", "dvae")
 
 
 class TokenStages(NamedTuple):
@@ -50,15 +60,15 @@ class TokenStages(NamedTuple):
     scores: np.ndarray | None
 
 
-def made_by(bundle: Bundle, prior: None = None) -> list[str]:
+def made_by(bundle: Bundle, prior: None = None, *, cascade: Cascade = CASCADE) -> list[str]:
     """The names of the parts that draw."""
-    return [*PARTS, *(["clip"] if "clip" in bundle.parts else [])]
+    return [*cascade, *(["clip"] if "clip" in bundle.parts else [])]
 
 
-def sizes(bundle: Bundle) -> list[int]:
+def sizes(bundle: Bundle, *, cascade: Cascade = CASCADE) -> list[int]:
     """The side in pixels of the picture that a bundle draws."""
-    levels = bundle.part("dvae").config["model"].get("levels", 4)
-    return [bundle.part("dalle").config["model"]["side"] * 2 ** (levels - 1)]
+    network, coder = (build_model(bundle.part(name).config) for name in cascade)
+    return [network.side * coder.factor]
 
 
 def sample_stages(
@@ -70,11 +80,12 @@ def sample_stages(
     options: Overrides | Sequence[Overrides] = None,
     known: np.ndarray | None = None,
     progress: Progress | None = None,
+    cascade: Cascade = CASCADE,
 ) -> TokenStages:
     """Runs the cascade and returns the output of every stage.
 
     Args:
-      bundle: with the parts dalle and dvae, and a CLIP where candidates are ranked.
+      bundle: with the parts of the cascade, and a CLIP where candidates are ranked.
       captions: at least one text.
       seed, positions, options, progress: as in `unclip.sample_stages`.
       known: (B, R, G) int32, for each caption the codes of the upper R < G rows of its picture, which all
@@ -87,17 +98,19 @@ def sample_stages(
       NumericalError: naming the first part that made values that are not finite.
     """
     sampler, captions = as_sampler(bundle), list(captions)
-    call = check_call(sampler, len(captions), seed, positions, options)
-    static, count = call.options, call.options["dalle"].candidates
+    call, drawing = check_call(sampler, len(captions), seed, positions, options, cascade), cascade.network
+    static, count = call.options, call.options[drawing].candidates
     if known is not None:
-        _check_known(known, len(captions), sampler.network("dalle").module.side)
-    tokenizer = ClipTokenizer.from_config(sampler.bundle.part("dalle").config["tokenizer"])
+        _check_known(known, len(captions), sampler.network(drawing).module.side)
+    tokenizer = sampler.once(
+        ("tokenizer", drawing), lambda: tokenizer_of(sampler.bundle.part(drawing).config["tokenizer"])
+    )
     warn_of_cuts(captions, tokenizer)
     of_captions, empty = (
         dict(zip(("tokens", "token_mask"), tokenizer(texts), strict=True))
         for texts in (captions, [""] * len(captions))
     )
-    run = sampler.program(("dalle", *static.items()), lambda: _cascade(sampler, static))
+    run = sampler.program((*cascade, *static.items()), lambda: _program(sampler, static, cascade))
     numbers = np.arange(len(captions) * count)  # a caption's candidates follow one another
 
     def batch(rows):
@@ -105,7 +118,7 @@ def sample_stages(
         given = sampler.rows((call.scales, of_captions, empty, call.seeds, call.positions, known), of_row)
         return run(sampler.params, *given, *sampler.rows((np.uint32(numbers % count),), rows))
 
-    made = ["dalle", "dalle", "dvae"]  # the codes are whole numbers, so a mark beside them shows damage
+    made = [drawing, *cascade]  # the codes are whole numbers, so a mark beside them shows damage
     codes, _, images = sampler.in_batches(batch, len(numbers), made, progress)
     images, scores = np.float32(images), None
     if count > 1:
@@ -119,7 +132,7 @@ class Call(NamedTuple):
     """The checked arguments of a call of the cascade, for B captions.
 
     seeds, positions: (B,) uint32.
-    options, scales: of the part `dalle`, from `split_scales`.
+    options, scales: of the part that draws the codes, from `split_scales`.
     """
 
     seeds: np.ndarray
@@ -134,6 +147,7 @@ def check_call(
     seed: int | Sequence[int],
     positions: Sequence[int] | None,
     options: Overrides | Sequence[Overrides],
+    cascade: Cascade = CASCADE,
 ) -> Call:
     """Checks the arguments of `sample_stages` for `count` captions, before anything is compiled.
 
@@ -142,11 +156,12 @@ def check_call(
     """
     if not count:
         raise InputError("no captions: give at least one")
-    for name in PARTS:
+    for name in cascade:
         sampler.bundle.part(name)
     seeds, places = as_seeds(seed, count), as_positions(positions, count)
-    static, scales = split_scales([{"dalle": row["dalle"]} for row in sampler.row_options(options, count)])
-    candidates = static["dalle"].candidates
+    drawing = cascade.network
+    static, scales = split_scales([{drawing: row[drawing]} for row in sampler.row_options(options, count)])
+    candidates = static[drawing].candidates
     if candidates > 1 and "clip" not in sampler.bundle.parts:
         raise InputError(
             f"candidates={candidates} need a CLIP that ranks them, which this bundle lacks: set it to 1"
@@ -174,17 +189,18 @@ def rank(sampler: Sampler, captions: Sequence[str], images: np.ndarray) -> np.nd
 
         return run
 
-    run = sampler.program(("dalle", "rank"), make)
+    run = sampler.program(("codes", "rank"), make)
     batch = lambda rows: run(sampler.params, *sampler.rows((tokens, seen), rows))
     return np.asarray(sampler.in_batches(batch, len(images), ["clip"]))
 
 
-def _cascade(sampler: Sampler, options: dict[str, Options]) -> Callable:
+def _program(sampler: Sampler, options: dict[str, Options], cascade: Cascade) -> Callable:
     def run(params, scales, captions, empty, seeds, positions, known, candidates):
         networks, chosen = sampler.with_params(params), with_scales(options, scales)
         keys = jax.vmap(jax.random.fold_in)(row_keys(seeds, positions), candidates)
-        codes, finite = sample_tokens(networks["dalle"], captions, empty, keys, chosen["dalle"], known)
-        image = networks["dvae"].apply(codes, method="decode_codes")
+        network, coder = (networks[name] for name in cascade)
+        codes, finite = sample_tokens(network, captions, empty, keys, chosen[cascade.network], known)
+        image = coder.apply(codes, method="decode_codes")
         return codes, jnp.where(finite, 0.0, jnp.nan), image
 
     return run

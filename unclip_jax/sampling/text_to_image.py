@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from unclip_jax.data import ops
 from unclip_jax.errors import InputError
 from unclip_jax.sampling import (
     dalle,
+    dalle_mini,
     glide,
     imagen,
     kandinsky,
@@ -219,12 +221,22 @@ SYSTEMS = {
         options=(*DIFFUSION_OPTIONS, "negative"),
     ),
     "dalle": System(
-        dalle.PARTS,
+        dalle.CASCADE,
         dalle.sample_stages,
         "dalle",
         dalle.made_by,
+        owns=lambda config: config["kind"] == "dalle",  # dalle_mini is no twin
         sizes=dalle.sizes,
         complete=complete.complete,
+        options=("guidance_scale", "candidates"),
+    ),
+    "dalle_mini": System(
+        dalle_mini.CASCADE,
+        dalle_mini.sample_stages,
+        "dalle_mini",
+        dalle_mini.made_by,
+        sizes=dalle_mini.sizes,
+        complete=functools.partial(complete.complete, cascade=dalle_mini.CASCADE),
         options=("guidance_scale", "candidates"),
     ),
     "vqvae2": System(

@@ -17,6 +17,7 @@ from unclip_jax.checkpoint.providers import (
     autoencoder,
     clip,
     dalle,
+    dalle_mini,
     diffusers_folder,
     dinov2,
     glide,
@@ -84,6 +85,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="the discrete VAE of DALL-E (encoder.pkl, decoder.pkl)",
         recognises=dalle.recognises,
         read=dalle.read,
+    ),
+    "dalle_mini": Provider(
+        layout="dalle-mini or dalle-mega with its VQGAN's folder, or that alone (flax_model.msgpack)",
+        recognises=dalle_mini.recognises,
+        read=dalle_mini.read,
     ),
     "stable_diffusion": Provider(
         layout="Stable Diffusion 1.x or 2.x in diffusers' layout or in one file",
