@@ -1,9 +1,9 @@
 """GLIDE for the embedded emoji: images of 32 px from captions alone, and an upsampler to 64 px.
 
-    unclip train configs/emoji/glide.py --workdir runs/glide/glide
-    unclip train configs/emoji/glide.py:upsampler --workdir runs/glide/glide_64
-    unclip bundle runs/glide --out bundles/glide --rows 0
-    unclip sample "a 3d emoji of a fox" --bundle bundles/glide
+    unclip train configs/emoji/glide.py --workdir runs/emoji/glide
+    unclip train configs/emoji/glide.py:upsampler --workdir runs/emoji/glide_64
+
+`unclip bundle` takes a folder with these two runs alone (docs/family.md).
 
 from the paper    a text encoder of its own, whose last state joins the time embedding and whose states the
                   attention sees; the upsampler reads the caption too; learned variance; guidance by captions

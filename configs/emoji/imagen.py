@@ -2,11 +2,10 @@
 
 It needs the run of `configs/emoji/clip.py` in the folder beside its own.
 
-    unclip train configs/emoji/clip.py --workdir runs/imagen/clip
-    unclip train configs/emoji/imagen.py --workdir runs/imagen/imagen
-    unclip train configs/emoji/imagen.py:upsampler --workdir runs/imagen/imagen_64
-    unclip bundle runs/imagen --out bundles/imagen --rows 0
-    unclip sample "a 3d emoji of a fox" --bundle bundles/imagen
+    unclip train configs/emoji/imagen.py --workdir runs/emoji/imagen
+    unclip train configs/emoji/imagen.py:upsampler --workdir runs/emoji/imagen_64
+
+`unclip bundle` takes a folder with these runs and CLIP's alone (docs/family.md).
 
 from the paper    a frozen text encoder, whose states the attention sees and whose mean joins the time
                   embedding; continuous time; the caption dropped for 10 % of the rows; the efficient U-Net;
