@@ -9,6 +9,7 @@ import pytest
 from tests.helpers import param_count, param_shapes, randomize, struct
 from tests.runs import losses
 from unclip_jax.checkpoint.bundle import Bundle, Part
+from unclip_jax.checkpoint.check import latent_shapes, part_tree
 from unclip_jax.checkpoint.load import load_bundle
 from unclip_jax.checkpoint.shapes import glide_shapes, imagen_shapes
 from unclip_jax.cli.main import main
@@ -87,11 +88,23 @@ def coded_sizes():
     yield "vqvae2", count(vqvae, config) + sum(count(pixelsnail, prior, vqvae=coder) for prior in priors)
 
 
+def latent_sizes():
+    """Parameters of latent and retrieval-augmented diffusion: the U-Net and the autoencoder."""
+    model = config_json(recipe("emoji/autoencoder.py").model)
+    coder = part_tree({"kind": "kl_autoencoder", "model": model}, 1, 1)
+    for name in ("latent", "retrieval"):
+        config = recipe(f"emoji/{name}.py:small")
+        STAGES[name].check(config)
+        yield name, param_count(latent_shapes(config_json(config.model))) + param_count(coder)
+
+
 def test_equal_sizes():
     """Every system has unCLIP's decoder's parameters within a fifth, and every upsampler its upsampler's."""
     decoder, upsampler = unclip_sizes()
-    sizes = {name: size_of(f"{name}.py") for name in RUNS} | dict(coded_sizes())
+    sizes = {name: size_of(f"{name}.py") for name in RUNS} | dict(coded_sizes()) | dict(latent_sizes())
     assert all(0.8 < size / decoder < 1.2 for size in sizes.values()), (decoder, sizes)
+    guide = (CONFIGS.parent / "docs" / "family.md").read_text("utf-8")
+    assert not [name for name, size in {"unclip": decoder, **sizes}.items() if f"| {size:,} |" not in guide]
     sizes = {name: size_of(f"{name}.py:upsampler") for name in RUNS}
     assert all(0.8 < size / upsampler < 1.2 for size in sizes.values()), (upsampler, sizes)
 

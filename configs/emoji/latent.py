@@ -12,6 +12,7 @@ Where it differs from it: the network is small, and predicts v.
 variant   what it is
 (none)    32 px, from `configs/emoji/autoencoder.py`
 :64       64 px in 16 x 16 x 4, from `configs/emoji/autoencoder.py:64`
+:small    32 px; with the autoencoder of the size of `configs/emoji/decoder.py`, to compare the systems
 :inpaint  the U-Net that inpaints, fine-tuned from the other one (`--init-from runs/emoji/latent`)
 :tiny     runs in seconds on a CPU, for tests; :tiny-inpaint the same for the one that inpaints
 """
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.run import defaults
 
-VARIANTS = ("", "64", "inpaint", "tiny", "tiny-inpaint")
+VARIANTS = ("", "64", "small", "inpaint", "tiny", "tiny-inpaint")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -57,6 +58,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.ema_decay = 0.999
         config.sampling = {"steps": 30, "sampler": "dpmpp_2m", "guidance_scale": 3.0, "clip": None}
         config.eval = {"batch_size": 32, "rows": 256, "samples": 16, "fid_rows": 0}
+    if variant == "small":
+        config.model.update({"channels": 32, "heads": (1, 2, 3)})
     if variant == "inpaint":
         config.steps = 2000
         config.optimizer.update({"learning_rate": 3e-4, "warmup_steps": 100})

@@ -18,6 +18,7 @@ Where it differs from the paper: the network is small, and predicts v.
 
 variant   what it is
 (none)    32 px, from `configs/emoji/autoencoder.py`
+:small    with the autoencoder of the size of `configs/emoji/decoder.py`, to compare the systems
 :tiny     runs in seconds on a CPU, for tests
 """
 
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.run import defaults
 
-VARIANTS = ("", "tiny")
+VARIANTS = ("", "small", "tiny")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -63,6 +64,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.ema_decay = 0.999
         config.sampling = {"steps": 30, "sampler": "dpmpp_2m", "guidance_scale": 2.0, "clip": None}
         config.eval = {"batch_size": 32, "rows": 256, "samples": 16}
+    if variant == "small":
+        config.model.update({"channels": 32, "heads": (1, 2, 3)})
     if variant == "tiny":
         defaults.tiny(config)
         config.model.update({"channels": 16, "channel_mult": (1, 2), "heads": (2, 2), "groups": 8})
