@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=100,
         metavar="N",
-        help="number of rows of each split to measure on; 0 measures nothing (100)",
+        help="number of rows of each split to measure unCLIP on; 0 measures nothing (100)",
     )
     parser.add_argument(
         "--judge",

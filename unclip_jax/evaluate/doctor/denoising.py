@@ -19,17 +19,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace, normalize
 from unclip_jax.diffusion.process import PREDICTIONS, to_x0_eps
 from unclip_jax.diffusion.schedule import SCHEDULES, make_schedule
-from unclip_jax.evaluate.doctor.subject import Subject
+from unclip_jax.evaluate.doctor.subject import CASCADES, Subject
 from unclip_jax.generate.networks import image_size, part_schedule, part_space
 
 TIMES = (0.2, 0.5, 0.8)  # of T
 LATE = (0.7, 0.9)  # where little but the conditioning tells what the data is
-KINDS = ("prior_diffusion", "decoder", "upsampler")  # of parts that have a `case_of`
+KINDS = ("prior_diffusion", "decoder", "upsampler", *CASCADES)  # of parts that have a `case_of`
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Case:
 
 
 def case_of(subject: Subject, name: str, **changes: np.ndarray) -> Case:
-    """The data of a part: `decoder`, `upsampler` or `prior_diffusion`. `changes` replace inputs."""
+    """The data of a part whose kind is in KINDS. `changes` replace inputs."""
     config = subject.config(name)
     if config["kind"] == "prior_diffusion":
         z = np.asarray(normalize(part_space(config), subject.z_image))
@@ -50,11 +51,32 @@ def case_of(subject: Subject, name: str, **changes: np.ndarray) -> Case:
     if config["kind"] == "upsampler":
         low_res = subject.images(x0.shape[1] // config["factor"])[: len(x0)]
         return Case(x0, {"low_res": low_res} | changes)
+    if config["kind"] in CASCADES:
+        inputs = _enlarging(config, x0, subject) | subject.caption_inputs(name) | changes
+        inputs |= _nothing_known(config, x0)
+        return Case(x0, {key: value[: len(x0)] for key, value in inputs.items()})
     inputs = {"image_embed": subject.z_image, "drop_image": np.zeros(len(subject.z_image), bool)}
     inputs |= subject.text_inputs(name) | changes
-    if config["model"].get("inpaint"):  # nothing is known
-        inputs |= {"known_image": np.zeros_like(x0), "known": np.zeros_like(x0[..., :1], bool)}
+    inputs |= _nothing_known(config, x0)
     return Case(x0, {key: value[: len(x0)] for key, value in inputs.items()})
+
+
+def _nothing_known(config: Mapping[str, Any], x0: np.ndarray) -> dict[str, np.ndarray]:
+    # What a network that inpaints sees of an image of which nothing is known.
+    if not config["model"].get("inpaint"):
+        return {}
+    return {"known_image": np.zeros_like(x0), "known": np.zeros_like(x0[..., :1], bool)}
+
+
+def _enlarging(config: Mapping[str, Any], x0: np.ndarray, subject: Subject) -> dict[str, np.ndarray]:
+    # What an upsampler that reads captions sees of the true low resolution, without noise.
+    if "factor" not in config:
+        return {}
+    low_res = subject.images(x0.shape[1] // config["factor"])[: len(x0)]
+    if config["kind"] == "glide":
+        return {"low_res": low_res}
+    enlarged = np.asarray(jax.image.resize(low_res, x0.shape, "linear"))
+    return {"enlarged": enlarged, "augmentation": np.zeros(len(x0), np.float32)}
 
 
 @dataclass(frozen=True)
@@ -189,7 +211,7 @@ def swapped_channels(subject: Subject, name: str) -> dict[str, float]:
     """The error when blue and red change places, divided by the error as it is: in the output alone, and in
     input and output."""
     case, as_is = case_of(subject, name), error_of(subject, name)
-    flipped = {key: value[..., ::-1] for key, value in case.inputs.items() if key == "low_res"}
+    flipped = {key: value[..., ::-1] for key, value in case.inputs.items() if key in ("low_res", "enlarged")}
     both = step(subject, name, Case(case.x0[..., ::-1], {**case.inputs, **flipped}))
     return {
         "output": error_of(subject, name, swapped=True) / as_is,

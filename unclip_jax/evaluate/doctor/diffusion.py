@@ -22,7 +22,9 @@ from unclip_jax.generate.networks import part_schedule
 
 def needs(subject: Subject, name: str) -> tuple[str, ...]:
     """The parts that make a part's conditioning."""
-    return () if subject.config(name)["kind"] == "upsampler" else ("clip",)
+    return {"upsampler": (), "glide": (), "imagen": ("t5",), "imagen_upsampler": ("t5",)}.get(
+        subject.config(name)["kind"], ("clip",)
+    )
 
 
 def _deviation(subject: Subject, name: str) -> float:

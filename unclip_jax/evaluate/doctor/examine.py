@@ -10,14 +10,23 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import last_step_of, upsamplers
 from unclip_jax.data import ops
 from unclip_jax.errors import InputError, NumericalError, one_line
-from unclip_jax.evaluate.doctor import clip, diffusion, joints, pictures, priors, weights
+from unclip_jax.evaluate.doctor import (
+    captioned,
+    clip,
+    codes,
+    diffusion,
+    joints,
+    pictures,
+    priors,
+    weights,
+)
 from unclip_jax.evaluate.doctor.report import FAULT, Finding, Report, explained
 from unclip_jax.evaluate.doctor.subject import Subject
 from unclip_jax.sampling.text_to_image import SYSTEMS
 
 # What a check needs.
 IMAGE, TEXT, DECODER, PICTURES = "CLIP's image tower", "CLIP's text tower", "the decoder", "drawn pictures"
-BOTH = (IMAGE, TEXT)
+BOTH, T5 = (IMAGE, TEXT), "T5"
 CASCADE = (*BOTH, DECODER, PICTURES)
 SHOWN = 6  # captions of the grid
 
@@ -43,7 +52,10 @@ STEP = (
 )  # fmt: skip
 PICTURE_STEP = (*STEP, diffusion.channels, diffusion.variance)
 # The checks of each kind of part, in the order of the report.
+CODER = _checks((), codes.decoded, codes.used)
+ENLARGES = (pictures.to_enlarged, pictures.faithful)
 CHECKS: dict[str, tuple[Check, ...]] = {
+    "t5": (),
     "clip": _checks(BOTH, clip.alignment, clip.token_shift, clip.image_reading, weights.average),
     "codec": _checks((IMAGE,), priors.restored),
     "prior_diffusion": _checks(BOTH, *STEP, priors.space_scale, priors.other_spaces)
@@ -54,6 +66,16 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "upsampler": _checks((), *PICTURE_STEP)
     + _checks((PICTURES,), pictures.to_enlarged)
     + _checks(CASCADE, pictures.faithful),
+    "glide": _checks((), *PICTURE_STEP, captioned.own_caption) + _checks((PICTURES,), *ENLARGES),
+    "imagen": _checks((T5,), *PICTURE_STEP, captioned.own_caption, captioned.states_scale),
+    "imagen_upsampler": _checks((T5,), *PICTURE_STEP, captioned.states_scale)
+    + _checks((T5, PICTURES), *ENLARGES),
+    "kl_autoencoder": _checks((), codes.decoded),
+    "vq_autoencoder": _checks((), codes.decoded),
+    "dvae": CODER,
+    "vqvae": CODER,
+    "dalle": _checks((PICTURES,), codes.drawn_use),
+    "pixelsnail": _checks((PICTURES,), codes.drawn_use),
 }
 DRAWN = _checks(CASCADE, pictures.oracle, pictures.guidance)  # of the part `decoder` alone
 
@@ -101,6 +123,8 @@ def _has(subject: Subject, needed: str) -> bool:
         return subject.drawn > 0
     if needed == DECODER:
         return "decoder" in subject.sampler.bundle.parts and "decoder" not in subject.broken
+    if needed == T5:
+        return "t5" in subject.sampler.bundle.parts and "t5" not in subject.broken
     return subject.tower("image" if needed == IMAGE else "text") and "clip" not in subject.broken
 
 

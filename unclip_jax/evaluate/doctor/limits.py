@@ -7,7 +7,7 @@ not that a part is wrong, has no bearable end: it only warns.
 
 The sound parts are the shipped bundles `emoji` and `judge`, each on 32 to 128 rows of `compose` (combinations
 not seen in training), `train` and `val` (names not seen in training). Planted faults are those of
-`tests/evaluate/test_doctor.py`.
+`tests/evaluate/test_doctor.py` and `test_doctor_systems.py`.
 
 | figure                                | sound: compose, train, val | planted fault       | usual, bearable |
 |---------------------------------------|----------------------------|---------------------|-----------------|
@@ -30,6 +30,9 @@ not seen in training), `train` and `val` (names not seen in training). Planted f
 | upsampler: error with another schedule| 2.5                        | 0.17                | 0.9, 0.8        |
 | upsampler: error by bicubic's         | 0.66                       |                     | 0.9, 1.1        |
 | upsampler: change of its input        | 0.003                      |                     | 0.1, 0.3        |
+| captioned: error with own caption     | not measured               | 1 (deaf)            | 0.999, none     |
+| autoencoder: error of decoded pictures| not measured               | 1 (mean picture)    | 0.5, 1          |
+| codes: perplexity by the largest      | not measured               | 0.0001 (one code)   | 0.02, none      |
 
 The two faults of the decoder are weights at their start, and an average that holds half of the start. An
 average that holds 0.2 of it gives 1.4, a fault; one that holds 0.1 gives 0.68, which is taken as usual.
@@ -92,6 +95,12 @@ PRIOR_SHARE = Limits((0.3, INF), (-INF, INF))
 GUIDANCE = Limits((0.9, INF), (-INF, INF))
 TO_ENLARGED = _at_most(0.9, 1.1)
 FAITHFUL = _at_most(0.1, 0.3)
+OWN_CAPTION = Limits((-INF, 0.999), (-INF, INF))
+
+# ------------------------------------------------------------------------------------------ codes
+# 1 is the error of the mean picture.
+DECODED = _at_most(0.5, 1.0)
+CODE_USE = Limits((0.02, INF), (-INF, INF))
 
 
 def what_if(

@@ -24,6 +24,7 @@ from unclip_jax.metrics.retrieval import unit
 
 SCALES = (1.0, 2.0, 4.0, 8.0)  # of guidance
 NEEDS = ("clip",)
+BASES = ("decoder", "glide", "imagen")  # the parts that draw small pictures
 
 
 # ------------------------------------------------------------------------------------------ decoder
@@ -101,11 +102,20 @@ def guidance(subject: Subject, name: str) -> Finding:
 def _before(subject: Subject, name: str) -> str:
     # The part whose output an upsampler enlarges.
     names = upsamplers(subject.sampler.bundle.parts)
-    return "decoder" if names.index(name) == 0 else names[names.index(name) - 1]
+    if names.index(name):
+        return names[names.index(name) - 1]
+    return next((base for base in BASES if base in subject.sampler.bundle.parts), "decoder")
 
 
-def to_enlarged(subject: Subject, name: str) -> Finding:
-    """The error of what is drawn from true low resolution, by the error of plain enlargement."""
+def _enlarges(subject: Subject, name: str) -> bool:
+    return name in upsamplers(subject.sampler.bundle.parts)
+
+
+def to_enlarged(subject: Subject, name: str) -> Finding | None:
+    """The error of what is drawn from true low resolution, by the error of plain enlargement; None for a
+    network that does not enlarge."""
+    if not _enlarges(subject, name):
+        return None
     real = subject.images(image_size(subject.config(name)))[: subject.drawn]
     low_res = subject.low_res(name)[: subject.drawn]
     plain = np.stack([ops.resize(image, real.shape[1]) for image in low_res])
@@ -116,21 +126,22 @@ def to_enlarged(subject: Subject, name: str) -> Finding:
 
 
 def faithful(subject: Subject, name: str) -> Finding | None:
-    """Shrunk again, how far are its pictures from what it was given by the part before? None without one."""
-    before = _before(subject, name)
-    if before not in subject.names("decoder"):
+    """Shrunk again, how far are its pictures from what the network of small pictures gave it? None where it
+    enlarges the pictures of another upsampler."""
+    before = _before(subject, name) if _enlarges(subject, name) else None
+    if before not in subject.sampler.bundle.parts or before not in BASES or before in subject.broken:
         return None
-    given = subject.drawn_oracle
-    lost = {"decoder's low_res": _lost(subject.enlarged(name, "decoder", given), given)}
+    given, made = subject.drawn_base(before), f"{before}'s low_res"
+    lost = {made: _lost(subject.enlarged(name, before, given), given)}
     real = subject.low_res(name)[: subject.drawn]
     lost["true low_res"] = _lost(subject.enlarged(name, "real", real), real)
     change = (
-        "the upsampler changes what it is given: where true low_res is kept, the decoder's pictures are "
+        f"the upsampler changes what it is given: where true low_res is kept, the {before}'s pictures are "
         "unlike those in training; else train the upsampler longer"
     )
-    figure = "change of the decoder's picture, by its variance"
-    needs = ("clip", before)
-    return finding(name, figure, lost["decoder's low_res"], FAITHFUL, change, needs, lost)
+    figure = f"change of the {before}'s picture, by its variance"
+    needs = ("clip", before) if before == "decoder" else (before,)
+    return finding(name, figure, lost[made], FAITHFUL, change, needs, lost)
 
 
 def _lost(images: np.ndarray, low_res: np.ndarray) -> float:

@@ -12,11 +12,13 @@ import numpy as np
 from unclip_jax.checkpoint.bundle import last_step, upsamplers
 from unclip_jax.data import ops
 from unclip_jax.diffusion.process import fold_in
+from unclip_jax.generate.captioned import caption_inputs, eight_bits, sample_captioned
 from unclip_jax.generate.decoder import sample_decoder
 from unclip_jax.generate.networks import image_size
 from unclip_jax.generate.options import Options
-from unclip_jax.generate.text import TextConditioning, encode_text, text_inputs
+from unclip_jax.generate.text import TextConditioning, Texts, encode_text, text_inputs
 from unclip_jax.generate.upsampler import sample_upsampler
+from unclip_jax.sampling import glide, imagen
 from unclip_jax.sampling.edits.inversion import square
 from unclip_jax.sampling.programs import (
     Progress,
@@ -28,6 +30,9 @@ from unclip_jax.sampling.programs import (
     with_scales,
 )
 from unclip_jax.sampling.unclip import DECODER, UPSAMPLERS, draw_z_image, encode_captions
+
+# The cascades whose networks draw from captions without CLIP, by the kinds of their parts.
+CASCADES = {"glide": glide.CASCADE, "imagen": imagen.CASCADE, "imagen_upsampler": imagen.CASCADE}
 
 
 @dataclass(eq=False)
@@ -156,6 +161,26 @@ class Subject:
 
         return self.sampler.in_batches(batch, len(x), [name])
 
+    @functools.cached_property
+    def words(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """As `tokens`, for the networks that read captions without CLIP."""
+        return self.sampler.captions(self.captions, None), self.sampler.captions([""], None)
+
+    def caption_inputs(self, name: str) -> dict[str, np.ndarray]:
+        """The text arguments, for all captions, of a part that reads them without CLIP: its tokens, or the
+        states of T5."""
+
+        def make():
+            cascade = CASCADES[self.config(name)["kind"]]
+            encode = lambda params, texts: caption_inputs(
+                cascade.encode(self.sampler.with_params(params), texts)
+            )
+            run = self.sampler.program(("doctor captions", cascade.base), lambda: encode)
+            batch = lambda rows: run(self.sampler.params, self.sampler.rows(self.words[0], rows))
+            return self.sampler.in_batches(batch, len(self.captions), [cascade.parts[0]] * 2)
+
+        return self.once(("captions", CASCADES[self.config(name)["kind"]].base), make)
+
     def text_inputs(self, name: str) -> dict[str, Any]:
         """A part's text arguments for all captions."""
         return text_inputs(self.sampler.network(name).module, self.texts)
@@ -217,6 +242,8 @@ class Subject:
 
     def enlarge(self, name: str, images: np.ndarray) -> np.ndarray:
         """One upsampler's output (N, H, W, 3) for images (N, h, w, 3), both in [-1, 1]."""
+        if self.config(name)["kind"] in CASCADES:
+            return self.draw_captioned(name, images)
         parts = self.sampler.bundle.parts
         options, number = self.options()[name], UPSAMPLERS + upsamplers(parts).index(name)
         final = last_step(parts, name)
@@ -238,7 +265,38 @@ class Subject:
 
         return self.sampler.in_batches(batch, len(images), [name], self.progress)
 
+    def draw_captioned(self, name: str, images: np.ndarray | None = None) -> np.ndarray:
+        """The images (N, H, W, 3) in [-1, 1] that a part draws for the first N captions without CLIP: for
+        `drawn` of them, or from N small images (N, h, w, 3) of the same captions."""
+        cascade, count = CASCADES[self.config(name)["kind"]], self.drawn if images is None else len(images)
+        made = [cascade.base, *upsamplers(self.sampler.bundle.parts)]
+        options, number = self.options()[name], made.index(name)
+
+        def run(params, captions, empty, low_res, seeds, positions):
+            networks = self.sampler.with_params(params)
+            texts = Texts(cascade.encode(networks, captions), cascade.encode(networks, empty))
+            if low_res is not None and cascade.rounds:
+                low_res = eight_bits(low_res)
+            keys = fold_in(row_keys(seeds, positions), number)
+            return sample_captioned(networks[name], texts, keys, options, low_res=low_res)
+
+        program = self.sampler.program(("doctor captioned", name, options), lambda: run)
+
+        def batch(rows):
+            given = self.words[0], images, self._noise(count)
+            captions, low_res, noise = self.sampler.rows(given, rows)
+            return program(self.sampler.params, captions, self.words[1], low_res, *noise)
+
+        return self.sampler.in_batches(batch, count, [name], self.progress)
+
     # ------------------------------------------------------------------------------------ drawn once
+    def drawn_base(self, name: str) -> np.ndarray:
+        """The images (drawn, H, W, 3) of the part that an upsampler of small pictures enlarges, drawn once:
+        the decoder's for true z_i, or those of a network that draws from captions."""
+        if self.config(name)["kind"] == "decoder":
+            return self.drawn_oracle
+        return self.once(("base", name), lambda: self.draw_captioned(name))
+
     def drawn_embeddings(self, prior: str) -> np.ndarray:
         """z_i (embedded, D) from a prior, drawn once; "none" gives z_t."""
         return self.once(("embeddings", prior), lambda: self.draw_embeddings(prior))
