@@ -32,8 +32,18 @@ DRAWS = {
     "inpaint": ["A", "MASK", "a fox", "--count", "1"],
     "img2img": ["A", "a fox", "--count", "1"],
     "upscale": ["A"],
+    "complete": ["A", "a fox", "--count", "1"],
 }
-PICTURES = {"sample": 1, "vary": 2, "interpolate": 4, "mix": 2, "edit": 3, "inpaint": 3, "img2img": 2}
+PICTURES = {
+    "sample": 1,
+    "vary": 2,
+    "interpolate": 4,
+    "mix": 2,
+    "edit": 3,
+    "inpaint": 3,
+    "img2img": 2,
+    "complete": 2,
+}
 OTHERS = ("evaluate samples", "doctor", "serve", "convert", "bundle")
 VERBS = (*DRAWS, *OTHERS)
 # What the system says of a verb that it does not have.
@@ -47,20 +57,21 @@ REFUSED = {
     "inpaint": "cannot draw a part of a picture anew",
     "img2img": "cannot draw from a picture",
     "upscale": "cannot enlarge pictures",
+    "complete": "cannot complete a picture from its upper rows",
 }
 EMBEDS = ("vary", "interpolate", "mix")
 EDITS = ("edit", "reconstruct", "inpaint", "img2img")
 LACKS = {
-    "unclip": (),
-    "latent": EMBEDS,
-    "retrieval": (*EMBEDS, *EDITS, "upscale"),
-    "stable_unclip": ("upscale",),
-    "imagen": (*EMBEDS, "edit", "reconstruct", "inpaint"),
-    "glide": (*EMBEDS, "edit", "reconstruct"),
-    "kandinsky": ("upscale",),
+    "unclip": ("complete",),
+    "latent": (*EMBEDS, "complete"),
+    "retrieval": (*EMBEDS, *EDITS, "upscale", "complete"),
+    "stable_unclip": ("upscale", "complete"),
+    "imagen": (*EMBEDS, "edit", "reconstruct", "inpaint", "complete"),
+    "glide": (*EMBEDS, "edit", "reconstruct", "complete"),
+    "kandinsky": ("upscale", "complete"),
     "dalle": (*EMBEDS, *EDITS, "upscale"),
     "dalle_mini": (*EMBEDS, *EDITS, "upscale"),
-    "vqvae2": (*EMBEDS, *EDITS, "upscale"),
+    "vqvae2": (*EMBEDS, *EDITS, "upscale", "complete"),
 }
 PAIRS = [(system, verb) for system in SYSTEMS for verb in VERBS]
 WORKS = [pair for pair in PAIRS if pair[1] not in LACKS[pair[0]]]

@@ -143,7 +143,7 @@ def test_pictures_are_those_of_the_cascade(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["glide", "imagen", "dalle", "vqvae2", "latent"])
+@pytest.mark.parametrize("name", ["glide", "imagen", "dalle", "dalle_mini", "vqvae2", "latent"])
 def test_every_part_is_examined(name):
     """Each part that computes something has a figure beyond its weights."""
     subject = subject_of(getattr(systems, name)())

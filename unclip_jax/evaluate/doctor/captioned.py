@@ -1,4 +1,4 @@
-"""Checks of networks that read captions without CLIP: those of GLIDE and Imagen."""
+"""Checks of networks that draw pixels from captions alone: those of GLIDE and Imagen."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def own_caption(subject: Subject, name: str) -> Finding | None:
 
 
 def states_scale(subject: Subject, name: str) -> Finding:
-    """Would the network fit better with T5's states at another scale?"""
+    """Would the network fit better with the captions' states at another scale?"""
     states = subject.caption_inputs(name)["text_states"]
     as_is = _late_error(subject, name, {})
     scaled = {"half": states / 2, "twice": 2 * states}
@@ -41,6 +41,6 @@ def states_scale(subject: Subject, name: str) -> Finding:
         f"states at {words} norm": _late_error(subject, name, {"text_states": other}) / as_is
         for words, other in scaled.items()
     }
-    change = "the network was trained with another T5, or in another precision: give it that one"
-    figure = "error with T5's states of another norm, by the error as it is"
-    return what_if(name, figure, losses, change, needs=("t5",))
+    change = "the network was trained with another T5 or CLIP, or in another precision: give it that one"
+    figure = "error with text states of another norm, by the error as it is"
+    return what_if(name, figure, losses, change, needs=diffusion.needs(subject, name))

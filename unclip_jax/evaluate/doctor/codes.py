@@ -11,6 +11,8 @@ from unclip_jax.evaluate.doctor.subject import Subject
 from unclip_jax.models.quantiser import usage
 from unclip_jax.sampling.text_to_image import system_of
 
+CODERS = ("dvae", "vqvae", "vq_autoencoder")  # kinds that make codes of a picture
+DRAW_CODES = ("dalle", "dalle_mini", "vqvae2")  # systems whose stages have `codes`
 LARGEST = 256  # side of the pictures, where the bundle does not say which size it draws
 
 
@@ -79,12 +81,12 @@ def drawn_use(subject: Subject, name: str) -> Finding | None:
     """The perplexity of drawn codes, by that of as many real pictures' codes; None where the system cannot
     draw, or the part draws no codes of its own."""
     bundle = subject.sampler.bundle
-    coder = next((part for part in subject.names("dvae", "vqvae") if part not in subject.broken), None)
-    if coder is None or bundle.system not in ("dalle", "vqvae2"):
+    coder = next((part for part in subject.names(*CODERS) if part not in subject.broken), None)
+    if coder is None or bundle.system not in DRAW_CODES:
         return None
     level = subject.config(name).get("level", 0)
     stages = subject.once("drawn codes", lambda: _draw(subject))
-    drawn = stages.codes if bundle.system == "dalle" else stages.codes[level]
+    drawn = stages.codes[level] if bundle.system == "vqvae2" else stages.codes
     drawn = drawn[: subject.noised]
     real = _codes(subject, coder, len(drawn))[level]
     size = subject.sampler.network(coder).module.codes

@@ -16,15 +16,16 @@ from unclip_jax.evaluate.doctor.limits import (
     what_if,
 )
 from unclip_jax.evaluate.doctor.report import Finding, finding
-from unclip_jax.evaluate.doctor.subject import Subject
+from unclip_jax.evaluate.doctor.subject import CASCADES, Subject
 from unclip_jax.generate.networks import part_schedule
 
 
 def needs(subject: Subject, name: str) -> tuple[str, ...]:
     """The parts that make a part's conditioning."""
-    return {"upsampler": (), "glide": (), "imagen": ("t5",), "imagen_upsampler": ("t5",)}.get(
-        subject.config(name)["kind"], ("clip",)
-    )
+    kind = subject.config(name)["kind"]
+    if kind in CASCADES:
+        return tuple({subject.reader(name)} - {None, name})
+    return () if kind == "upsampler" else ("clip",)
 
 
 def _deviation(subject: Subject, name: str) -> float:

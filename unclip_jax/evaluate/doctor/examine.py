@@ -26,7 +26,7 @@ from unclip_jax.sampling.text_to_image import SYSTEMS
 
 # What a check needs.
 IMAGE, TEXT, DECODER, PICTURES = "CLIP's image tower", "CLIP's text tower", "the decoder", "drawn pictures"
-BOTH, T5 = (IMAGE, TEXT), "T5"
+BOTH, READER = (IMAGE, TEXT), "the network of small pictures and what reads its captions"
 CASCADE = (*BOTH, DECODER, PICTURES)
 SHOWN = 6  # captions of the grid
 
@@ -67,14 +67,15 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     + _checks((PICTURES,), pictures.to_enlarged)
     + _checks(CASCADE, pictures.faithful),
     "glide": _checks((), *PICTURE_STEP, captioned.own_caption) + _checks((PICTURES,), *ENLARGES),
-    "imagen": _checks((T5,), *PICTURE_STEP, captioned.own_caption, captioned.states_scale),
-    "imagen_upsampler": _checks((T5,), *PICTURE_STEP, captioned.states_scale)
-    + _checks((T5, PICTURES), *ENLARGES),
+    "imagen": _checks((READER,), *PICTURE_STEP, captioned.own_caption, captioned.states_scale),
+    "imagen_upsampler": _checks((READER,), *PICTURE_STEP, captioned.states_scale)
+    + _checks((READER, PICTURES), *ENLARGES),
     "kl_autoencoder": _checks((), codes.decoded),
-    "vq_autoencoder": _checks((), codes.decoded),
+    "vq_autoencoder": CODER,
     "dvae": CODER,
     "vqvae": CODER,
     "dalle": _checks((PICTURES,), codes.drawn_use),
+    "dalle_mini": _checks((PICTURES,), codes.drawn_use),
     "pixelsnail": _checks((PICTURES,), codes.drawn_use),
 }
 DRAWN = _checks(CASCADE, pictures.oracle, pictures.guidance)  # of the part `decoder` alone
@@ -123,8 +124,9 @@ def _has(subject: Subject, needed: str) -> bool:
         return subject.drawn > 0
     if needed == DECODER:
         return "decoder" in subject.sampler.bundle.parts and "decoder" not in subject.broken
-    if needed == T5:
-        return "t5" in subject.sampler.bundle.parts and "t5" not in subject.broken
+    if needed == READER:
+        networks = subject.names("imagen", "imagen_upsampler")
+        return subject.reader(networks[0]) is not None and not {subject.reader(networks[0])} & subject.broken
     return subject.tower("image" if needed == IMAGE else "text") and "clip" not in subject.broken
 
 

@@ -31,7 +31,7 @@ from unclip_jax.sampling.programs import (
 )
 from unclip_jax.sampling.unclip import DECODER, UPSAMPLERS, draw_z_image, encode_captions
 
-# The cascades whose networks draw from captions without CLIP, by the kinds of their parts.
+# The cascades whose networks draw pixels from captions alone, by the kinds of their parts.
 CASCADES = {"glide": glide.CASCADE, "imagen": imagen.CASCADE, "imagen_upsampler": imagen.CASCADE}
 
 
@@ -161,14 +161,26 @@ class Subject:
 
         return self.sampler.in_batches(batch, len(x), [name])
 
+    def reader(self, name: str) -> str | None:
+        """The part that reads the captions for a part whose kind is in CASCADES: itself, or Imagen's T5 or
+        CLIP; None where that is missing."""
+        parts, cascade = self.sampler.bundle.parts, CASCADES[self.config(name)["kind"]]
+        if cascade.base == "glide":
+            return name
+        frozen = parts[cascade.base].config.get("frozen", {}) if cascade.base in parts else {}
+        role = "clip" if "clip" in frozen else "t5"
+        return role if cascade.base in parts and role in parts else None
+
     @functools.cached_property
     def words(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """As `tokens`, for the networks that read captions without CLIP."""
-        return self.sampler.captions(self.captions, None), self.sampler.captions([""], None)
+        """As `tokens`, for the networks whose kinds are in CASCADES."""
+        kind = next(config["kind"] for config in map(self.config, self.names(*CASCADES)))
+        tower = CASCADES[kind].tower(self.sampler.bundle)
+        return self.sampler.captions(self.captions, tower), self.sampler.captions([""], tower)
 
     def caption_inputs(self, name: str) -> dict[str, np.ndarray]:
-        """The text arguments, for all captions, of a part that reads them without CLIP: its tokens, or the
-        states of T5."""
+        """The text arguments, for all captions, of a part whose kind is in CASCADES: its tokens, or the
+        states that its `reader` makes."""
 
         def make():
             cascade = CASCADES[self.config(name)["kind"]]
@@ -177,7 +189,7 @@ class Subject:
             )
             run = self.sampler.program(("doctor captions", cascade.base), lambda: encode)
             batch = lambda rows: run(self.sampler.params, self.sampler.rows(self.words[0], rows))
-            return self.sampler.in_batches(batch, len(self.captions), [cascade.parts[0]] * 2)
+            return self.sampler.in_batches(batch, len(self.captions), [self.reader(name)] * 2)
 
         return self.once(("captions", CASCADES[self.config(name)["kind"]].base), make)
 
@@ -266,8 +278,8 @@ class Subject:
         return self.sampler.in_batches(batch, len(images), [name], self.progress)
 
     def draw_captioned(self, name: str, images: np.ndarray | None = None) -> np.ndarray:
-        """The images (N, H, W, 3) in [-1, 1] that a part draws for the first N captions without CLIP: for
-        `drawn` of them, or from N small images (N, h, w, 3) of the same captions."""
+        """The images (N, H, W, 3) in [-1, 1] that a part whose kind is in CASCADES draws for the first N
+        captions: for `drawn` of them, or from N small images (N, h, w, 3) of the same captions."""
         cascade, count = CASCADES[self.config(name)["kind"]], self.drawn if images is None else len(images)
         made = [cascade.base, *upsamplers(self.sampler.bundle.parts)]
         options, number = self.options()[name], made.index(name)
