@@ -213,8 +213,8 @@ def _check_range(key: str, value: Any, where: str) -> None:
         return
     if key == "attention_levels":  # they count from 0
         value = [level + 1 for level in value]
-    # 0 is ADM's attention; the condition and the output of a PixelSNAIL may have no blocks.
-    if key in ("transformer_depth", "condition_blocks", "out_blocks"):
+    # 0 is ADM's attention; a discrete VAE, and the condition and output of a PixelSNAIL may have no blocks.
+    if key in ("transformer_depth", "condition_blocks", "out_blocks", "code_blocks"):
         value = value + 1
     if key == "dropout":
         if not 0 <= value < 1:
@@ -342,7 +342,7 @@ def part_tree(config: Mapping[str, Any], embed_dim: int, width: int) -> Any:
     if kind == "clip":
         return clip_shapes(model)
     module = KINDS[kind].module(**model)
-    if kind in ("kl_autoencoder", "vq_autoencoder", "vqvae", "dvae"):
+    if kind in ("kl_autoencoder", "vq_autoencoder", "vqvae", "dvae", "dvae_strided"):
         return shapes_of(module.init, array(1, module.factor, module.factor, module.image_channels))
     if kind in ("dalle", "dalle_mini"):
         ids, codes = (array(1, count, dtype=jnp.int32) for count in (module.length, module.side**2))

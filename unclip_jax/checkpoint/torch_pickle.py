@@ -173,6 +173,7 @@ def _pairs(items: list) -> Iterator[tuple[Any, Any]]:
     if len(items) % 2:
         raise _Refused("a dictionary has a key without a value")
     for key, value in zip(items[::2], items[1::2]):
+        key = key.name if isinstance(key, _Global) else key  # of a class, its name
         if not isinstance(key, (str, int)):
             raise _Refused(f"a dictionary has the key {shown(key)}")
         yield key, value

@@ -338,8 +338,12 @@ class VQAutoencoder(Autoencoder):
         image = self.decoder(h, z if self.spatial_norm else None, deterministic).astype(jnp.float32)
         return 2.0 * image - 1.0 if self.unit_range else image
 
+    def sides(self, image_size: int) -> tuple[int, ...]:
+        """The side of the codes of an image of this side: one level."""
+        return (image_size // self.factor,)
+
     def encode_codes(self, image: jax.Array) -> tuple[jax.Array]:
-        """Image (B, H, W, 3) in [-1, 1] -> its codes (B, h, w) int32, of one level."""
+        """Image (B, H, W, 3) in [-1, 1] -> the codes (B, h, w) int32 of its latents, of one level."""
         return (self.quantise(self.encode(image)).codes,)
 
     def decode_codes(self, codes: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from unclip_jax.models.dalle_mini import DalleMini
 from unclip_jax.models.decoder import ClipConditioning, Decoder
 from unclip_jax.models.dinov2 import DINOv2
 from unclip_jax.models.dvae import DVAE
+from unclip_jax.models.dvae_strided import StridedDVAE
 from unclip_jax.models.glide import Glide
 from unclip_jax.models.imagen import EfficientUNet, Imagen, ImagenUpsampler
 from unclip_jax.models.inception import Inception
@@ -89,6 +90,7 @@ KINDS: dict[str, Kind] = {
     "imagen_upsampler": Kind(DIFFUSES | {"factor": (int, True)}, ImagenUpsampler, {"unet": EfficientUNet}),
     "t5": Kind(NETWORK, T5Encoder),
     "dvae": Kind(NETWORK, DVAE),
+    "dvae_strided": Kind(NETWORK, StridedDVAE),
     "dalle": Kind(NETWORK | {"tokenizer": (dict, True)}, DALLE),
     "dalle_mini": Kind(NETWORK | {"tokenizer": (dict, True)}, DalleMini),
     "pixelsnail": Kind(NETWORK | {"level": (int, True)}, PixelSNAIL),

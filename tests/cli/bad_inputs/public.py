@@ -288,6 +288,8 @@ def public_rows(box):
         (box / f"dalle_{i}").mkdir()
         for file, source in (
             (box / f"vqvae_{i}.pt", "a VQ-VAE's file"),
+            (box / f"vae_{i}.pt", "a file of DALLE-pytorch"),
+            (box / f"vqgan_{i}.ckpt", "a VQGAN's file"),
             (box / f"dalle_{i}" / "encoder.pkl", "a discrete VAE"),
         ):
             if whole is not None:

@@ -18,6 +18,7 @@ from unclip_jax.checkpoint.providers import (
     clip,
     dalle,
     dalle_mini,
+    dalle_pytorch,
     diffusers_folder,
     dinov2,
     glide,
@@ -90,6 +91,11 @@ PROVIDERS: dict[str, Provider] = {
         layout="dalle-mini or dalle-mega with its VQGAN's folder, or that alone (flax_model.msgpack)",
         recognises=dalle_mini.recognises,
         read=dalle_mini.read,
+    ),
+    "dalle_pytorch": Provider(
+        layout="the discrete VAE or the VQGAN of DALLE-pytorch (vae*.pt, dalle*.pt, vqgan*.ckpt)",
+        recognises=dalle_pytorch.recognises,
+        read=dalle_pytorch.read,
     ),
     "stable_diffusion": Provider(
         layout="Stable Diffusion 1.x or 2.x in diffusers' layout or in one file",
