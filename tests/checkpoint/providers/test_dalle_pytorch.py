@@ -202,7 +202,7 @@ def test_what_is_refused(vqgan, tmp_path):
 
 @pytest.mark.slow
 def test_dalle_trains_on_its_codes(vqgan, tmp_path):
-    """From a file of either network: training, the bundle with the file as its base, and a picture."""
+    """From a file of either network: training, the bundle with it as the base, a picture, the doctor."""
     torch.save(
         {"hparams": {"normalization": HALF}, "weights": torch_dvae(0).state_dict()}, tmp_path / "vae.pt"
     )
@@ -216,3 +216,6 @@ def test_dalle_trains_on_its_codes(vqgan, tmp_path):
         bundle = load_bundle(out)
         assert bundle.parts["dalle"].config["model"]["codes"] == codes
         assert text_to_image(bundle, ["a red fox"]).shape == (1, pixels, pixels, 3)
+        report = tmp_path / f"{name}.json"
+        assert main(["doctor", str(out), "--rows", "16", "--drawn", "2", "--json", str(report)]) in (0, 1)
+        assert report.read_text().count("perplexity of") == 2

@@ -11,7 +11,7 @@ from unclip_jax.evaluate.doctor.subject import Subject
 from unclip_jax.models.quantiser import usage
 from unclip_jax.sampling.text_to_image import system_of
 
-CODERS = ("dvae", "vqvae", "vq_autoencoder")  # kinds that make codes of a picture
+CODERS = ("dvae", "dvae_strided", "vqvae", "vq_autoencoder")  # kinds that make codes of a picture
 DRAW_CODES = ("dalle", "dalle_mini", "vqvae2")  # systems whose stages have `codes`
 LARGEST = 256  # side of the pictures, where the bundle does not say which size it draws
 

@@ -73,6 +73,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "kl_autoencoder": _checks((), codes.decoded),
     "vq_autoencoder": CODER,
     "dvae": CODER,
+    "dvae_strided": CODER,
     "vqvae": CODER,
     "dalle": _checks((PICTURES,), codes.drawn_use),
     "dalle_mini": _checks((PICTURES,), codes.drawn_use),
