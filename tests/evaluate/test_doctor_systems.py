@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests import systems
-from unclip_jax.checkpoint.bundle import Part
+from unclip_jax.checkpoint.bundle import Bundle, Part
+from unclip_jax.checkpoint.store import params_hash
 from unclip_jax.data import ops
 from unclip_jax.data.sources import make_source
 from unclip_jax.evaluate.doctor import captioned, codes, denoising, pictures
@@ -128,6 +129,33 @@ def test_a_codebook_of_which_one_code_is_used(dalle):
         kept = {"drawn codes": type("Stages", (), {"codes": drawn}), ("codes", "dvae"): (many,)}
         found = codes.drawn_use(dataclasses.replace(dalle, kept=kept), "dalle")
         assert found.verdict == verdict and 1 <= found.more["drawn"] <= found.more["real"] + 1e-4
+
+
+def test_what_reads_the_captions_of_imagen(imagen):
+    """T5, or the CLIP under the network of small pictures; nothing where that network is missing."""
+    bundle, clip = imagen.sampler.bundle, systems.random_bundle().parts["clip"]
+    part = bundle.parts["imagen"]
+    frozen = {"clip": params_hash(clip.params)}
+    parts = {"clip": clip, "imagen": Part(part.config | {"frozen": frozen}, part.params)}
+    subject = subject_of(Bundle(parts, "imagen", bundle.sampling))
+    assert (imagen.reader("imagen_16"), subject.reader("imagen")) == ("t5", "clip")
+    found = subject.caption_inputs("imagen")
+    np.testing.assert_allclose(found["text_states"], subject.texts.states, atol=1e-5)
+    np.testing.assert_array_equal(found["text_mask"], subject.texts.mask)
+    alone = subject_of(Bundle({"imagen_16": bundle.parts["imagen_16"], "t5": bundle.parts["t5"]}), drawn=0)
+    assert alone.reader("imagen_16") is None
+    untested = [line for line in examine(alone, "", "").untested if line.startswith("imagen_16")]
+    assert untested and all("the network of small pictures" in line for line in untested)
+
+
+def test_a_second_clip():
+    """Of a CLIP under another name, as GLIDE's of noised images, the weights are tested, with or without the
+    part `clip` beside it."""
+    clip = systems.random_bundle().parts["clip"]
+    report = examine(subject_of(Bundle({"noised_clip": clip}), drawn=0), "", "")
+    assert len(report.findings) == 2 and {found.stage for found in report.findings} == {"noised_clip"}
+    both = examine(subject_of(Bundle({"clip": clip, "text": clip}), drawn=0), "", "")
+    assert [found.stage for found in both.findings].count("text") == 2 < len(both.findings) - 2
 
 
 # ------------------------------------------------------------------------------------------ whole

@@ -135,6 +135,8 @@ def _checks_of(subject: Subject, stage: str) -> Iterator[Check]:
     parts, kind = subject.sampler.bundle.parts, subject.config(stage)["kind"]
     if last_step_of(parts[stage]):  # it sees the last step alone
         return
+    if kind == "clip" and stage != "clip":  # the checks read the part `clip`, and not a second CLIP
+        return
     yield from CHECKS.get(kind, ())
     if stage == "decoder":
         yield from DRAWN

@@ -87,8 +87,9 @@ class Subject:
         return self.sampler.bundle.part(name).config
 
     def tower(self, name: str) -> bool:
-        """Whether the bundle has a CLIP with this tower, `image` or `text`."""
-        return bool(self.names("clip")) and self.config("clip")["model"].get(name) is not None
+        """Whether the bundle's part `clip` has this tower, `image` or `text`."""
+        held = self.sampler.bundle.parts
+        return "clip" in held and held["clip"].config["model"].get(name) is not None
 
     # ------------------------------------------------------------------------------------ the data
     def images(self, size: int) -> np.ndarray:
