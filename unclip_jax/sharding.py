@@ -8,9 +8,11 @@ along the largest dimension that is a multiple of the `fsdp` axis.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,6 +98,25 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     return Mesh(np.asarray(devices).reshape(within), AXES)
 
 
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def lowered_for(platform: str) -> Iterator[None]:
+    """A context in which programs are traced as for a platform ("gpu") that this machine need not have."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def platform_of(mesh: Mesh | None = None) -> str:
+    """The platform that a mesh's programs run on: "cpu", "gpu" or "tpu". Without a mesh, jax's default."""
+    found = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return _PLATFORM.get() or found
+
+
 def compute_dtype(name: str, mesh: Mesh | None = None) -> Any:
     """The dtype of a name: `auto` (bfloat16 on accelerators, float32 on CPU), `float32` or `bfloat16`.
 
@@ -104,7 +125,7 @@ def compute_dtype(name: str, mesh: Mesh | None = None) -> Any:
     Raises:
       ValueError: on another name.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    platform = platform_of(mesh)
     choices = {
         "auto": jnp.float32 if platform == "cpu" else jnp.bfloat16,
         "float32": jnp.float32,

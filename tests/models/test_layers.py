@@ -46,7 +46,6 @@ def test_fused_attention_is_asked_for_on_gpus(monkeypatch):
     )
     mask = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 1, 1, 6)).at[..., 0].set(True)
     expected, asked, original = attend(q, k, v, mask), [], jax.nn.dot_product_attention
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     def cudnn(*args, implementation, **settings):
         assert implementation == "cudnn"
@@ -60,16 +59,31 @@ def test_fused_attention_is_asked_for_on_gpus(monkeypatch):
     fused = original(q, k, v, implementation="xla", mask=jnp.broadcast_to(mask, (2, 1, 4, 6)))
     np.testing.assert_allclose(fused.astype(jnp.float32), expected.astype(jnp.float32), atol=0.03)
 
+    # Odd lengths get a query and a key more, which change nothing.
+    def as_on_gpu(*args, cuda, default):
+        return cuda(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jax.lax, "platform_dependent", as_on_gpu)
+        for odd, allowed in (((q[:, :3], k, v), mask), ((q, k[:, :5], v[:, :5]), None)):
+            got = jax.vjp(lambda *args, allowed=allowed: attend(*args, allowed), *odd)
+            assert asked[-1]["mask"] is None or all(n % 2 == 0 for n in asked[-1]["mask"].shape[2:])
+            patched.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: default(*args))
+            wanted = jax.vjp(lambda *args, allowed=allowed: attend(*args, allowed), *odd)
+            patched.setattr(jax.lax, "platform_dependent", as_on_gpu)
+            pairs = zip((got[0], *got[1](got[0])), (wanted[0], *wanted[1](got[0])))
+            for a, b in pairs:
+                assert a.shape == b.shape
+                np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.06)
+
     def refuses(*args, **settings):
-        raise NotImplementedError("odd lengths")
+        raise NotImplementedError("the heads are too wide")
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", refuses)
     np.testing.assert_array_equal(attend(q, k, v, mask), expected)
     monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda *args, **settings: pytest.fail("asked at an odd length")
+        jax.nn, "dot_product_attention", lambda *args, **settings: pytest.fail("asked in float32")
     )
-    attend(q[:, :3], k, v, mask)
-    attend(q, k[:, :5], v[:, :5])
     attend(*(a.astype(jnp.float32) for a in (q, k, v)), mask)
 
 

@@ -18,6 +18,7 @@ ADVICE = (
     "raise mesh.fsdp or (except for clip) grad_accumulation, lower --batch, set remat=full or "
     "optimizer.mu_dtype=bfloat16, or use more chips"
 )
+SHOWN = 5  # of the largest operations that would be slow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology",
         required=True,
         metavar="T",
-        help="v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2 (needs libtpu), or cpu:8",
+        help="v5e:4x4, v5p:2x2x4, v6e:8x8, v4:2x2x2 (needs libtpu), or cpu:8; cuda:a100, cuda:h100 and "
+        "cuda:h200 lower the step for one GPU, and say what would be slow there",
     )
     parser.add_argument(
         "--mesh",
@@ -100,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.save, args.rows):
         if path is not None:
             check_writable(path)
+    chip = gpu_of(args)
     config = load_config(args.config)
     for key, value in parse_assignments(args.assignments).items():
         override(config, key, value)
@@ -108,6 +111,9 @@ def run(args: argparse.Namespace) -> None:
         override(config, "batch_size", args.batch)
     if args.search:
         search_settings(args, config, clip_of(args, config))
+        return
+    if chip is not None:
+        print(describe_gpu(config, clip_of(args, config), args, chip))
         return
     shape = dict(config.mesh) if args.mesh is None else parse_mesh(args.mesh)
     mesh = step.make_abstract_mesh(args.topology, shape)
@@ -123,6 +129,41 @@ def run(args: argparse.Namespace) -> None:
     if args.save is not None:
         save(compiled, args.save)
         print(f"saved {args.save}")
+
+
+def gpu_of(args: argparse.Namespace) -> str | None:
+    """The GPU that a topology "cuda:a100" names; None for other topologies.
+
+    Raises:
+      ValueError: on an unknown GPU, or with options that need a compiler.
+    """
+    from unclip_jax.compile.cuda import CAPABILITIES
+
+    kind, _, chip = args.topology.partition(":")
+    if kind != "cuda":
+        return None
+    if chip not in CAPABILITIES:
+        raise InputError(f"unknown topology {args.topology!r}; write cuda:{', cuda:'.join(CAPABILITIES)}")
+    given = [name for name in ("mesh", "save", "search") if getattr(args, name)]
+    if given:
+        raise InputError(f"{args.topology} lowers for one GPU and compiles nothing: leave --{given[0]} out")
+    return chip
+
+
+def describe_gpu(config, clip_config, args: argparse.Namespace, chip: str) -> str:
+    """Lowers the step, or the sampler, for one GPU, and formats what would be slow there as lines of text."""
+    from unclip_jax.compile import cuda
+
+    program, arguments = cuda.stage_program(config, clip_config, args.sample, args.embeddings)
+    found = cuda.examine(cuda.lower(program, arguments, chip))
+    lines = [f"lowered for one {chip}, batch {config.batch_size}; a loop's body counts once"]
+    lines.append(f"operations: {found.operations:.3e}, {100 * found.float32_share:.2f}% of them in float32")
+    lines += [f"  {operations:.3e} in a {words}" for operations, words in found.largest[:SHOWN]]
+    lines.append(f"arrays transposed beside a convolution: {len(found.transposes)}")
+    lines += [f"  {words}" for words in found.transposes[:SHOWN]]
+    lines.append(f"attention: {found.fused} kernels of cuDNN, {len(found.plain)} products outside them")
+    lines += [f"  {words}" for words in dict.fromkeys(found.plain[: 2 * SHOWN])]
+    return "\n".join(lines)
 
 
 def clip_of(args: argparse.Namespace, config):

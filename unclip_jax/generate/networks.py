@@ -16,7 +16,7 @@ from unclip_jax.diffusion.schedule import Schedule, schedule_of
 from unclip_jax.errors import InputError, input_errors
 from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.layers import Dtype
-from unclip_jax.sharding import Mesh, compute_dtype, make_gather
+from unclip_jax.sharding import Mesh, compute_dtype, make_gather, platform_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def sampling_model(part_config: dict, mesh: Mesh) -> nn.Module:
 
     On CPU the U-Nets use convolutions with fewer products (`models.winograd`).
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu" and part_config["kind"] in WINOGRAD
+    on_cpu = platform_of(mesh) == "cpu" and part_config["kind"] in WINOGRAD
     hooks = {"winograd": True} if on_cpu else {}
     return build_model(part_config, compute_dtype("auto", mesh), gather=make_gather(mesh), **hooks)
 

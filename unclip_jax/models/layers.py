@@ -39,8 +39,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Scaled dot-product attention. It uses cuDNN's fused kernel on NVIDIA GPUs, in half precision at even
-    lengths.
+    """Scaled dot-product attention. It uses cuDNN's fused kernel on NVIDIA GPUs, in half precision.
 
     Args:
       q: (B, Lq, K, D) queries.
@@ -63,16 +62,25 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
         return jnp.einsum("bkqp,bpkd->bqkd", weights, v)
 
     def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        full = None if mask is None else jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], k.shape[1]))
-        return jax.nn.dot_product_attention(q, k, v, mask=full, implementation="cudnn")
+        # The gradient of cuDNN's kernel rejects masks of odd lengths. A row without use makes them even: a
+        # key that is masked out, and a query whose result is dropped.
+        length, (more_q, more_k) = q.shape[1], (q.shape[1] % 2, k.shape[1] % 2)
+        full = mask
+        if full is None and more_k:
+            full = jnp.ones((1, 1, 1, 1), bool)
+        if full is not None:
+            full = jnp.broadcast_to(full, (*full.shape[:2], q.shape[1], k.shape[1]))
+            full = jnp.pad(full, ((0, 0), (0, 0), (0, more_q), (0, 0)), mode="edge")
+            full = jnp.pad(full, ((0, 0), (0, 0), (0, 0), (0, more_k)))
+        longer = lambda x, more: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
+        q, k, v = longer(q, more_q), longer(k, more_k), longer(v, more_k)
+        return jax.nn.dot_product_attention(q, k, v, mask=full, implementation="cudnn")[:, :length]
 
-    # The gradient of cuDNN's kernel rejects masks of odd lengths. That error comes too late to fall back on
-    # `plain`.
-    if v.dtype.itemsize == 2 and jax.default_backend() == "gpu" and q.shape[1] % 2 == k.shape[1] % 2 == 0:
+    if v.dtype.itemsize == 2:
         try:
             jax.eval_shape(fused, q, k, v)
             return jax.lax.platform_dependent(q, k, v, cuda=fused, default=plain)
-        except (ValueError, NotImplementedError, RuntimeError):  # no cuDNN, or other unsupported shapes
+        except (ValueError, NotImplementedError, RuntimeError):  # no cuDNN, or unsupported sizes of heads
             pass
     return plain(q, k, v)
 
