@@ -201,3 +201,36 @@ def test_collectives_of_a_loop():
     times, size = Program(text).collectives()["all-gather"]
     assert times == 12 and size == 12 * 64 * 64 * 4 * 7 // 8
     assert np.isfinite(Program(text).traffic())
+
+
+PADDED = """
+HloModule m
+
+%body (p: (f32[8])) -> (f32[8]) {
+  %a = bf16[2,100,96]{2,1,0} parameter(0)
+  %b = bf16[2,96,128]{2,1,0} parameter(1)
+  %d = bf16[2,100,128]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (f32[8]) while((f32[8]) %t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %x = bf16[2,8,8,320]{3,2,1,0} parameter(0)
+  %k = bf16[3,3,320,256]{3,2,1,0} parameter(1)
+  %y = bf16[2,8,8,256]{3,2,1,0} convolution(%x, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f
+}
+"""
+
+
+def test_padding_of_products():
+    """Summed axes and features come in multiples of 128, rows in multiples of 8; a loop counts its turns."""
+    useful = 5 * 2 * 100 * 96 * 128 + 9 * 128 * 320 * 256
+    padded = 5 * 2 * 104 * 128 * 128 + 9 * 128 * 384 * 256
+    assert Program(PADDED).padding() == pytest.approx(1 - useful / padded)
+    assert Program("").padding() == 0
+
+
+def test_padding_of_compiled_programs():
+    """What the compiler writes is read: channels of 128 need none, of 64 three quarters."""
+    for channels, share in ((128, 0.0), (64, 0.75)):
+        text = compiled(lambda x, w: x @ w, (16, channels), (channels, channels)).as_text()
+        assert Program(text).padding() == pytest.approx(share)

@@ -261,6 +261,7 @@ def describe(report, topology: str) -> str:
         f"operations a step: {report.flops:.3e}, {each:.3e} a device; "
         f"{100 * extra:.0f}% of the model's are done twice"
     )
+    lines.append(f"padding to whole lanes of a TPU, from the shapes: {100 * report.padding:.0f}% of the work")
     lines.append(f"bytes moved a device: {report.traffic / gib:.1f} GiB")
     for kind, (times, size) in sorted(report.collectives.items()):
         lines.append(f"{kind}: {times} a step, {size / gib:.3f} GiB arrive at a device")

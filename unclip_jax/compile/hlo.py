@@ -142,6 +142,29 @@ class Program:
         """Bytes that a device reads from and writes to its main memory in a step."""
         return self._bytes(self._entry, set())
 
+    def padding(self) -> float:
+        """The share of the products' and convolutions' work on a TPU that is padding, in [0, 1].
+
+        A matrix unit takes the axes that are summed, and those of the result's features, in multiples of 128
+        lanes, and the other axes in multiples of 8. This reckons from the shapes. The compiler may swap lanes
+        and rows, so that less is padded.
+        """
+        useful, padded = self._work(self._entry)
+        return 1 - useful / padded if padded else 0.0
+
+    # -------------------------------------------------------------------------------------- products
+    def _work(self, name: str) -> tuple[float, float]:
+        # (multiply-adds, the same with padding).
+        body, total = self._bodies.get(name, {}), (0.0, 0.0)
+        for op in body.values():
+            work = _padded(op, body) if op.kind in ("dot", "convolution") else (0.0, 0.0)
+            turns = self._turns(op) if op.kind == "while" else 1
+            for inner in op.called:
+                more = self._work(inner)
+                work = work[0] + turns * more[0], work[1] + turns * more[1]
+            total = total[0] + work[0], total[1] + work[1]
+        return total
+
     # -------------------------------------------------------------------------------------- collectives
     def _links(self, name: str) -> dict[tuple[str, str], tuple[int, int]]:
         # (kind, channel) -> (number of times, bytes each time).
@@ -269,6 +292,35 @@ class Program:
         if leaf.kind == "dynamic-update-slice":
             return min(leaf.main, body[leaf.operands[1]].size)
         return 0.0 if leaf.kind == "parameter" or leaf.collective else leaf.main
+
+
+def _dims(op: _Op) -> list[int]:
+    return [int(n) for n in _ARRAY.search(op.shape)[2].split(",") if n]
+
+
+def _padded(op: _Op, body: dict[str, _Op]) -> tuple[float, float]:
+    # A product's or a convolution's multiply-adds, and the same with padding.
+    if not all(name in body for name in op.operands[:2]):
+        return 0.0, 0.0
+    left, right, out = _dims(body[op.operands[0]]), _dims(body[op.operands[1]]), _dims(op)
+    if not math.prod([*left, *right]):
+        return 0.0, 0.0
+    batch, window = 1, 1
+    if op.kind == "dot":
+        axes = lambda key: [
+            int(n) for n in (re.search(key + r"=\{([\d,]*)\}", op.line) or ["", ""])[1].split(",") if n
+        ]
+        summed = math.prod(left[axis] for axis in axes("lhs_contracting_dims"))
+        batch = math.prod(left[axis] for axis in axes("lhs_batch_dims"))
+        features = math.prod(right) // (summed * batch)
+    else:
+        kernel = re.search(r"dim_labels=\w+_(\w+)->", op.line)[1]
+        summed, features = right[kernel.index("i")], right[kernel.index("o")]
+        window = math.prod(right) // (summed * features)
+    rows = math.prod(out) // (batch * features)
+    whole = lambda n, multiple: -(-n // multiple) * multiple
+    padded = batch * window * whole(rows, 8) * whole(summed, 128) * whole(features, 128)
+    return float(batch * window * rows * summed * features), float(padded)
 
 
 def _closing(text: str) -> int:

@@ -78,6 +78,7 @@ class Report:
     traffic: bytes read from and written to main memory.
     collectives: kind -> (number of times, bytes that arrive), within a slice.
     between_slices: (number of times, bytes that arrive) from other slices.
+    padding: share of a TPU's work that is padding to whole lanes (`hlo.Program.padding`).
     """
 
     devices: int
@@ -95,6 +96,7 @@ class Report:
     traffic: float
     collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
     between_slices: tuple[int, int] = (0, 0)
+    padding: float = 0.0
 
     @property
     def memory(self) -> int:
@@ -388,6 +390,7 @@ def _compile(
         traffic=moved.traffic(),
         collectives=moved.collectives(),
         between_slices=moved.between_slices(),
+        padding=moved.padding(),
     )
     return report, compiled
 
