@@ -186,7 +186,7 @@ def diffusers_sampler(
     }[part]
     names = [name for name in PARTS[part]["folders"] if name != "text_proj"]
     gpu = torch.cuda.is_available()
-    place = {"device": "cuda", "dtype": torch.bfloat16} if gpu else {}
+    place = {"device": "cuda", "dtype": torch.bfloat16} if gpu else {"device": "cpu"}
     nets = [network_class.from_pretrained(folder / name).eval().to(**place) for name in names]
     if gpu and part != "prior_diffusion":
         nets = [net.to(memory_format=torch.channels_last) for net in nets]

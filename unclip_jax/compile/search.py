@@ -36,6 +36,7 @@ class Row:
     mfu: the model's share of the chips' arithmetic; None where `memory` is.
     fits: whether the chip has the memory.
     reason: why there are no figures; "" otherwise.
+    padding: share of the work that is padding to whole lanes; None where `memory` is, and in older files.
     """
 
     settings: dict[str, str]
@@ -46,6 +47,7 @@ class Row:
     mfu: float | None = None
     fits: bool = False
     reason: str = ""
+    padding: float | None = None
 
 
 def combinations(grid: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
@@ -73,7 +75,8 @@ def measure(settings: dict[str, str], batch_size: int, compile_step: Callable[[]
     except (MemoryNeededError, InputError) as error:
         return Row(settings, batch_size, reason=str(error))
     seconds, fits = report.seconds[report.limit], report.memory <= report.chip.memory
-    return Row(settings, batch_size, report.memory, seconds, report.limit, report.mfu, fits)
+    figures = report.memory, seconds, report.limit, report.mfu, fits
+    return Row(settings, batch_size, *figures, padding=report.padding)
 
 
 def front(rows: Sequence[Row]) -> list[int]:
@@ -103,13 +106,15 @@ def table(rows: Sequence[Row], devices: int, examples: int, price: float | None 
     stars, hours = set(front(rows)), lambda row: chip_hours(row, devices, examples)
     named = lambda row: " ".join(f"{key}={value}" for key, value in row.settings.items())
     wide = max(len(named(row)) for row in rows)
-    head = f"  {'settings':{wide}}  GiB a device  step, ms  limit       MFU  chip-hours"
+    head = f"  {'settings':{wide}}  GiB a device  step, ms  limit       MFU  padding  chip-hours"
     lines = [head + ("" if price is None else "       price")]
     fitting = sorted((i for i, row in enumerate(rows) if row.fits), key=lambda i: hours(rows[i]))
     for i in fitting:
         row = rows[i]
         line = f"{'*' if i in stars else ' '} {named(row):{wide}}  {row.memory / 2**30:12.2f}"
-        line += f"  {1e3 * row.seconds:8.1f}  {row.limit:10}  {100 * row.mfu:2.0f}%  {hours(row):10,.0f}"
+        line += f"  {1e3 * row.seconds:8.1f}  {row.limit:10}  {100 * row.mfu:2.0f}%"
+        padding = "" if row.padding is None else f"{100 * row.padding:.0f}%"
+        line += f"  {padding:>7}  {hours(row):10,.0f}"
         lines.append(line + ("" if price is None else f"  {hours(row) * price:10,.0f}"))
     for row in rows:
         if row.fits:
