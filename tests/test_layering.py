@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "unclip_jax"
 
 FLOORS = (
     ("errors",),
-    ("paths", "typed"),
+    ("paths", "typed", "backend"),
     ("models", "diffusion", "data", "sharding", "grid"),
     ("generate", "checkpoint", "metrics"),
     ("run",),

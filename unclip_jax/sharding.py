@@ -8,11 +8,9 @@ along the largest dimension that is a multiple of the `fsdp` axis.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from unclip_jax.backend import platform_of
 from unclip_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -96,25 +95,6 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     if devices[0].platform == "tpu":
         return Mesh(mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True), AXES)
     return Mesh(np.asarray(devices).reshape(within), AXES)
-
-
-_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
-
-
-@contextlib.contextmanager
-def lowered_for(platform: str) -> Iterator[None]:
-    """A context in which programs are traced as for a platform ("gpu") that this machine need not have."""
-    token = _PLATFORM.set(platform)
-    try:
-        yield
-    finally:
-        _PLATFORM.reset(token)
-
-
-def platform_of(mesh: Mesh | None = None) -> str:
-    """The platform that a mesh's programs run on: "cpu", "gpu" or "tpu". Without a mesh, jax's default."""
-    found = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return _PLATFORM.get() or found
 
 
 def compute_dtype(name: str, mesh: Mesh | None = None) -> Any:

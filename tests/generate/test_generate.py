@@ -244,7 +244,7 @@ def test_options_of_a_wrong_type(kind):
     for name in OPTIONS[kind].__dataclass_fields__:
         texts = ("sampler", "variance", "guidance_schedule", "spacing", "last")
         text, number = name in texts, name not in ("steps", "top_k")
-        needed = name not in ("clip", "threshold", "threshold_most", "top_k")
+        needed = name not in ("clip", "threshold", "threshold_most", "top_k", "top_p")
         wrong = [0, None] if text else ["x"] * number + [None] * needed
         for value in [*NEVER, *wrong]:
             settings = {"steps": 4, name: value} if kind == "decoder" else {name: value}

@@ -46,6 +46,7 @@ def test_fused_attention_is_asked_for_on_gpus(monkeypatch):
     )
     mask = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 1, 1, 6)).at[..., 0].set(True)
     expected, asked, original = attend(q, k, v, mask), [], jax.nn.dot_product_attention
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     def cudnn(*args, implementation, **settings):
         assert implementation == "cudnn"

@@ -22,9 +22,10 @@ from typing import Any
 
 import jax
 
+from unclip_jax.backend import lowered_for
 from unclip_jax.compile import step
 from unclip_jax.errors import InputError
-from unclip_jax.sharding import lowered_for, make_mesh
+from unclip_jax.sharding import make_mesh
 
 CAPABILITIES = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0)}  # of the chips that a name may ask for
 CUDNN = 91000  # the version that is assumed: 9.10

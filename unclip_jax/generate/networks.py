@@ -11,12 +11,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from unclip_jax.backend import platform_of
 from unclip_jax.diffusion.embedding_space import EmbeddingSpace
 from unclip_jax.diffusion.schedule import Schedule, schedule_of
 from unclip_jax.errors import InputError, input_errors
 from unclip_jax.models.kinds import KINDS
 from unclip_jax.models.layers import Dtype
-from unclip_jax.sharding import Mesh, compute_dtype, make_gather, platform_of
+from unclip_jax.sharding import Mesh, compute_dtype, make_gather
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.backend import platform_of
 from unclip_jax.errors import InputError
 
 Dtype = Any
@@ -76,7 +77,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = No
         q, k, v = longer(q, more_q), longer(k, more_k), longer(v, more_k)
         return jax.nn.dot_product_attention(q, k, v, mask=full, implementation="cudnn")[:, :length]
 
-    if v.dtype.itemsize == 2:
+    # Elsewhere, the gradient would carry the residuals of the branch that does not run.
+    if v.dtype.itemsize == 2 and platform_of() == "gpu":
         try:
             jax.eval_shape(fused, q, k, v)
             return jax.lax.platform_dependent(q, k, v, cuda=fused, default=plain)
